@@ -1,0 +1,3 @@
+"""Distributed pretraining of ExLM masked language models for text and molecules."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Small things every room uses: errors, logging, seeding, atomic files."""

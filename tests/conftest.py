@@ -1,0 +1,41 @@
+"""Shared fixtures: where the reference data is, and quiet libraries."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("WDS_SECURE", "1")
+
+
+def shared_path() -> Path:
+    """Folder of golden values and real data: EXLM_SHARED, else `../shared` beside the repository."""
+    return Path(os.environ.get("EXLM_SHARED", ROOT.parent / "shared")).resolve()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The shared folder; the test is skipped where it is absent."""
+    path = shared_path()
+    if not path.is_dir():
+        pytest.skip(f"no reference data at {path} (set EXLM_SHARED)")
+    return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, with a reason, where there is no CUDA device."""
+    if not any("gpu" in item.keywords for item in items):
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,197 @@
+"""YAML file and dotted overrides -> RunConfig. Every error names the file, the line, the key and the remedy.
+
+A file may say `base: other.yaml` (relative to itself): its keys are laid over those of the base.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from exlm_dist.config.check import check_config
+from exlm_dist.config.schema import RESUMABLE, RunConfig
+from exlm_dist.utils.errors import ConfigError
+
+#: Where a dotted key was set: `file:line` or `command line`.
+Origins = dict[str, str]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the run configuration at `path`, lay `--section.key value` overrides on top, validate and cross-check.
+
+    Raises:
+        ConfigError: file missing or not YAML; unknown key, wrong type or range (all of them at once, with file and line);
+            settings that contradict each other.
+    """
+    tree, origins = read_yaml(Path(path))
+    for key, text in parse_overrides(overrides):
+        _set(tree, key, _scalar(text), key)
+        origins[key] = "command line"
+    config = validate(tree, origins, str(path))
+    check_config(config)
+    return config
+
+
+def validate(tree: dict[str, Any], origins: Origins, source: str) -> RunConfig:
+    """Typed configuration from a nested dictionary; raises ConfigError with one line for each wrong key."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(item, origins, source) for item in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML; loading it gives an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=1000)
+
+
+def flatten(config: BaseModel) -> dict[str, Any]:
+    """`{"model.layers": 12, ...}` of every setting."""
+    return dict(_leaves(config.model_dump(mode="json"), ""))
+
+
+def config_difference(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Settings that differ and decide what is computed: (key, old value, new value). Those in RESUMABLE are left out."""
+    before, after = flatten(old), flatten(new)
+    fixed = [key for key in after if not any(key == free or key.startswith(free + ".") for free in RESUMABLE)]
+    return [(key, before.get(key), after[key]) for key in fixed if before.get(key) != after[key]]
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """`["--model.layers", "4", "--seed=1"]` -> `[("model.layers", "4"), ("seed", "1")]`."""
+    pairs: list[tuple[str, str]] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise ConfigError(f"unexpected argument {word!r}: settings are given as --section.key value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"--{key} has no value: give --{key} VALUE or --{key}=VALUE")
+            value = rest.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], Origins]:
+    """Nested dictionary of the file (bases merged in) and the line on which each dotted key stands."""
+    return _read(path, ())
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
+    if not path.is_file():
+        raise ConfigError(f"no configuration at {path} (working folder {Path.cwd()}){_near_file(path)}")
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: `base` leads back to this file")
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if node is None:
+        raise ConfigError(f"{path}: the file is empty; `exlm config show configs/pretrain/demo_smiles_exlm.yaml` prints a whole one")
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}: expected `key: value` lines at the top level")
+    origins: Origins = {}
+    tree = _mapping(node, path, "", origins)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree, origins
+    lower, lower_origins = _read(path.parent / str(base), (*seen, path.resolve()))
+    return _merge(lower, tree), {**lower_origins, **origins}
+
+
+def _mapping(node: yaml.MappingNode, path: Path, prefix: str, origins: Origins) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = str(key_node.value)
+        where = f"{path}:{key_node.start_mark.line + 1}"
+        if key in values:
+            raise ConfigError(f"{where}: {prefix}{key}: given twice")
+        origins[prefix + key] = where
+        if isinstance(value_node, yaml.MappingNode):
+            values[key] = _mapping(value_node, path, f"{prefix}{key}.", origins)
+        else:
+            values[key] = yaml.safe_load(yaml.serialize(value_node))
+    return values
+
+
+def _merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(lower)
+    for key, value in upper.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any, whole: str) -> None:
+    head, _, rest = dotted.partition(".")
+    if not rest:
+        tree[head] = value
+        return
+    child = tree.setdefault(head, {})
+    if not isinstance(child, dict):
+        raise ConfigError(f"--{whole}: {head} is a single setting, not a section")
+    _set(child, rest, value, whole)
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Dotted names of all settings and sections."""
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += known_keys(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def suggestion(key: str) -> str:
+    """` Did you mean ...?` for a mistyped dotted key, or nothing where no setting is near."""
+    names = known_keys()
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
+    if not near:
+        last = key.rpartition(".")[2]
+        tails = {name.rpartition(".")[2]: name for name in names}
+        near = [tails[tail] for tail in difflib.get_close_matches(last, list(tails), n=1, cutoff=0.7)]
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def _explain(item: Any, origins: Origins, source: str) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    where = origins.get(key) or origins.get(key.rpartition(".")[0]) or source
+    if item["type"] == "extra_forbidden":
+        section = key.rpartition(".")[0]
+        listing = f"`exlm config schema {section}`" if section in known_keys() else "`exlm config schema`"
+        return f"{where}: {key}: unknown setting.{suggestion(key)} ({listing} lists all)"
+    if item["type"] == "missing":
+        return f"{where}: {key}: must be given."
+    return f"{where}: {key} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}."
+
+
+def _near_file(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return ""
+    near = difflib.get_close_matches(path.name, [entry.name for entry in folder.glob("*.yaml")], n=1, cutoff=0.5)
+    return f". Did you mean {folder / near[0]}?" if near else ""

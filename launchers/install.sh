@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Makes .venv and installs exlm_dist into it with pinned versions. Run again it only checks.
+#   launchers/install.sh [EXTRA]     EXTRA: test
+# Without a GPU the CPU build of torch is taken: PyTorch's own CPU index first (a short time limit), else the default index.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+extra=${1:-}
+constraints=launchers/constraints.txt
+venv=${EXLM_VENV:-.venv}
+torch_version=2.13.0
+stamp="$venv/.exlm-installed-${extra:-base}"
+wanted=$(cat setup.py "$constraints" | cksum)
+
+say() { printf '%s\n' "$*" >&2; }
+
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
+
+find_python() {
+    local name
+    for name in "${PYTHON:-}" python3 python3.12 python3.11 python3.10 python3.13; do
+        [ -n "$name" ] && command -v "$name" >/dev/null 2>&1 &&
+            "$name" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo "$name"; return; }
+    done
+    say "error: no Python 3.10 to 3.13 found. Install one, or name it: PYTHON=/path/to/python3 $0"
+    exit 2
+}
+
+if [ ! -x "$venv/bin/python" ]; then
+    python=$(find_python)
+    say "making $venv with $("$python" --version)"
+    "$python" -m venv "$venv" || {
+        say "error: '$python -m venv' failed (on Debian and Ubuntu: apt-get install python3-venv)"; exit 2; }
+fi
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
+
+if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+        say "installing torch $torch_version for CUDA"
+        pip install -q "torch==$torch_version"
+    else
+        say "installing torch $torch_version, CPU build"
+        cpu_index=https://download.pytorch.org/whl/cpu
+        if timeout 8 "$venv/bin/python" -c "import urllib.request as u; u.urlopen('$cpu_index/torch/', timeout=5)" 2>/dev/null; then
+            timeout 600 "$venv/bin/python" -m pip --disable-pip-version-check --no-input install -q \
+                --index-url "$cpu_index" "torch==$torch_version+cpu" || pip install -q "torch==$torch_version"
+        else
+            pip install -q "torch==$torch_version"
+        fi
+    fi
+fi
+say "installing the other packages"
+pip install -q -c "$constraints" "setuptools>=68" wheel
+DS_BUILD_OPS=0 pip install -q -c "$constraints" --no-build-isolation -e ".${extra:+[$extra]}"
+printf '%s' "$wanted" >"$stamp"
+say "installed into $venv ($("$venv/bin/python" -c 'import torch; print("torch", torch.__version__)'))"

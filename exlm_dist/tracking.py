@@ -1,0 +1,181 @@
+"""What a run leaves behind as it goes: `events.jsonl`, and MLflow fed from it.
+
+`events.jsonl` is both the durable record and the spool. The training thread only appends lines to it; a thread of its
+own reads them and sends them to MLflow, so a tracking server that is slow, down or hung costs the training nothing and
+no point. Sending a line twice changes nothing (points carry the time of the line, and MLflow keeps one row for equal
+key, step, time and value), so the position reached may be forgotten at any moment.
+
+Metric names used across the package (unit):
+`train/loss` (nats, as optimised), `train/nll` (nats per masked token), `train/accuracy` (share), `train/lr`,
+`train/grad_norm`, `train/invalid_sequences` (count in the step), `valid/nll`, `valid/accuracy`, `valid/perplexity`,
+`perf/tokens_per_second` (original tokens), `perf/expanded_tokens_per_second`, `perf/step_seconds`,
+`perf/wait_seconds` (waiting for data, per step), `perf/padding_share`, `perf/memory_megabytes` (peak of the process or
+device), `progress/seconds` (training time so far, over all restarts), `progress/sequences`, `progress/tokens`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from exlm_dist.utils.logs import get_logger
+
+EVENTS = "events.jsonl"
+logger = get_logger(__name__)
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """Events of the whole lines of `path`, in order; `values` are floats again. A line that is no JSON object is reported and left out.
+
+    Each has `time` (ms since 1970) and `kind`: run {uid}, metrics {step, values}, params {values}, tags {values},
+    artifact {path, folder}, status {status}, child_run {name, step, values, tags}.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                event = _parse(line)
+                if event is None:
+                    logger.warning("%s line %d is damaged and left out", path, number)
+                else:
+                    yield event
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+        if event["kind"] in ("metrics", "child_run"):
+            event["values"] = {name: float(value) for name, value in event["values"].items()}
+        return event
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _number(value: float) -> float | str:
+    """JSON has no NaN: such values are written as the strings that `float` reads."""
+    value = float(value)
+    return value if math.isfinite(value) else str(value)
+
+
+class EventLog:
+    """Appends events to one JSON-lines file; the same file is continued after a restart.
+
+    A torn last line (the process was killed while writing) is cut off. A value whose (name, step) is in the file
+    already is not written again, so steps computed once more after a restart leave no duplicates. Safe to use from
+    several threads; another process may append too (`exlm evaluate` beside a running training).
+    A line that cannot be written (disk full) is reported and lost; training goes on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._last_step: dict[str, int] = {}
+        self._children: set[tuple[str, int]] = set()
+        self._lock = Lock()
+        self._failing = False
+        self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        with self._exclusive():
+            self._cut_torn_line()
+            empty = os.fstat(self._handle).st_size == 0
+        if empty:
+            self._append("run", uid=uuid.uuid4().hex)
+        for event in read_events(self.path):
+            self._remember(event)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Points of one step. Values already logged for this or a later step of the same name are left out."""
+        fresh = {name: value for name, value in values.items() if step > self._last_step.get(name, -1)}
+        if fresh:
+            self._last_step.update(dict.fromkeys(fresh, step))
+            self._append("metrics", step=step, values={name: _number(value) for name, value in fresh.items()})
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Settings of the run, flat: `{"model.width": 768}`."""
+        self._append("params", values={key: str(value) for key, value in values.items()})
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Labels of the run; a later value replaces an earlier one."""
+        self._append("tags", values={key: str(value) for key, value in values.items()})
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """A small file to be shown in MLflow, below `folder`. Sent as it is at the time of sending."""
+        self._append("artifact", path=os.path.relpath(path, self.path.parent), folder=folder)
+
+    def status(self, status: str) -> None:
+        """RUNNING, FINISHED, KILLED (stopped by a signal; may be continued) or FAILED."""
+        if status not in ("RUNNING", "FINISHED", "KILLED", "FAILED"):
+            raise ValueError(f"unknown status {status!r}")
+        self._append("status", status=status)
+
+    def child_run(self, name: str, step: int, values: Mapping[str, float], tags: Mapping[str, Any]) -> None:
+        """Result of one evaluation of the checkpoint of `step`; written once per (name, step)."""
+        if (name, step) in self._children:
+            return
+        self._children.add((name, step))
+        numbers = {key: _number(value) for key, value in values.items()}
+        self._append("child_run", name=name, step=step, values=numbers, tags={k: str(v) for k, v in tags.items()})
+
+    def last_step(self, name: str) -> int | None:
+        """Last step for which the metric `name` is in the file."""
+        return self._last_step.get(name)
+
+    def flush(self) -> None:
+        """Force everything written so far to the disk (call with each checkpoint)."""
+        os.fsync(self._handle)
+
+    def close(self) -> None:
+        """Flush and close; the log cannot be used afterwards."""
+        self.flush()
+        os.close(self._handle)
+
+    def _remember(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "metrics":
+            for name in event["values"]:
+                self._last_step[name] = max(event["step"], self._last_step.get(name, -1))
+        elif event["kind"] == "child_run":
+            self._children.add((event["name"], event["step"]))
+
+    def _append(self, kind: str, **content: Any) -> None:
+        line = json.dumps({"time": time.time_ns() // 1_000_000, "kind": kind, **content}, allow_nan=False).encode() + b"\n"
+        with self._exclusive():
+            size = os.fstat(self._handle).st_size
+            try:
+                if os.write(self._handle, line) < len(line):
+                    raise OSError("only a part of the line could be written")
+                self._failing = False
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._handle, size)
+                if not self._failing:
+                    logger.warning("%s cannot be written (%s): points are lost until it can", self.path, error)
+                self._failing = True
+
+    def _cut_torn_line(self) -> None:
+        """Cut what follows the last line end; and lines at the end that are no JSON (a power cut leaves zeros)."""
+        data = self.path.read_bytes()
+        end = len(data)
+        while end:
+            start = data.rfind(b"\n", 0, end - 1) + 1
+            if data[end - 1 : end] == b"\n" and _parse(data[start:end]) is not None:
+                break
+            end = start
+        if end < len(data):
+            logger.warning("%s: %d bytes of an unfinished line at the end are cut off", self.path, len(data) - end)
+            os.ftruncate(self._handle, end)
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """One writer at a time, over threads and processes."""
+        with self._lock:
+            fcntl.flock(self._handle, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._handle, fcntl.LOCK_UN)

@@ -1,0 +1,139 @@
+"""Reading a checkpoint: verify, weights, state. The one reader of the format, shared by training (resume), evaluation,
+analysis and export; it knows no rank and imports no DeepSpeed.
+
+A checkpoint is a folder `checkpoints/step-00001000/` with `model.safetensors` (fp32 parameters by canonical name),
+`optimizer.safetensors`, `state.json`, `config.yaml`, `tokenizer/`, `manifest.json`
+(`{"files": {relative path: {"sha256": hex, "bytes": int}}, ...}`) and `COMPLETE` (the SHA-256 of `manifest.json`).
+No pickle is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exlm_dist.config import RunConfig, load_config
+from exlm_dist.utils.errors import CheckpointError
+from exlm_dist.utils.files import sha256_file
+from exlm_dist.utils.logs import get_logger
+
+if TYPE_CHECKING:
+    import torch
+
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+CONFIG_FILE = "config.yaml"
+TOKENIZER_FOLDER = "tokenizer"
+MANIFEST_FILE = "manifest.json"
+COMPLETE_FILE = "COMPLETE"
+CHECKPOINTS = "checkpoints"
+
+_STEP_FOLDER = re.compile(r"step-(\d+)$")
+logger = get_logger(__name__)
+
+
+def step_of(folder: Path) -> int:
+    """Step in the name `step-00001000`; CheckpointError for any other name."""
+    match = _STEP_FOLDER.search(Path(folder).name)
+    if match is None:
+        raise CheckpointError(f"{folder} is no checkpoint folder: its name is not of the form step-00001000.")
+    return int(match.group(1))
+
+
+def checkpoint_folders(run_folder: Path) -> list[Path]:
+    """Checkpoint folders of a run, newest first, whole or not."""
+    folders = [path for path in (Path(run_folder) / CHECKPOINTS).glob("step-*") if _STEP_FOLDER.search(path.name)]
+    return sorted((path for path in folders if path.is_dir()), key=step_of, reverse=True)
+
+
+def verify(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
+    """The manifest of a whole checkpoint; CheckpointError naming the first thing that is wrong.
+
+    Checks the COMPLETE marker, the manifest against it, and size and SHA-256 of every file (`hashes=False`: size only).
+    """
+    folder = Path(folder)
+    if not (folder / COMPLETE_FILE).is_file():
+        raise _unusable(folder, f"it has no {COMPLETE_FILE} marker (killed while saving?)")
+    manifest_path = folder / MANIFEST_FILE
+    if not manifest_path.is_file():
+        raise _unusable(folder, f"{MANIFEST_FILE} is missing")
+    if sha256_file(manifest_path) != (folder / COMPLETE_FILE).read_text().strip():
+        raise _unusable(folder, f"{MANIFEST_FILE} does not have the hash in {COMPLETE_FILE}")
+    manifest = json.loads(manifest_path.read_text())
+    for name, entry in manifest["files"].items():
+        _verify_file(folder, name, entry, hashes)
+    return manifest
+
+
+def _verify_file(folder: Path, name: str, entry: dict[str, Any], hashes: bool) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise _unusable(folder, f"{name} is missing")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise _unusable(folder, f"{name} has {size} bytes, not {entry['bytes']}")
+    if hashes and sha256_file(path) != entry["sha256"]:
+        raise _unusable(folder, f"{name} is damaged: its SHA-256 is not that of the manifest")
+
+
+def _unusable(folder: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"Checkpoint {folder} cannot be used: {why}. Use another checkpoint of the run.")
+
+
+def newest_checkpoint(run_folder: Path) -> Path:
+    """Newest whole checkpoint of a run. Each newer one that is rejected is reported with the reason.
+
+    CheckpointError when none is whole.
+    """
+    rejected = []
+    for folder in checkpoint_folders(run_folder):
+        try:
+            verify(folder)
+            return folder
+        except CheckpointError as error:
+            logger.warning("%s", error)
+            rejected.append(folder.name)
+    found = f"rejected: {', '.join(rejected)}" if rejected else "there is none"
+    raise CheckpointError(f"No whole checkpoint in {Path(run_folder) / CHECKPOINTS} ({found}). Train first: exlm pretrain.")
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`path` itself when it is a checkpoint (verified), else the newest whole checkpoint of the run folder `path`."""
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no folder. Give a run folder (runs/NAME) or a checkpoint in it.")
+    if (path / MANIFEST_FILE).is_file() or _STEP_FOLDER.search(path.name):
+        verify(path)
+        return path
+    return newest_checkpoint(path)
+
+
+def load_weights(folder: Path, *, verified: bool = False) -> dict[str, torch.Tensor]:
+    """fp32 parameters by canonical name, on the CPU. The folder is verified first unless the caller has done so."""
+    return _load_tensors(folder, MODEL_FILE, verified)
+
+
+def load_optimizer(folder: Path, *, verified: bool = False) -> dict[str, torch.Tensor]:
+    """Tensors of the optimizer by name, on the CPU, as training wrote them."""
+    return _load_tensors(folder, OPTIMIZER_FILE, verified)
+
+
+def _load_tensors(folder: Path, name: str, verified: bool) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    if not verified:
+        verify(folder)
+    return load_file(Path(folder) / name)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`state.json`: step, counters, fingerprints."""
+    return json.loads((Path(folder) / STATE_FILE).read_text())
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The resolved config that the checkpoint (or run folder) was written with."""
+    return load_config(Path(folder) / CONFIG_FILE, [])

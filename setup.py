@@ -35,5 +35,5 @@ setup(
         "zstandard>=0.22",
     ],
     extras_require={"test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis"], "parquet": ["pyarrow"]},
-    entry_points={"console_scripts": ["exlm=exlm_dist.cli:main"]},
+    entry_points={"console_scripts": ["exlm=exlm_dist.cli:entry"]},
 )

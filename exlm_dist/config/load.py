@@ -31,7 +31,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree, origins = read_yaml(Path(path))
     for key, text in parse_overrides(overrides):
         _set(tree, key, _scalar(text), key)
-        origins[key] = "command line"
+        parts = key.split(".")
+        for depth in range(1, len(parts) + 1):
+            origins[".".join(parts[:depth])] = "command line"
     config = validate(tree, origins, str(path))
     check_config(config)
     return config
@@ -143,9 +145,10 @@ def _set(tree: dict[str, Any], dotted: str, value: Any, whole: str) -> None:
 
 def _scalar(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+    return text if isinstance(value, (dict, list)) and text.lstrip()[:1] not in ("{", "[") else value
 
 
 def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,220 @@
+"""The `exlm` command. Everything heavy is imported only by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from exlm_dist import __version__
+from exlm_dist.utils.errors import EXIT_RETRY, UserError
+from exlm_dist.utils.logs import configure_logging
+
+Command = Callable[[argparse.Namespace, list[str]], int]
+
+OVERRIDES = "Settings of the file are overridden by --section.key VALUE, say --model.layers 6 (see `exlm config schema`)."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; errors of the user are printed without a traceback."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not options.takes_overrides:
+        parser.error(f"unknown argument {rest[0]!r} (see `exlm {options.command} --help`)")
+    configure_logging()
+    try:
+        return options.run(options, rest)
+    except UserError as error:
+        rank = os.environ.get("RANK")
+        print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def entry() -> None:
+    """Console entry: `exlm`, and what the deepspeed launcher starts with `--module exlm_dist.cli`."""
+    sys.exit(main())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="exlm", description="Pretrain ExLM and plain masked language models for text and molecules.")
+    parser.add_argument("--version", action="version", version=f"exlm_dist {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_prepare(commands)
+    _add_pretrain(commands)
+    _add_after_training(commands)
+    _add_config(commands)
+    return parser
+
+
+def _command(commands, name: str, run: Command, summary: str, *, overrides: bool = False, epilog: str = "") -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary, epilog=epilog, allow_abbrev=False,
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.set_defaults(run=run, takes_overrides=overrides)
+    return parser
+
+
+def _add_prepare(commands) -> None:
+    prepare = commands.add_parser("prepare", help="turn SMILES or text into tokenized shards", description="Turn SMILES or text into tokenized shards.")
+    kinds = prepare.add_subparsers(dest="kind", required=True, metavar="KIND")
+    smiles = _command(kinds, "smiles", _prepare_smiles, "molecules as SMILES: .smi .txt .csv .tsv .jsonl .parquet, plain, .gz or .zst")
+    text = _command(kinds, "text", _prepare_text, "text: .txt (documents divided by blank lines) .csv .tsv .jsonl .parquet, plain, .gz or .zst")
+    for parser in (smiles, text):
+        parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="input files or glob patterns")
+        parser.add_argument("--column", help="column (csv, tsv, parquet) or field (jsonl) that holds the SMILES or the text")
+        parser.add_argument("--tokenizer", metavar="FOLDER", help="use this tokenizer folder (of an earlier prepare, or of a checkpoint)")
+    smiles.add_argument("--stereo", choices=["keep", "drop"], default="keep", help="stereo marks in the canonical SMILES")
+    smiles.add_argument("--salts", choices=["keep", "largest_fragment"], default="keep", help="what becomes of molecules of several parts")
+    text.add_argument("--vocab-size", type=int, default=32000, help="sentencepiece vocabulary")
+    demo_smiles = _command(kinds, "demo-smiles", _prepare_demo_smiles, "the embedded demonstration corpus of molecules")
+    demo_smiles.add_argument("--molecules", type=int, default=20000, help="distinct molecules to build")
+    demo_text = _command(kinds, "demo-text", _prepare_demo_text, "the embedded demonstration corpus of English prose")
+    demo_text.add_argument("--vocab-size", type=int, default=2000, help="sentencepiece vocabulary")
+    for parser in (smiles, text, demo_smiles, demo_text):
+        parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to publish")
+        parser.add_argument("--max-length", type=int, default=128, help="longest sequence, BOS and EOS counted")
+        parser.add_argument("--valid-fraction", type=float, default=0.02, help="share of the records held out")
+        parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+        parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+
+
+def _add_pretrain(commands) -> None:
+    pretrain = _command(commands, "pretrain", _pretrain, "train, or continue, the run that a configuration describes", overrides=True, epilog=OVERRIDES)
+    pretrain.add_argument("config", help="YAML file, say configs/pretrain/demo_smiles_exlm.yaml")
+    pretrain.add_argument("--local_rank", help=argparse.SUPPRESS)
+
+
+def _add_after_training(commands) -> None:
+    evaluate = _command(commands, "evaluate", _evaluate, "nll and accuracy per masked token of a checkpoint on held-out data")
+    evaluate.add_argument("checkpoint", type=Path, help="run folder (its newest checkpoint) or checkpoint folder")
+    evaluate.add_argument("--data", type=Path, help="prepared folder; default: the one the run was trained on")
+    evaluate.add_argument("--split", choices=["valid", "train"], default="valid", help="split of the data")
+    evaluate.add_argument("--sequences", type=int, help="first sequences used; default: all")
+    evaluate.add_argument("--mask-ratio", type=float, help="share of masked tokens; default: masking.eval_ratio of the run")
+    report = _command(commands, "report", _report, "plots, and a table that compares runs at equal steps and equal seconds")
+    report.add_argument("runs", nargs="+", type=Path, help="run folders")
+    sync = _command(commands, "sync", _sync, "send what the tracking server has not received yet")
+    sync.add_argument("runs", nargs="+", type=Path, help="run folders")
+    sync.add_argument("--timeout", type=float, default=60.0, help="seconds to try")
+    export = _command(commands, "export", _export, "weights in the layout of the authors' fairseq code")
+    export.add_argument("checkpoint", type=Path, help="run folder (its newest checkpoint) or checkpoint folder")
+    export.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+
+
+def _add_config(commands) -> None:
+    config = commands.add_parser("config", help="show, explain or check settings", description="Show, explain or check settings.")
+    actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
+    show = _command(actions, "show", _config_show, "print the resolved configuration", overrides=True, epilog=OVERRIDES)
+    check = _command(actions, "check", _config_check, "validate, and print parameters, FLOPs, expanded length and memory", overrides=True, epilog=OVERRIDES)
+    for parser in (show, check):
+        parser.add_argument("config", help="YAML file")
+    check.add_argument("--world", type=int, default=1, help="number of ranks")
+    check.add_argument("--length", type=int, help="sequence length; default: that of the prepared data, else 128")
+    check.add_argument("--vocab-size", type=int, help="vocabulary; default: that of the prepared data, else 32000")
+    schema = _command(actions, "schema", _config_schema, "every setting with type, default and meaning")
+    schema.add_argument("section", nargs="?", default="", help="section or setting, say model or optimizer.lr")
+    schema.add_argument("--markdown", action="store_true", help="the whole reference as Markdown")
+
+
+def _prepare_smiles(options: argparse.Namespace, _: list[str]) -> int:
+    from exlm_dist.data.prepare import prepare_smiles
+
+    print(prepare_smiles(options.input, options.out, column=options.column, max_length=options.max_length, stereo=options.stereo, salts=options.salts,
+                         tokenizer=options.tokenizer, valid_fraction=options.valid_fraction, workers=options.workers, overwrite=options.overwrite))
+    return 0
+
+
+def _prepare_text(options: argparse.Namespace, _: list[str]) -> int:
+    from exlm_dist.data.prepare import prepare_text
+
+    print(prepare_text(options.input, options.out, column=options.column, max_length=options.max_length, vocab_size=options.vocab_size,
+                       tokenizer=options.tokenizer, valid_fraction=options.valid_fraction, workers=options.workers, overwrite=options.overwrite))
+    return 0
+
+
+def _prepare_demo_smiles(options: argparse.Namespace, _: list[str]) -> int:
+    from exlm_dist.data.demo_molecules import prepare_demo_smiles
+
+    print(prepare_demo_smiles(options.out, molecules=options.molecules, max_length=options.max_length, valid_fraction=options.valid_fraction,
+                              workers=options.workers, overwrite=options.overwrite))
+    return 0
+
+
+def _prepare_demo_text(options: argparse.Namespace, _: list[str]) -> int:
+    from exlm_dist.data.demo_text import prepare_demo_text
+
+    print(prepare_demo_text(options.out, vocab_size=options.vocab_size, max_length=options.max_length, valid_fraction=options.valid_fraction,
+                            workers=options.workers, overwrite=options.overwrite))
+    return 0
+
+
+def _pretrain(options: argparse.Namespace, overrides: list[str]) -> int:
+    from exlm_dist.config import load_config
+
+    config = load_config(options.config, overrides)
+    if "RANK" not in os.environ and config.launch.processes > 1:
+        from exlm_dist.launch.local import run_local
+
+        return run_local([options.config, *overrides], config.launch.processes)
+    from exlm_dist.training.loop import train
+
+    return train(config)
+
+
+def _evaluate(options: argparse.Namespace, _: list[str]) -> int:
+    from exlm_dist.evaluation.masked_lm import evaluate_checkpoint
+
+    print(evaluate_checkpoint(options.checkpoint, data=options.data, split=options.split, sequences=options.sequences, mask_ratio=options.mask_ratio))
+    return 0
+
+
+def _report(options: argparse.Namespace, _: list[str]) -> int:
+    from exlm_dist.analysis.run_report import run_report
+
+    print(run_report(options.runs))
+    return 0
+
+
+def _sync(options: argparse.Namespace, _: list[str]) -> int:
+    from exlm_dist.tracking import sync
+
+    complete = [sync(run, timeout=options.timeout) for run in options.runs]
+    return 0 if all(complete) else EXIT_RETRY
+
+
+def _export(options: argparse.Namespace, _: list[str]) -> int:
+    from exlm_dist.export.fairseq import export_checkpoint
+
+    print(export_checkpoint(options.checkpoint, options.out))
+    return 0
+
+
+def _config_show(options: argparse.Namespace, overrides: list[str]) -> int:
+    from exlm_dist.config import dump_config, load_config
+
+    print(dump_config(load_config(options.config, overrides)), end="")
+    return 0
+
+
+def _config_check(options: argparse.Namespace, overrides: list[str]) -> int:
+    from exlm_dist.config import load_config
+    from exlm_dist.model.cost import describe
+
+    config = load_config(options.config, overrides)
+    print(describe(config, world=options.world, length=options.length, vocab_size=options.vocab_size))
+    return 0
+
+
+def _config_schema(options: argparse.Namespace, _: list[str]) -> int:
+    from exlm_dist.config import reference
+
+    print(reference.markdown() if options.markdown else reference.text(options.section))
+    return 0
+
+
+if __name__ == "__main__":
+    entry()

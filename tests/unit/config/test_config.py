@@ -1,0 +1,159 @@
+"""Settings: round trip, errors with file, line and remedy, cross-checks, shipped files, generated reference."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from exlm_dist.config import check_length, check_world, config_difference, dump_config, flatten, load_config
+from exlm_dist.config import reference
+from exlm_dist.config.load import known_keys
+from exlm_dist.utils.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+SHIPPED = sorted((ROOT / "configs").glob("*/*.yaml"))
+MINIMAL = "name: run\ndata: {path: data/x}\nschedule: {steps: 10}\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(text: str, name: str = "run.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return _write
+
+
+def failure(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, list(overrides))
+    return str(caught.value)
+
+
+def test_dump_and_load_give_an_equal_object(write):
+    config = load_config(write(MINIMAL), ["--model.layers", "3", "--tracking.uri=http://127.0.0.1:5000", "--budget", "a: b"])
+    assert config.model.layers == 3 and config.tracking.uri == "http://127.0.0.1:5000" and config.budget == "a: b"
+    assert load_config(write(dump_config(config), "again.yaml")) == config
+
+
+def test_number_in_scientific_notation_without_a_dot_is_a_number(write):
+    assert load_config(write(MINIMAL + "optimizer: {lr: 2e-3}\n")).optimizer.lr == 2e-3
+
+
+def test_unknown_key_names_file_line_and_suggestion(write):
+    path = write(MINIMAL + "optimizer:\n  lr: 1.0\n  weigth_decay: 0.1\n")
+    assert failure(path).startswith(f"{path}:6: optimizer.weigth_decay: unknown setting. Did you mean optimizer.weight_decay?")
+
+
+def test_unknown_key_on_the_command_line(write):
+    message = failure(write(MINIMAL), "--optim.lr", "1")
+    assert "command line: optim: unknown setting" in message and "optimizer" in message
+
+
+def test_all_errors_are_told_at_once(write):
+    message = failure(write("name: run\nmodel: {layers: none, width: -4}\nschedule: {steps: 10}\n"))
+    assert len(message.splitlines()) == 3
+    assert "data: must be given" in message and "model.layers = 'none'" in message and "greater than or equal to 4" in message
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", "empty"),
+    ("a: [", "not valid YAML"),
+    ("- 1", "key: value"),
+    ("name: a\nname: b\n", "given twice"),
+    ("base: run.yaml\n", "leads back"),
+    (MINIMAL + "model: 3\n", "model = 3"),
+])
+def test_files_that_are_not_configurations(write, text, words):
+    assert words in failure(write(text))
+
+
+def test_missing_file_suggests_a_near_one(write):
+    path = write(MINIMAL, "demo.yaml")
+    assert "Did you mean" in failure(path.with_name("dmo.yaml"))
+
+
+def test_base_is_laid_under(write):
+    write(MINIMAL + "model: {layers: 5, width: 64, heads: 4}\n", "base.yaml")
+    config = load_config(write("base: base.yaml\nname: other\nmodel: {layers: 2}\n"))
+    assert (config.name, config.model.layers, config.model.width) == ("other", 2, 64)
+
+
+@pytest.mark.parametrize("overrides, words", [
+    (["--model.heads", "7"], ["768", "model.heads 7", "Nearest that fits: model.heads 6"]),
+    (["--model.width", "72", "--model.heads", "12"], ["head width 6", "divisible by 4", "model.width 96"]),
+    (["--model.objective", "mlm"], ["model.states 1", "model.anchors false"]),
+    (["--masking.keep", "0.6", "--masking.random", "0.5"], ["more than 1"]),
+    (["--schedule.warmup", "10"], ["schedule.warmup 10", "schedule.steps 10"]),
+    (["--batch.sequences", "100", "--batch.micro", "32"], ["100", "32", "Nearest: batch.sequences 96"]),
+    (["--parallel.tensor", "2"], ["parallel.tensor 2", "Set parallel.tensor 1"]),
+])
+def test_settings_that_contradict_each_other(write, overrides, words):
+    message = failure(write(MINIMAL), *overrides)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("arguments, words", [(["model.layers", "2"], "--section.key"), (["--seed"], "no value"), (["--seed", "--name"], "no value")])
+def test_malformed_overrides(write, arguments, words):
+    assert words in failure(write(MINIMAL), *arguments)
+
+
+def test_world_that_does_not_divide_the_batch(write):
+    config = load_config(write(MINIMAL), ["--batch.sequences", "96", "--batch.micro", "32"])
+    check_world(config, 3)
+    with pytest.raises(ConfigError, match=r"96 is not a multiple of 2 ranks x batch.micro 32 = 64.*64 or 128; or batch.micro 24"):
+        check_world(config, 2)
+
+
+def test_expanded_length_over_the_limit(write):
+    config = load_config(write(MINIMAL), ["--model.max_positions", "512"])
+    check_length(config, 128)
+    with pytest.raises(ConfigError, match=r"512 tokens expand to up to 749 states.*max_positions 512. Set model.max_positions to 749"):
+        check_length(config, 512)
+
+
+def test_difference_names_only_what_decides_the_result(write):
+    old = load_config(write(MINIMAL))
+    new = load_config(write(MINIMAL), ["--model.layers", "3", "--launch.processes", "2", "--data.prefetch", "0", "--seed", "4"])
+    assert config_difference(old, new) == [("seed", 0, 4), ("model.layers", 12, 3)]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
+def test_shipped_configurations_load(path):
+    config = load_config(path)
+    check_world(config, config.launch.processes)
+    assert path.stem in (config.name, config.name.removeprefix("ablation_"))
+
+
+@pytest.mark.parametrize("kind", ["base_text", "large_text", "base_smiles"])
+def test_twins_differ_only_in_the_objective(kind):
+    exlm, mlm = (flatten(load_config(ROOT / f"configs/pretrain/{model}_{kind}.yaml")) for model in ("exlm", "mlm"))
+    assert {key for key in exlm if exlm[key] != mlm[key]} == {
+        "name", "model.objective", "model.states", "model.anchors", "model.rotary", "model.transitions"}
+
+
+def test_published_hyper_parameters_of_the_base_recipe():
+    config = load_config(ROOT / "configs/pretrain/exlm_base_text.yaml")
+    assert (config.batch.sequences, config.schedule.steps, config.schedule.warmup, config.optimizer.lr) == (4096, 23000, 1380, 2e-3)
+    assert (config.model.layers, config.model.width, config.model.heads, config.model.ffn, config.model.states) == (12, 768, 12, 3072, 4)
+    assert config.budget == "dinky-23k"
+
+
+def test_reference_in_docs_is_the_generated_one():
+    assert (ROOT / "docs/configuration.md").read_text() == reference.markdown() + "\n", "run: exlm config schema --markdown > docs/configuration.md"
+
+
+def test_every_setting_is_explained():
+    assert all(description.endswith(".") for _, _, _, description in reference.rows())
+    assert {row[0] for row in reference.rows()} <= set(known_keys())
+    with pytest.raises(ConfigError, match="Did you mean model"):
+        reference.rows("modle")
+
+
+def test_reading_settings_imports_no_torch():
+    code = "import sys, exlm_dist.cli, exlm_dist.config; sys.exit(any(name in sys.modules for name in ('torch', 'mlflow', 'rdkit', 'deepspeed')))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

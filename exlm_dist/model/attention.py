@@ -1,0 +1,52 @@
+"""Bidirectional self-attention with rotary positions over a packed micro-batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from exlm_dist.kernels.attention import attention, rotary_angles
+from exlm_dist.model.dropout import site_seed
+from exlm_dist.model.stream import Stream
+
+
+class SelfAttention(nn.Module):
+    """q, k and v of all heads from one matrix, attention within each sequence, output projection.
+
+    The rows of `qkv` are ordered [H, 3, P], so that a contiguous slice of rows holds whole heads. Within a head of q and k the
+    order is [position low | clone low | position high | clone high] (a quarter each), which makes 2-D rotary positions the
+    ordinary rotate-half of P/2 pairs with one row of angles per token.
+    """
+
+    def __init__(self, width: int, heads: int, probability: float, *, layer: int, backend: str) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.head_width = width // heads
+        self.probability = probability
+        self.layer = layer
+        self.backend = backend
+
+    def forward(self, hidden: Tensor, stream: Stream) -> Tensor:
+        """hidden [T, D] -> [T, D]; needs `stream.angles`."""
+        q, k, v = self.qkv(hidden).view(len(hidden), -1, 3, self.head_width).unbind(2)
+        mixed = attention(
+            q,
+            k,
+            v,
+            stream.angles,
+            stream.cu_tokens,
+            stream.max_tokens,
+            dropout=self.probability if self.training else 0.0,
+            seed=site_seed(stream.dropout_seed, self.layer, "weights"),
+            backend=self.backend,
+        )
+        return self.out(mixed.flatten(1))
+
+
+def stream_angles(stream: Stream, head_width: int, kind: str) -> Tensor:
+    """Rotary angles [T, P/2] of every token: by (position, clone), or for kind '1d' by place in the expanded sequence."""
+    position = stream.position
+    if kind == "1d":
+        position = stream.expanded_index(torch.arange(len(position), device=position.device))
+    return rotary_angles(position, stream.clone, head_width, kind)

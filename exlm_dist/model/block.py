@@ -1,0 +1,58 @@
+"""One Transformer block, and the norm that closes the stack."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from exlm_dist.config.schema import ModelConfig
+from exlm_dist.model.attention import SelfAttention, stream_angles
+from exlm_dist.model.dropout import dropout_add, site_seed
+from exlm_dist.model.feedforward import FeedForward
+from exlm_dist.model.stream import Stream
+
+NORM_EPS = 1e-5
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with a residual; LayerNorm before each (pre) or after each sum (post)."""
+
+    def __init__(self, config: ModelConfig, layer: int, backend: str) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.attention = SelfAttention(
+            config.width, config.heads, config.attention_dropout, layer=layer, backend=backend
+        )
+        self.ffn_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.ffn = FeedForward(config.width, config.ffn)
+        self.pre_norm = config.norm == "pre"
+        self.rotary = config.rotary
+        self.probability = config.dropout
+        self.layer = layer
+
+    def forward(self, stream: Stream) -> Stream:
+        """Replace `hidden` [T, D]; the first block of a stage also fills `angles`."""
+        if stream.angles is None:
+            stream = stream.replace(angles=stream_angles(stream, self.attention.head_width, self.rotary))
+        hidden = stream.hidden
+        if self.pre_norm:
+            hidden = self._add(self.attention(self.attention_norm(hidden), stream), hidden, stream, "attention")
+            hidden = self._add(self.ffn(self.ffn_norm(hidden)), hidden, stream, "ffn")
+        else:
+            hidden = self.attention_norm(self._add(self.attention(hidden, stream), hidden, stream, "attention"))
+            hidden = self.ffn_norm(self._add(self.ffn(hidden), hidden, stream, "ffn"))
+        return stream.replace(hidden=hidden)
+
+    def _add(self, branch: Tensor, residual: Tensor, stream: Stream, site: str) -> Tensor:
+        probability = self.probability if self.training else 0.0
+        return dropout_add(branch, residual, probability, site_seed(stream.dropout_seed, self.layer, site))
+
+
+class FinalNorm(nn.LayerNorm):
+    """LayerNorm after the last block, also in the post-norm form (which the authors' code normalises twice)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=NORM_EPS)
+
+    def forward(self, stream: Stream) -> Stream:
+        """Replace `hidden` [T, D]."""
+        return stream.replace(hidden=super().forward(stream.hidden))

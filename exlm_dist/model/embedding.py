@@ -1,0 +1,46 @@
+"""The first layer: token ids to vectors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from exlm_dist.model.dropout import dropout, site_seed
+from exlm_dist.model.stream import Stream
+
+#: Share of masked tokens that the authors' token dropout assumes in training (mask 0.15, of which 0.8 are `<mask>`).
+_TRAINED_SHARE = 0.15 * 0.8
+
+
+class Embedding(nn.Module):
+    """Embedding rows of the tokens, with dropout; no position embedding, no scale and no norm (as the authors').
+
+    `token_dropout` is the id of `<mask>` where the authors' switch of that name is wanted: in training the vectors of
+    `<mask>` become 0 and the others are scaled by (1 - 0.12) / (1 - share of `<mask>` in the expanded sequence).
+    """
+
+    def __init__(self, vocab_size: int, width: int, probability: float, token_dropout: int | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        self.probability = probability
+        self.token_dropout = token_dropout
+
+    def forward(self, stream: Stream) -> Stream:
+        """Fill `hidden` [T, D]."""
+        hidden = F.embedding(stream.input_ids, self.weight)
+        if self.training and self.token_dropout is not None:
+            hidden = hidden * self._token_scale(stream)[:, None]
+        if self.training:
+            hidden = dropout(hidden, self.probability, site_seed(stream.dropout_seed, -1, "embedding"))
+        return stream.replace(hidden=hidden)
+
+    def _token_scale(self, stream: Stream) -> Tensor:
+        """Factor of each token's vector, [T]; padding tokens take that of the last sequence."""
+        masked = stream.input_ids == self.token_dropout
+        before = F.pad(masked.cumsum(0), (1, 0))
+        count = before[stream.cu_tokens[1:]] - before[stream.cu_tokens[:-1]]
+        scale = (1 - _TRAINED_SHARE) / (1 - count / stream.cu_tokens.diff())
+        tokens = torch.arange(len(masked), device=masked.device)
+        sequence = torch.bucketize(tokens, stream.cu_tokens[1:], right=True).clamp(max=stream.num_sequences - 1)
+        return torch.where(masked, 0.0, scale[sequence]).to(self.weight.dtype)

@@ -1,0 +1,156 @@
+"""The last layer: scores of the targets at the states, transitions between the states, likelihood of the targets."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from exlm_dist.config.schema import ModelConfig
+from exlm_dist.kernels.dag import dag_log_likelihood
+from exlm_dist.kernels.transitions import transition_log_probs
+from exlm_dist.kernels.vocab import match_scores
+from exlm_dist.model.block import NORM_EPS
+from exlm_dist.model.objective import diagonal_log_likelihood, prior_marginals
+from exlm_dist.model.stream import Stream
+
+#: Largest number of logits that predictions hold at a time.
+_PREDICTION_LOGITS = 1 << 23
+
+
+class Positions(nn.Module):
+    """Learned vector of each place in the expanded sequence."""
+
+    def __init__(self, max_positions: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(max_positions, width))
+
+    def forward(self, length: int) -> Tensor:
+        """The first `length` rows, [length, D]."""
+        if length > len(self.weight):
+            raise ValueError(
+                f"expanded length {length} exceeds the {len(self.weight)} rows of the position table: "
+                "raise model.max_positions or shorten the sequences"
+            )
+        return self.weight[:length]
+
+
+class StateProjection(nn.Linear):
+    """Linear map of concat(features, position vector) that projects each position of the table once, not once per state."""
+
+    def forward(self, features: Tensor, positions: Tensor | None, index: Tensor) -> Tensor:
+        """features [S, D], positions [length, D] or None, index [S] into positions -> [S, out]."""
+        if positions is None:
+            return F.linear(features, self.weight, self.bias)
+        by_feature, by_position = self.weight.split(features.shape[1], dim=1)
+        place = F.linear(positions, by_position, self.bias)
+        return F.linear(features, by_feature) + F.embedding(index, place)
+
+
+class TransitionHead(nn.Module):
+    """Queries, keys and gates of the states, from their features and places; log-probabilities of going from one to another."""
+
+    def __init__(self, config: ModelConfig, backend: str) -> None:
+        super().__init__()
+        inputs = config.width * (2 if config.transition_positions else 1)
+        self.positions = Positions(config.max_positions, config.width) if config.transition_positions else None
+        self.query = StateProjection(inputs, config.width)
+        self.key = StateProjection(inputs, config.width)
+        self.gate = StateProjection(inputs, config.heads)
+        self.heads = config.heads
+        self.kind = config.transitions
+        self.backend = backend
+
+    def forward(self, features: Tensor, stream: Stream) -> Tensor:
+        """features [S, D] of the states -> log-probabilities [B, L_max, L_max]."""
+        places = None if self.positions is None else self.positions(stream.max_tokens)
+        # Padding states point at token 0 and so take its place; their rows are never read.
+        index = stream.expanded_index(stream.state_index)
+        shape = (len(features), self.heads, -1)
+        return transition_log_probs(
+            self.query(features, places, index).view(shape),
+            self.key(features, places, index).view(shape),
+            self.gate(features, places, index),
+            stream.cu_states,
+            stream.max_states,
+            states_per_target=stream.states,
+            kind=self.kind,
+            backend=self.backend,
+        )
+
+
+class Output(nn.Module):
+    """Token head (dense, gelu, norm, vocabulary) and transition head at the states, and the likelihood of the targets."""
+
+    def __init__(self, config: ModelConfig, weight: nn.Parameter, backend: str) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.weight = weight
+        self.bias = nn.Parameter(torch.empty(len(weight)))
+        self.objective = config.objective
+        self.ends = 1 if config.anchors else config.states
+        learned = config.objective == "exlm" and config.transitions != "uniform"
+        self.transition = TransitionHead(config, backend) if learned else None
+        self.backend = backend
+
+    def forward(self, stream: Stream) -> Stream:
+        """Fill `match`, `transitions` (ExLM) and `log_likelihood`; where `predict` is set also `predictions`."""
+        features = F.embedding(stream.state_index, stream.hidden)
+        tokens = self.norm(F.gelu(self.dense(features)))
+        match = match_scores(
+            tokens,
+            self.weight,
+            self.bias,
+            stream.target_ids,
+            stream.cu_states,
+            stream.cu_targets,
+            stream.max_states,
+            stream.max_targets,
+            backend=self.backend,
+        )
+        transitions = self._transitions(features, stream)
+        likelihood = self._likelihood(match, transitions, stream)
+        stream = stream.replace(match=match, transitions=transitions, ends=self.ends, log_likelihood=likelihood)
+        return stream.replace(predictions=self._predict(tokens, stream)) if stream.predict else stream
+
+    def _transitions(self, features: Tensor, stream: Stream) -> Tensor | None:
+        if self.objective == "mlm":
+            return None
+        if self.transition is not None:
+            return self.transition(features, stream)
+        return transition_log_probs(
+            None,
+            None,
+            None,
+            stream.cu_states,
+            stream.max_states,
+            states_per_target=stream.states,
+            kind="uniform",
+            backend=self.backend,
+        )
+
+    def _likelihood(self, match: Tensor, transitions: Tensor | None, stream: Stream) -> Tensor:
+        if transitions is None:
+            return diagonal_log_likelihood(match, stream.num_targets)
+        return dag_log_likelihood(
+            match,
+            transitions,
+            stream.num_targets,
+            stream.num_states,
+            ends=self.ends,
+            backend=self.backend,
+        )
+
+    @torch.no_grad()
+    def _predict(self, tokens: Tensor, stream: Stream) -> Tensor:
+        """argmax_w sum_u q_i(u) p_u(w) of each target i, [B, N_max]; a few sequences at a time."""
+        prior = prior_marginals(stream, backend=self.backend)
+        padded = stream.padded(tokens, stream.cu_states, stream.max_states, 0.0)
+        chunk = max(1, _PREDICTION_LOGITS // (stream.max_states * len(self.weight)))
+        return torch.cat(
+            [
+                (q @ F.linear(x, self.weight, self.bias).float().softmax(-1)).argmax(-1)
+                for q, x in zip(prior.split(chunk), padded.split(chunk))
+            ]
+        )

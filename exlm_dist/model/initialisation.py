@@ -1,0 +1,25 @@
+"""Initial values: a pure function of the seed and a parameter's canonical name, so that every layout starts alike."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from exlm_dist.utils.seeding import seed_from
+
+
+def initial_value(name: str, shape: torch.Size, *, seed: int, std: float) -> torch.Tensor:
+    """Value of the parameter `name` before the first step: N(0, std) for matrices, biases 0, gains of norms 1. On the CPU, fp32."""
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    generator = torch.Generator().manual_seed(seed_from(seed, "init", name))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, *, seed: int, std: float) -> None:
+    """Give every parameter of `model` its initial value; a tied parameter counts once, under its first name."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(name, parameter.shape, seed=seed, std=std))

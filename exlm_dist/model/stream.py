@@ -1,0 +1,103 @@
+"""What flows through the layers: a packed micro-batch with the hidden states, and at the end its likelihoods.
+
+Letters: T expanded tokens, B sequences, D width, P head width, S states, N targets (largest of a sequence: N_max), L states
+of a sequence (largest: L_max), k states per expanded position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """A packed micro-batch on its way through the layers; index tensors are int64 on the model's device.
+
+    Sequence b owns the tokens `cu_tokens[b]:cu_tokens[b+1]`, the states `cu_states[b]:...` (indices into the tokens) and the
+    targets `cu_targets[b]:...`. What lies past the last boundary is padding that no result depends on. The largest counts
+    are Python ints, so that no layer has to ask the device for a size.
+    """
+
+    input_ids: Tensor  # [T]
+    position: Tensor  # [T] place in the unexpanded sequence, from 0
+    clone: Tensor  # [T] 0 for ordinary tokens, 1..k for states
+    cu_tokens: Tensor  # [B+1]
+    state_index: Tensor  # [S]
+    cu_states: Tensor  # [B+1]
+    target_ids: Tensor  # [N]
+    cu_targets: Tensor  # [B+1]
+    max_tokens: int
+    max_states: int
+    max_targets: int
+    states: int  # k
+    dropout_seed: int = 0
+    predict: bool = False  # ask the output layer for `predictions`
+    hidden: Tensor | None = None  # [T, D]
+    angles: Tensor | None = None  # [T, P/2] fp32, computed once by the first block
+    match: Tensor | None = None  # [B, N_max, L_max] log p(target i | state u)
+    transitions: Tensor | None = None  # [B, L_max, L_max] log p(u | v); None for the plain masked language model
+    ends: int = 1  # a path starts at one of the first and ends at one of the last `ends` states
+    log_likelihood: Tensor | None = None  # [B]
+    predictions: Tensor | None = None  # [B, N_max] most probable token of each target
+
+    @staticmethod
+    def from_batch(batch: Any, device: torch.device | str = "cpu", dropout_seed: int = 0) -> Stream:
+        """Stream of a `data.batch.PackedBatch` (numpy) on `device`; `dropout_seed` decides every dropout mask."""
+        arrays = {
+            name: torch.from_numpy(getattr(batch, name)).to(device, non_blocking=True)
+            for name in (
+                "input_ids",
+                "position",
+                "clone",
+                "cu_tokens",
+                "state_index",
+                "cu_states",
+                "target_ids",
+                "cu_targets",
+            )
+        }
+        sizes = {name: int(getattr(batch, name)) for name in ("max_tokens", "max_states", "max_targets", "states")}
+        return Stream(**arrays, **sizes, dropout_seed=dropout_seed)
+
+    def replace(self, **changes: Any) -> Stream:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def to(self, device: torch.device | str) -> Stream:
+        """A copy with every tensor on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Stream(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()})
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return self.cu_tokens.numel() - 1
+
+    @property
+    def num_states(self) -> Tensor:
+        """States of each sequence, [B]."""
+        return self.cu_states.diff()
+
+    @property
+    def num_targets(self) -> Tensor:
+        """Targets of each sequence, [B]."""
+        return self.cu_targets.diff()
+
+    def expanded_index(self, tokens: Tensor) -> Tensor:
+        """Place of each of `tokens` (indices into T, of any shape) in its own expanded sequence, from 0.
+
+        Padding tokens count on from the last boundary.
+        """
+        return tokens - self.cu_tokens[torch.bucketize(tokens, self.cu_tokens, right=True) - 1]
+
+    def padded(self, values: Tensor, boundaries: Tensor, longest: int, fill: Any) -> Tensor:
+        """Lay packed `values` [X, ...] out as [B, longest, ...], `fill` outside a sequence's own range."""
+        offset = torch.arange(longest, device=values.device)
+        index = boundaries[:-1, None] + offset
+        inside = index < boundaries[1:, None]
+        inside = inside.reshape(*inside.shape, *[1] * (values.dim() - 1))
+        return values[index.clamp(max=len(values) - 1)].masked_fill(~inside, fill)

@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_prepare(commands)
     _add_pretrain(commands)
+    _add_launch(commands)
     _add_after_training(commands)
     _add_config(commands)
     return parser
@@ -86,6 +87,15 @@ def _add_pretrain(commands) -> None:
     pretrain = _command(commands, "pretrain", _pretrain, "train, or continue, the run that a configuration describes", overrides=True, epilog=OVERRIDES)
     pretrain.add_argument("config", help="YAML file, say configs/pretrain/demo_smiles_exlm.yaml")
     pretrain.add_argument("--local_rank", help=argparse.SUPPRESS)
+
+
+def _add_launch(commands) -> None:
+    launch = commands.add_parser("launch", help="start a run through a launcher", description="Start a run through a launcher.")
+    launchers = launch.add_subparsers(dest="launcher", required=True, metavar="LAUNCHER")
+    deepspeed = _command(launchers, "deepspeed", _launch_deepspeed, "train under the DeepSpeed launcher", overrides=True, epilog=OVERRIDES)
+    deepspeed.add_argument("config", help="YAML file")
+    deepspeed.add_argument("--hostfile", type=Path, help="hosts and slots; default: launch.processes processes on this machine")
+    deepspeed.add_argument("--dry-run", action="store_true", help="print the command and stop")
 
 
 def _add_after_training(commands) -> None:
@@ -163,6 +173,20 @@ def _pretrain(options: argparse.Namespace, overrides: list[str]) -> int:
     from exlm_dist.training.loop import train
 
     return train(config)
+
+
+def _launch_deepspeed(options: argparse.Namespace, overrides: list[str]) -> int:
+    import shlex
+
+    from exlm_dist.config import load_config
+    from exlm_dist.launch.deepspeed import deepspeed_command, run_deepspeed
+
+    launch = load_config(options.config, overrides).launch
+    arguments = [options.config, *overrides]
+    if options.dry_run:
+        print(shlex.join(deepspeed_command(arguments, processes=launch.processes, port=0, hostfile=options.hostfile)))
+        return 0
+    return run_deepspeed(arguments, processes=launch.processes, device=launch.device, hostfile=options.hostfile)
 
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> int:

@@ -18,11 +18,17 @@ started=$SECONDS
 
 step() { printf '\n== %s (%d s)\n' "$*" "$((SECONDS - started))"; }
 
-kill_half_way() { # waits for the checkpoint of step 150, then kills rank 1 with SIGKILL
+kill_half_way() { # waits for the checkpoint half-way, then kills one rank with SIGKILL
     local launcher=$1 limit=$((SECONDS + 240))
     while [ $SECONDS -lt $limit ] && kill -0 "$launcher" 2>/dev/null; do
         if [ -e "$exlm_run/checkpoints/step-00000150/COMPLETE" ]; then
-            exlm launch kill "$exlm_run" --rank 1
+            "$venv/bin/python" - "$exlm_config" <<'PY'
+import sys, psutil
+for process in psutil.process_iter(["cmdline"]):
+    command = process.info["cmdline"] or []
+    if command[2:5] == ["-m", "exlm_dist.cli", "pretrain"] and sys.argv[1] in command and process.environ().get("RANK") == "1":
+        process.kill()
+PY
             return 0
         fi
         sleep 0.2

@@ -1,0 +1,83 @@
+"""A run under the DeepSpeed launcher: the command, its environment, and a supervisor that passes signals to the ranks.
+
+The launcher itself turns SIGTERM into exit code 1 and does not know SIGUSR1; the ranks know both (save at the step edge,
+exit 75). So signals go straight to the ranks and the launcher only reports how they ended. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from exlm_dist.launch.local import free_port
+from exlm_dist.utils.errors import EXIT_RETRY, ConfigError
+
+RANK_MODULE = "exlm_dist.cli"
+
+
+def deepspeed_command(arguments: Sequence[str], *, processes: int, port: int, hostfile: Path | None = None) -> list[str]:
+    """Command line that starts `exlm pretrain ARGUMENTS` on `processes` local ranks, or on every slot of `hostfile`.
+
+    Raises:
+        ConfigError: the host file does not exist (the launcher would silently start one local rank).
+    """
+    if hostfile is not None and not hostfile.is_file():
+        raise ConfigError(f"no host file at {hostfile}. It lists one `hostname slots=8` per line.")
+    where = ["--hostfile", str(hostfile)] if hostfile else ["--hostfile", os.devnull, "--num_gpus", str(processes)]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", str(port), "--no_local_rank",
+            "--module", RANK_MODULE, "pretrain", *arguments]
+
+
+def deepspeed_environment(device: str) -> dict[str, str]:
+    """Environment of the launcher: the CPU accelerator where there is no GPU, no telemetry, quiet logs."""
+    environment = dict(os.environ)
+    on_cpu = device == "cpu" or (device == "auto" and not Path("/dev/nvidiactl").exists())
+    if on_cpu:
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    environment.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    environment.setdefault("LOG_LEVEL", "error")
+    return environment
+
+
+def run_deepspeed(arguments: Sequence[str], *, processes: int, device: str = "auto", hostfile: Path | None = None) -> int:
+    """Start the launcher, pass SIGTERM and SIGUSR1 to the ranks, and return the exit code of the run."""
+    command = deepspeed_command(arguments, processes=processes, port=free_port(), hostfile=hostfile)
+    launcher = subprocess.Popen(command, env=deepspeed_environment(device), start_new_session=True)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda received, _: _pass_on(launcher, received))
+    code = launcher.wait()
+    return code if code >= 0 else EXIT_RETRY
+
+
+def rank_processes(parent: int) -> list[psutil.Process]:
+    """Processes below `parent` that are ranks of a run."""
+    try:
+        below = psutil.Process(parent).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return [process for process in below if _is_rank(process)]
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    try:
+        return process.cmdline()[2:5] == ["-m", RANK_MODULE, "pretrain"]
+    except psutil.Error:
+        return False
+
+
+def _pass_on(launcher: subprocess.Popen[bytes], received: int) -> None:
+    """Give the signal to the ranks; before there are any, end the launcher."""
+    ranks = rank_processes(launcher.pid)
+    for process in ranks:
+        try:
+            process.send_signal(received)
+        except psutil.NoSuchProcess:
+            continue
+    if not ranks:
+        os.killpg(launcher.pid, signal.SIGTERM)

@@ -1,0 +1,45 @@
+"""Packed variable-length bidirectional attention with rotary positions (maths: README.md beside this file)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from exlm_dist.kernels.attention.angles import rotary_angles
+from exlm_dist.kernels.backend import implementation
+from exlm_dist.kernels.checks import check_segments, check_shape
+
+__all__ = ["attention", "rotary_angles"]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: Tensor,
+    cu_tokens: Tensor,
+    max_tokens: int,
+    *,
+    dropout: float = 0.0,
+    seed: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention of each sequence to itself; q and k are turned by `angles` first.
+
+    q, k, v [T, H, P]; angles [T, P/2] fp32, turning component j against component j + P/2 (rotate-half);
+    cu_tokens [B+1] int64; max_tokens the longest sequence (python int). Scale P^-0.5, softmax in fp32.
+    dropout is the share of attention weights that is zeroed; the same `seed` gives the same mask.
+    Returns [T, H, P] in the type of q; tokens past cu_tokens[-1] give 0. ValueError on shapes that do not fit.
+    Source: Su et al. 2021 (rotary), ExLM (arXiv 2501.13397) section 3 (two-dimensional form).
+    """
+    check_shape("q", q, (None, None, None))
+    tokens, heads, width = q.shape
+    if width % 2:
+        raise ValueError(f"head width {width} is odd; rotary positions turn pairs, so it must be divisible by 2")
+    check_shape("k", k, (tokens, heads, width))
+    check_shape("v", v, (tokens, heads, width))
+    check_shape("angles", angles, (tokens, width // 2))
+    check_segments("cu_tokens", cu_tokens, tokens, max_tokens)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}, expected at least 0 and below 1")
+    chosen = implementation("attention", backend, q.device)
+    return chosen.attention(q, k, v, angles, cu_tokens, max_tokens, dropout=dropout, seed=seed)

@@ -1,9 +1,4 @@
-"""What a run leaves behind as it goes: `events.jsonl`, and MLflow fed from it.
-
-`events.jsonl` is both the durable record and the spool. The training thread only appends lines to it; a thread of its
-own reads them and sends them to MLflow, so a tracking server that is slow, down or hung costs the training nothing and
-no point. Sending a line twice changes nothing (points carry the time of the line, and MLflow keeps one row for equal
-key, step, time and value), so the position reached may be forgotten at any moment.
+"""`events.jsonl`: the durable record of a run, and the spool that MLflow is fed from.
 
 Metric names used across the package (unit):
 `train/loss` (nats, as optimised), `train/nll` (nats per masked token), `train/accuracy` (share), `train/lr`,
@@ -42,14 +37,15 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
-                event = _parse(line)
+                event = parse_event(line)
                 if event is None:
                     logger.warning("%s line %d is damaged and left out", path, number)
                 else:
                     yield event
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_event(line: bytes) -> dict[str, Any] | None:
+    """The event of one line, or None where the line is none."""
     try:
         event = json.loads(line)
         if event["kind"] in ("metrics", "child_run"):
@@ -163,7 +159,7 @@ class EventLog:
         end = len(data)
         while end:
             start = data.rfind(b"\n", 0, end - 1) + 1
-            if data[end - 1 : end] == b"\n" and _parse(data[start:end]) is not None:
+            if data[end - 1 : end] == b"\n" and parse_event(data[start:end]) is not None:
                 break
             end = start
         if end < len(data):

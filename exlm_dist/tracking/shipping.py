@@ -1,0 +1,256 @@
+"""Sending `events.jsonl` to MLflow: by a daemon thread while training, by `sync` afterwards. Never in the way of training."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+from exlm_dist import __version__
+from exlm_dist.config import RunConfig, flatten, load_config
+from exlm_dist.tracking.events import EVENTS, EventLog, parse_event, read_events
+from exlm_dist.tracking.store import MlflowRun, RunGone, import_mlflow
+from exlm_dist.tracking.system import SystemSampler
+from exlm_dist.tracking.uri import redact, tracking_uri
+from exlm_dist.utils.errors import CheckpointError
+from exlm_dist.utils.files import write_json
+from exlm_dist.utils.logs import get_logger
+
+POSITION = "tracking.json"
+CHUNK = 1 << 18
+POLL = 2.0
+LONGEST_PAUSE = 60.0
+LAST_ATTEMPTS = 3
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What was reached: true when everything is in MLflow."""
+
+    run_folder: Path
+    uri: str
+    run_id: str | None
+    remaining: int
+    error: str | None
+
+    def __bool__(self) -> bool:
+        return self.remaining == 0
+
+    def __str__(self) -> str:
+        if self:
+            return f"{self.run_folder.name}: everything is in MLflow ({self.uri}, run {self.run_id})"
+        return (f"{self.run_folder.name}: {self.remaining} lines of {EVENTS} are not in MLflow yet ({self.uri}: {self.error or 'time is up'}). "
+                f"Nothing is lost; send them with: exlm sync {self.run_folder}")
+
+
+class Shipper:
+    """Sends what `events.jsonl` of one run has past the position kept in `tracking.json`."""
+
+    def __init__(self, run_folder: Path, uri: str, experiment: str) -> None:
+        self.folder = Path(run_folder)
+        self.uri, self.experiment = uri, experiment
+        self.error: str | None = None
+        self._failures = 0
+        self._stop, self._wake, self._finishing = Event(), Event(), Event()
+        self._run: MlflowRun | None = None
+
+    def position(self) -> dict[str, Any]:
+        """`{"uri", "run_id", "offset"}`; the start where nothing was sent to this URI yet."""
+        start = {"uri": redact(self.uri), "run_id": None, "offset": 0}
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            kept = json.loads((self.folder / POSITION).read_text())
+            if kept.get("uri") == start["uri"] and kept.get("offset", 0) <= self._size():
+                return {**start, **kept}
+        return start
+
+    def remaining(self) -> int:
+        """Lines not yet sent."""
+        with open(self.folder / EVENTS, "rb") as file:
+            file.seek(self.position()["offset"])
+            return file.read().count(b"\n")
+
+    def report(self) -> SyncReport:
+        """State now."""
+        return SyncReport(self.folder, redact(self.uri), self.position()["run_id"], self.remaining(), self.error)
+
+    def send_all(self) -> None:
+        """Send until nothing is left. Raises what MLflow raises; what was sent before stays sent."""
+        with _only_sender(self.folder):
+            position = self.position()
+            try:
+                while self._send_chunk(position) and not self._stop.is_set():
+                    pass
+            except RunGone as gone:
+                logger.warning("MLflow has no run %s any more: a new one gets everything from the start", gone)
+                self._run = None
+                self._keep({**position, "run_id": None, "offset": 0})
+                raise
+
+    def start(self) -> Shipper:
+        """Start the thread that sends, waits for more, and after a failure waits longer and longer."""
+        Thread(target=self._work, name="mlflow", daemon=True).start()
+        return self
+
+    def finish(self, timeout: float) -> SyncReport:
+        """Let the thread send what is left, for at most `timeout` seconds and a few failures, and end it."""
+        deadline, failures = time.monotonic() + timeout, self._failures + LAST_ATTEMPTS
+        self._finishing.set()
+        self._wake.set()
+        while self.remaining() and self._failures < failures and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self._stop.set()
+        self._wake.set()
+        return self.report()
+
+    def _work(self) -> None:
+        pause = POLL
+        while not self._stop.is_set():
+            try:
+                self.send_all()
+                if self.error:
+                    logger.info("MLflow answers again: what was kept is sent")
+                self.error, pause = None, POLL
+            except Exception as error:  # whatever MLflow raises must not end the thread: the points stay in events.jsonl
+                self._report_failure(error)
+                pause = min(2 * pause, LONGEST_PAUSE)
+            self._wake.wait(0.5 if self._finishing.is_set() else pause)
+            self._wake.clear()
+
+    def _report_failure(self, error: Exception) -> None:
+        message = redact(f"{type(error).__name__}: {error}").splitlines()[0][:300]
+        if self.error is None:
+            logger.warning("MLflow cannot be reached; training goes on and points are kept in %s (%s)", EVENTS, message)
+        self.error = message
+        self._failures += 1
+
+    def _send_chunk(self, position: dict[str, Any]) -> bool:
+        """Send the next whole lines and keep the new position; False when there were none."""
+        with open(self.folder / EVENTS, "rb") as file:
+            file.seek(position["offset"])
+            data = file.read(CHUNK)
+            while data and b"\n" not in data and (more := file.read(CHUNK)):
+                data += more
+        data = data[: data.rfind(b"\n") + 1]
+        if not data:
+            return False
+        if self._run is None:
+            self._run = self._open(position["run_id"])
+            position["run_id"] = self._run.run_id
+            self._keep(position)
+        self._run.send([event for event in map(parse_event, data.splitlines()) if event is not None])
+        position["offset"] += len(data)
+        self._keep(position)
+        return True
+
+    def _open(self, run_id: str | None) -> MlflowRun:
+        first = next(read_events(self.folder / EVENTS), None)
+        if first is None or first["kind"] != "run":
+            raise CheckpointError(f"{self.folder / EVENTS} does not begin with the line that names the run. Restore it from a copy.")
+        return MlflowRun(self.uri, self.experiment, self.folder.parent, self.folder, first["uid"], run_id, first["time"])
+
+    def _keep(self, position: dict[str, Any]) -> None:
+        write_json(self.folder / POSITION, position)
+
+    def _size(self) -> int:
+        return (self.folder / EVENTS).stat().st_size
+
+
+class Tracker:
+    """Tracking of one training session, on rank 0. `start` returns at once; `close` waits a bounded time."""
+
+    def __init__(self, log: EventLog, shipper: Shipper | None, sampler: SystemSampler | None) -> None:
+        self._log, self._sampler = log, sampler
+        self._shipper = shipper.start() if shipper is not None else None
+
+    @classmethod
+    def start(cls, run_folder: Path, config: RunConfig, log: EventLog, *, tags: dict[str, Any] | None = None, system_interval: float = 10.0) -> Tracker:
+        """Log settings, tags and `config.yaml` of the run, and start the threads.
+
+        ConfigError for a tracking URI that MLflow does not accept. An MLflow that cannot be imported or reached only
+        gives a warning: the events stay in the run folder for `exlm sync`.
+        """
+        run_folder = Path(run_folder)
+        uri = tracking_uri(config.tracking.uri, run_folder.parent) if config.tracking.mlflow else None
+        log.status("RUNNING")
+        log.params({key: redact(str(value)) for key, value in flatten(config).items()})
+        log.tags({**run_tags(config, run_folder), **(tags or {})})
+        if (run_folder / "config.yaml").is_file():
+            log.artifact(run_folder / "config.yaml")
+        sampler = SystemSampler(log, system_interval) if config.tracking.system else None
+        return cls(log, _shipper(run_folder, uri, config) if uri else None, sampler)
+
+    def close(self, status: str, timeout: float = 30.0) -> SyncReport | None:
+        """Log the final status and send what is left for at most `timeout` seconds; says what remains, and how to send it.
+
+        None where MLflow is off. The log stays open.
+        """
+        if self._sampler is not None:
+            self._sampler.close()
+        self._log.status(status)
+        self._log.flush()
+        if self._shipper is None:
+            return None
+        report = self._shipper.finish(timeout)
+        logger.log(logging.INFO if report else logging.WARNING, "%s", report)
+        return report
+
+
+def sync(run_folder: Path, timeout: float = 60.0) -> SyncReport:
+    """Send what MLflow has not received of a run, for at most `timeout` seconds, and print what was reached.
+
+    CheckpointError where `run_folder` holds no run.
+    """
+    run_folder = Path(run_folder)
+    for name in (EVENTS, "config.yaml"):
+        if not (run_folder / name).is_file():
+            raise CheckpointError(f"{run_folder} is no run folder: it has no {name}. Give the folder of a run, say runs/NAME.")
+    config = load_config(run_folder / "config.yaml")
+    shipper = Shipper(run_folder, tracking_uri(config.tracking.uri, run_folder.parent), config.tracking.experiment)
+    report = shipper.start().finish(timeout)
+    print(report, flush=True)
+    return report
+
+
+def run_tags(config: RunConfig, run_folder: Path) -> dict[str, str]:
+    """Labels by which runs are found and read in MLflow. Nothing of the environment but the Slurm job number."""
+    model = config.model
+    kind = f"ExLM, k={model.states}, {model.transitions} transitions" if model.objective == "exlm" else "plain MLM"
+    note = (f"**{kind}** · {model.layers} layers × {model.width} wide × {model.heads} heads · {config.schedule.steps} steps × "
+            f"{config.batch.sequences} sequences\n\n- budget: {config.budget or 'not labelled'}\n- data: `{config.data.path}`\n"
+            f"- run folder: `{run_folder.resolve()}`\n- continue: the command that started it; report: `exlm report {run_folder}`")
+    tags = {"mlflow.note.content": note, "objective": model.objective, "states": str(model.states), "transitions": model.transitions,
+            "budget": config.budget or "not labelled", "seed": str(config.seed), "host": platform.node(), "exlm_dist": __version__}
+    if job := os.environ.get("SLURM_JOB_ID"):
+        tags["slurm_job"] = job
+    return tags
+
+
+def _shipper(run_folder: Path, uri: str, config: RunConfig) -> Shipper | None:
+    """mlflow is imported here, in the calling thread: an import in a thread beside other imports may see half-made modules."""
+    try:
+        import_mlflow()
+    except ImportError as error:
+        logger.warning("mlflow cannot be imported (%s): events stay in %s; install it and run: exlm sync %s", error, EVENTS, run_folder)
+        return None
+    return Shipper(run_folder, uri, config.tracking.experiment)
+
+
+@contextlib.contextmanager
+def _only_sender(folder: Path) -> Iterator[None]:
+    """Two processes that send the same run would both make it in MLflow; the lock goes when its process ends."""
+    with open(folder / ".tracking.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError("another process is sending this run right now") from None
+        yield

@@ -1,0 +1,71 @@
+"""Load of this machine as ordinary points, under the names that MLflow's "System metrics" tab shows."""
+
+from __future__ import annotations
+
+import os
+import sys
+from threading import Event, Thread
+
+import psutil
+
+from exlm_dist.tracking.events import EventLog
+from exlm_dist.utils.logs import get_logger
+
+logger = get_logger(__name__)
+
+
+def system_metrics(folder: str | os.PathLike[str] = ".") -> dict[str, float]:
+    """CPU, memory, disk of `folder` and each CUDA device now. Percent and megabytes (1e6 bytes)."""
+    memory = psutil.virtual_memory()
+    values = {
+        "cpu_utilization_percentage": psutil.cpu_percent(),
+        "system_memory_usage_megabytes": memory.used / 1e6,
+        "system_memory_usage_percentage": memory.percent,
+        "process_memory_megabytes": psutil.Process().memory_info().rss / 1e6,
+        "disk_available_megabytes": psutil.disk_usage(os.fspath(folder)).free / 1e6,
+        **_gpu_metrics(),
+    }
+    return {f"system/{name}": value for name, value in values.items()}
+
+
+def _gpu_metrics() -> dict[str, float]:
+    """Only where torch is loaded and has made a CUDA context already: looking must not make one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return {}
+    values = {}
+    for device in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(device)
+        values[f"gpu_{device}_memory_usage_megabytes"] = (total - free) / 1e6
+        values[f"gpu_{device}_memory_usage_percentage"] = 100 * (total - free) / total
+        try:
+            values[f"gpu_{device}_utilization_percentage"] = torch.cuda.utilization(device)
+        except (ImportError, RuntimeError):  # NVML or its Python binding is not installed
+            continue
+    return values
+
+
+class SystemSampler:
+    """Writes `system_metrics` to the log every `interval` seconds from a daemon thread; steps count on over restarts."""
+
+    def __init__(self, log: EventLog, interval: float = 10.0) -> None:
+        self._log, self._interval = log, interval
+        self._stop = Event()
+        self._thread = Thread(target=self._run, name="system-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop sampling."""
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        step = 1 + (self._log.last_step("system/cpu_utilization_percentage") or 0)
+        psutil.cpu_percent()  # the first call only starts the count
+        while not self._stop.wait(self._interval):
+            try:
+                self._log.metrics(step, system_metrics(self._log.path.parent))
+            except (psutil.Error, OSError, RuntimeError) as error:
+                logger.warning("no system metrics: %s", error)
+                return
+            step += 1

@@ -1,0 +1,114 @@
+"""Which tokens are hidden: a pure function of (seed, epoch, sample id), over a ragged batch at once.
+
+A ragged batch is `tokens[sum]` with `lengths[B]`; these are payload tokens only, so BOS and EOS, which are added around
+them later, can never be masked. Every draw is a hash of (purpose, seed, epoch, sample id, place): it does not matter
+with which other samples, on which rank or after which restart a sample is masked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from exlm_dist.data.hashing import (
+    PURPOSE_CORRUPT,
+    PURPOSE_COUNT,
+    PURPOSE_PLACE,
+    PURPOSE_REPLACE,
+    hash_of,
+    numbered,
+    uniform,
+)
+from exlm_dist.data.tokenizer import MASK, NUM_SPECIAL
+from exlm_dist.utils.errors import DataError
+
+# A word of `choose_places` keeps 48 bits of the hash and has the place in its lowest 16.
+PLACE_BITS = 16
+MAX_LENGTH = 2**PLACE_BITS - 1
+_PLACE_MASK = np.uint64(MAX_LENGTH)
+_NOWHERE = np.uint64(2**64 - 1)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masked tokens of a ragged batch."""
+
+    places: np.ndarray  # int64[N] index into the flat payload tokens, ascending
+    counts: np.ndarray  # int64[B] masked tokens of each sequence; their sum is N
+    visible: np.ndarray  # int64[N] what the model sees there: MASK, the token itself or a random one
+
+
+def mask_batch(
+    tokens: np.ndarray, lengths: np.ndarray, keys: np.ndarray, *,
+    ratio: float, keep: float = 0.0, random: float = 0.0, vocab_size: int,
+) -> Masks:
+    """Masks of a ragged batch: `tokens` int[sum], `lengths` int64[B], `keys` uint64[B] of `sample_keys`."""
+    counts = num_masks(lengths, keys, ratio)
+    places = choose_places(lengths, counts, keys)
+    visible = visible_tokens(tokens[places], places, lengths, counts, keys, keep, random, vocab_size)
+    return Masks(places, counts, visible)
+
+
+def sample_keys(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """uint64[B]: the key from which every draw about a sample comes; `epochs` and `samples` int64[B]."""
+    return hash_of(seed, epochs, samples)
+
+
+def num_masks(lengths: np.ndarray, keys: np.ndarray, ratio: float) -> np.ndarray:
+    """int64[B]: floor(ratio * length + u), u uniform in [0, 1), as fairseq's data set; at least 1, at most the length.
+
+    Needs no tokens, so every rank knows the number of targets of every sample of a global batch from the index alone.
+    """
+    chance = uniform(hash_of(PURPOSE_COUNT, keys))
+    return np.clip(np.floor(ratio * lengths + chance).astype(np.int64), 1, None).clip(max=lengths)
+
+
+def largest_num_masks(length: int, ratio: float) -> int:
+    """The most masks that a sequence of `length` payload tokens can get."""
+    return min(length, max(1, int(np.ceil(ratio * length))))
+
+
+def choose_places(lengths: np.ndarray, counts: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """int64[N]: flat payload indices, ascending, of `counts[b]` tokens of each sequence b, uniform without replacement.
+
+    They are the tokens with the smallest hash. Ties of the 48 bits kept go to the earlier place (2^-48 a pair).
+    """
+    if len(lengths) == 0 or counts.max() == 0:
+        return np.zeros(0, np.int64)
+    if lengths.max() > MAX_LENGTH:
+        raise DataError(
+            f"a sequence of {lengths.max()} tokens, masking handles at most {MAX_LENGTH}: "
+            "prepare the data with shorter sequences"
+        )
+    places = np.arange(lengths.max(), dtype=np.uint64)
+    words = numbered(hash_of(PURPOSE_PLACE, keys)[:, None], places)
+    words &= ~_PLACE_MASK
+    words |= places
+    words[places >= lengths.astype(np.uint64)[:, None]] = _NOWHERE
+    words.sort(axis=1)
+    chosen = words[:, : counts.max()] & _PLACE_MASK
+    chosen[np.arange(chosen.shape[1]) >= counts[:, None]] = _NOWHERE
+    chosen.sort(axis=1)
+    starts = np.cumsum(lengths) - lengths
+    return (chosen.view(np.int64) + starts[:, None])[chosen != _NOWHERE]
+
+
+def visible_tokens(
+    originals: np.ndarray, places: np.ndarray, lengths: np.ndarray, counts: np.ndarray, keys: np.ndarray,
+    keep: float, random: float, vocab_size: int,
+) -> np.ndarray:
+    """int64[N]: what stands at each masked place, decided by one draw u: kept if u < keep, a random ordinary token if
+    u < keep + random, else MASK. `originals` int[N] are the tokens there, `places` their flat payload indices."""
+    visible = np.full(len(places), MASK, np.int64)
+    if keep + random == 0.0:
+        return visible
+    starts = np.cumsum(lengths) - lengths
+    within = places - np.repeat(starts, counts)
+    owners = np.repeat(keys, counts)
+    chance = uniform(numbered(hash_of(PURPOSE_CORRUPT, owners), within))
+    replaced = (chance >= keep) & (chance < keep + random)
+    visible[chance < keep] = originals[chance < keep]
+    draws = numbered(hash_of(PURPOSE_REPLACE, owners[replaced]), within[replaced])
+    visible[replaced] = NUM_SPECIAL + (draws % np.uint64(vocab_size - NUM_SPECIAL)).astype(np.int64)
+    return visible

@@ -1,0 +1,77 @@
+"""Global batch -> micro-batches -> packed arrays. The plan is a pure function of lengths: every rank makes the same."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from exlm_dist.data.batch import PackedBatch
+from exlm_dist.data.expansion import Expanded
+from exlm_dist.data.tokenizer import PAD
+
+
+def plan_micro_batches(lengths: np.ndarray, count: int) -> list[np.ndarray]:
+    """Deal G sequences to `count` micro-batches: numbers differ by at most one, sums of `lengths` are near equal.
+
+    Longest first, in a snake (0..count-1, count-1..0, ...). Returns for each micro-batch the indices of its sequences,
+    int64, longest first. Equal lengths keep their order, so the plan depends on nothing else.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    rows = -(-len(order) // count)
+    table = np.full(rows * count, -1, np.int64)
+    table[: len(order)] = order
+    table = table.reshape(rows, count)
+    table[1::2] = table[1::2, ::-1]
+    return [column[column >= 0] for column in np.ascontiguousarray(table.T)]
+
+
+def spread(lengths: np.ndarray, plan: list[np.ndarray]) -> float:
+    """(largest - smallest) / mean of the micro-batches' sums of `lengths`: the share of time the fastest one waits."""
+    sums = np.array([lengths[members].sum() for members in plan])
+    return float((sums.max() - sums.min()) / sums.mean())
+
+
+def rounded_up(size: int, bucket: int) -> int:
+    """The smallest positive multiple of `bucket` that is at least `size`."""
+    return max(1, -(-size // bucket)) * bucket
+
+
+def pack(
+    expanded: Expanded, first: int, last: int, *, states: int, bucket: int,
+    sample_ids: np.ndarray, epochs: np.ndarray, step: int, index: int,
+) -> PackedBatch:
+    """Cut sequences first..last-1 out of `expanded` into a micro-batch of their own, sizes padded up to `bucket`.
+
+    `sample_ids` and `epochs` int64[last - first]. Arrays that need no padding are views, not copies.
+    """
+    t0, t1 = int(expanded.cu_tokens[first]), int(expanded.cu_tokens[last])
+    n0, n1 = int(expanded.cu_targets[first]), int(expanded.cu_targets[last])
+    tokens, targets = rounded_up(t1 - t0, bucket), rounded_up(n1 - n0, bucket)
+    num_states = states * (n1 - n0)
+    cu_tokens = expanded.cu_tokens[first : last + 1] - t0
+    cu_targets = expanded.cu_targets[first : last + 1] - n0
+    return PackedBatch(
+        input_ids=_padded(expanded.input_ids[t0:t1], tokens, PAD),
+        position=_padded(expanded.position[t0:t1], tokens, 0),
+        clone=_padded(expanded.clone[t0:t1], tokens, 0),
+        cu_tokens=cu_tokens,
+        state_index=_padded(expanded.state_index[states * n0 : states * n1] - t0, rounded_up(num_states, bucket), 0),
+        cu_states=states * cu_targets,
+        target_ids=_padded(expanded.target_ids[n0:n1], targets, PAD),
+        cu_targets=cu_targets,
+        is_masked=_padded(expanded.is_masked[n0:n1], targets, False),
+        sample_ids=sample_ids,
+        epochs=epochs,
+        states=states,
+        step=step,
+        index=index,
+        num_original_tokens=t1 - t0 - num_states + n1 - n0,
+    )
+
+
+def _padded(values: np.ndarray, size: int, filler: int | bool) -> np.ndarray:
+    """`values` followed by `filler` up to `size`; the same array where it fits already."""
+    if len(values) == size:
+        return values
+    result = np.full(size, filler, values.dtype)
+    result[: len(values)] = values
+    return result

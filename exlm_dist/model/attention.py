@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from exlm_dist.kernels.attention import attention, rotary_angles
+from exlm_dist.kernels.attention import attention
 from exlm_dist.model.dropout import site_seed
 from exlm_dist.model.stream import Stream
 
@@ -42,11 +41,3 @@ class SelfAttention(nn.Module):
             backend=self.backend,
         )
         return self.out(mixed.flatten(1))
-
-
-def stream_angles(stream: Stream, head_width: int, kind: str) -> Tensor:
-    """Rotary angles [T, P/2] of every token: by (position, clone), or for kind '1d' by place in the expanded sequence."""
-    position = stream.position
-    if kind == "1d":
-        position = stream.expanded_index(torch.arange(len(position), device=position.device))
-    return rotary_angles(position, stream.clone, head_width, kind)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from exlm_dist.config.schema import ModelConfig
-from exlm_dist.model.attention import SelfAttention, stream_angles
+from exlm_dist.kernels.attention import rotary_angles
+from exlm_dist.model.attention import SelfAttention
 from exlm_dist.model.dropout import dropout_add, site_seed
 from exlm_dist.model.feedforward import FeedForward
 from exlm_dist.model.stream import Stream
@@ -32,7 +33,8 @@ class Block(nn.Module):
     def forward(self, stream: Stream) -> Stream:
         """Replace `hidden` [T, D]; the first block of a stage also fills `angles`."""
         if stream.angles is None:
-            stream = stream.replace(angles=stream_angles(stream, self.attention.head_width, self.rotary))
+            angles = rotary_angles(stream.position, stream.clone, self.attention.head_width, self.rotary)
+            stream = stream.replace(angles=angles)
         hidden = stream.hidden
         if self.pre_norm:
             hidden = self._add(self.attention(self.attention_norm(hidden), stream), hidden, stream, "attention")

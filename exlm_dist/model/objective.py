@@ -59,7 +59,7 @@ def masked_token_scores(stream: Stream, is_masked: Tensor) -> tuple[Tensor, Tens
     p_i(y_i) = sum_u q_i(u) p_u(y_i): the model's own predictive distribution of masked position i.
     """
     prior = prior_marginals(stream)
-    scores = torch.logsumexp(prior.log() + stream.match.clamp(min=torch.finfo(torch.float32).min), dim=-1)
+    scores = torch.logsumexp(prior.log() + stream.match, dim=-1)
     chosen = stream.padded(is_masked, stream.cu_targets, stream.max_targets, False)
     return -torch.where(chosen, scores, 0.0).sum(), chosen.sum()
 

@@ -1,0 +1,210 @@
+"""Weights of the authors' fairseq checkpoints in our names and layout, and back.
+
+Three things differ beside the names: the rows of q and k within a head (theirs: position low, position high, clone low,
+clone high; ours: position low, clone low, position high, clone high), q, k and v as three matrices (ours: one, rows [H, 3, P]),
+and the position table of the transition head, whose first two rows they keep for padding. In the vocabulary `<mask>` comes
+last in theirs and is id 4 in ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from exlm_dist.data.tokenizer import MASK
+from exlm_dist.model.checkpoint_reader import find_checkpoint, load_weights, read_config
+from exlm_dist.utils.errors import CheckpointError
+from exlm_dist.utils.logs import get_logger
+
+logger = get_logger(__name__)
+
+#: Rows of their position table before the one of the first state: padding_idx + 1.
+_POSITION_OFFSET = 2
+_QUARTERS = [0, 2, 1, 3]  # its own inverse
+_TIED_COPY = "encoder.lm_head.weight"
+_MODULES = {
+    "embedding": "encoder.sentence_encoder.embed_tokens",
+    "norm": "encoder.sentence_encoder.emb_layer_norm_after",
+    "output": "encoder.lm_head",
+    "output.dense": "encoder.lm_head.dense",
+    "output.norm": "encoder.lm_head.layer_norm",
+    "output.transition.positions": "encoder.link_positional",
+    "output.transition.query": "encoder.query_linear",
+    "output.transition.key": "encoder.key_linear",
+    "output.transition.gate": "encoder.gate_linear",
+}
+_BLOCK_MODULES = {
+    "attention_norm": "self_attn_layer_norm",
+    "attention.out": "self_attn.out_proj",
+    "ffn_norm": "final_layer_norm",
+    "ffn.up": "fc1",
+    "ffn.down": "fc2",
+}
+_LAYER = re.compile(r"encoder\.sentence_encoder\.layers\.(\d+)\.(.+)$")
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)$")
+_PROJECTION = re.compile(r"self_attn\.([qkv])_proj\.(weight|bias)$")
+#: Entries of a fairseq state dict that are not weights of the pretrained model.
+_IGNORED = re.compile(r"(classification_heads\..*|.*\.inv_freq|.*\.version|.*\._float_tensor)$")
+
+
+def load_file(path: Path) -> dict[str, Tensor]:
+    """Tensors of a `.safetensors`, `.npz` or torch file by name; of a fairseq checkpoint those under "model".
+
+    A torch file is read without running any code in it (weights_only). CheckpointError where nothing usable is found.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file. Give a .safetensors, .npz or .pt file of the authors' code.")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file as load_safetensors
+
+        return load_safetensors(path)
+    if path.suffix == ".npz":
+        import numpy as np
+
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} cannot be read as tensors only ({type(error).__name__}). Save its state dict as safetensors in the "
+            "environment that wrote it."
+        ) from error
+    state = content.get("model", content) if isinstance(content, dict) else {}
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{path} holds no named tensors. Is it a fairseq checkpoint or a state dict?")
+    return tensors
+
+
+def from_fairseq(state: Mapping[str, Tensor], *, heads: int | None = None, mask_last: bool = False) -> dict[str, Tensor]:
+    """Our parameters by canonical name from their state dict.
+
+    heads: attention heads; by default those of the transition head. mask_last: move `<mask>` from the last id to ours.
+    A token head that equals the embedding is taken as tied. Raises CheckpointError naming entries it does not know.
+    """
+    heads = heads or _heads(state, "encoder.gate_linear.bias")
+    projections: dict[tuple[str, str], dict[str, Tensor]] = {}
+    weights: dict[str, Tensor] = {}
+    unknown = []
+    for name, value in state.items():
+        layer = _LAYER.match(name)
+        projection = _PROJECTION.match(layer[2]) if layer else None
+        if projection:
+            projections.setdefault((layer[1], projection[2]), {})[projection[1]] = value
+        elif (ours := _our_name(name)) is not None:
+            weights[ours] = value
+        elif _IGNORED.match(name):
+            logger.info("left out, not a weight of the pretrained model: %s", name)
+        else:
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(f"unknown entries in the fairseq state dict: {', '.join(sorted(unknown))}. Is it an ExLM checkpoint?")
+    for (layer_index, kind), parts in projections.items():
+        weights[f"blocks.{layer_index}.attention.qkv.{kind}"] = _join(parts, heads)
+    if "output.transition.positions.weight" in weights:
+        weights["output.transition.positions.weight"] = weights["output.transition.positions.weight"][_POSITION_OFFSET:]
+    if "output.weight" in weights and torch.equal(weights["output.weight"], weights["embedding.weight"]):
+        del weights["output.weight"]
+    if mask_last:
+        _move_vocabulary(weights, source=-1, target=MASK)
+    return {name: value.contiguous() for name, value in weights.items()}
+
+
+def to_fairseq(weights: Mapping[str, Tensor], *, heads: int | None = None, mask_last: bool = False) -> dict[str, Tensor]:
+    """Their state dict from our parameters: the inverse of `from_fairseq`.
+
+    The two padding rows of the position table, which nothing reads, come back as zeros; a tied token head is listed under
+    both names, as their model expects.
+    """
+    heads = heads or _heads(weights, "output.transition.gate.bias")
+    weights = dict(weights)
+    if mask_last:
+        _move_vocabulary(weights, source=MASK, target=-1)
+    state: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        block = _BLOCK.match(name)
+        if block and block[2].startswith("attention.qkv."):
+            kind = block[2].rsplit(".", 1)[1]
+            for letter, part in _split(value, heads).items():
+                state[f"encoder.sentence_encoder.layers.{block[1]}.self_attn.{letter}_proj.{kind}"] = part
+        else:
+            state[_their_name(name)] = value
+    if "encoder.link_positional.weight" in state:
+        table = state["encoder.link_positional.weight"]
+        state["encoder.link_positional.weight"] = torch.cat([table.new_zeros(_POSITION_OFFSET, table.shape[1]), table])
+    state.setdefault(_TIED_COPY, state["encoder.sentence_encoder.embed_tokens.weight"].clone())
+    return {name: value.contiguous() for name, value in state.items()}
+
+
+def export_checkpoint(checkpoint: Path, out: Path) -> str:
+    """Write the weights of a checkpoint (or of a run's newest) for the authors' code to `out`; a line that says so."""
+    from safetensors.torch import save_file
+
+    folder = find_checkpoint(Path(checkpoint))
+    model = read_config(folder).model
+    state = to_fairseq(load_weights(folder, verified=True), heads=model.heads, mask_last=True)
+    temporary = Path(out).with_name(f".{Path(out).name}.tmp")
+    save_file(state, temporary)
+    temporary.replace(out)
+    return f"{out}: {len(state)} tensors of {folder} in the layout of the authors' code (<mask> is the last id)"
+
+
+def _heads(tensors: Mapping[str, Tensor], gate: str) -> int:
+    if gate not in tensors:
+        raise CheckpointError(f"no {gate} to tell the number of attention heads from; pass heads.")
+    return len(tensors[gate])
+
+
+def _our_name(name: str) -> str | None:
+    """Canonical name of one of their entries (q, k and v apart); None for an unknown one."""
+    layer = _LAYER.match(name)
+    module, _, kind = (layer[2] if layer else name).rpartition(".")
+    for ours, theirs in (_BLOCK_MODULES if layer else _MODULES).items():
+        if module == theirs:
+            return f"blocks.{layer[1]}.{ours}.{kind}" if layer else f"{ours}.{kind}"
+    return None
+
+
+def _their_name(name: str) -> str:
+    block = _BLOCK.match(name)
+    module, _, kind = (block[2] if block else name).rpartition(".")
+    known = _BLOCK_MODULES if block else _MODULES
+    if module not in known:
+        raise CheckpointError(f"{name} is no parameter of an ExLM model.")
+    prefix = f"encoder.sentence_encoder.layers.{block[1]}." if block else ""
+    return f"{prefix}{known[module]}.{kind}"
+
+
+def _turn_quarters(rows: Tensor, heads: int) -> Tensor:
+    """Swap the middle quarters of the rows of every head of q or k [D, ...]."""
+    return rows.unflatten(0, (heads, 4, -1))[:, _QUARTERS].flatten(0, 2)
+
+
+def _join(parts: Mapping[str, Tensor], heads: int) -> Tensor:
+    """Their q, k and v [D, ...] as one tensor with rows [H, 3, P]."""
+    turned = (_turn_quarters(parts["q"], heads), _turn_quarters(parts["k"], heads), parts["v"])
+    return torch.stack([part.unflatten(0, (heads, -1)) for part in turned], dim=1).flatten(0, 2)
+
+
+def _split(joined: Tensor, heads: int) -> dict[str, Tensor]:
+    """The inverse of `_join`."""
+    q, k, v = (part.flatten(0, 1) for part in joined.unflatten(0, (heads, 3, -1)).unbind(1))
+    return {"q": _turn_quarters(q, heads), "k": _turn_quarters(k, heads), "v": v}
+
+
+def _move_vocabulary(weights: dict[str, Tensor], *, source: int, target: int) -> None:
+    """Move the row of `<mask>` from id `source` to `target` (-1: last) in everything that has a row per token."""
+    for name in ("embedding.weight", "output.weight", "output.bias"):
+        if name not in weights:
+            continue
+        order = list(range(len(weights[name])))
+        order.insert(target if target >= 0 else len(order) - 1, order.pop(source))
+        weights[name] = weights[name][order]

@@ -44,12 +44,12 @@ class SyncReport:
     error: str | None
 
     def __bool__(self) -> bool:
-        return self.remaining == 0
+        return self.remaining == 0 and self.error is None
 
     def __str__(self) -> str:
         if self:
             return f"{self.run_folder.name}: everything is in MLflow ({self.uri}, run {self.run_id})"
-        return (f"{self.run_folder.name}: {self.remaining} lines of {EVENTS} are not in MLflow yet ({self.uri}: {self.error or 'time is up'}). "
+        return (f"{self.run_folder.name}: {self.remaining} lines of {EVENTS} are not in MLflow yet ({self.uri}: {self.error}). "
                 f"Nothing is lost; send them with: exlm sync {self.run_folder}")
 
 
@@ -60,7 +60,7 @@ class Shipper:
         self.folder = Path(run_folder)
         self.uri, self.experiment = uri, experiment
         self.error: str | None = None
-        self._failures = 0
+        self._failures, self._successes = 0, 0
         self._stop, self._wake, self._finishing = Event(), Event(), Event()
         self._run: MlflowRun | None = None
 
@@ -80,14 +80,17 @@ class Shipper:
             return file.read().count(b"\n")
 
     def report(self) -> SyncReport:
-        """State now."""
-        return SyncReport(self.folder, redact(self.uri), self.position()["run_id"], self.remaining(), self.error)
+        """State now; complete only when MLflow has answered in this session."""
+        remaining = self.remaining()
+        error = self.error or ("time is up" if remaining or not self._successes else None)
+        return SyncReport(self.folder, redact(self.uri), self.position()["run_id"], remaining, error)
 
     def send_all(self) -> None:
         """Send until nothing is left. Raises what MLflow raises; what was sent before stays sent."""
         with _only_sender(self.folder):
             position = self.position()
             try:
+                self._open(position)
                 while self._send_chunk(position) and not self._stop.is_set():
                     pass
             except RunGone as gone:
@@ -106,7 +109,7 @@ class Shipper:
         deadline, failures = time.monotonic() + timeout, self._failures + LAST_ATTEMPTS
         self._finishing.set()
         self._wake.set()
-        while self.remaining() and self._failures < failures and time.monotonic() < deadline:
+        while (self.remaining() or not self._successes) and self._failures < failures and time.monotonic() < deadline:
             time.sleep(0.05)
         self._stop.set()
         self._wake.set()
@@ -120,6 +123,7 @@ class Shipper:
                 if self.error:
                     logger.info("MLflow answers again: what was kept is sent")
                 self.error, pause = None, POLL
+                self._successes += 1
             except Exception as error:  # whatever MLflow raises must not end the thread: the points stay in events.jsonl
                 self._report_failure(error)
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -143,20 +147,21 @@ class Shipper:
         data = data[: data.rfind(b"\n") + 1]
         if not data:
             return False
-        if self._run is None:
-            self._run = self._open(position["run_id"])
-            position["run_id"] = self._run.run_id
-            self._keep(position)
         self._run.send([event for event in map(parse_event, data.splitlines()) if event is not None])
         position["offset"] += len(data)
         self._keep(position)
         return True
 
-    def _open(self, run_id: str | None) -> MlflowRun:
+    def _open(self, position: dict[str, Any]) -> None:
+        """Connect once, and make or find the run."""
+        if self._run is not None:
+            return
         first = next(read_events(self.folder / EVENTS), None)
         if first is None or first["kind"] != "run":
             raise CheckpointError(f"{self.folder / EVENTS} does not begin with the line that names the run. Restore it from a copy.")
-        return MlflowRun(self.uri, self.experiment, self.folder.parent, self.folder, first["uid"], run_id, first["time"])
+        self._run = MlflowRun(self.uri, self.experiment, self.folder.parent, self.folder, first["uid"], position["run_id"], first["time"])
+        position["run_id"] = self._run.run_id
+        self._keep(position)
 
     def _keep(self, position: dict[str, Any]) -> None:
         write_json(self.folder / POSITION, position)

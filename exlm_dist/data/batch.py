@@ -101,7 +101,7 @@ def check_batch(batch: PackedBatch) -> None:
 def _check_states(batch: PackedBatch) -> None:
     """The states are exactly the tokens with a clone number, k per target, inside their own sequence."""
     states = batch.state_index[: batch.num_states]
-    assert (states == np.flatnonzero(batch.clone)).all(), "states ascend and are the tokens with a clone number"
+    assert np.array_equal(states, np.flatnonzero(batch.clone)), "states ascend and are the tokens with a clone number"
     numbers = np.arange(1, batch.states + 1)
     assert (batch.clone[states].reshape(-1, batch.states) == numbers).all(), "clones 1..k"
     assert (np.searchsorted(states, batch.cu_tokens) == batch.cu_states).all(), "states lie in their own sequence"

@@ -85,8 +85,9 @@ class Recipe:
         if largest > self.max_positions:
             raise DataError(
                 f"the longest sequence ({length} tokens) can expand to {largest} positions with "
-                f"model.states {self.states} and a masking ratio of {self.ratio:g}, more than model.max_positions {self.max_positions}: "
-                f"raise it to {largest}, or prepare the data with shorter sequences"
+                f"model.states {self.states} and a masking ratio of {self.ratio:g}, more than "
+                f"model.max_positions {self.max_positions}: raise it to {largest}, "
+                "or prepare the data with shorter sequences"
             )
 
     def batches(

@@ -12,15 +12,18 @@ from exlm_dist.data.tokenizer import PAD
 def plan_micro_batches(lengths: np.ndarray, count: int) -> list[np.ndarray]:
     """Deal G sequences to `count` micro-batches: numbers differ by at most one, sums of `lengths` are near equal.
 
-    Longest first, in a snake (0..count-1, count-1..0, ...). Returns for each micro-batch the indices of its sequences,
-    int64, longest first. Equal lengths keep their order, so the plan depends on nothing else.
+    Longest first, in rounds of one sequence for each micro-batch, the longest of a round to the lightest so far.
+    Returns for each micro-batch the indices of its sequences, int64, longest first. Ties keep their order: the plan
+    depends on the lengths alone.
     """
     order = np.argsort(-lengths, kind="stable")
-    rows = -(-len(order) // count)
-    table = np.full(rows * count, -1, np.int64)
-    table[: len(order)] = order
-    table = table.reshape(rows, count)
-    table[1::2] = table[1::2, ::-1]
+    sums = np.zeros(count, np.int64)
+    table = np.full((-(-len(order) // count), count), -1, np.int64)
+    for row, first in zip(table, range(0, len(order), count)):
+        dealt = order[first : first + count]
+        lightest = np.argsort(sums, kind="stable")[: len(dealt)]
+        row[lightest] = dealt
+        sums[lightest] += lengths[dealt]
     return [column[column >= 0] for column in np.ascontiguousarray(table.T)]
 
 

@@ -137,3 +137,9 @@ def read_state(folder: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> RunConfig:
     """The resolved config that the checkpoint (or run folder) was written with."""
     return load_config(Path(folder) / CONFIG_FILE, [])
+
+
+def reference(folder: Path) -> dict[str, str]:
+    """What is logged about a checkpoint in place of its files: `checkpoint.step`, `.path` and `.sha256` (of its weights)."""
+    manifest = json.loads((Path(folder) / MANIFEST_FILE).read_text())
+    return {"checkpoint.step": str(step_of(folder)), "checkpoint.path": str(Path(folder).resolve()), "checkpoint.sha256": manifest["files"][MODEL_FILE]["sha256"]}

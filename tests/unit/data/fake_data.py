@@ -10,7 +10,7 @@ from exlm_dist.data.tokenizer import NUM_SPECIAL
 
 
 class FakeDataset:
-    """Sequences of the given lengths; ids follow from sample and place, so that a test can tell where each came from."""
+    """Sequences of the given lengths; ids follow from sample and place, so that a test can tell where one came from."""
 
     def __init__(self, lengths: np.ndarray, vocab_size: int = 512) -> None:
         self.lengths = np.asarray(lengths, np.int32)

@@ -43,10 +43,12 @@ class _Attention(torch.autograd.Function):
         turn = _Rotation(angles, work_dtype(q), q.shape[-1] ** -0.5)
         out = _Output(q)
         for block in _blocks(cu_tokens, max_tokens, q.shape[1]):
-            weights = _weights(turn.query(q, block), turn.key(k, block), block)
-            noise.apply(weights)
-            out.write(block, torch.bmm(weights, _read(v, block)), scale=noise.scale)
-        return out.value
+            weights = _weights(turn.query(_read(q, block), block), turn.key(_read(k, block), block), block)
+            kept = noise.draw(weights)
+            if kept is not None:
+                weights.mul_(kept)
+            out.write(block, _multiply(weights, _read(v, block)))
+        return out.packed(noise.scale)
 
     @staticmethod
     @once_differentiable
@@ -55,22 +57,30 @@ class _Attention(torch.autograd.Function):
         max_tokens, dropout, seed = ctx.settings
         noise = _Dropout(dropout, seed, q.device)
         turn = _Rotation(angles, work_dtype(q), q.shape[-1] ** -0.5)
-        grad_q, grad_k, grad_v = _Output(q), _Output(k), _Output(v)
+        grads = _Output(q), _Output(k), _Output(v)
         for block in _blocks(cu_tokens, max_tokens, q.shape[1]):
-            query, key, value = turn.query(q, block), turn.key(k, block), _read(v, block)
-            grad = _read(grad_out, block, scale=noise.scale)
+            query, key = turn.query(_read(q, block), block), turn.key(_read(k, block), block)
+            value, grad = _read(v, block), _read(grad_out, block)
             weights = _weights(query, key, block)
-            grad_weights = torch.bmm(grad, value.transpose(1, 2))
             kept = noise.draw(weights)
-            if kept is not None:
-                grad_weights.mul_(kept)
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            if kept is not None:
-                weights.mul_(kept)
-            grad_v.write(block, torch.bmm(weights.transpose(1, 2), grad))
-            grad_q.write(block, turn.back_query(torch.bmm(grad_scores, key), block))
-            grad_k.write(block, turn.back_key(torch.bmm(grad_scores.transpose(1, 2), query), block))
-        return grad_q.value, grad_k.value, grad_v.value, None, None, None, None, None
+            grad_scores, grad_value = _back_through_weights(weights, kept, value, grad)
+            grads[0].write(block, turn.back_query(_multiply(grad_scores, key), block))
+            grads[1].write(block, turn.back_key(_multiply(grad_scores.mT, query), block))
+            grads[2].write(block, grad_value)
+        return *(grad.packed(noise.scale) for grad in grads), *[None] * 5
+
+
+def _back_through_weights(
+    weights: Tensor, kept: Tensor | None, value: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the scores and the values from that of the output; `weights` is spent."""
+    grad_weights = _multiply(grad, value.mT)
+    if kept is not None:
+        grad_weights.mul_(kept)
+    grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    if kept is not None:
+        weights.mul_(kept)
+    return grad_scores, _multiply(weights.mT, grad)
 
 
 def _blocks(cu_tokens: Tensor, max_tokens: int, heads: int) -> Iterator[_Block]:
@@ -99,22 +109,25 @@ def _padded_block(cu_tokens: Tensor, length: int) -> _Block:
     return _Block(0, 0, len(starts), length, torch.where(valid, index, starts), valid)
 
 
-def _read(rows: Tensor, block: _Block, scale: float = 1.0) -> Tensor:
-    """Rows [T, H, ...] of a block as [count * H, length, ...] in the working type, times `scale`; padding gives 0."""
+def _read(rows: Tensor, block: _Block) -> Tensor:
+    """Rows [T, H, P] of a block as [count, H, length, P] in the working type; padding gives 0."""
     if block.index is None:
         part = rows[block.start:block.stop].unflatten(0, (block.count, block.length))
     else:
         part = rows[block.index].masked_fill(~block.valid[:, :, None, None], 0)
-    part = part.transpose(1, 2).flatten(0, 1).to(work_dtype(rows))
-    return part if scale == 1.0 else part * scale
+    return part.transpose(1, 2).to(work_dtype(rows))
+
+
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix product of the last two dimensions of [count, H, ...]."""
+    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, left.shape[:2])
 
 
 def _weights(query: Tensor, key: Tensor, block: _Block) -> Tensor:
-    """softmax(query key^T) [count * H, length, length]."""
-    scores = torch.bmm(query, key.transpose(1, 2))
+    """softmax(query key^T) [count, H, length, length]."""
+    scores = _multiply(query, key.mT)
     if block.valid is not None:
-        hidden = ~block.valid[:, None, None, :]
-        scores.unflatten(0, (block.count, -1)).masked_fill_(hidden, float("-inf"))
+        scores.masked_fill_(~block.valid[:, None, None, :], float("-inf"))
     return torch.softmax(scores, dim=-1)
 
 
@@ -122,50 +135,56 @@ class _Output:
     """A packed result [T, H, P], zero where no sequence writes."""
 
     def __init__(self, like: Tensor) -> None:
-        self._store = like.new_zeros((len(like) + 1, *like.shape[1:]))  # the last row takes what padding writes
-        self.value = self._store[:-1]
+        self._rows = like.new_zeros((len(like) + 1, *like.shape[1:]))  # the last row takes what padding writes
 
-    def write(self, block: _Block, part: Tensor, scale: float = 1.0) -> None:
-        """Put [count * H, length, P] times `scale` to its rows."""
-        part = part.unflatten(0, (block.count, -1)).transpose(1, 2)
-        if scale != 1.0:
-            part = part * scale
+    def write(self, block: _Block, part: Tensor) -> None:
+        """Put [count, H, length, P] to its rows."""
+        part = part.transpose(1, 2)
         if block.index is None:
-            self.value[block.start:block.stop].unflatten(0, (block.count, block.length)).copy_(part)
-            return
-        index = torch.where(block.valid, block.index, len(self.value))
-        self._store[index] = part.to(self._store.dtype)
+            self._rows[block.start:block.stop].unflatten(0, (block.count, block.length)).copy_(part)
+        else:
+            index = torch.where(block.valid, block.index, len(self._rows) - 1)
+            self._rows[index] = part.to(self._rows.dtype)
+
+    def packed(self, scale: float) -> Tensor:
+        """The rows times `scale`."""
+        rows = self._rows[:-1]
+        return rows if scale == 1.0 else rows.mul_(scale)
 
 
 class _Rotation:
     """Turns queries and keys by their angles, and gradients back; the softmax scale rides on the query."""
 
     def __init__(self, angles: Tensor, dtype: torch.dtype, scale: float) -> None:
-        angles = angles.to(dtype)
-        self._key = torch.cos(angles)[:, None], torch.sin(angles)[:, None]
-        self._query = self._key[0] * scale, self._key[1] * scale
+        angles = angles.to(dtype)[:, None]
+        self._cos, self._sin = torch.cos(angles), torch.sin(angles)
+        self._scaled = self._cos * scale, self._sin * scale
 
-    def query(self, rows: Tensor, block: _Block) -> Tensor:
-        return self._turn(_read(rows, block), self._query, block)
+    def query(self, part: Tensor, block: _Block) -> Tensor:
+        """Turned and scaled query [count, H, length, P]."""
+        return self._turn(part, *self._scaled, 1, block)
 
-    def key(self, rows: Tensor, block: _Block) -> Tensor:
-        return self._turn(_read(rows, block), self._key, block)
+    def key(self, part: Tensor, block: _Block) -> Tensor:
+        """Turned key."""
+        return self._turn(part, self._cos, self._sin, 1, block)
 
     def back_query(self, grad: Tensor, block: _Block) -> Tensor:
-        return self._turn(grad, (self._query[0], -self._query[1]), block)
+        """Gradient of the query before turning and scaling."""
+        return self._turn(grad, *self._scaled, -1, block)
 
     def back_key(self, grad: Tensor, block: _Block) -> Tensor:
-        return self._turn(grad, (self._key[0], -self._key[1]), block)
+        """Gradient of the key before turning."""
+        return self._turn(grad, self._cos, self._sin, -1, block)
 
     @staticmethod
-    def _turn(part: Tensor, table: tuple[Tensor, Tensor], block: _Block) -> Tensor:
-        """[x1 cos - x2 sin, x2 cos + x1 sin] of [count * H, length, P] with the halves x1, x2."""
-        cos, sin = (_read(entry, block).unflatten(0, (block.count, 1)) for entry in table)
-        first, second = part.unflatten(0, (block.count, -1)).chunk(2, dim=-1)
+    def _turn(part: Tensor, cos: Tensor, sin: Tensor, sign: int, block: _Block) -> Tensor:
+        """[x1 cos - x2 sin, x2 cos + x1 sin] with the halves x1, x2; sign -1 turns back."""
+        cos, sin = _read(cos, block), _read(sin, block)
+        first, second = part.chunk(2, dim=-1)
         out = torch.empty(part.shape, dtype=part.dtype, device=part.device)
-        low, high = out.unflatten(0, (block.count, -1)).chunk(2, dim=-1)
-        torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
-        torch.mul(second, cos, out=high).addcmul_(first, sin)
+        low, high = out.chunk(2, dim=-1)
+        torch.mul(first, cos, out=low).addcmul_(second, sin, value=-sign)
+        torch.mul(second, cos, out=high).addcmul_(first, sin, value=sign)
         return out
 
 
@@ -190,9 +209,3 @@ class _Dropout:
         words = torch.empty(-(-count // 4), dtype=torch.int64, device=weights.device)
         words.random_(-(2**63), None, generator=self._generator)
         return words.view(torch.int16)[:count].view(weights.shape) >= self._dropped - 32768
-
-    def apply(self, weights: Tensor) -> None:
-        """Zero the dropped weights in place (the scale is left to the caller)."""
-        kept = self.draw(weights)
-        if kept is not None:
-            weights.mul_(kept)

@@ -1,4 +1,7 @@
-"""Definition of `match_scores` in torch: logits of a chunk of rows at a time, made again in the backward pass."""
+"""Definition of `match_scores` in torch: logits of a chunk of rows at a time.
+
+The first chunks are kept for the backward pass, up to a fixed budget; those of the other rows are made again.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from torch.autograd.function import once_differentiable
 from exlm_dist.kernels.checks import work_dtype
 from exlm_dist.kernels.ragged import Segments
 
-# Logits [rows, V] held at a time, in elements.
+# Logits [rows, V] worked on at a time, and kept for the backward pass, in elements.
 CHUNK_ELEMENTS = 1 << 21
+KEEP_ELEMENTS = 1 << 23
 
 
 def match_scores(
@@ -42,26 +46,35 @@ class _TargetScores(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, ids):
         dtype = work_dtype(hidden)
         scores = torch.empty(ids.shape, dtype=dtype, device=hidden.device)
-        log_total = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
-        for rows, logits in _logit_chunks(hidden, weight, bias):
+        tops, sums = scores.new_empty((2, len(hidden), 1))
+        matrix, offset = weight.to(dtype), bias.to(dtype)
+        ctx.kept = {}
+        for rows in _chunks(len(hidden), len(weight)):
+            logits = torch.addmm(offset, hidden[rows].to(dtype), matrix.t())
+            torch.amax(logits, 1, keepdim=True, out=tops[rows])
             scores[rows] = logits.gather(1, ids[rows])
-            top = logits.amax(1, keepdim=True)
-            log_total[rows] = logits.sub_(top).exp_().sum(1).log_().add_(top[:, 0])
-        ctx.save_for_backward(hidden, weight, bias, ids, log_total)
-        return scores.sub_(log_total[:, None])
+            torch.sum(logits.sub_(tops[rows]).exp_(), 1, keepdim=True, out=sums[rows])
+            if any(ctx.needs_input_grad) and rows.stop * len(weight) <= KEEP_ELEMENTS:
+                ctx.kept[rows.start] = logits
+        ctx.save_for_backward(hidden, weight, bias, ids, tops, sums)
+        return scores.sub_(tops).sub_(sums.log())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_scores):
-        hidden, weight, bias, ids, log_total = ctx.saved_tensors
+        hidden, weight, bias, ids, tops, sums = ctx.saved_tensors
         dtype = work_dtype(hidden)
-        matrix = weight.to(dtype)
+        matrix, offset = weight.to(dtype), bias.to(dtype)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(matrix)
-        grad_bias = torch.zeros_like(bias, dtype=dtype)
-        mass = grad_scores.sum(1, keepdim=True).neg_()
-        for rows, logits in _logit_chunks(hidden, weight, bias):
-            grad = logits.sub_(log_total[rows, None]).exp_().mul_(mass[rows])
+        grad_weight, grad_bias = torch.zeros_like(matrix), torch.zeros_like(offset)
+        mass = grad_scores.sum(1, keepdim=True).neg_().div_(sums)
+        for rows in _chunks(len(hidden), len(weight)):
+            grad = ctx.kept.get(rows.start)
+            if grad is None:
+                logits = torch.addmm(offset, hidden[rows].to(dtype), matrix.t())
+                grad = logits.sub_(tops[rows]).exp_().mul_(mass[rows])
+            else:
+                grad = grad * mass[rows]
             grad.scatter_add_(1, ids[rows], grad_scores[rows])
             grad_hidden[rows] = (grad @ matrix).to(hidden.dtype)
             grad_weight.addmm_(grad.t(), hidden[rows].to(dtype))
@@ -69,14 +82,8 @@ class _TargetScores(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None
 
 
-def _logit_chunks(hidden: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, logits [rows, V]) through all rows; each yielded buffer is overwritten by the next."""
-    dtype = work_dtype(hidden)
-    matrix, offset = weight.to(dtype).t(), bias.to(dtype)
-    step = max(1, CHUNK_ELEMENTS // len(weight))
-    buffer = torch.empty((min(step, len(hidden)), len(weight)), dtype=dtype, device=hidden.device)
-    for first in range(0, len(hidden), step):
-        rows = slice(first, min(first + step, len(hidden)))
-        logits = buffer[: rows.stop - rows.start]
-        torch.addmm(offset, hidden[rows].to(dtype), matrix, out=logits)
-        yield rows, logits
+def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
+    """Runs of rows whose logits fit in CHUNK_ELEMENTS."""
+    step = max(1, CHUNK_ELEMENTS // vocabulary)
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))

@@ -157,7 +157,7 @@ def measure(name: str, dataset: ShardDataset, args: argparse.Namespace, folder: 
     """One row per contender."""
     count = min(args.sequences, len(dataset)) // args.batch * args.batch
     if count == 0:
-        raise SystemExit(f"{name}: {len(dataset)} sequences do not fill a batch of {args.batch}; take a smaller --batch")
+        raise SystemExit(f"{name}: {len(dataset)} sequences do not fill a batch of {args.batch}; lower --batch")
     tars = write_one_per_member(dataset, count, folder / f"{name}-members")
     check_same_tokens(dataset, count, tars)
     tokens = int(dataset.lengths[:count].sum(dtype=np.int64))

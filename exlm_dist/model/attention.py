@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exlm_dist.kernels.attention import attention
@@ -26,8 +27,8 @@ class SelfAttention(nn.Module):
         self.layer = layer
         self.backend = backend
 
-    def forward(self, hidden: Tensor, stream: Stream) -> Tensor:
-        """hidden [T, D] -> [T, D]; needs `stream.angles`."""
+    def forward(self, hidden: Tensor, stream: Stream, rows: Tensor | None = None) -> Tensor:
+        """hidden [T, D] -> [T, D], or only `rows` of it; needs `stream.angles`."""
         q, k, v = self.qkv(hidden).view(len(hidden), -1, 3, self.head_width).unbind(2)
         mixed = attention(
             q,
@@ -40,4 +41,5 @@ class SelfAttention(nn.Module):
             seed=site_seed(stream.dropout_seed, self.layer, "weights"),
             backend=self.backend,
         )
-        return self.out(mixed.flatten(1))
+        mixed = mixed.flatten(1)
+        return self.out(mixed if rows is None else F.embedding(rows, mixed))

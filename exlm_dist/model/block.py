@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exlm_dist.config.schema import ModelConfig
@@ -15,9 +16,13 @@ NORM_EPS = 1e-5
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each with a residual; LayerNorm before each (pre) or after each sum (post)."""
+    """Attention and feed-forward, each with a residual; LayerNorm before each (pre) or after each sum (post).
 
-    def __init__(self, config: ModelConfig, layer: int, backend: str) -> None:
+    The `last` block of a model attends with all tokens but goes on with the states only, unless the stream forbids it: the
+    output layer reads nothing else, and most of the block's work lies behind the attention.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, backend: str, *, last: bool = False) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.attention = SelfAttention(
@@ -29,20 +34,24 @@ class Block(nn.Module):
         self.rotary = config.rotary
         self.probability = config.dropout
         self.layer = layer
+        self.last = last
 
     def forward(self, stream: Stream) -> Stream:
         """Replace `hidden` [T, D]; the first block of a stage also fills `angles`."""
         if stream.angles is None:
             angles = rotary_angles(stream.position, stream.clone, self.attention.head_width, self.rotary)
             stream = stream.replace(angles=angles)
+        rows = stream.state_index if self.last and stream.select else None
         hidden = stream.hidden
+        branch = self.attention(self.attention_norm(hidden) if self.pre_norm else hidden, stream, rows)
+        hidden = hidden if rows is None else F.embedding(rows, hidden)
         if self.pre_norm:
-            hidden = self._add(self.attention(self.attention_norm(hidden), stream), hidden, stream, "attention")
+            hidden = self._add(branch, hidden, stream, "attention")
             hidden = self._add(self.ffn(self.ffn_norm(hidden)), hidden, stream, "ffn")
         else:
-            hidden = self.attention_norm(self._add(self.attention(hidden, stream), hidden, stream, "attention"))
+            hidden = self.attention_norm(self._add(branch, hidden, stream, "attention"))
             hidden = self.ffn_norm(self._add(self.ffn(hidden), hidden, stream, "ffn"))
-        return stream.replace(hidden=hidden)
+        return stream.replace(hidden=hidden, selected=rows is not None)
 
     def _add(self, branch: Tensor, residual: Tensor, stream: Stream, site: str) -> Tensor:
         probability = self.probability if self.training else 0.0

@@ -28,7 +28,9 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding = Embedding(vocab_size, config.width, config.dropout, token_dropout)
-        self.blocks = nn.ModuleList(Block(config, layer, kernel_backend) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config, layer, kernel_backend, last=layer == config.layers - 1) for layer in range(config.layers)
+        )
         self.norm = FinalNorm(config.width)
         weight = self.embedding.weight if config.tie_head else nn.Parameter(torch.empty(vocab_size, config.width))
         self.output = Output(config, weight, kernel_backend)

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+#: Inner activations [rows, F] worked on at a time on a CPU, in elements: few enough to stay in its cache.
+_BLOCK_ELEMENTS = 1 << 19
 
 
 class FeedForward(nn.Module):
@@ -12,8 +20,42 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.up = nn.Linear(width, inner)
-        self.down = nn.Linear(inner, width)
+        self.down = GeluLinear(inner, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [T, D] -> [T, D]."""
-        return self.down(F.gelu(self.up(hidden)))
+        return self.down(self.up(hidden))
+
+
+class GeluLinear(nn.Linear):
+    """Linear map of gelu(x) that keeps x alone for the backward pass and makes gelu(x) again there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, F], before the gelu -> [T, D]."""
+        return _GeluLinear.apply(x, self.weight, self.bias)
+
+
+class _GeluLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        out = x.new_empty(len(x), len(weight))
+        for rows in _blocks(x):
+            torch.addmm(bias, F.gelu(x[rows]), weight.t(), out=out[rows])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        for rows in _blocks(x):
+            grad_weight.addmm_(grad[rows].t(), F.gelu(x[rows]))
+            torch.ops.aten.gelu_backward.grad_input(grad[rows] @ weight, x[rows], grad_input=grad_x[rows])
+        return grad_x, grad_weight, grad.sum(0)
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    """Runs of rows; one run where the rows are not on a CPU."""
+    step = max(1, _BLOCK_ELEMENTS // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
+    return [slice(first, first + step) for first in range(0, len(x), step)]

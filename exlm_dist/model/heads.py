@@ -96,7 +96,7 @@ class Output(nn.Module):
 
     def forward(self, stream: Stream) -> Stream:
         """Fill `match`, `transitions` (ExLM) and `log_likelihood`; where `predict` is set also `predictions`."""
-        features = F.embedding(stream.state_index, stream.hidden)
+        features = stream.hidden if stream.selected else F.embedding(stream.state_index, stream.hidden)
         tokens = self.norm(F.gelu(self.dense(features)))
         match = match_scores(
             tokens,

@@ -36,7 +36,9 @@ class Stream:
     states: int  # k
     dropout_seed: int = 0
     predict: bool = False  # ask the output layer for `predictions`
-    hidden: Tensor | None = None  # [T, D]
+    select: bool = True  # let the last block go on with the states only, which is all that the output layer reads
+    hidden: Tensor | None = None  # [T, D]; [S, D] after a block that went on with the states only
+    selected: bool = False  # whether `hidden` is [S, D]
     angles: Tensor | None = None  # [T, P/2] fp32, computed once by the first block
     match: Tensor | None = None  # [B, N_max, L_max] log p(target i | state u)
     transitions: Tensor | None = None  # [B, L_max, L_max] log p(u | v); None for the plain masked language model

@@ -1,0 +1,66 @@
+"""Molecules through RDKit: parse, apply the canonicalisation policy, say why something cannot be parsed.
+
+`canonical_smiles` is the one function that makes a molecule ready for the tokenizer, in pretraining, evaluation and fine-tuning;
+the policy it follows is saved with the tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rdkit import Chem, RDLogger
+from rdkit import __version__ as RDKIT_VERSION
+
+from exlm_dist.utils.errors import DataError
+
+STEREO = ("keep", "drop")
+SALTS = ("keep", "largest_fragment")
+
+# RDKit writes one line per bad molecule to stderr; the reasons go to the quarantine file instead.
+RDLogger.DisableLog("rdApp.*")
+
+
+class MoleculeError(DataError):
+    """A text that is no molecule; the message is the reason alone."""
+
+
+def make_policy(stereo: str = "keep", salts: str = "keep") -> dict[str, Any]:
+    """The policy to be saved with a tokenizer.
+
+    stereo: 'keep', or 'drop' to remove tetrahedral and double-bond stereo (isotopes stay). salts: 'keep', or 'largest_fragment' to
+    keep the fragment with the most heavy atoms. Raises DataError for other values.
+    """
+    for name, value, allowed in (("stereo", stereo, STEREO), ("salts", salts, SALTS)):
+        if value not in allowed:
+            raise DataError(f"{name} = {value!r}: one of {', '.join(allowed)} is expected.")
+    return {"canonical": True, "stereo": stereo, "salts": salts, "rdkit": RDKIT_VERSION}
+
+
+def canonical_smiles(text: str, policy: Mapping[str, Any]) -> str:
+    """Canonical SMILES of `text` under `policy` (see `make_policy`). Raises MoleculeError with the reason when it cannot be parsed."""
+    molecule = Chem.MolFromSmiles(text)
+    if molecule is None:
+        raise MoleculeError(_why(text))
+    if molecule.GetNumAtoms() == 0:
+        raise MoleculeError("no atoms")
+    if policy["salts"] == "largest_fragment" and "." in text:
+        molecule = _largest_fragment(molecule)
+    if policy["stereo"] == "drop":
+        Chem.RemoveStereochemistry(molecule)
+    return Chem.MolToSmiles(molecule)
+
+
+def _largest_fragment(molecule: Chem.Mol) -> Chem.Mol:
+    """Fragment with the most heavy atoms; ties by number of atoms, then by SMILES, so that the order of writing does not matter."""
+    fragments = Chem.GetMolFrags(molecule, asMols=True)
+    return max(fragments, key=lambda part: (part.GetNumHeavyAtoms(), part.GetNumAtoms(), Chem.MolToSmiles(part)))
+
+
+def _why(text: str) -> str:
+    """Reason why RDKit refused `text`, in a few words."""
+    molecule = Chem.MolFromSmiles(text, sanitize=False)
+    if molecule is None:
+        return "not SMILES"
+    problems = Chem.DetectChemistryProblems(molecule)
+    return "chemistry: " + (problems[0].Message() if problems else "RDKit cannot sanitise it")

@@ -1,0 +1,208 @@
+"""Input files to rows of text: csv, tsv, txt, smi, jsonl, parquet; .gz and .zst; many files and patterns.
+
+Text that is not UTF-8 is carried through as surrogates (`errors="surrogateescape"`), so that the caller can set the one row
+aside instead of failing on the file.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import glob
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+from exlm_dist.utils.errors import DataError
+
+FORMATS = {
+    ".csv": "csv", ".tsv": "tsv", ".txt": "txt", ".text": "txt", ".smi": "smi", ".smiles": "smi",
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
+}
+COMPRESSED = (".gz", ".zst")
+
+
+class Row(NamedTuple):
+    """One input text and where it stands: data row (csv, tsv, parquet) or line (the others), counted from 1."""
+
+    file: str
+    row: int
+    text: str
+    problem: str = ""  # why the row cannot be used, where that shows while reading
+
+
+def expand_inputs(inputs: list[str]) -> list[Path]:
+    """Files named by paths and patterns, in the order given, those of one pattern sorted. DataError for what is not there."""
+    files: list[Path] = []
+    for item in inputs:
+        path = Path(item)
+        if path.is_dir():
+            raise DataError(f"{item}: is a folder; name files, or quote a pattern such as '{item.rstrip('/')}/*.smi.gz'.")
+        found = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(item, recursive=True)) if Path(name).is_file()]
+        if not found:
+            raise DataError(_missing(path, item))
+        files.extend(name for name in found if name not in files)
+    if not files:
+        raise DataError("no input file given.")
+    for path in files:
+        file_format(path)
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: the file is empty.")
+    return files
+
+
+def file_format(path: Path) -> str:
+    """'csv', 'tsv', 'txt', 'smi', 'jsonl' or 'parquet', from the name without .gz or .zst."""
+    suffix = _plain_suffix(path)
+    if suffix not in FORMATS:
+        raise DataError(f"{path}: do not know how to read '{suffix or path.name}' files; one of {', '.join(FORMATS)} "
+                        f"is expected, also with {' or '.join(COMPRESSED)} behind it.")
+    return FORMATS[suffix]
+
+
+def read_rows(path: Path, column: str | None, default_column: str) -> Iterator[Row]:
+    """Rows of one file. `column` names the csv/tsv column, parquet column or jsonl field; without it `default_column`, in any case
+    of letters, or the only column. The rows of txt files are lines, those of smi files the first word of each line that is not blank,
+    without the header. DataError for a wrong column or a damaged file."""
+    kind = file_format(path)
+    try:
+        if kind == "parquet":
+            yield from _parquet(path, column, default_column)
+            return
+        with open_text(path) as file:
+            if kind in ("csv", "tsv"):
+                yield from _table(path, file, kind, column, default_column)
+            elif kind == "jsonl":
+                yield from _json_lines(path, file, column, default_column)
+            elif kind == "smi":
+                yield from _molecule_lines(path, file)
+            else:
+                for number, line in enumerate(file, 1):
+                    yield Row(str(path), number, line.rstrip("\r\n"))
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: damaged or cut off ({error}). Copy it again.") from error
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """The decompressed text of `path`."""
+    options = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
+    if path.suffix.lower() == ".gz":
+        with gzip.open(path, "rt", **options) as file:
+            yield file
+    elif path.suffix.lower() == ".zst":
+        import zstandard
+
+        try:
+            with open(path, "rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
+                yield io.TextIOWrapper(stream, **options)
+        except zstandard.ZstdError as error:
+            raise DataError(f"{path}: damaged or cut off ({error}). Copy it again.") from error
+    else:
+        with open(path, **options) as file:
+            yield file
+
+
+def choose_column(path: Path, columns: list[str], column: str | None, default: str) -> str:
+    """Name of the column to read; DataError that lists the columns and suggests a near one."""
+    if column is not None:
+        if column in columns:
+            return column
+        raise DataError(f"{path}: has no column {column!r}{_suggestion(column, columns)}. Its columns: {_listed(columns)}.")
+    if len(columns) == 1:
+        return columns[0]
+    alike = [name for name in columns if name.strip().lower() == default]
+    if len(alike) == 1:
+        return alike[0]
+    raise DataError(f"{path}: say which column holds the {default} with --column NAME. Its columns: {_listed(columns)}.")
+
+
+def _table(path: Path, file: TextIO, kind: str, column: str | None, default: str) -> Iterator[Row]:
+    csv.field_size_limit(1 << 30)
+    rows = csv.reader(file) if kind == "csv" else csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    try:
+        columns = [name.strip() for name in next(rows, [])]
+        if not columns:
+            raise DataError(f"{path}: the file is empty (no header line).")
+        place = columns.index(choose_column(path, columns, column, default))
+        for number, fields in enumerate((fields for fields in rows if fields), 1):
+            yield Row(str(path), number, fields[place] if place < len(fields) else "")
+    except csv.Error as error:
+        raise DataError(f"{path}: not a well-formed {kind} file, line {rows.line_num}: {error}.") from error
+
+
+def _molecule_lines(path: Path, file: TextIO) -> Iterator[Row]:
+    for number, line in enumerate(file, 1):
+        fields = line.split(maxsplit=1)
+        if fields and not (number == 1 and fields[0].lower() == "smiles"):
+            yield Row(str(path), number, fields[0])
+
+
+def _json_lines(path: Path, file: TextIO, column: str | None, default: str) -> Iterator[Row]:
+    chosen = column
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except ValueError:
+            yield Row(str(path), number, line.strip(), "not JSON")
+            continue
+        if isinstance(item, str):
+            yield Row(str(path), number, item)
+            continue
+        if not isinstance(item, dict):
+            yield Row(str(path), number, line.strip(), "not a JSON object with named fields")
+            continue
+        if chosen is None or chosen not in item:
+            chosen = choose_column(path, list(item), column, default)
+        value = item[chosen]
+        yield Row(str(path), number, value if isinstance(value, str) else "" if value is None else str(value))
+
+
+def _parquet(path: Path, column: str | None, default: str) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise DataError(f"{path}: reading parquet needs pyarrow: pip install 'exlm_dist[parquet]'.") from error
+    try:
+        table = parquet.ParquetFile(path)
+        chosen = choose_column(path, table.schema_arrow.names, column, default)
+        number = 0
+        for batch in table.iter_batches(columns=[chosen]):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                yield Row(str(path), number, "" if value is None else str(value))
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not readable as parquet ({error}).") from error
+
+
+def _plain_suffix(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _missing(path: Path, item: str) -> str:
+    if any(sign in item for sign in "*?["):
+        return f"{item}: no file matches this pattern."
+    names = [name.name for name in path.parent.iterdir()] if path.parent.is_dir() else []
+    return f"{item}: no such file{_suggestion(path.name, names)}."
+
+
+def _suggestion(wrong: str, names: list[str]) -> str:
+    lowered = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(wrong.lower(), list(lowered), n=1)
+    return f"; did you mean {lowered[near[0]]!r}?" if near else ""
+
+
+def _listed(columns: list[str], limit: int = 30) -> str:
+    shown = ", ".join(repr(name) for name in columns[:limit])
+    return shown + (f" and {len(columns) - limit} more" if len(columns) > limit else "")

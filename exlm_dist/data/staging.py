@@ -1,0 +1,115 @@
+"""A prepared folder appears whole or not at all: written into a hidden folder beside it, flushed, renamed once.
+
+The hidden folder `.NAME.XXXXXXXX.partial` is locked (flock) while its writer lives, so that the next run can tell what an
+interrupted one left behind from what another one is writing, and delete only the former.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from exlm_dist.data.manifest import MANIFEST
+from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.files import sync_directory
+from exlm_dist.utils.logs import get_logger
+
+_log = get_logger(__name__)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def staged_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A fresh folder to write in; renamed to `out` when the block ends well, deleted when it does not.
+
+    Raises DataError when `out` holds something that may not be replaced, and when the disk is full.
+    """
+    out = Path(os.path.abspath(out))
+    _check_target(out, overwrite)
+    handle = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise _readable(error, out) from error
+    try:
+        folder.chmod(0o755)
+        handle = _lock(folder)
+        yield folder
+        _publish(folder, out, overwrite)
+    except OSError as error:
+        raise _readable(error, out) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Delete the hidden folders of interrupted runs for `out`; those that a living process holds stay."""
+    for folder in out.parent.glob(f".{_escaped(out.name)}.*.partial"):
+        handle = _lock(folder)
+        if handle is not None:
+            _log.info("removing what an interrupted run left: %s", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(handle)
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / MANIFEST).is_file():
+        raise DataError(f"{out}: exists and is not a folder of prepared data. Choose another --out, or remove it yourself.")
+    if not overwrite:
+        raise DataError(f"{out}: holds data that was prepared already. Choose another --out, or replace it with --overwrite.")
+
+
+def _publish(folder: Path, out: Path, overwrite: bool) -> None:
+    for inner in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        sync_directory(inner)
+    _check_target(out, overwrite)
+    old = None
+    if (out / MANIFEST).is_file():
+        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        os.rename(out, old)
+    os.rename(folder, out)
+    sync_directory(out.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _lock(folder: Path) -> int | None:
+    """File handle that holds the lock of `folder`; None when another process holds it or the file system has no locks."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _readable(error: OSError, out: Path) -> Exception:
+    """`error` as a DataError where the user can mend it."""
+    if error.errno in FULL:
+        parent = next(path for path in (out.parent, *out.parents) if path.exists())
+        free = shutil.disk_usage(parent).free / 1e6
+        return DataError(f"{out}: no space left while writing ({free:,.1f} MB free now). Free some, or choose another --out; "
+                         "nothing unfinished was left behind.")
+    if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) or error.errno in (errno.EROFS, errno.ENOTEMPTY):
+        return DataError(f"{error.filename or out}: {error.strerror}. Choose an --out that can be written.")
+    return error
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{sign}]" if sign in "*?[" else sign for sign in name)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_data import FakeDataset, varied_lengths
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_shards import overwrite, record_place, write_folder
 
 from exlm_dist.config.schema import MaskingConfig
 from exlm_dist.data.batch import PackedBatch, check_batch
 from exlm_dist.data.loader import Loader, eval_batches
+from exlm_dist.data.shards import ShardDataset
 from exlm_dist.data.tokenizer import BOS, EOS, MASK
 from exlm_dist.utils.errors import ConfigError, DataError
 
@@ -119,6 +122,23 @@ def test_epochs_and_seeds_change_order_and_masks() -> None:
         return [batch.input_ids.tobytes() for batch in part.micro_batches]
 
     assert inputs(first) != inputs(second) != inputs(other) != inputs(first)
+
+
+def test_shards_with_a_damaged_record_keep_every_size(tmp_path: Path) -> None:
+    rows = [DATA.payload(number % len(DATA)) for number in range(202)]  # each length occurs at least twice
+    folder = write_folder(tmp_path / "data", rows, vocab_size=512)
+    intact = [part.micro_batches for part in map(loader(ShardDataset.open(folder, "train")).step, range(13))]
+    dataset = ShardDataset.open(folder, "train", max_bad_records=0.01)
+    path, offset = record_place(dataset, 77)
+    overwrite(path, offset, b"\xff")
+    damaged = [part.micro_batches for part in map(loader(dataset).step, range(13))]
+    differing = 0
+    for before, after in zip(sum(intact, []), sum(damaged, [])):
+        check_batch(after)
+        assert np.array_equal(before.sample_ids, after.sample_ids)
+        assert np.array_equal(before.cu_tokens, after.cu_tokens) and np.array_equal(before.position, after.position)
+        differing += not (same(before, after))
+    assert [record.sample for record in dataset.bad_records] == [77] and differing <= 2
 
 
 @pytest.mark.parametrize("prefetch", [1, 3])

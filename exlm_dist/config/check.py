@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from exlm_dist.config.schema import ModelConfig, RunConfig
 from exlm_dist.utils.errors import ConfigError
 
@@ -15,34 +17,34 @@ def check_config(config: RunConfig) -> None:
 
 def check_world(config: RunConfig, world: int) -> None:
     """Raise ConfigError where `world` data-parallel ranks cannot share the global batch equally."""
-    group = world * config.batch.micro
-    total = config.batch.sequences
-    if total % group == 0:
+    check_division(config.batch.sequences, config.batch.micro, world)
+
+
+def check_division(sequences: int, micro: int, world: int) -> None:
+    """Raise ConfigError naming both numbers and the nearest that fit, unless world x micro divides the global batch."""
+    group = world * micro
+    if sequences % group == 0:
         return
-    lower, upper = total // group * group, (total // group + 1) * group
-    micros = [micro for micro in range(config.batch.micro, 0, -1) if total % (world * micro) == 0]
-    fits = f"; or batch.micro {micros[0]}" if micros else ""
-    nearest = f"{lower} or {upper}" if lower else f"{upper}"
-    raise ConfigError(f"batch.sequences {total} is not a multiple of {world} ranks x batch.micro {config.batch.micro} = {group}. "
+    nearest = " or ".join(str(size) for size in (sequences // group * group, (sequences // group + 1) * group) if size)
+    micros = [size for size in range(1, sequences // world + 1) if sequences % (world * size) == 0]
+    fits = f"; or batch.micro {min(micros, key=lambda size: abs(size - micro))}" if micros else ""
+    raise ConfigError(f"batch.sequences {sequences} is not a multiple of {world} ranks x batch.micro {micro} = {group}. "
                       f"Nearest that fit: batch.sequences {nearest}{fits}.")
 
 
-def longest_expansion(length: int, config: RunConfig) -> int:
-    """Largest expanded length of a sequence of `length` tokens (BOS and EOS counted) under the masking of `config`."""
-    payload = max(length - 2, 1)
-    ratio = max(config.masking.ratio, config.masking.eval_ratio)
-    masked = min(payload, int(ratio * payload) + 1)
-    expanded = masked + (2 if config.model.anchors else 0)
-    return length + (config.model.states - 1) * expanded
+def largest_num_masks(length: int, ratio: float) -> int:
+    """The most masks that a sequence of `length` tokens (BOS and EOS not counted) can get."""
+    return min(length, max(1, math.ceil(ratio * length)))
 
 
-def check_length(config: RunConfig, length: int) -> None:
-    """Raise ConfigError where sequences of `length` tokens could expand past `model.max_positions`."""
-    longest = longest_expansion(length, config)
-    if longest > config.model.max_positions:
-        raise ConfigError(f"sequences of up to {length} tokens expand to up to {longest} states with masking.ratio "
-                          f"{config.masking.ratio} and model.states {config.model.states}, more than model.max_positions "
-                          f"{config.model.max_positions}. Set model.max_positions to {longest} or more, or prepare with a smaller --max-length.")
+def check_length(length: int, *, ratio: float, states: int, anchors: bool, max_positions: int) -> None:
+    """Raise ConfigError where a sequence of `length` tokens (BOS and EOS counted) could expand past `max_positions`."""
+    expanded = largest_num_masks(max(length - 2, 1), ratio) + (2 if anchors else 0)
+    longest = length + (states - 1) * expanded
+    if longest > max_positions:
+        raise ConfigError(f"sequences of up to {length} tokens expand to up to {longest} positions with a masking ratio of {ratio:g} and "
+                          f"model.states {states}, more than model.max_positions {max_positions}. Set model.max_positions to {longest} "
+                          "or more, or prepare the data with a smaller --max-length.")
 
 
 def _model(model: ModelConfig) -> list[str]:

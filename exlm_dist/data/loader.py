@@ -13,10 +13,11 @@ from typing import Protocol
 
 import numpy as np
 
+from exlm_dist.config import check_division, check_length
 from exlm_dist.config.schema import MaskingConfig
 from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.expansion import Expanded, expand, expanded_lengths, wrap
-from exlm_dist.data.masking import largest_num_masks, mask_batch, num_masks, sample_keys
+from exlm_dist.data.masking import mask_batch, num_masks, sample_keys
 from exlm_dist.data.order import sample_at
 from exlm_dist.data.packing import pack, plan_micro_batches
 from exlm_dist.data.prefetch import Prefetcher
@@ -77,18 +78,10 @@ class Recipe:
             )
 
     def check_lengths(self, lengths: np.ndarray) -> None:
-        """DataError if a sequence is empty, or could exceed `max_positions` when expanded, whatever is masked."""
+        """DataError if a sequence is empty, ConfigError if one could exceed `max_positions` when expanded, whatever is masked."""
         if len(lengths) == 0 or lengths.min() < 1:
             raise DataError("the data has no sequences, or empty ones: prepare it again")
-        length = int(lengths.max())
-        largest = int(expanded_lengths(length, largest_num_masks(length, self.ratio), self.states, self.anchors))
-        if largest > self.max_positions:
-            raise DataError(
-                f"the longest sequence ({length} tokens) can expand to {largest} positions with "
-                f"model.states {self.states} and a masking ratio of {self.ratio:g}, more than "
-                f"model.max_positions {self.max_positions}: raise it to {largest}, "
-                "or prepare the data with shorter sequences"
-            )
+        check_length(int(lengths.max()) + 2, ratio=self.ratio, states=self.states, anchors=self.anchors, max_positions=self.max_positions)
 
     def batches(
         self, dataset: Dataset, plan: list[np.ndarray], samples: np.ndarray, epochs: np.ndarray, keys: np.ndarray, *,
@@ -139,7 +132,7 @@ class Loader:
     ) -> None:
         """`global_batch` sequences a step over `world` ranks, `micro` in a micro-batch; the rest as in the schema.
 
-        ConfigError if world x micro does not divide the global batch; DataError if a sequence can become too long.
+        ConfigError if world x micro does not divide the global batch, or if a sequence can become too long.
         """
         check_division(global_batch, micro, world)
         if not 0 <= rank < world:
@@ -209,24 +202,6 @@ def eval_batches(
         rows = plan[0 if filler else number]
         (batch,) = recipe.batches(dataset, [rows], samples, epochs, keys, step=0, indices=[number])
         yield _as_filler(batch) if filler else batch
-
-
-def check_division(global_batch: int, micro: int, world: int) -> None:
-    """ConfigError naming both numbers and the nearest that fit, unless world x micro divides the global batch."""
-    together = world * micro
-    if global_batch % together == 0:
-        return
-    fitting = {together * max(1, global_batch // together), together * (global_batch // together + 1)}
-    batches = " or ".join(str(size) for size in sorted(fitting))
-    message = (
-        f"batch.sequences {global_batch} is not divisible by ranks x batch.micro = {world} x {micro} = {together}. "
-        f"Nearest batch.sequences that fits: {batches}"
-    )
-    if global_batch % world == 0:
-        share = global_batch // world
-        micros = [size for size in range(1, share + 1) if share % size == 0]
-        message += f"; nearest batch.micro that fits: {min(micros, key=lambda size: (abs(size - micro), size))}"
-    raise ConfigError(message)
 
 
 def _groups(sizes: list[int]) -> list[list[int]]:

@@ -64,11 +64,6 @@ def num_masks(lengths: np.ndarray, keys: np.ndarray, ratio: float) -> np.ndarray
     return np.clip(np.floor(ratio * lengths + chance).astype(np.int64), 1, None).clip(max=lengths)
 
 
-def largest_num_masks(length: int, ratio: float) -> int:
-    """The most masks that a sequence of `length` payload tokens can get."""
-    return min(length, max(1, int(np.ceil(ratio * length))))
-
-
 def choose_places(lengths: np.ndarray, counts: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """int64[N]: flat payload indices, ascending, of `counts[b]` tokens of each sequence b, uniform without replacement.
 

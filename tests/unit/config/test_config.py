@@ -109,11 +109,10 @@ def test_world_that_does_not_divide_the_batch(write):
         check_world(config, 2)
 
 
-def test_expanded_length_over_the_limit(write):
-    config = load_config(write(MINIMAL), ["--model.max_positions", "512"])
-    check_length(config, 128)
-    with pytest.raises(ConfigError, match=r"512 tokens expand to up to 749 states.*max_positions 512. Set model.max_positions to 749"):
-        check_length(config, 512)
+def test_expanded_length_over_the_limit():
+    check_length(128, ratio=0.15, states=4, anchors=True, max_positions=512)
+    with pytest.raises(ConfigError, match=r"512 tokens expand to up to 749 positions.*max_positions 512. Set model.max_positions to 749"):
+        check_length(512, ratio=0.15, states=4, anchors=True, max_positions=512)
 
 
 def test_difference_names_only_what_decides_the_result(write):

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exlm_dist.data.masking import Masks, choose_places, largest_num_masks, mask_batch, num_masks, sample_keys
+from exlm_dist.config import largest_num_masks
+from exlm_dist.data.masking import Masks, choose_places, mask_batch, num_masks, sample_keys
 from exlm_dist.data.tokenizer import MASK, NUM_SPECIAL
 from exlm_dist.utils.errors import DataError
 

@@ -36,6 +36,8 @@ SEAMS = {
     "rdkit": ("data/", "evaluation/", "analysis/"),
     "matplotlib": ("analysis/",),
 }
+#: Kernels are long and untyped by nature; they are held to their tests instead.
+KERNELS = {path for path in FILES if path.name == "triton.py" or "triton" in path.parts}
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 80
 
@@ -67,7 +69,7 @@ def test_imports_point_one_way_and_frameworks_stay_behind_their_seam(path):
             assert inside.startswith(SEAMS[parts[0]]), f"{path}:{line}: {parts[0]} belongs in {SEAMS[parts[0]]}"
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.name != "triton.py"], ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", [path for path in FILES if path not in KERNELS], ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_and_functions_stay_small(path):
     text = path.read_text()
     assert text.count("\n") <= LONGEST_FILE, f"{path} has more than {LONGEST_FILE} lines"
@@ -77,14 +79,14 @@ def test_files_and_functions_stay_small(path):
             assert length <= LONGEST_FUNCTION, f"{path}:{node.lineno}: {node.name} has {length} lines"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", [path for path in FILES if path not in KERNELS], ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_public_functions_are_documented_and_typed(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
             continue
         if isinstance(node, ast.ClassDef) or node.col_offset == 0:
             assert ast.get_docstring(node), f"{path}:{node.lineno}: {node.name} has no docstring"
-        if isinstance(node, ast.FunctionDef) and node.col_offset == 0 and path.name != "triton.py":
+        if isinstance(node, ast.FunctionDef) and node.col_offset == 0:
             assert node.returns is not None, f"{path}:{node.lineno}: {node.name} has no return type"
 
 

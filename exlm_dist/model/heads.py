@@ -109,17 +109,17 @@ class Output(nn.Module):
             stream.max_targets,
             backend=self.backend,
         )
-        transitions = self._transitions(features, stream)
+        transitions = self._transitions(features, stream, match.dtype)
         likelihood = self._likelihood(match, transitions, stream)
         stream = stream.replace(match=match, transitions=transitions, ends=self.ends, log_likelihood=likelihood)
         return stream.replace(predictions=self._predict(tokens, stream)) if stream.predict else stream
 
-    def _transitions(self, features: Tensor, stream: Stream) -> Tensor | None:
+    def _transitions(self, features: Tensor, stream: Stream, dtype: torch.dtype) -> Tensor | None:
         if self.objective == "mlm":
             return None
         if self.transition is not None:
             return self.transition(features, stream)
-        return transition_log_probs(
+        uniform = transition_log_probs(
             None,
             None,
             None,
@@ -129,6 +129,7 @@ class Output(nn.Module):
             kind="uniform",
             backend=self.backend,
         )
+        return uniform.to(dtype)
 
     def _likelihood(self, match: Tensor, transitions: Tensor | None, stream: Stream) -> Tensor:
         if transitions is None:

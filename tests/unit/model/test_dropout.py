@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from exlm_dist.model.dropout import dropout, dropout_add, keep_mask, site_seed
+
+
+def test_mask_depends_on_the_key_alone():
+    shape = torch.Size((33, 7))
+    first, _ = keep_mask(shape, 0.3, site_seed(5, 2, "ffn"), torch.device("cpu"))
+    torch.manual_seed(99)
+    again, _ = keep_mask(shape, 0.3, site_seed(5, 2, "ffn"), torch.device("cpu"))
+    assert torch.equal(first, again)
+    others = [site_seed(6, 2, "ffn"), site_seed(5, 3, "ffn"), site_seed(5, 2, "attention")]
+    assert all(not torch.equal(first, keep_mask(shape, 0.3, seed, torch.device("cpu"))[0]) for seed in others)
+
+
+@pytest.mark.parametrize("probability", [0.01, 0.1, 0.5, 0.9, 0.99999])
+def test_share_and_scale(probability):
+    keep, scale = keep_mask(torch.Size((1 << 20,)), probability, 3, torch.device("cpu"))
+    kept = 1 / scale
+    assert abs(kept - (1 - probability)) <= 2**-16
+    assert abs(keep.double().mean() - kept) < 5 * (probability * (1 - probability) / (1 << 20)) ** 0.5 + 1e-9
+
+
+def test_masks_of_neighbours_are_independent():
+    keep, _ = keep_mask(torch.Size((1 << 20,)), 0.5, 11, torch.device("cpu"))
+    signs = keep.double() * 2 - 1
+    for lag in (1, 2, 3, 4, 8, 256):
+        assert abs((signs[lag:] * signs[:-lag]).mean()) < 5e-3
+
+
+def test_values_and_gradients():
+    x, residual = (torch.randn(50, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    keep, scale = keep_mask(x.shape, 0.25, 7, x.device)
+    assert torch.allclose(dropout_add(x, residual, 0.25, 7), residual + x * keep * scale)
+    assert torch.allclose(dropout(x, 0.25, 7), x * keep * scale)
+    assert torch.autograd.gradcheck(lambda a, b: dropout_add(a, b, 0.25, 7), (x, residual))
+    assert torch.autograd.gradcheck(lambda a: dropout(a, 0.25, 7), (x,))
+
+
+def test_zero_is_the_identity():
+    x = torch.randn(4, 3)
+    assert dropout(x, 0.0, 1) is x
+    assert torch.equal(dropout_add(x, x, 0.0, 1), x + x)

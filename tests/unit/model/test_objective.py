@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from packed import make_batch
+
+from exlm_dist.config.schema import ModelConfig
+from exlm_dist.model.build import build_model
+from exlm_dist.model.objective import evaluate_masked, loss_sum, masked_token_scores, prior_marginals
+from exlm_dist.model.stream import Stream
+
+VOCABULARY = 13
+
+
+def make_model(**changes):
+    settings = {"layers": 1, "width": 16, "heads": 2, "ffn": 16, "states": 2, "max_positions": 64, "dropout": 0.0, "attention_dropout": 0.0, "init_std": 0.4}
+    config = ModelConfig(**{**settings, **changes})
+    return config, build_model(config, VOCABULARY, seed=2).eval()
+
+
+def make_stream(config, lengths=(4, 5), **changes):
+    batch = make_batch(list(lengths), states=config.states, anchors=config.anchors, vocab_size=VOCABULARY, ratio=0.4, **changes)
+    return Stream.from_batch(batch), torch.from_numpy(batch.is_masked)
+
+
+def enumerated_prior(transitions: torch.Tensor, targets: int, ends: int) -> torch.Tensor:
+    """q [targets, states] by walking every path."""
+    states = len(transitions)
+    prior = torch.zeros(targets, states, dtype=torch.float64)
+    for path in itertools.combinations(range(states), targets):
+        if path[0] >= ends or path[-1] < states - ends:
+            continue
+        weight = math.exp(sum(float(transitions[a, b]) for a, b in zip(path, path[1:])))
+        for i, u in enumerate(path):
+            prior[i, u] += weight
+    return prior / prior[0].sum()
+
+
+def token_probabilities(model, stream) -> torch.Tensor:
+    """p_u(w) of every state, [S, V]."""
+    for layer in model.layers[:-1]:
+        stream = layer(stream)
+    features = model.output.norm(F.gelu(model.output.dense(stream.hidden)))
+    return (features @ model.output.weight.T + model.output.bias).softmax(-1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"states": 3, "transitions": "sparse"}, {"states": 3, "transitions": "uniform"}, {"anchors": False, "states": 3}], ids=str)
+@torch.no_grad()
+def test_metric_by_walking_every_path(changes):
+    config, model = make_model(**changes)
+    stream, is_masked = make_stream(config, bucket=4)
+    scores = evaluate_masked(model, stream, is_masked)
+    result = model(stream.replace(predict=True))
+    prior = prior_marginals(result)
+    states = token_probabilities(model, stream)
+    nll, correct, count = 0.0, 0, 0
+    for b in range(stream.num_sequences):
+        n, size = int(stream.num_targets[b]), int(stream.num_states[b])
+        ends = 1 if config.anchors else config.states
+        expected = enumerated_prior(result.transitions[b, :size, :size], n, ends)
+        assert torch.allclose(prior[b, :n, :size].double(), expected, atol=1e-6)
+        first = int(stream.cu_states[b])
+        distribution = expected @ states[first : first + size].double()
+        assert torch.allclose(distribution.sum(-1), torch.ones(n, dtype=torch.float64), atol=1e-6)
+        assert torch.equal(result.predictions[b, :n], distribution.argmax(-1))
+        for i in range(n):
+            place = int(stream.cu_targets[b]) + i
+            if is_masked[place]:
+                target = int(stream.target_ids[place])
+                nll -= math.log(distribution[i, target])
+                correct += int(distribution[i].argmax()) == target
+                count += 1
+    assert count == int(is_masked.sum()) > 0
+    assert float(scores.nll) == pytest.approx(nll, rel=1e-5)
+    assert (int(scores.correct), int(scores.count)) == (correct, count)
+
+
+@torch.no_grad()
+def test_metric_of_the_plain_model_is_its_softmax():
+    config, model = make_model(objective="mlm", states=1, anchors=False)
+    stream, is_masked = make_stream(config, (6, 9, 7))
+    scores = evaluate_masked(model, stream, is_masked)
+    states = token_probabilities(model, stream)
+    chosen = states.gather(1, stream.target_ids[:, None])
+    assert float(scores.nll) == pytest.approx(-float(chosen.log().sum()), rel=1e-5)
+    assert int(scores.correct) == int((states.argmax(-1) == stream.target_ids).sum())
+    assert int(scores.count) == len(stream.target_ids)
+
+
+@torch.no_grad()
+def test_metric_does_not_look_at_the_targets():
+    config, model = make_model(states=3)
+    stream, _ = make_stream(config)
+    first = model(stream.replace(predict=True))
+    shuffled = stream.replace(target_ids=stream.target_ids.roll(1))
+    second = model(shuffled.replace(predict=True))
+    assert torch.equal(first.predictions, second.predictions)
+    assert torch.equal(prior_marginals(first), prior_marginals(second))
+
+
+@torch.no_grad()
+def test_predictions_do_not_depend_on_the_chunk(monkeypatch):
+    config, model = make_model()
+    stream, _ = make_stream(config, (4, 9, 6, 5))
+    whole = model(stream.replace(predict=True)).predictions
+    monkeypatch.setattr("exlm_dist.model.heads._PREDICTION_LOGITS", 1)
+    assert torch.equal(whole, model(stream.replace(predict=True)).predictions)
+
+
+@torch.no_grad()
+def test_anchors_are_not_scored():
+    config, model = make_model()
+    stream, is_masked = make_stream(config)
+    result = model(stream)
+    nothing, count = masked_token_scores(result, torch.zeros_like(is_masked))
+    assert (float(nothing), int(count)) == (0.0, 0)
+
+
+def stream_with(log_likelihood: list[float], targets: list[int]) -> Stream:
+    config, _ = make_model()
+    stream, _ = make_stream(config, [4] * len(targets))
+    starts = torch.tensor([0, *itertools.accumulate(targets)])
+    return stream.replace(log_likelihood=torch.tensor(log_likelihood, requires_grad=True), cu_targets=starts)
+
+
+def test_loss_is_normalised_by_sequence_or_left_to_the_caller():
+    stream = stream_with([-6.0, -10.0], [3, 4])
+    assert loss_sum(stream, "sequence")[0].item() == pytest.approx(6 / 3 + 10 / 4)
+    assert loss_sum(stream, "token")[0].item() == pytest.approx(16.0)
+
+
+@pytest.mark.parametrize("bad", [float("-inf"), float("nan")])
+def test_a_sequence_without_a_likelihood_is_named_and_gives_no_gradient(bad):
+    stream = stream_with([-6.0, bad, -4.0], [3, 4, 2])
+    loss, invalid = loss_sum(stream, "sequence")
+    assert invalid.tolist() == [False, True, False]
+    loss.backward()
+    assert loss.item() == pytest.approx(6 / 3 + 4 / 2)
+    assert stream.log_likelihood.grad[1] == 0 and (stream.log_likelihood.grad[[0, 2]] < 0).all()

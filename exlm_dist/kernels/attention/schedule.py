@@ -32,6 +32,7 @@ class Form:
     backward: Tiles | None
     queries: Tiles | None
     keys: Tiles | None
+    owner: Tiles | None = None
 
 
 def forms(width: int, itemsize: int, max_tokens: int, capability: tuple[int, int]) -> list[Form]:

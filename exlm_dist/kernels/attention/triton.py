@@ -85,20 +85,23 @@ def _store_rows(p_base, b_tile, o_row, limit, stride, WIDTH: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _load_turned(p_base, p_table, o_row, limit, stride, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    """Both halves of rows of q or k, turned by their angles."""
+def _load_turned(p_base, p_table, o_row, limit, stride, ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of q or k turned by their angles: [ROWS, 2 * BLOCK], the second half from column BLOCK on."""
     b_first = _load_rows(p_base, o_row, limit, stride, HALF, BLOCK)
     b_second = _load_rows(p_base + HALF, o_row, limit, stride, HALF, BLOCK)
     b_cos = _load_rows(p_table, o_row, limit, 2 * HALF, HALF, BLOCK)
     b_sin = _load_rows(p_table + HALF, o_row, limit, 2 * HALF, HALF, BLOCK)
-    b_low = b_first.to(tl.float32) * b_cos - b_second.to(tl.float32) * b_sin
-    b_high = b_second.to(tl.float32) * b_cos + b_first.to(tl.float32) * b_sin
-    return b_low.to(b_first.dtype), b_high.to(b_first.dtype)
+    b_low = (b_first.to(tl.float32) * b_cos - b_second.to(tl.float32) * b_sin).to(b_first.dtype)
+    b_high = (b_second.to(tl.float32) * b_cos + b_first.to(tl.float32) * b_sin).to(b_first.dtype)
+    return tl.reshape(tl.permute(tl.join(b_low, b_high), (0, 2, 1)), [ROWS, 2 * BLOCK])
 
 
 @triton.jit
-def _store_turned_back(p_base, p_table, b_low, b_high, o_row, limit, stride, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the gradient of q or k: turned by minus the angles."""
+def _store_turned_back(
+    p_base, p_table, b_grad, o_row, limit, stride, ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write the gradient [ROWS, 2 * BLOCK] of q or k: turned by minus the angles."""
+    b_low, b_high = tl.split(tl.permute(tl.reshape(b_grad, [ROWS, 2, BLOCK]), (0, 2, 1)))
     b_cos = _load_rows(p_table, o_row, limit, 2 * HALF, HALF, BLOCK)
     b_sin = _load_rows(p_table + HALF, o_row, limit, 2 * HALF, HALF, BLOCK)
     _store_rows(p_base, b_low * b_cos + b_high * b_sin, o_row, limit, stride, HALF, BLOCK)
@@ -109,13 +112,6 @@ def _store_turned_back(p_base, p_table, b_low, b_high, o_row, limit, stride, HAL
 def _product(b_left, b_right, b_sum):
     """b_sum + b_left @ b_right in fp32 (fp32 operands are not rounded to TF32)."""
     return tl.dot(b_left, b_right, b_sum, input_precision="ieee")
-
-
-@triton.jit
-def _scores(b_left1, b_left2, b_right1, b_right2, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """left right^T of operands held in halves: [ROWS, COLUMNS] fp32."""
-    b_score = _product(b_left1, tl.trans(b_right1), tl.zeros([ROWS, COLUMNS], tl.float32))
-    return _product(b_left2, tl.trans(b_right2), b_score)
 
 
 @triton.jit
@@ -166,12 +162,10 @@ def _forward(
     left = count - chunk * (TILES * BQ)
     p_q = q + begin * stride + head * stride_head
     p_turn = table + begin * P
-    b_q1, b_q2, b_sum, b_total, b_top, b_keys = (), (), (), (), (), ()
+    b_q, b_sum, b_total, b_top, b_keys = (), (), (), (), ()
     for tile in tl.static_range(TILES):
-        b_low, b_high = _load_turned(
-            p_q + tile * BQ * stride, p_turn + tile * BQ * P, o_query, left - tile * BQ, stride, HALF, BH)
-        b_q1 = b_q1 + (b_low,)
-        b_q2 = b_q2 + (b_high,)
+        b_q += (_load_turned(
+            p_q + tile * BQ * stride, p_turn + tile * BQ * P, o_query, left - tile * BQ, stride, BQ, HALF, BH),)
         b_sum = b_sum + (tl.zeros([BQ, BP], tl.float32),)
         b_total = b_total + (tl.zeros([BQ], tl.float32),)
         b_top = b_top + (tl.full([BQ], float("-inf"), tl.float32),)
@@ -182,11 +176,11 @@ def _forward(
     p_v = v + first * stride + head * stride_head
     p_turn = table + first * P
     for key in range(0, count, BK):
-        b_k1, b_k2 = _load_turned(p_k, p_turn, o_key, count - key, stride, HALF, BH)
+        b_k = _load_turned(p_k, p_turn, o_key, count - key, stride, BK, HALF, BH)
         b_v = _load_rows(p_v, o_key, count - key, stride, P, BP)
         n_sum, n_total, n_top = (), (), ()
         for tile in tl.static_range(TILES):
-            b_score = _scores(b_q1[tile], b_q2[tile], b_k1, b_k2, BQ, BK)
+            b_score = _product(b_q[tile], tl.trans(b_k), tl.zeros([BQ, BK], tl.float32))
             b_score = tl.where((o_key < count - key)[None, :], b_score * scale, float("-inf"))
             b_max = tl.maximum(b_top[tile], tl.max(b_score, 1))
             b_weight = tl.exp2(b_score - b_max[:, None])
@@ -211,11 +205,11 @@ def _forward(
 
 @triton.jit
 def _weights_and_grads(
-    b_q1, b_q2, b_k1, b_k2, b_v, b_go, b_statistic, b_delta, b_row_key, o_key, key_limit,
+    b_q, b_k, b_v, b_go, b_statistic, b_delta, b_row_key, o_key, key_limit,
     scale, dropped, dropout_scale, BQ: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Of one tile, transposed [BK, BQ]: weights that reach the output, and gradient of the scores over the scale."""
-    b_score = _scores(b_k1, b_k2, b_q1, b_q2, BK, BQ)
+    b_score = _product(b_k, tl.trans(b_q), tl.zeros([BK, BQ], tl.float32))
     b_weight = tl.exp2(b_score * scale - b_statistic[None, :])
     b_weight = tl.where((o_key < key_limit)[:, None], b_weight, 0.0)
     b_grad = _product(b_v, tl.trans(b_go), tl.zeros([BK, BQ], tl.float32))
@@ -256,19 +250,16 @@ def _backward_short(
     p_go = grad_out + first * stride_out + head * P
     p_out = out + first * stride_out + head * P
     p_statistic = statistic + head.to(tl.int64) * tokens + first
-    b_q1, b_q2, b_go, b_stat, b_delta, b_gq1, b_gq2, b_keys = (), (), (), (), (), (), (), ()
+    b_q, b_go, b_stat, b_delta, b_gq, b_keys = (), (), (), (), (), ()
     for tile in tl.static_range(TILES):
         o_row = tile * BQ + o_query
-        b_low, b_high = _load_turned(p_q, p_turn, o_row, count, stride, HALF, BH)
-        b_grad = _load_rows(p_go, o_row, count, stride_out, P, BP)
+        b_grad_out = _load_rows(p_go, o_row, count, stride_out, P, BP)
         b_out = _load_rows(p_out, o_row, count, stride_out, P, BP)
-        b_q1 = b_q1 + (b_low,)
-        b_q2 = b_q2 + (b_high,)
-        b_go = b_go + (b_grad,)
-        b_delta = b_delta + (tl.sum(b_grad.to(tl.float32) * b_out.to(tl.float32), 1),)
+        b_q += (_load_turned(p_q, p_turn, o_row, count, stride, BQ, HALF, BH),)
+        b_go = b_go + (b_grad_out,)
+        b_delta = b_delta + (tl.sum(b_grad_out.to(tl.float32) * b_out.to(tl.float32), 1),)
         b_stat = b_stat + (tl.load(p_statistic + o_row, mask=o_row < count, other=float("inf")),)
-        b_gq1 = b_gq1 + (tl.zeros([BQ, BH], tl.float32),)
-        b_gq2 = b_gq2 + (tl.zeros([BQ, BH], tl.float32),)
+        b_gq += (tl.zeros([BQ, BP], tl.float32),)
         if DROPOUT:
             b_keys = b_keys + (_row_keys(seed_low, seed_high, sequence, head, o_row),)
         else:
@@ -278,26 +269,23 @@ def _backward_short(
     p_gk = grad_k + first * stride_grad + grad_head
     p_gv = grad_v + first * stride_grad + grad_head
     for key in range(0, count, BK):
-        b_k1, b_k2 = _load_turned(p_k, p_turn, o_key, count - key, stride, HALF, BH)
+        b_k = _load_turned(p_k, p_turn, o_key, count - key, stride, BK, HALF, BH)
         b_v = _load_rows(p_v, o_key, count - key, stride, P, BP)
-        b_gk1 = tl.zeros([BK, BH], tl.float32)
-        b_gk2 = tl.zeros([BK, BH], tl.float32)
+        b_gk = tl.zeros([BK, BP], tl.float32)
         b_gv = tl.zeros([BK, BP], tl.float32)
-        n_gq1, n_gq2 = (), ()
+        n_gq = ()
         for tile in tl.static_range(TILES):
             b_used, b_grad = _weights_and_grads(
-                b_q1[tile], b_q2[tile], b_k1, b_k2, b_v, b_go[tile], b_stat[tile], b_delta[tile], b_keys[tile],
+                b_q[tile], b_k, b_v, b_go[tile], b_stat[tile], b_delta[tile], b_keys[tile],
                 key + o_key, count, scale, dropped, dropout_scale, BQ, BK, DROPOUT)
             b_gv = _product(b_used.to(b_v.dtype), b_go[tile], b_gv)
             b_grad = b_grad.to(b_v.dtype)
-            b_gk1 = _product(b_grad, b_q1[tile], b_gk1)
-            b_gk2 = _product(b_grad, b_q2[tile], b_gk2)
-            n_gq1 = n_gq1 + (_product(tl.trans(b_grad), b_k1, b_gq1[tile]),)
-            n_gq2 = n_gq2 + (_product(tl.trans(b_grad), b_k2, b_gq2[tile]),)
-        b_gq1, b_gq2 = n_gq1, n_gq2
+            b_gk = _product(b_grad, b_q[tile], b_gk)
+            n_gq += (_product(tl.trans(b_grad), b_k, b_gq[tile]),)
+        b_gq = n_gq
         _store_rows(p_gv, b_gv * dropout_scale, o_key, count - key, stride_grad, P, BP)
         _store_turned_back(
-            p_gk, p_turn, b_gk1 * grad_scale, b_gk2 * grad_scale, o_key, count - key, stride_grad, HALF, BH)
+            p_gk, p_turn, b_gk * grad_scale, o_key, count - key, stride_grad, BK, HALF, BH)
         p_k += BK * stride
         p_v += BK * stride
         p_gk += BK * stride_grad
@@ -307,8 +295,104 @@ def _backward_short(
     p_gq = grad_q + first * stride_grad + grad_head
     for tile in tl.static_range(TILES):
         _store_turned_back(
-            p_gq, p_turn, b_gq1[tile] * grad_scale, b_gq2[tile] * grad_scale, tile * BQ + o_query, count,
-            stride_grad, HALF, BH)
+            p_gq, p_turn, b_gq[tile] * grad_scale, tile * BQ + o_query, count,
+            stride_grad, BQ, HALF, BH)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "dropped", "lower", "upper"])
+def _backward_owner(
+    q, k, v, table, cu, out, grad_out, statistic, delta,  # delta [H, T] fp32 scratch
+    partial,  # [H, T, P] fp32 scratch: sums of grad q before turning back
+    grad_q, grad_k, grad_v,
+    tokens, sequences, heads, chunks, lower, upper, stride, stride_head, stride_grad, stride_grad_head,
+    scale, grad_scale, seed_low, seed_high, dropped, dropout_scale,
+    P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """One program: all gradients of one sequence and head; grad q is summed in memory that only this program touches."""
+    sequence, head, chunk, first = _place(cu, sequences, heads, chunks)
+    grad_head = head * stride_grad_head
+    if TAIL:
+        if sequence == sequences:
+            _zero_tail(grad_q + grad_head, first, tokens, chunk, chunks, stride_grad, P, BP, BQ)
+            _zero_tail(grad_k + grad_head, first, tokens, chunk, chunks, stride_grad, P, BP, BQ)
+            _zero_tail(grad_v + grad_head, first, tokens, chunk, chunks, stride_grad, P, BP, BQ)
+            return
+    count = (tl.load(cu + sequence + 1) - first).to(tl.int32)
+    if count <= lower or count > upper:
+        return
+    o_query = tl.arange(0, BQ)
+    o_key = tl.arange(0, BK)
+    stride_out = heads * P
+    p_q0 = q + first * stride + head * stride_head
+    p_go0 = grad_out + first * stride_out + head * P
+    p_out = out + first * stride_out + head * P
+    p_turn0 = table + first * P
+    p_gq0 = grad_q + first * stride_grad + grad_head
+    row = head.to(tl.int64) * tokens + first
+    p_k = k + first * stride + head * stride_head
+    p_v = v + first * stride + head * stride_head
+    p_gk = grad_k + first * stride_grad + grad_head
+    p_gv = grad_v + first * stride_grad + grad_head
+    p_key_turn = p_turn0
+    p_go = p_go0
+    p_delta = delta + row
+    for query in range(0, count, BQ):
+        b_grad_out = _load_rows(p_go, o_query, count - query, stride_out, P, BP).to(tl.float32)
+        b_out = _load_rows(p_out, o_query, count - query, stride_out, P, BP).to(tl.float32)
+        tl.store(p_delta + o_query, tl.sum(b_grad_out * b_out, 1), mask=o_query < count - query)
+        p_go += BQ * stride_out
+        p_out += BQ * stride_out
+        p_delta += BQ
+    tl.debug_barrier()
+    for key in range(0, count, BK):
+        b_k = _load_turned(p_k, p_key_turn, o_key, count - key, stride, BK, HALF, BH)
+        b_v = _load_rows(p_v, o_key, count - key, stride, P, BP)
+        b_gk = tl.zeros([BK, BP], tl.float32)
+        b_gv = tl.zeros([BK, BP], tl.float32)
+        p_q, p_go, p_turn, p_gq = p_q0, p_go0, p_turn0, p_gq0
+        p_stat = statistic + row
+        p_delta = delta + row
+        p_part = partial + row * BP
+        for query in range(0, count, BQ):
+            limit = count - query
+            b_q = _load_turned(p_q, p_turn, o_query, limit, stride, BQ, HALF, BH)
+            b_go = _load_rows(p_go, o_query, limit, stride_out, P, BP)
+            b_stat = tl.load(p_stat + o_query, mask=o_query < limit, other=float("inf"))
+            b_delta = tl.load(p_delta + o_query, mask=o_query < limit, other=0.0)
+            past = tl.where(key > 0, limit, 0)
+            b_gq = _load_rows(p_part, o_query, past, BP, BP, BP)
+            b_row_key = o_query
+            if DROPOUT:
+                b_row_key = _row_keys(seed_low, seed_high, sequence, head, query + o_query)
+            b_used, b_grad = _weights_and_grads(
+                b_q, b_k, b_v, b_go, b_stat, b_delta, b_row_key,
+                key + o_key, count, scale, dropped, dropout_scale, BQ, BK, DROPOUT)
+            b_gv = _product(b_used.to(b_v.dtype), b_go, b_gv)
+            b_grad = b_grad.to(b_v.dtype)
+            b_gk = _product(b_grad, b_q, b_gk)
+            b_gq += _product(tl.trans(b_grad), b_k, tl.zeros([BQ, BP], tl.float32))
+            if key + BK < count:
+                _store_rows(p_part, b_gq, o_query, limit, BP, BP, BP)
+            else:
+                _store_turned_back(
+                    p_gq, p_turn, b_gq * grad_scale, o_query, limit, stride_grad, BQ, HALF, BH)
+            p_q += BQ * stride
+            p_go += BQ * stride_out
+            p_gq += BQ * stride_grad
+            p_turn += BQ * P
+            p_stat += BQ
+            p_delta += BQ
+            p_part += BQ * BP
+        tl.debug_barrier()
+        _store_rows(p_gv, b_gv * dropout_scale, o_key, count - key, stride_grad, P, BP)
+        _store_turned_back(
+            p_gk, p_key_turn, b_gk * grad_scale, o_key, count - key, stride_grad, BK, HALF, BH)
+        p_k += BK * stride
+        p_v += BK * stride
+        p_gk += BK * stride_grad
+        p_gv += BK * stride_grad
+        p_key_turn += BK * P
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "dropped", "lower", "upper"])
@@ -335,7 +419,7 @@ def _backward_queries(
     begin = first + chunk * BQ
     left = count - chunk * BQ
     p_turn = table + begin * P
-    b_q1, b_q2 = _load_turned(q + begin * stride + head * stride_head, p_turn, o_query, left, stride, HALF, BH)
+    b_q = _load_turned(q + begin * stride + head * stride_head, p_turn, o_query, left, stride, BQ, HALF, BH)
     b_go = _load_rows(grad_out + begin * stride_out + head * P, o_query, left, stride_out, P, BP)
     b_out = _load_rows(out + begin * stride_out + head * P, o_query, left, stride_out, P, BP)
     b_delta = tl.sum(b_go.to(tl.float32) * b_out.to(tl.float32), 1)
@@ -345,15 +429,14 @@ def _backward_queries(
     b_row_key = o_query
     if DROPOUT:
         b_row_key = _row_keys(seed_low, seed_high, sequence, head, chunk * BQ + o_query)
-    b_gq1 = tl.zeros([BQ, BH], tl.float32)
-    b_gq2 = tl.zeros([BQ, BH], tl.float32)
+    b_gq = tl.zeros([BQ, BP], tl.float32)
     p_k = k + first * stride + head * stride_head
     p_v = v + first * stride + head * stride_head
     p_key_turn = table + first * P
     for key in range(0, count, BK):
-        b_k1, b_k2 = _load_turned(p_k, p_key_turn, o_key, count - key, stride, HALF, BH)
+        b_k = _load_turned(p_k, p_key_turn, o_key, count - key, stride, BK, HALF, BH)
         b_v = _load_rows(p_v, o_key, count - key, stride, P, BP)
-        b_score = _scores(b_q1, b_q2, b_k1, b_k2, BQ, BK)
+        b_score = _product(b_q, tl.trans(b_k), tl.zeros([BQ, BK], tl.float32))
         b_weight = tl.exp2(b_score * scale - b_stat[:, None])
         b_weight = tl.where((o_key < count - key)[None, :], b_weight, 0.0)
         b_grad = _product(b_go, tl.trans(b_v), tl.zeros([BQ, BK], tl.float32))
@@ -361,13 +444,12 @@ def _backward_queries(
             kept = _kept(b_row_key[:, None], (key + o_key)[None, :], dropped)
             b_grad = tl.where(kept, b_grad * dropout_scale, 0.0)
         b_grad = (b_weight * (b_grad - b_delta[:, None])).to(b_v.dtype)
-        b_gq1 = _product(b_grad, b_k1, b_gq1)
-        b_gq2 = _product(b_grad, b_k2, b_gq2)
+        b_gq = _product(b_grad, b_k, b_gq)
         p_k += BK * stride
         p_v += BK * stride
         p_key_turn += BK * P
     p_gq = grad_q + begin * stride_grad + head * stride_grad_head
-    _store_turned_back(p_gq, p_turn, b_gq1 * grad_scale, b_gq2 * grad_scale, o_query, left, stride_grad, HALF, BH)
+    _store_turned_back(p_gq, p_turn, b_gq * grad_scale, o_query, left, stride_grad, BQ, HALF, BH)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "dropped", "lower", "upper"])
@@ -396,10 +478,9 @@ def _backward_keys(
     begin = first + chunk * BK
     left = count - chunk * BK
     p_key_turn = table + begin * P
-    b_k1, b_k2 = _load_turned(k + begin * stride + head * stride_head, p_key_turn, o_key, left, stride, HALF, BH)
+    b_k = _load_turned(k + begin * stride + head * stride_head, p_key_turn, o_key, left, stride, BK, HALF, BH)
     b_v = _load_rows(v + begin * stride + head * stride_head, o_key, left, stride, P, BP)
-    b_gk1 = tl.zeros([BK, BH], tl.float32)
-    b_gk2 = tl.zeros([BK, BH], tl.float32)
+    b_gk = tl.zeros([BK, BP], tl.float32)
     b_gv = tl.zeros([BK, BP], tl.float32)
     p_q = q + first * stride + head * stride_head
     p_go = grad_out + first * stride_out + head * P
@@ -407,7 +488,7 @@ def _backward_keys(
     p_stat = statistic + head.to(tl.int64) * tokens + first
     p_delta = delta + head.to(tl.int64) * tokens + first
     for query in range(0, count, BQ):
-        b_q1, b_q2 = _load_turned(p_q, p_turn, o_query, count - query, stride, HALF, BH)
+        b_q = _load_turned(p_q, p_turn, o_query, count - query, stride, BQ, HALF, BH)
         b_go = _load_rows(p_go, o_query, count - query, stride_out, P, BP)
         b_stat = tl.load(p_stat + o_query, mask=o_query < count - query, other=float("inf"))
         b_delta = tl.load(p_delta + o_query, mask=o_query < count - query, other=0.0)
@@ -415,12 +496,11 @@ def _backward_keys(
         if DROPOUT:
             b_row_key = _row_keys(seed_low, seed_high, sequence, head, query + o_query)
         b_used, b_grad = _weights_and_grads(
-            b_q1, b_q2, b_k1, b_k2, b_v, b_go, b_stat, b_delta, b_row_key,
+            b_q, b_k, b_v, b_go, b_stat, b_delta, b_row_key,
             chunk * BK + o_key, count, scale, dropped, dropout_scale, BQ, BK, DROPOUT)
         b_gv = _product(b_used.to(b_v.dtype), b_go, b_gv)
         b_grad = b_grad.to(b_v.dtype)
-        b_gk1 = _product(b_grad, b_q1, b_gk1)
-        b_gk2 = _product(b_grad, b_q2, b_gk2)
+        b_gk = _product(b_grad, b_q, b_gk)
         p_q += BQ * stride
         p_go += BQ * stride_out
         p_turn += BQ * P
@@ -429,7 +509,7 @@ def _backward_keys(
     p_gk = grad_k + begin * stride_grad + grad_head
     p_gv = grad_v + begin * stride_grad + grad_head
     _store_rows(p_gv, b_gv * dropout_scale, o_key, left, stride_grad, P, BP)
-    _store_turned_back(p_gk, p_key_turn, b_gk1 * grad_scale, b_gk2 * grad_scale, o_key, left, stride_grad, HALF, BH)
+    _store_turned_back(p_gk, p_key_turn, b_gk * grad_scale, o_key, left, stride_grad, BK, HALF, BH)
 
 
 def attention(
@@ -466,9 +546,16 @@ class _Attention(torch.autograd.Function):
         read = {"q": q, "k": k, "v": v, "grad_out": grad_out.contiguous(), "statistic": statistic}
         strides = {"stride_grad": grad_q.stride(0), "stride_grad_head": grad_q.stride(1)}
         delta = torch.empty_like(statistic) if any(form.backward is None for form in call.forms) else None
+        partial = None
         for index, form in enumerate(call.forms):
             first = index == 0
             shared = {**read, **strides, "grad_scale": call.width**-0.5}
+            if form.owner is not None:
+                grads = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
+                partial = torch.empty((call.heads, call.tokens, triton.next_power_of_2(call.width)), dtype=torch.float32, device=q.device)
+                delta = torch.empty_like(statistic)
+                call.start(_backward_owner, form, form.owner, first, "all", out=out, delta=delta, partial=partial, **shared, **grads)
+                continue
             if form.backward is not None:
                 grads = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
                 call.start(_backward_short, form, form.backward, first, "queries", out=out, **shared, **grads)
@@ -493,7 +580,7 @@ class _Call:
     def start(self, kernel, form: Form, tiles, tail: bool, over: str, **arguments) -> None:
         """Launch `kernel` for the sequences whose lengths are in the form's range; the first form also zeroes the padding."""
         rows = tiles.queries * tiles.resident if over == "queries" else tiles.keys
-        chunks = triton.cdiv(min(max(self.max_tokens, 1), form.upper), rows)
+        chunks = 1 if over == "all" else triton.cdiv(min(max(self.max_tokens, 1), form.upper), rows)
         sequences = len(self.cu_tokens) - 1
         half = self.width // 2
         arguments |= {

@@ -1,0 +1,143 @@
+"""The recursions in the log domain, for the sequences whose probabilities fp32 cannot hold; the others leave at once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from exlm_dist.kernels.dag.triton.recursion import LOG2E, NEVER, finish, split
+
+@triton.jit
+def _log_arrivals(moves, values, i_from, o_u, n, length, states, FORWARD: tl.constexpr, SPAN: tl.constexpr):
+    """log2 of the sum over v of values[i_from, v] times the move between v and u, [SPAN]; -inf where there is none."""
+    b_top = tl.full([SPAN], NEVER, tl.float32)
+    b_sum = tl.zeros([SPAN], tl.float32)
+    for first in range((i_from // SPAN) * SPAN, length - n + i_from + 1, SPAN):
+        o_v = first + tl.arange(0, SPAN)
+        m_v = (o_v >= i_from) & (o_v <= length - n + i_from)
+        b_value = tl.load(values + i_from.to(tl.int64) * states + o_v, mask=m_v, other=float("-inf"))
+        m_move = m_v[:, None] & (o_u < length)[None, :]
+        if FORWARD:
+            m_move = m_move & (o_v[:, None] < o_u[None, :])
+            p_move = moves + o_v[:, None].to(tl.int64) * states + o_u[None, :]
+        else:
+            m_move = m_move & (o_u[None, :] < o_v[:, None])
+            p_move = moves + o_u[None, :].to(tl.int64) * states + o_v[:, None]
+        b_path = tl.load(p_move, mask=m_move, other=float("-inf")) * LOG2E + b_value[:, None]
+        b_new = tl.maximum(b_top, tl.max(b_path, 0))
+        b_sum = b_sum * tl.exp2(b_top - b_new) + tl.sum(tl.exp2(b_path - b_new[None, :]), 0)
+        b_top = b_new
+    return tl.where(b_sum > 0, b_top + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), float("-inf"))
+
+
+@triton.jit
+def _log_recursion(
+    match, moves, values, scales, tails, tail_scales, n, length, states, blocks, ends,
+    FORWARD: tl.constexpr, SPAN: tl.constexpr,
+):
+    """As `_recursion`, with log2 of what is there in `values` and `tails`, row by row; returns the last row's scale."""
+    slack = length - n
+    scale = 0.0
+    for step in range(0, n):
+        i = n * 0 + step if FORWARD else n - 1 - step
+        o_row = i.to(tl.int64) * states
+        top = NEVER
+        for first in range((i // SPAN) * SPAN, slack + i + 1, SPAN):
+            o_u = first + tl.arange(0, SPAN)
+            m_u = (o_u >= i) & (o_u <= slack + i)
+            if step > 0:
+                b_came = _log_arrivals(
+                    moves, values, i - 1 if FORWARD else i + 1, o_u, n, length, states, FORWARD, SPAN
+                )
+            else:
+                if FORWARD:
+                    b_came = tl.where(o_u < ends, -tl.log2(ends.to(tl.float32)), float("-inf"))
+                else:
+                    b_came = tl.where(o_u >= length - ends, 0.0, float("-inf"))
+            tl.store(tails + o_row + o_u, b_came, mask=m_u)
+            b_match = tl.load(match + o_row + o_u, mask=m_u, other=float("-inf"))
+            b_some = m_u & (b_came > float("-inf")) & (b_match > float("-inf"))
+            b_whole, _ = split(tl.where(b_some, b_match, 0.0))
+            b_whole += tl.floor(tl.where(b_some, b_came, 0.0))
+            top = tl.maximum(top, tl.max(tl.where(b_some, b_whole, NEVER), 0))
+        tl.debug_barrier()
+        top = tl.where(top > NEVER, top, 0.0)
+        for first in range((i // SPAN) * SPAN, slack + i + 1, SPAN):
+            o_u = first + tl.arange(0, SPAN)
+            m_u = (o_u >= i) & (o_u <= slack + i)
+            b_came = tl.load(tails + o_row + o_u, mask=m_u, other=float("-inf"))
+            b_match = tl.load(match + o_row + o_u, mask=m_u, other=float("-inf"))
+            b_some = m_u & (b_came > float("-inf")) & (b_match > float("-inf"))
+            b_whole, b_part = split(tl.where(b_some, b_match, 0.0))
+            b_came = tl.where(b_some, b_came, 0.0)
+            b_carry = tl.floor(b_came)
+            b_value = ((b_whole + b_carry) - top) + (b_part + (b_came - b_carry))
+            tl.store(values + o_row + o_u, tl.where(b_some, b_value, float("-inf")), mask=m_u)
+        for k in range(0, blocks):
+            tl.store(tail_scales + i * blocks + k, scale)
+            tl.store(scales + i * blocks + k, scale + top)
+        scale += top
+        tl.debug_barrier()
+    return scale
+
+
+@triton.jit
+def fallback_kernel(
+    match, moves, num_targets, num_states, alpha, alpha_scale, omega, omega_scale, beta, beta_scale,
+    log_likelihood, total, total_scale, gamma, bad, faint, in_logs, counter,
+    count, targets, states, blocks, chunks, ends,
+    SPAN: tl.constexpr, ENDS: tl.constexpr, SEQUENCES: tl.constexpr,
+):
+    """Program b does sequence b again in the log domain if it failed; the program after the last counts those that did."""
+    b = tl.program_id(0).to(tl.int64)
+    failed = 0
+    if b < count:
+        failed = tl.load(faint + b)
+        for chunk in range(0, chunks):
+            failed = tl.maximum(failed, tl.load(bad + b * chunks + chunk))
+        tl.store(in_logs + b, failed)
+    else:
+        b_count = tl.zeros([SEQUENCES], tl.int32)
+        for first in range(0, count, SEQUENCES):
+            o_b = first + tl.arange(0, SEQUENCES)
+            b_failed = tl.load(faint + o_b, mask=o_b < count, other=0)
+            for chunk in range(0, chunks):
+                b_failed = tl.maximum(b_failed, tl.load(bad + o_b * chunks + chunk, mask=o_b < count, other=0))
+            b_count += b_failed
+        tl.store(counter, tl.load(counter) + tl.sum(b_count, 0))
+    if failed > 0:
+        n = tl.load(num_targets + b).to(tl.int32)
+        length = tl.load(num_states + b).to(tl.int32)
+        match += b * targets * states
+        moves += b * states * states
+        alpha += b * targets * states
+        alpha_scale += b * targets * blocks
+        beta += b * targets * states
+        beta_scale += b * targets * blocks
+        scale = _log_recursion(
+            match, moves, alpha, alpha_scale, alpha, beta_scale, n, length, states, blocks, ends, True, SPAN
+        )
+        _log_recursion(
+            match, moves, omega + b * targets * states, omega_scale + b * targets * blocks, beta, beta_scale,
+            n, length, states, blocks, ends, False, SPAN,
+        )
+        o_u = length - 1 - tl.arange(0, ENDS)
+        m_u = (tl.arange(0, ENDS) < ends) & (o_u >= n - 1)
+        b_last = tl.load(alpha + (n - 1).to(tl.int64) * states + o_u, mask=m_u, other=float("-inf"))
+        best = tl.max(b_last, 0)
+        some = best > float("-inf")
+        log_sum = tl.where(some, best, 0.0)
+        log_sum += tl.log2(tl.sum(tl.where(some, tl.exp2(b_last - tl.where(some, best, 0.0)), 1.0), 0))
+        finish(log_likelihood, total, total_scale, b, log_sum, tl.where(some, scale, NEVER))
+        gamma += b * targets * states
+        for row in range(0, n):
+            i = n * 0 + row
+            o_row = i.to(tl.int64) * states
+            shift = tl.load(alpha_scale + i * blocks) + tl.load(beta_scale + i * blocks) - scale
+            for first in range(0, states, SPAN):
+                o_u = first + tl.arange(0, SPAN)
+                m_u = (o_u >= i) & (o_u <= tl.where(some, length - n + i, -1))
+                b_alpha = tl.load(alpha + o_row + o_u, mask=m_u, other=float("-inf"))
+                b_beta = tl.load(beta + o_row + o_u, mask=m_u, other=float("-inf"))
+                b_gamma = tl.exp2((b_alpha + b_beta) + (shift - log_sum))
+                tl.store(gamma + o_row + o_u, b_gamma, mask=o_u < states)

@@ -1,0 +1,101 @@
+"""Posteriors of (target, state), their check, and the expected number of times each move is made."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from exlm_dist.kernels.dag.triton.recursion import LOG2E, NEVER, SHIFT
+
+GUARD = tl.constexpr(1.0e-4)  # |sum of a target's posteriors - 1| that sends a sequence to the log domain
+
+
+@triton.jit
+def posterior_kernel(
+    num_targets, num_states, alpha, alpha_scale, beta, beta_scale, total, total_scale, gamma, bad,
+    targets, states, blocks, chunks, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    """gamma = alpha beta / likelihood of ROWS targets, and whether a row of it fails to sum to 1."""
+    b = tl.program_id(1).to(tl.int64)
+    n = tl.load(num_targets + b).to(tl.int32)
+    slack = tl.load(num_states + b).to(tl.int32) - n
+    whole = tl.load(total_scale + b)
+    fraction = tl.load(total + b)
+    own = tl.where(whole > NEVER, n, 0)
+    o_i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o_row = (b * targets + o_i.to(tl.int64))[:, None]
+    b_sum = tl.zeros([ROWS], tl.float32)
+    for first in range(0, states, COLUMNS):
+        o_u = (first + tl.arange(0, COLUMNS))[None, :]
+        m_in = (o_i < own)[:, None] & (o_u >= o_i[:, None]) & (o_u <= slack + o_i[:, None])
+        b_alpha = tl.load(alpha + o_row * states + o_u, mask=m_in, other=0.0)
+        b_beta = tl.load(beta + o_row * states + o_u, mask=m_in, other=0.0)
+        b_shift = tl.load(alpha_scale + o_row * blocks + o_u // BLOCK, mask=m_in, other=NEVER)
+        b_shift += tl.load(beta_scale + o_row * blocks + o_u // BLOCK, mask=m_in, other=NEVER) - whole
+        b_shift = tl.minimum(tl.maximum(b_shift, -250.0), 250.0)
+        b_half = tl.floor(b_shift * 0.5)
+        b_gamma = (b_alpha * tl.exp2(b_half)) * (b_beta * tl.exp2(b_shift - b_half)) * tl.exp2(-fraction)
+        tl.store(gamma + o_row * states + o_u, b_gamma, mask=(o_i < targets)[:, None] & (o_u < states))
+        b_sum += tl.sum(b_gamma, 1)
+    b_good = (tl.abs(b_sum - 1.0) <= GUARD) | (o_i >= n)  # a sum that is not a number is bad
+    tl.store(bad + b * chunks + tl.program_id(0), 1 - tl.min(b_good.to(tl.int32), 0))
+
+
+@triton.jit
+def moves_gradient_kernel(
+    moves, num_targets, num_states, alpha, alpha_scale, omega, omega_scale, total, total_scale, in_logs, grad_out, grad,
+    targets, states, blocks, tiles,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """grad[v, u] = grad_out E[v, u] sum_i alpha[i-1, v] omega[i, u] / likelihood: a product over the targets i."""
+    b = tl.program_id(1).to(tl.int64)
+    j = tl.program_id(0) // tiles
+    k = tl.program_id(0) % tiles
+    o_v = j * TILE + tl.arange(0, TILE)
+    o_u = k * TILE + tl.arange(0, TILE)
+    p_out = (b * states + o_v[:, None].to(tl.int64)) * states + o_u[None, :]
+    m_out = (o_v < states)[:, None] & (o_u < states)[None, :]
+    n = tl.load(num_targets + b).to(tl.int32)
+    length = tl.load(num_states + b).to(tl.int32)
+    slack = length - n
+    whole = tl.load(total_scale + b)
+    b_total = tl.zeros([TILE, TILE], tl.float32)
+    if (k >= j) & (k * TILE < length) & (whole > NEVER):
+        fraction = tl.load(total + b)
+        m_move = (o_v[:, None] < o_u[None, :]) & (o_u < length)[None, :]
+        b_log = tl.load(moves + p_out, mask=m_move, other=float("-inf")) * LOG2E
+        alpha += b * targets * states
+        omega += b * targets * states
+        alpha_scale += b * targets * blocks + (j * TILE) // BLOCK
+        omega_scale += b * targets * blocks + (k * TILE) // BLOCK
+        # Rows i whose band, and that of i - 1 before it, touch the two tiles.
+        start = tl.maximum(tl.maximum(k * TILE - slack, j * TILE - slack + 1), 1)
+        stop = tl.minimum(tl.minimum((k + 1) * TILE, (j + 1) * TILE + 1), n)
+        if tl.load(in_logs + b) == 0:
+            for first in range(start, stop, ROWS):
+                o_i = first + tl.arange(0, ROWS)
+                m_i = o_i < stop
+                b_shift = tl.load(alpha_scale + (o_i - 1) * blocks, mask=m_i, other=NEVER)
+                b_shift += tl.load(omega_scale + o_i * blocks, mask=m_i, other=NEVER) - (whole + SHIFT)
+                b_shift = tl.minimum(tl.maximum(b_shift, -250.0), 250.0)
+                b_half = tl.floor(b_shift * 0.5)
+                m_v = m_i[:, None] & (o_v[None, :] >= o_i[:, None] - 1) & (o_v[None, :] <= slack + o_i[:, None] - 1)
+                b_alpha = tl.load(alpha + (o_i - 1)[:, None].to(tl.int64) * states + o_v[None, :], mask=m_v, other=0.0)
+                m_u = m_i[:, None] & (o_u[None, :] >= o_i[:, None]) & (o_u[None, :] <= slack + o_i[:, None])
+                b_omega = tl.load(omega + o_i[:, None].to(tl.int64) * states + o_u[None, :], mask=m_u, other=0.0)
+                b_alpha *= tl.exp2(b_half)[:, None]
+                b_omega *= tl.exp2(b_shift - b_half)[:, None]
+                b_total = tl.dot(tl.trans(b_alpha), b_omega, b_total, input_precision=PRECISION)
+            b_move = tl.exp2(b_log + SHIFT)
+            b_total = tl.where(b_move > 0, b_move * b_total, 0.0) * tl.exp2(-fraction)
+        else:
+            for row in range(0, stop - start):
+                i = start + row
+                shift = tl.load(alpha_scale + (i - 1) * blocks) + tl.load(omega_scale + i * blocks) - whole
+                m_v = (o_v >= i - 1) & (o_v <= slack + i - 1)
+                m_u = (o_u >= i) & (o_u <= slack + i)
+                b_alpha = tl.load(alpha + (i - 1).to(tl.int64) * states + o_v, mask=m_v, other=float("-inf"))
+                b_omega = tl.load(omega + i.to(tl.int64) * states + o_u, mask=m_u, other=float("-inf"))
+                b_total += tl.exp2((b_alpha[:, None] + b_omega[None, :]) + (shift - fraction) + b_log)
+        b_total *= tl.load(grad_out + b)
+    tl.store(grad + p_out, b_total, mask=m_out)

@@ -32,10 +32,14 @@ QUARANTINED_CHARACTERS = 500
 
 @dataclass(frozen=True)
 class Source:
-    """Input rows, and what identifies them: equal identities have equal rows."""
+    """Input rows, and what identifies them: equal identities have equal rows.
+
+    canonical_under: the canonicalisation policy that the rows, molecules, follow already; None for rows from outside.
+    """
 
     identity: list[dict[str, Any]]
     rows: Callable[[], Iterable[Row]]
+    canonical_under: dict[str, Any] | None = None
 
     @classmethod
     def of_files(cls, inputs: Sequence[str], column: str | None, default_column: str) -> Source:

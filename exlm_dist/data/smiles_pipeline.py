@@ -79,8 +79,10 @@ class SmilesJob:
         """Held-out files first, so that a molecule in both is held out."""
         with molecules, Progress("molecules", "rows") as progress:
             for source in filter(None, (self.valid, self.train)):
-                clean = partial(clean_rows, dict(self.policy), self.max_length)
-                for results in ordered_map(clean, chunked(source.rows(), ROWS_PER_TASK), self.workers):
+                trusted = source.canonical_under == self.policy
+                clean = partial(clean_rows, None if trusted else dict(self.policy), self.max_length)
+                workers = 1 if trusted else self.workers
+                for results in ordered_map(clean, chunked(source.rows(), ROWS_PER_TASK), workers):
                     molecules.add(results)
                     progress.update(len(results))
                 if source is self.valid:
@@ -165,8 +167,8 @@ class _Molecules:
                 yield line[:-1]
 
 
-def clean_rows(policy: Mapping[str, Any], max_length: int, rows: list[Row]) -> list[tuple[Row | None, str]]:
-    """For each row (None, canonical SMILES), or (the row, why it cannot be used)."""
+def clean_rows(policy: Mapping[str, Any] | None, max_length: int, rows: list[Row]) -> list[tuple[Row | None, str]]:
+    """For each row (None, canonical SMILES), or (the row, why it cannot be used). policy None: the rows are canonical already."""
     from exlm_dist.data.molecules import MoleculeError, canonical_smiles
 
     results: list[tuple[Row | None, str]] = []
@@ -181,7 +183,7 @@ def clean_rows(policy: Mapping[str, Any], max_length: int, rows: list[Row]) -> l
             problem = UNPARSABLE
         if not problem:
             try:
-                smiles = canonical_smiles(parts[0], policy)
+                smiles = parts[0] if policy is None else canonical_smiles(parts[0], policy)
                 problem = _too_long_or_odd(smiles, max_length)
             except MoleculeError as error:
                 problem = str(error)

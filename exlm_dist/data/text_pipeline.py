@@ -78,16 +78,15 @@ class TextJob:
         encode = partial(encode_documents, str(folder / TOKENIZER))
         counts = []
         for part in documents:
-            cutter = BlockCutter(self.max_length - 2, tokenizer.starts_word)
-            with blocks, Progress("tokens", "tokens") as progress:
-                for tokens in ordered_map(encode, chunked(part.read(), CHARACTERS_PER_TASK, len), self.workers):
-                    blocks.add(*cutter.feed(tokens))
-                    progress.update(len(tokens))
-                blocks.add(*cutter.finish())
+            if part.count:
+                cutter = BlockCutter(self.max_length - 2, tokenizer.starts_word)
+                with blocks, Progress("tokens", "tokens") as progress:
+                    for tokens in ordered_map(encode, chunked(part.read(), CHARACTERS_PER_TASK, len), self.workers):
+                        blocks.add(*cutter.feed(tokens))
+                        progress.update(len(tokens))
+                    blocks.add(*cutter.finish())
             counts.append(len(blocks.lengths))
         if self.valid is not None:
-            if not 0 < counts[0] < counts[1]:
-                raise DataError("the training files or the held-out files hold no text.")
             return np.arange(counts[1]) >= counts[0]
         return choose_valid(np.frombuffer(blocks.hashes, dtype=np.uint64), self.valid_fraction)
 

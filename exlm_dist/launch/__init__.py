@@ -1,0 +1,1 @@
+"""Starts ranks. Never imports torch."""

@@ -1,0 +1,114 @@
+"""Starts the ranks of a run on this machine, passes signals on, and ends all of them when one fails. Never imports torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from exlm_dist.utils.errors import EXIT_RETRY
+
+#: Environment variable that names the file in which a failing rank leaves its message.
+ERROR_FILE = "EXLM_ERROR_FILE"
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+#: Seconds that the other ranks get to end by themselves once one has ended by an error.
+GRACE = 15.0
+_PR_SET_PDEATHSIG = 1
+
+
+def run_local(arguments: Sequence[str], processes: int, *, grace: float = GRACE) -> int:
+    """Run `exlm pretrain ARGUMENTS` as `processes` ranks here and return the exit code of the run.
+
+    TERM, USR1 and INT are passed on to every rank. The code is 0 when all ranks ended well, else that of the rank that
+    failed first, its message repeated at the end; a rank killed by a signal counts as 76 (may be started again).
+    """
+    command = [sys.executable, "-m", "exlm_dist.cli", "pretrain", *map(str, arguments)]
+    with tempfile.TemporaryDirectory(prefix="exlm-") as folder:
+        return supervise(command, rank_environments(processes, Path(folder)), grace=grace)
+
+
+def rank_environments(processes: int, folder: Path) -> list[dict[str, str]]:
+    """What each rank finds in its environment; they meet on a port that was free a moment ago."""
+    shared = {**os.environ, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ.get("MASTER_PORT") or str(free_port())}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shared.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    if Path("/sys/class/net/lo").exists():
+        # The host's name may resolve to an address that is not reachable from here.
+        shared.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_FILE: str(folder / f"rank-{rank}")}
+            for rank in range(processes)]
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def supervise(command: Sequence[str], environments: Sequence[dict[str, str]], *, grace: float = GRACE) -> int:
+    """Start one process per environment and see all of them to their end; see `run_local`."""
+    ranks: list[subprocess.Popen] = []
+    former = {number: signal.signal(number, lambda got, _: [rank.send_signal(got) for rank in ranks]) for number in FORWARDED}
+    try:
+        for environment in environments:
+            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_parent))
+        failed = _wait(ranks, grace)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+                rank.wait()
+    return _verdict(ranks, failed, environments)
+
+
+def _die_with_parent() -> None:
+    """A killed supervisor leaves no orphans. Linux only; elsewhere the ranks notice at their next collective."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _wait(ranks: list[subprocess.Popen], grace: float) -> list[int]:
+    """Wait for the end of all; returns the ranks that failed, in the order in which they were seen to."""
+    failed: list[int] = []
+    deadline = float("inf")
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        failed += [number for number, code in enumerate(codes) if code and number not in failed]
+        if all(code is not None for code in codes):
+            return failed
+        if failed and deadline == float("inf"):
+            deadline = time.monotonic() + grace
+        if time.monotonic() > deadline:
+            return failed
+        time.sleep(0.05)
+
+
+def _verdict(ranks: list[subprocess.Popen], failed: list[int], environments: Sequence[dict[str, str]]) -> int:
+    if not failed:
+        return 0
+    # A rank that only lost its peer ends with EXIT_RETRY: the cause is another one, if any ended otherwise.
+    cause = next((number for number in failed if ranks[number].returncode != EXIT_RETRY), failed[0])
+    code = ranks[cause].returncode
+    message = _message(environments[cause])
+    if code < 0:
+        print(f"error: rank {cause} was killed by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+        return EXIT_RETRY
+    if message:
+        print(f"error: rank {cause} of {len(ranks)} ended the run (exit code {code}): {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _message(environment: dict[str, str]) -> str:
+    path = Path(environment.get(ERROR_FILE, ""))
+    return path.read_text(errors="replace").strip() if path.is_file() else ""

@@ -1,0 +1,186 @@
+"""One rank of a job: who it is, how it meets the others, and how all of them agree on something small.
+
+Every wait has the limit `launch.timeout`. The environment is the one that torchrun, DeepSpeed, our own supervisor and
+`srun` scripts set: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; without RANK the process is alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from exlm_dist.config.schema import LaunchConfig
+from exlm_dist.utils import errors
+from exlm_dist.utils.errors import EXIT_RETRY, ConfigError, UserError
+
+Result = TypeVar("Result")
+
+
+class PeerLost(UserError):
+    """Another rank ended, or did not answer in time: the job can only be started again."""
+
+    exit_code = EXIT_RETRY
+
+
+@dataclass(frozen=True)
+class Process:
+    """This rank. `control` is a CPU group for decisions, so that agreeing never waits for a GPU."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+    control: Any
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0 alone writes to the run folder."""
+        return self.rank == 0
+
+    def gather(self, values: list[float]) -> torch.Tensor:
+        """The numbers of every rank, [world, n] in fp64. All ranks must call it, with equally many numbers."""
+        mine = torch.tensor(values, dtype=torch.float64)
+        every = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(every, mine, group=self.control)
+        return torch.stack(every)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on at least one rank."""
+        return bool(self.gather([float(flag)]).any())
+
+    def share(self, value: Any) -> Any:
+        """`value` (JSON) of rank 0, on every rank."""
+        content = json.dumps(value).encode() if self.is_first else b""
+        size = torch.tensor([len(content)])
+        dist.broadcast(size, 0, group=self.control)
+        data = torch.frombuffer(bytearray(content.ljust(int(size), b" ") or b" "), dtype=torch.uint8)
+        dist.broadcast(data, 0, group=self.control)
+        return json.loads(bytes(data.tolist()))
+
+    def first_only(self, work: Callable[[], Result]) -> Result:
+        """Run `work` on rank 0 and give its result (JSON) to all; a UserError there is raised on every rank."""
+        outcome: dict[str, Any] = {}
+        if self.is_first:
+            try:
+                outcome = {"result": work()}
+            except UserError as error:
+                known = next(kind.__name__ for kind in type(error).__mro__ if hasattr(errors, kind.__name__))
+                outcome = {"error": known, "message": str(error)}
+        outcome = self.share(outcome)
+        if "error" in outcome:
+            raise getattr(errors, outcome["error"])(outcome["message"])
+        return outcome["result"]
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Run `work` (no communication inside) on every rank; where it raises a UserError, all ranks end with one."""
+        failure: UserError | None = None
+        try:
+            result = work()
+        except UserError as error:
+            failure = error
+        ranks = [rank for rank, failed in enumerate(self.gather([float(failure is not None)])[:, 0]) if failed]
+        if failure is not None:
+            raise failure
+        if ranks:
+            raise PeerLost(f"rank {ranks[0]} ended with an error; see its message.")
+        return result
+
+
+def start(launch: LaunchConfig) -> Process:
+    """Join the process group of the job. ConfigError for a device that is not there or a rendezvous that fails."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, value)
+    rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = choose_device(launch.device, local_rank)
+    # DeepSpeed picks its accelerator by itself; without this it warns, and on a GPU machine ignores `launch.device cpu`.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    torch.set_num_threads(threads(launch.threads, local_world(world)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=launch.timeout)
+    _join("nccl" if device.type == "cuda" else "gloo", rank, world, timeout)
+    control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
+    return Process(rank, world, local_rank, device, control)
+
+
+def _join(backend: str, rank: int, world: int, timeout: timedelta) -> None:
+    if world == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not address or not port:
+        raise ConfigError(f"WORLD_SIZE is {world} but MASTER_ADDR or MASTER_PORT is not set. Start the ranks with a launcher "
+                          "(launchers/deepspeed.sh, or launch.processes for local ones).")
+    try:
+        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=timeout)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise ConfigError(f"port {port} on {address} is in use by another program. Set MASTER_PORT to a free one.") from error
+        raise PeerLost(f"rank {rank} could not meet the others at {address}:{port} within {timeout.total_seconds():.0f} s "
+                       f"(launch.timeout): {str(error).splitlines()[0]}") from error
+    except dist.DistStoreError as error:
+        raise PeerLost(f"rank {rank}: not all {world} ranks came to {address}:{port} within {timeout.total_seconds():.0f} s "
+                       f"(launch.timeout). Look for the one that did not start.") from error
+
+
+def finish() -> None:
+    """Leave the group in order: without it gloo ranks often abort at exit."""
+    if dist.is_initialized():
+        if dist.get_world_size() > 1:
+            dist.barrier()
+        dist.destroy_process_group()
+
+
+def leave() -> None:
+    """Leave the group without waiting for anybody, so that the others notice at once. For the end by an error."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def must_exit_hard() -> bool:
+    """Whether only the end of the process frees the others: a NCCL group with work under way cannot be left in order."""
+    return dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() == "nccl"
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether `error` is what torch raises in a collective whose peer has gone or does not answer."""
+    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
+        return True
+    text = str(error)
+    signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """Device of this rank; ConfigError where CUDA is asked for but absent, or has too few devices."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise ConfigError("launch.device is cuda but torch sees no CUDA device. Set launch.device auto, or check the driver.")
+    if local_rank >= count:
+        raise ConfigError(f"local rank {local_rank} has no GPU: this machine has {count}. Start at most {count} processes here.")
+    return torch.device("cuda", local_rank)
+
+
+def local_world(world: int) -> int:
+    """Ranks on this machine: LOCAL_WORLD_SIZE (torchrun), LOCAL_SIZE (DeepSpeed), else all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
+
+
+def threads(wanted: int, processes: int) -> int:
+    """CPU threads of this process: `wanted`, else OMP_NUM_THREADS, else an equal share of the cores this job may use."""
+    if wanted:
+        return wanted
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    return max(1, len(os.sched_getaffinity(0)) // max(1, processes))

@@ -1,0 +1,1 @@
+"""From a run configuration to a trained, saved and resumable model."""

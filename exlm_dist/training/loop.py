@@ -1,0 +1,86 @@
+"""The training loop, and how a run ends: done, saved on request, or with a message that every rank's launcher gets to see."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exlm_dist.config import RunConfig
+from exlm_dist.launch.local import ERROR_FILE
+from exlm_dist.training.interruption import Interruption
+from exlm_dist.utils.errors import EXIT_DONE, EXIT_SAVED, UserError
+from exlm_dist.utils.logs import get_logger
+
+if TYPE_CHECKING:
+    from exlm_dist.training.session import Session
+
+logger = get_logger(__name__)
+
+
+def train(config: RunConfig) -> int:
+    """Train, or continue, the run `config` as one rank of the job that the environment describes; the exit code.
+
+    0: the run is finished; 75: saved because a signal asked for it, the same command continues. UserError and whatever else
+    went wrong is raised, after the other ranks have been told.
+    """
+    interruption = Interruption()
+    # Heavy imports come after the signal handlers, so that no signal is lost to them.
+    from exlm_dist.parallel import process as processes
+    from exlm_dist.training.session import Session
+
+    session = None
+    try:
+        session = Session(config, processes.start(config.launch))
+        code = run(session, interruption)
+        session.disband()
+        processes.finish()
+    except BaseException as error:
+        raise _told(error, session) from None
+    finally:
+        interruption.restore()
+    session.close("FINISHED" if code == EXIT_DONE else "KILLED")
+    return code
+
+
+def run(session: Session, interruption: Interruption) -> int:
+    """The outer loop."""
+    config = session.config
+    if not session.open():
+        logger.info("%s is finished at step %d: nothing to do. Results: %s", config.name, session.step, session.path)
+        return EXIT_DONE
+    if session.step and session.evaluation is None and session.evaluation_is_due():
+        session.evaluate()  # the signal that ended the last launch left no time for it
+    while session.step < config.schedule.steps:
+        session.train_step()
+        last = session.step == config.schedule.steps
+        stop = interruption.agreed(session.process) and not last
+        if session.evaluation_is_due() and not stop:
+            session.evaluate()
+        if session.save_is_due() or stop:
+            session.save(needed=stop or last)
+        if stop:
+            logger.info("%s is saved at step %d; the same command continues it", config.name, session.step)
+            return EXIT_SAVED
+    return EXIT_DONE
+
+
+def _told(error: BaseException, session: Session | None) -> BaseException:
+    """Let the other ranks and the launcher know of `error`; returns what is to be raised here."""
+    from exlm_dist.parallel import process as processes
+
+    if not isinstance(error, UserError) and processes.lost_peer(error):
+        lost = processes.PeerLost(f"another rank ended or did not answer within launch.timeout; its own message says why ({str(error).splitlines()[0]})")
+        error = lost.with_traceback(error.__traceback__)
+    if file := os.environ.get(ERROR_FILE):
+        Path(file).write_text(str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error)))
+    if processes.must_exit_hard():
+        traceback.print_exception(error)
+        sys.stderr.flush()
+        os._exit(getattr(error, "exit_code", 1))
+    processes.leave()
+    if session is not None:
+        session.close("FAILED")
+    return error

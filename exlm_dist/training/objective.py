@@ -1,0 +1,74 @@
+"""The module that DeepSpeed trains: a language model and its loss, in a form whose tensors DeepSpeed can see."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from exlm_dist.model.block import Block
+from exlm_dist.model.build import LanguageModel
+from exlm_dist.model.objective import evaluate_masked, loss_sum
+from exlm_dist.model.stream import Stream
+
+
+class Objective(nn.Module):
+    """Summed loss of a micro-batch; see `forward`. `partitioned` (ZeRO 3): layers run through `TensorLayer`."""
+
+    def __init__(self, model: LanguageModel, reduction: str, *, partitioned: bool = False) -> None:
+        super().__init__()
+        self.reduction = reduction
+        self.recompute = model.activation_checkpointing
+        self.model = None if partitioned else model
+        self.layers = nn.ModuleList(TensorLayer(layer) for layer in model.layers) if partitioned else None
+
+    def forward(self, stream: Stream, is_masked: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(loss sum, invalid [B] bool, scores or None); see `model.objective.loss_sum`.
+
+        With `is_masked` [N] the scores are [nll sum, correct, count] over the masked tokens, under the dropout of training.
+        """
+        if is_masked is None:
+            return *loss_sum(self.run(stream), self.reduction), None
+        result: list[Stream] = []
+
+        def run(stream: Stream) -> Stream:
+            # evaluate_masked runs without gradients; the pass itself needs them, and is made only once.
+            with torch.enable_grad():
+                result.append(self.run(stream))
+            return result[0]
+
+        scores = evaluate_masked(run, stream, is_masked)
+        return *loss_sum(result[0], self.reduction), torch.stack([scores.nll.float(), scores.correct.float(), scores.count.float()])
+
+    def run(self, stream: Stream) -> Stream:
+        """All layers."""
+        if self.layers is None:
+            return self.model(stream)
+        for layer in self.layers:
+            if self.recompute and self.training and isinstance(layer.inner, Block):
+                changes = checkpoint(layer, stream.hidden, stream, use_reentrant=False, preserve_rng_state=False)
+            else:
+                changes = layer(stream.hidden, stream)
+            stream = stream.replace(**changes)
+        return stream
+
+
+class TensorLayer(nn.Module):
+    """A `Stream -> Stream` layer that takes its input, and gives what it changed, as plain tensors.
+
+    ZeRO 3 gathers and frees the parameters of a module by hooks on its input and output tensors, and does not look into a
+    dataclass. So the hooks of the layer itself are passed by (`inner.forward`), and the parameters it owns directly are
+    registered here too; those of its children, which work on tensors, are gathered by the hooks of the children.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        for name, parameter in inner.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+
+    def forward(self, hidden: Tensor | None, stream: Stream) -> dict[str, Tensor | int]:
+        """Fields of the stream that the layer changed."""
+        before = stream.replace(hidden=hidden)
+        after = self.inner.forward(before)
+        return {name: value for name, value in vars(after).items() if value is not getattr(before, name)}

@@ -1,0 +1,100 @@
+"""Whatever ends a run, the same command continues it, and it arrives at the same bits as one that nothing ended."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from made_run import make_data
+from training_runs import final_hashes, tiny, train_on
+
+from exlm_dist.model import checkpoint_reader as reader
+from exlm_dist.tracking import read_events
+from exlm_dist.utils.errors import EXIT_DONE, EXIT_SAVED
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data") / "prepared")
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """Runs that nothing interrupted, by (ZeRO stage, dtype), on two ranks; made when first asked for."""
+    runs = tmp_path_factory.mktemp("whole")
+    made = {}
+
+    def make(zero: int, dtype: str):
+        if (zero, dtype) not in made:
+            config = tiny(runs, f"zero{zero}-{dtype}", data, parallel={"zero": zero}, precision={"dtype": dtype})
+            assert train_on(config, 2) == [EXIT_DONE] * 2
+            made[zero, dtype] = config
+        return made[zero, dtype]
+
+    return make
+
+
+@pytest.mark.parametrize("zero, dtype", [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
+def test_sigkill_then_the_same_bits(zero, dtype, data, whole, tmp_path):
+    config = tiny(tmp_path, "killed", data, parallel={"zero": zero}, precision={"dtype": dtype})
+    codes = train_on(config, 2, ("step", 1, 7))
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
+    assert train_on(config, 2) == [EXIT_DONE] * 2
+    assert final_hashes(config) == final_hashes(whole(zero, dtype))
+
+
+@pytest.mark.parametrize("call, number", [("fsync", 1), ("fsync", 4), ("rename", 1), ("fsync", 9), ("replace", 1)])
+def test_sigkill_inside_a_save(call, number, data, whole, tmp_path):
+    """The second save (step 8) dies at that system call: the first is still there, or the second is whole already."""
+    config = tiny(tmp_path, "killed", data)
+    assert train_on(config, 2, ("step", 0, 5))[0] == -signal.SIGKILL
+    assert train_on(config, 2, ("call", 0, call, number))[0] == -signal.SIGKILL
+    left = reader.newest_checkpoint(tmp_path / "killed")
+    assert reader.step_of(left) in (4, 8)
+    assert train_on(config, 2) == [EXIT_DONE] * 2
+    assert final_hashes(config) == final_hashes(whole(1, "fp32"))
+    assert not list((tmp_path / "killed" / "checkpoints").glob(".t*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_saves_on_all_and_ends_with_75(number, data, whole, tmp_path):
+    config = tiny(tmp_path, "stopped", data)
+    assert train_on(config, 2, ("signal", 1, 6, number)) == [EXIT_SAVED] * 2
+    state = reader.read_state(reader.newest_checkpoint(tmp_path / "stopped"))
+    assert state["step"] == 7 and state["progress"]["sequences"] == 56
+    assert train_on(config, 2) == [EXIT_DONE] * 2
+    assert final_hashes(config) == final_hashes(whole(1, "fp32"))
+
+
+def test_events_have_each_point_once_and_the_same_as_uninterrupted(data, whole, tmp_path):
+    config = tiny(tmp_path, "killed", data)
+    train_on(config, 2, ("step", 1, 7))
+    train_on(config, 2)
+    kept = ("train/loss", "train/nll", "train/lr", "train/grad_norm", "valid/nll", "progress/sequences")
+
+    def points(run: Path):
+        events = [event for event in read_events(run / "events.jsonl") if event["kind"] == "metrics"]
+        pairs = [(event["step"], name) for event in events for name in event["values"]]
+        assert max(Counter(pairs).values()) == 1
+        return {(event["step"], name): value for event in events for name, value in event["values"].items() if name in kept}
+
+    other = whole(1, "fp32")
+    assert points(tmp_path / "killed") == points(Path(other.runs) / other.name)
+
+
+@pytest.mark.parametrize("first, second", [((2, 1), (1, 3)), ((1, 3), (2, 2)), ((2, 0), (4, 1)), ((4, 2), (2, 0))])
+def test_world_size_and_zero_stage_may_change(first, second, data, tmp_path):
+    """(ranks, stage) before and after a stop at step 7: the same curve as one that did not change, to rounding."""
+    layouts = {"changed": (first, second), "same": (first, first)}
+    losses = {}
+    for name, (before, after) in layouts.items():
+        config = tiny(tmp_path, name, data, parallel={"zero": before[1]}, tracking={"every": 1})
+        assert set(train_on(config, before[0], ("signal", 0, 6, signal.SIGTERM))) == {EXIT_SAVED}
+        config = tiny(tmp_path, name, data, parallel={"zero": after[1]}, tracking={"every": 1})
+        assert set(train_on(config, after[0])) == {EXIT_DONE}
+        metrics = [event for event in read_events(tmp_path / name / "events.jsonl") if event["kind"] == "metrics"]
+        losses[name] = [event["values"]["train/loss"] for event in metrics if "train/loss" in event["values"]]
+    assert len(losses["same"]) == 12
+    assert losses["changed"] == pytest.approx(losses["same"], rel=1e-5)

@@ -328,7 +328,6 @@ def _backward_owner(
     p_go0 = grad_out + first * stride_out + head * P
     p_out = out + first * stride_out + head * P
     p_turn0 = table + first * P
-    p_gq0 = grad_q + first * stride_grad + grad_head
     row = head.to(tl.int64) * tokens + first
     p_k = k + first * stride + head * stride_head
     p_v = v + first * stride + head * stride_head
@@ -350,7 +349,7 @@ def _backward_owner(
         b_v = _load_rows(p_v, o_key, count - key, stride, P, BP)
         b_gk = tl.zeros([BK, BP], tl.float32)
         b_gv = tl.zeros([BK, BP], tl.float32)
-        p_q, p_go, p_turn, p_gq = p_q0, p_go0, p_turn0, p_gq0
+        p_q, p_go, p_turn = p_q0, p_go0, p_turn0
         p_stat = statistic + row
         p_delta = delta + row
         p_part = partial + row * BP
@@ -372,14 +371,9 @@ def _backward_owner(
             b_grad = b_grad.to(b_v.dtype)
             b_gk = _product(b_grad, b_q, b_gk)
             b_gq += _product(tl.trans(b_grad), b_k, tl.zeros([BQ, BP], tl.float32))
-            if key + BK < count:
-                _store_rows(p_part, b_gq, o_query, limit, BP, BP, BP)
-            else:
-                _store_turned_back(
-                    p_gq, p_turn, b_gq * grad_scale, o_query, limit, stride_grad, BQ, HALF, BH)
+            _store_rows(p_part, b_gq, o_query, limit, BP, BP, BP)
             p_q += BQ * stride
             p_go += BQ * stride_out
-            p_gq += BQ * stride_grad
             p_turn += BQ * P
             p_stat += BQ
             p_delta += BQ
@@ -393,6 +387,15 @@ def _backward_owner(
         p_gk += BK * stride_grad
         p_gv += BK * stride_grad
         p_key_turn += BK * P
+    p_gq = grad_q + first * stride_grad + grad_head
+    p_turn = p_turn0
+    p_part = partial + row * BP
+    for query in range(0, count, BQ):
+        b_sum = _load_rows(p_part, o_query, count - query, BP, BP, BP)
+        _store_turned_back(p_gq, p_turn, b_sum * grad_scale, o_query, count - query, stride_grad, BQ, HALF, BH)
+        p_gq += BQ * stride_grad
+        p_turn += BQ * P
+        p_part += BQ * BP
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "dropped", "lower", "upper"])

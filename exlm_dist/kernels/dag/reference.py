@@ -55,10 +55,10 @@ def dag_best_path(
 
 
 def _best_scores(graph: Graph) -> tuple[Tensor, Tensor]:
-    """Score [B, N, L] of the best path to (target i, state u), and the state before it."""
-    scores = torch.full_like(graph.match, NEVER)
+    """Score [B, N, L] (fp64) of the best path to (target i, state u), and the state before it."""
+    scores = torch.full(graph.match.shape, NEVER, dtype=torch.float64, device=graph.match.device)
     before = torch.zeros(graph.match.shape, dtype=torch.int64, device=graph.match.device)
-    reach = graph.starts()
+    reach = graph.starts().double()
     for i in range(graph.match.shape[1]):
         if i:
             reach, before[:, i] = (scores[:, i - 1, :, None] + graph.moves).max(dim=1)
@@ -77,4 +77,4 @@ def _trace_back(graph: Graph, scores: Tensor, before: Tensor) -> tuple[Tensor, T
         state = torch.where(graph.num_targets == i + 1, end, state)
         path.scatter_(1, torch.where(active, state, states)[:, None], i)
         state = torch.where(active, before[:, i].gather(1, state[:, None])[:, 0], state)
-    return path[:, :states], score
+    return path[:, :states], score.to(graph.match.dtype)

@@ -140,7 +140,7 @@ def _scan(
     launch(
         scan_kernel,
         (2 * count,),
-        {**inputs, **lengths, **paths, **sums, "faint": faint, **shape, "ends": ends},
+        {**inputs, **lengths, **paths, **sums, "faint": faint, **shape, "ends": ends, "first_weight": 1.0 / ends},
         {
             "BLOCK": block.states,
             "PART": block.part,
@@ -163,7 +163,7 @@ def _scan(
         fallback_kernel,
         (count + 1,),
         {**inputs, **lengths, **paths, **sums, "gamma": gamma, "bad": bad, "faint": faint, "in_logs": in_logs,
-         "counter": fallback_count(match.device), "count": count, **shape, "chunks": chunks, "ends": ends},
+         "counter": fallback_count(match.device), "count": count, **shape, "chunks": chunks, "ends": ends, "first_weight": 1.0 / ends},
         {"SPAN": 32, "ENDS": ends_block, "SEQUENCES": 128},
         stages=1,
     )
@@ -193,5 +193,6 @@ def _moves_gradient(
             "targets": targets, "states": states, "blocks": scan.alpha_scale.shape[2], "tiles": tiles,
         },
         {"BLOCK": scan.block.states, "TILE": tile, "ROWS": 16, "PRECISION": "tf32x3"},
+        warps=8,
     )
     return grad.to(transitions.dtype)

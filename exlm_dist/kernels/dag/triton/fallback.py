@@ -32,7 +32,7 @@ def _log_arrivals(moves, values, i_from, o_u, n, length, states, FORWARD: tl.con
 
 @triton.jit
 def _log_recursion(
-    match, moves, values, scales, tails, tail_scales, n, length, states, blocks, ends,
+    match, moves, values, scales, tails, tail_scales, n, length, states, blocks, ends, first_log,
     FORWARD: tl.constexpr, SPAN: tl.constexpr,
 ):
     """As `_recursion`, with log2 of what is there in `values` and `tails`, row by row; returns the last row's scale."""
@@ -51,9 +51,9 @@ def _log_recursion(
                 )
             else:
                 if FORWARD:
-                    b_came = tl.where(o_u < ends, -tl.log2(ends.to(tl.float32)), float("-inf"))
+                    b_came = tl.where(o_u < ends, first_log, float("-inf"))
                 else:
-                    b_came = tl.where(o_u >= length - ends, 0.0, float("-inf"))
+                    b_came = tl.where(o_u >= length - ends, first_log, float("-inf"))
             tl.store(tails + o_row + o_u, b_came, mask=m_u)
             b_match = tl.load(match + o_row + o_u, mask=m_u, other=float("-inf"))
             b_some = m_u & (b_came > float("-inf")) & (b_match > float("-inf"))
@@ -85,7 +85,7 @@ def _log_recursion(
 def fallback_kernel(
     match, moves, num_targets, num_states, alpha, alpha_scale, omega, omega_scale, beta, beta_scale,
     log_likelihood, total, total_scale, gamma, bad, faint, in_logs, counter,
-    count, targets, states, blocks, chunks, ends,
+    count, targets, states, blocks, chunks, ends, first_weight,
     SPAN: tl.constexpr, ENDS: tl.constexpr, SEQUENCES: tl.constexpr,
 ):
     """Program b does sequence b again in the log domain if it failed; the program after the last counts those that did."""
@@ -115,11 +115,12 @@ def fallback_kernel(
         beta += b * targets * states
         beta_scale += b * targets * blocks
         scale = _log_recursion(
-            match, moves, alpha, alpha_scale, alpha, beta_scale, n, length, states, blocks, ends, True, SPAN
+            match, moves, alpha, alpha_scale, alpha, beta_scale, n, length, states, blocks, ends, tl.log2(first_weight),
+            True, SPAN,
         )
         _log_recursion(
             match, moves, omega + b * targets * states, omega_scale + b * targets * blocks, beta, beta_scale,
-            n, length, states, blocks, ends, False, SPAN,
+            n, length, states, blocks, ends, 0.0, False, SPAN,
         )
         o_u = length - 1 - tl.arange(0, ENDS)
         m_u = (tl.arange(0, ENDS) < ends) & (o_u >= n - 1)
@@ -135,9 +136,9 @@ def fallback_kernel(
             o_row = i.to(tl.int64) * states
             shift = tl.load(alpha_scale + i * blocks) + tl.load(beta_scale + i * blocks) - scale
             for first in range(0, states, SPAN):
-                o_u = first + tl.arange(0, SPAN)
-                m_u = (o_u >= i) & (o_u <= tl.where(some, length - n + i, -1))
-                b_alpha = tl.load(alpha + o_row + o_u, mask=m_u, other=float("-inf"))
-                b_beta = tl.load(beta + o_row + o_u, mask=m_u, other=float("-inf"))
+                o_s = first + tl.arange(0, SPAN)
+                m_s = (o_s >= i) & (o_s <= tl.where(some, length - n + i, -1))
+                b_alpha = tl.load(alpha + o_row + o_s, mask=m_s, other=float("-inf"))
+                b_beta = tl.load(beta + o_row + o_s, mask=m_s, other=float("-inf"))
                 b_gamma = tl.exp2((b_alpha + b_beta) + (shift - log_sum))
-                tl.store(gamma + o_row + o_u, b_gamma, mask=o_u < states)
+                tl.store(gamma + o_row + o_s, b_gamma, mask=o_s < states)

@@ -44,7 +44,7 @@ def _emit(b_total, scale, b_match, b_inside):
 def _moves(moves, o_v, o_u, length, states):
     """Probabilities [v, u] of moves times 2^SHIFT, 0 where not allowed; and whether one is too faint for that."""
     m_move = (o_v[:, None] < o_u[None, :]) & (o_u < length)[None, :]
-    b_log = tl.load(moves + o_v[:, None].to(tl.int64) * states + o_u[None, :], mask=m_move, other=float("-inf")) * LOG2E
+    b_log = tl.load(moves + o_v[:, None] * states + o_u[None, :], mask=m_move, other=float("-inf")) * LOG2E
     faint = tl.max(tl.max(((b_log > float("-inf")) & (b_log < FAINT)).to(tl.int32), 1), 0)
     return tl.exp2(b_log + SHIFT), faint
 
@@ -85,7 +85,7 @@ def _arrivals(
 
 @triton.jit
 def _recursion(
-    match, moves, values, scales, tails, tail_scales, n, length, states, blocks, ends,
+    match, moves, values, scales, tails, tail_scales, n, length, states, blocks, ends, first_weight,
     FORWARD: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """alpha (FORWARD), or beta times the match in `values` and beta itself in `tails`; whether a move was too faint."""
@@ -112,9 +112,9 @@ def _recursion(
         b_move, weak = _moves(moves, o_k, o_k, length, states)
         faint = tl.maximum(faint, weak)
         if FORWARD:
-            b_start = tl.where(o_k < ends, 1.0 / ends.to(tl.float32), 0.0)
+            b_start = tl.where(o_k < ends, first_weight, 0.0)
         else:
-            b_start = tl.where((o_k >= length - ends) & (o_k < length), 1.0, 0.0)
+            b_start = tl.where((o_k >= length - ends) & (o_k < length), first_weight, 0.0)
         b_values = tl.zeros([BLOCK], tl.float32)
         scale = NEVER
         # The next row is loaded a step ahead: nothing in the chain of steps then waits for memory.
@@ -170,7 +170,7 @@ def finish(log_likelihood, total, total_scale, b, log_sum, top):
 @triton.jit
 def scan_kernel(
     match, moves, num_targets, num_states, alpha, alpha_scale, omega, omega_scale, beta, beta_scale,
-    log_likelihood, total, total_scale, faint, targets, states, blocks, ends,
+    log_likelihood, total, total_scale, faint, targets, states, blocks, ends, first_weight,
     BLOCK: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, ENDS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Program 2b: alpha and likelihood of sequence b; 2b+1: beta, and omega = beta times the match."""
@@ -183,7 +183,7 @@ def scan_kernel(
     alpha_scale += b * targets * blocks
     if tl.program_id(0) % 2 == 0:
         weak = _recursion(
-            match, moves, alpha, alpha_scale, alpha, alpha_scale, n, length, states, blocks, ends,
+            match, moves, alpha, alpha_scale, alpha, alpha_scale, n, length, states, blocks, ends, first_weight,
             True, BLOCK, PART, ROWS, PRECISION,
         )
         tl.store(faint + b, weak)
@@ -198,6 +198,6 @@ def scan_kernel(
     else:
         _recursion(
             match, moves, omega + b * targets * states, omega_scale + b * targets * blocks,
-            beta + b * targets * states, beta_scale + b * targets * blocks, n, length, states, blocks, ends,
+            beta + b * targets * states, beta_scale + b * targets * blocks, n, length, states, blocks, ends, 1.0,
             False, BLOCK, PART, ROWS, PRECISION,
         )

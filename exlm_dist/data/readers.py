@@ -200,7 +200,7 @@ def _missing(path: Path, item: str) -> str:
 def _suggestion(wrong: str, names: list[str]) -> str:
     lowered = {name.lower(): name for name in names}
     near = difflib.get_close_matches(wrong.lower(), list(lowered), n=1)
-    return f"; did you mean {lowered[near[0]]!r}?" if near else ""
+    return f" (did you mean {lowered[near[0]]!r}?)" if near else ""
 
 
 def _listed(columns: list[str], limit: int = 30) -> str:

@@ -1,8 +1,8 @@
 """The embedded corpus of molecules: fragments of well-known drugs, recombined with a seed.
 
-The drugs are cut at BRICS bonds (Degen et al., ChemMedChem 2008) into pieces with one open bond (heads) or two (links), and pieces
-are joined head-head or head-link-head where BRICS allows that bond. Pieces are joined as SMILES text, which is much faster than a
-reaction; RDKit then parses and canonicalises the result, so only valid molecules come out.
+The drugs are cut at BRICS bonds (Degen et al., ChemMedChem 2008) into pieces with one open bond (heads) or two (links),
+and pieces are joined head-head or head-link-head where BRICS allows that bond. Pieces are joined as SMILES text, which
+is much faster than a reaction; RDKit then parses and canonicalises the result, so only valid molecules come out.
 """
 
 from __future__ import annotations
@@ -36,8 +36,14 @@ _OPEN = re.compile(r"\[(\d+)\*\]")
 
 
 def prepare_demo_smiles(
-    out: Path | str, *, count: int = DEMO_MOLECULES, seed: int = 0, max_length: int = 128, workers: int | None = None,
-    overwrite: bool = False, **settings: Any,
+    out: Path | str,
+    *,
+    count: int = DEMO_MOLECULES,
+    seed: int = 0,
+    max_length: int = 128,
+    workers: int | None = None,
+    overwrite: bool = False,
+    **settings: Any,
 ) -> Summary:
     """`count` demo molecules as a prepared folder. `settings`: as in `prepare_molecules`."""
     identity = [{"name": "demo molecules", "count": count, "seed": seed, "rdkit": RDKIT_VERSION}]
@@ -46,7 +52,14 @@ def prepare_demo_smiles(
         for number, smiles in enumerate(demo_molecules(count, seed, workers or default_workers()), 1):
             yield Row("demo", number, smiles)
 
-    return prepare_molecules(Source(identity, rows, canonical_under=_POLICY), out, max_length=max_length, workers=workers, overwrite=overwrite, **settings)
+    return prepare_molecules(
+        Source(identity, rows, canonical_under=_POLICY),
+        out,
+        max_length=max_length,
+        workers=workers,
+        overwrite=overwrite,
+        **settings,
+    )
 
 
 def demo_molecules(count: int = DEMO_MOLECULES, seed: int = 0, workers: int = 1) -> Iterator[str]:
@@ -56,7 +69,9 @@ def demo_molecules(count: int = DEMO_MOLECULES, seed: int = 0, workers: int = 1)
     """
     seen: set[str] = set()
     misses = 0
-    for finished in ordered_map(finish_candidates, chunked(_candidates(random.Random(seed)), CANDIDATES_PER_TASK), workers):
+    for finished in ordered_map(
+        finish_candidates, chunked(_candidates(random.Random(seed)), CANDIDATES_PER_TASK), workers
+    ):
         for smiles in finished:
             if len(seen) == count:
                 return
@@ -89,13 +104,18 @@ def _candidates(generator: random.Random) -> Iterator[str]:
 
 
 def fragments() -> tuple[dict[str, list[tuple[str, str]]], list[tuple[str, str, str]]]:
-    """Pieces of the drugs: heads by BRICS label as (label, SMILES from the open bond on), links as (label, label, SMILES)."""
+    """Pieces of the drugs: heads by BRICS label as (label, SMILES from the open bond on), links as (label, label,
+    SMILES).
+    """
     heads: dict[str, dict[str, None]] = defaultdict(dict)
     links: dict[tuple[str, str, str], None] = {}
     for drug in DRUGS.values():
         molecule = Chem.MolFromSmiles(drug)
-        bonds = sorted((tuple(sorted(pair)), labels) for pair, labels in BRICS.FindBRICSBonds(molecule)
-                       if "7" not in labels[0] + labels[1])  # label 7 is a double bond
+        bonds = sorted(
+            (tuple(sorted(pair)), labels)
+            for pair, labels in BRICS.FindBRICSBonds(molecule)
+            if "7" not in labels[0] + labels[1]
+        )  # label 7 is a double bond
         for cut in [*([bond] for bond in bonds), *map(list, combinations(bonds, 2))]:
             for piece in Chem.GetMolFrags(BRICS.BreakBRICSBonds(molecule, cut), asMols=True):
                 ends = [atom for atom in piece.GetAtoms() if atom.GetAtomicNum() == 0]
@@ -116,10 +136,16 @@ def _partners(heads: dict[str, list[tuple[str, str]]]) -> dict[str, list[str]]:
             if bond == "-":
                 allowed[first].add(second)
                 allowed[second].add(first)
-    allowed = {re.sub(r"\D", "", label): {re.sub(r"\D", "", other) for other in others} for label, others in allowed.items()}
-    return defaultdict(list, {
-        label: [text for other in sorted(others) for _, text in heads.get(other, [])] for label, others in allowed.items()
-    })
+    allowed = {
+        re.sub(r"\D", "", label): {re.sub(r"\D", "", other) for other in others} for label, others in allowed.items()
+    }
+    return defaultdict(
+        list,
+        {
+            label: [text for other in sorted(others) for _, text in heads.get(other, [])]
+            for label, others in allowed.items()
+        },
+    )
 
 
 def _filled(scaffold: str, pieces: list[str]) -> str:
@@ -128,7 +154,8 @@ def _filled(scaffold: str, pieces: list[str]) -> str:
         place = _OPEN.search(scaffold)
         piece = _renumbered(piece, 40 + 20 * number)
         if place.start() == 0:
-            # X of the piece and Y of the scaffold are joined by a ring-closure label, so that the piece need not be reversed.
+            # X of the piece and Y of the scaffold are joined by a ring-closure label, so that the piece need not be
+            # reversed.
             closing = f"%{90 + number}"
             tokens, own = split_smiles(piece), split_smiles(scaffold[place.end() :])
             scaffold = f"{own[0]}{closing}{''.join(own[1:])}.{tokens[0]}{closing}{''.join(tokens[1:])}"
@@ -139,7 +166,9 @@ def _filled(scaffold: str, pieces: list[str]) -> str:
 
 def _renumbered(smiles: str, base: int) -> str:
     """Ring-closure digits moved up by `base`, out of the way of those of the scaffold."""
-    return "".join(f"%{base + int(token.lstrip('%'))}" if token.lstrip("%").isdigit() else token for token in split_smiles(smiles))
+    return "".join(
+        f"%{base + int(token.lstrip('%'))}" if token.lstrip("%").isdigit() else token for token in split_smiles(smiles)
+    )
 
 
 def finish_candidates(candidates: list[str]) -> list[str]:

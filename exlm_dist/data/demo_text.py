@@ -22,7 +22,12 @@ def demo_documents() -> list[str]:
 
 
 def prepare_demo_text(
-    out: Path | str, *, vocab_size: int = 2000, max_length: int = 128, workers: int | None = None, overwrite: bool = False,
+    out: Path | str,
+    *,
+    vocab_size: int = 2000,
+    max_length: int = 128,
+    workers: int | None = None,
+    overwrite: bool = False,
     **settings: Any,
 ) -> Summary:
     """The demo text as a prepared folder. `settings`: as in `prepare_documents`."""
@@ -34,5 +39,12 @@ def prepare_demo_text(
         for number, text in enumerate(documents, 1):
             yield Row("pydoc", number, text)
 
-    return prepare_documents(Source(identity, rows), out, vocab_size=vocab_size, max_length=max_length, workers=workers or 1,
-                             overwrite=overwrite, **settings)
+    return prepare_documents(
+        Source(identity, rows),
+        out,
+        vocab_size=vocab_size,
+        max_length=max_length,
+        workers=workers or 1,
+        overwrite=overwrite,
+        **settings,
+    )

@@ -63,8 +63,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
         raise DataError(f"{path}: schema version {found}, this version reads {SCHEMA}. Prepare the data again.")
     if sealed(manifest)["fingerprint"] != manifest.get("fingerprint"):
-        raise DataError(f"{path}: its content does not match its fingerprint; it was altered or damaged. "
-                        "Prepare the data again, or copy the folder again.")
+        raise DataError(
+            f"{path}: its content does not match its fingerprint; it was altered or damaged. "
+            "Prepare the data again, or copy the folder again."
+        )
     return manifest
 
 

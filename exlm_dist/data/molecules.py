@@ -1,7 +1,7 @@
 """Molecules through RDKit: parse, apply the canonicalisation policy, say why something cannot be parsed.
 
-`canonical_smiles` is the one function that makes a molecule ready for the tokenizer, in pretraining, evaluation and fine-tuning;
-the policy it follows is saved with the tokenizer.
+`canonical_smiles` is the one function that makes a molecule ready for the tokenizer, in pretraining, evaluation and
+fine-tuning; the policy it follows is saved with the tokenizer.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class MoleculeError(DataError):
 def make_policy(stereo: str = "keep", salts: str = "keep") -> dict[str, Any]:
     """The policy to be saved with a tokenizer.
 
-    stereo: 'keep', or 'drop' to remove tetrahedral and double-bond stereo (isotopes stay). salts: 'keep', or 'largest_fragment' to
-    keep the fragment with the most heavy atoms. Raises DataError for other values.
+    stereo: 'keep', or 'drop' to remove tetrahedral and double-bond stereo (isotopes stay). salts: 'keep', or
+    'largest_fragment' to keep the fragment with the most heavy atoms. Raises DataError for other values.
     """
     for name, value, allowed in (("stereo", stereo, STEREO), ("salts", salts, SALTS)):
         if value not in allowed:
@@ -38,7 +38,9 @@ def make_policy(stereo: str = "keep", salts: str = "keep") -> dict[str, Any]:
 
 
 def canonical_smiles(text: str, policy: Mapping[str, Any]) -> str:
-    """Canonical SMILES of `text` under `policy` (see `make_policy`). Raises MoleculeError with the reason when it cannot be parsed."""
+    """Canonical SMILES of `text` under `policy` (see `make_policy`). Raises MoleculeError with the reason when it
+    cannot be parsed.
+    """
     molecule = Chem.MolFromSmiles(text)
     if molecule is None:
         raise MoleculeError(_why(text))
@@ -52,7 +54,9 @@ def canonical_smiles(text: str, policy: Mapping[str, Any]) -> str:
 
 
 def _largest_fragment(molecule: Chem.Mol) -> Chem.Mol:
-    """Fragment with the most heavy atoms; ties by number of atoms, then by SMILES, so that the order of writing does not matter."""
+    """Fragment with the most heavy atoms; ties by number of atoms, then by SMILES, so that the order of writing does
+    not matter.
+    """
     fragments = Chem.GetMolFrags(molecule, asMols=True)
     return max(fragments, key=lambda part: (part.GetNumHeavyAtoms(), part.GetNumAtoms(), Chem.MolToSmiles(part)))
 

@@ -74,7 +74,9 @@ class Quarantine:
         kind = reason.split(":")[0]
         self.counts[kind] += 1
         self.first.setdefault(kind, (row, reason))
-        self._file.write(f"{_escaped(row.file)}\t{row.row}\t{_escaped(reason)}\t{_escaped(row.text[:QUARANTINED_CHARACTERS])}\n")
+        self._file.write(
+            f"{_escaped(row.file)}\t{row.row}\t{_escaped(reason)}\t{_escaped(row.text[:QUARANTINED_CHARACTERS])}\n"
+        )
 
 
 def is_utf8(text: str) -> bool:
@@ -90,10 +92,13 @@ def content_hash(content: bytes) -> int:
 def choose_valid(hashes: np.ndarray, fraction: float) -> np.ndarray:
     """Which of the sequences (hashes uint64 [n]) are held out: bool [n], those of the smallest hashes.
 
-    About `fraction` of them, at least one, at most `VALID_CAP` (more only where equal sequences share a hash), whatever their order.
+    About `fraction` of them, at least one, at most `VALID_CAP` (more only where equal sequences share a hash), whatever
+    their order.
     """
     if len(hashes) < 2:
-        raise DataError(f"{len(hashes)} usable sequence(s): at least 2 are needed, one to train on and one to hold out.")
+        raise DataError(
+            f"{len(hashes)} usable sequence(s): at least 2 are needed, one to train on and one to hold out."
+        )
     count = min(max(1, round(fraction * len(hashes))), VALID_CAP, len(hashes) - 1)
     chosen = hashes <= np.partition(hashes, count - 1)[count - 1]
     if chosen.all():
@@ -158,14 +163,20 @@ class SplitWriter:
             if not sequences:
                 raise DataError(f"nothing is left for the {split} split.")
             splits[split] = {
-                "sequences": sequences, "tokens": tokens, "unknown_tokens": unknown, "unknown_rate": unknown / tokens,
-                "mean_length": tokens / sequences + 2, "length_histogram": histogram.tolist(),
+                "sequences": sequences,
+                "tokens": tokens,
+                "unknown_tokens": unknown,
+                "unknown_rate": unknown / tokens,
+                "mean_length": tokens / sequences + 2,
+                "length_histogram": histogram.tolist(),
                 "shards": [entry.as_dict() for entry in entries],
             }
         return splits
 
 
-def prepare_folder(out: Path, request: dict[str, Any], overwrite: bool, work: Callable[[Path], dict[str, Any]]) -> Summary:
+def prepare_folder(
+    out: Path, request: dict[str, Any], overwrite: bool, work: Callable[[Path], dict[str, Any]]
+) -> Summary:
     """Let `work` fill a staged folder and return the manifest's content, seal it, and publish it at `out`.
 
     A finished `out` of the same `request` is reused. DataError for one of another request, unless `overwrite`.
@@ -194,7 +205,10 @@ def _reuse(out: Path, request: dict[str, Any]) -> Summary:
     changed = sorted(key for key in before.keys() | request.keys() if before.get(key) != request.get(key))
     if changed:
         said = "; ".join(f"{key}: {_short(before.get(key))} there, {_short(request.get(key))} now" for key in changed)
-        raise DataError(f"{out}: holds data that was prepared otherwise ({said}). Choose another --out, or replace it with --overwrite.")
+        raise DataError(
+            f"{out}: holds data that was prepared otherwise ({said}). "
+            "Choose another --out, or replace it with --overwrite."
+        )
     for split in SPLITS:
         ShardDataset.open(out, split).close()
     _log.info("%s was prepared already from the same input and settings", out)
@@ -203,7 +217,10 @@ def _reuse(out: Path, request: dict[str, Any]) -> Summary:
 
 def _short(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(str(item.get("name", item)) if isinstance(item, dict) else str(item) for item in value[:5]) or "none"
+        return (
+            ", ".join(str(item.get("name", item)) if isinstance(item, dict) else str(item) for item in value[:5])
+            or "none"
+        )
     return str(value)[:100]
 
 

@@ -44,4 +44,12 @@ class Progress:
     def _say(self, when: str) -> None:
         seconds = max(time.monotonic() - self._start, 1e-9)
         of = f" of {self._total:,}" if self._total else ""
-        _log.info("%s: %s%s %s %s, %s/s", self._label, f"{self._count:,}", of, self._unit, when, f"{self._count / seconds:,.0f}")
+        _log.info(
+            "%s: %s%s %s %s, %s/s",
+            self._label,
+            f"{self._count:,}",
+            of,
+            self._unit,
+            when,
+            f"{self._count / seconds:,.0f}",
+        )

@@ -1,7 +1,7 @@
 """Input files to rows of text: csv, tsv, txt, smi, jsonl, parquet; .gz and .zst; many files and patterns.
 
-Text that is not UTF-8 is carried through as surrogates (`errors="surrogateescape"`), so that the caller can set the one row
-aside instead of failing on the file.
+Text that is not UTF-8 is carried through as surrogates (`errors="surrogateescape"`), so that the caller can set the one
+row aside instead of failing on the file.
 """
 
 from __future__ import annotations
@@ -21,8 +21,15 @@ from typing import NamedTuple, TextIO
 from exlm_dist.utils.errors import DataError
 
 FORMATS = {
-    ".csv": "csv", ".tsv": "tsv", ".txt": "txt", ".text": "txt", ".smi": "smi", ".smiles": "smi",
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "txt",
+    ".text": "txt",
+    ".smi": "smi",
+    ".smiles": "smi",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
 }
 COMPRESSED = (".gz", ".zst")
 
@@ -37,13 +44,21 @@ class Row(NamedTuple):
 
 
 def expand_inputs(inputs: list[str]) -> list[Path]:
-    """Files named by paths and patterns, in the order given, those of one pattern sorted. DataError for what is not there."""
+    """Files named by paths and patterns, in the order given, those of one pattern sorted. DataError for what is not
+    there.
+    """
     files: list[Path] = []
     for item in inputs:
         path = Path(item)
         if path.is_dir():
-            raise DataError(f"{item}: is a folder; name files, or quote a pattern such as '{item.rstrip('/')}/*.smi.gz'.")
-        found = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(item, recursive=True)) if Path(name).is_file()]
+            raise DataError(
+                f"{item}: is a folder; name files, or quote a pattern such as '{item.rstrip('/')}/*.smi.gz'."
+            )
+        found = (
+            [path]
+            if path.is_file()
+            else [Path(name) for name in sorted(glob.glob(item, recursive=True)) if Path(name).is_file()]
+        )
         if not found:
             raise DataError(_missing(path, item))
         files.extend(name for name in found if name not in files)
@@ -60,15 +75,18 @@ def file_format(path: Path) -> str:
     """'csv', 'tsv', 'txt', 'smi', 'jsonl' or 'parquet', from the name without .gz or .zst."""
     suffix = _plain_suffix(path)
     if suffix not in FORMATS:
-        raise DataError(f"{path}: do not know how to read '{suffix or path.name}' files; one of {', '.join(FORMATS)} "
-                        f"is expected, also with {' or '.join(COMPRESSED)} behind it.")
+        raise DataError(
+            f"{path}: do not know how to read '{suffix or path.name}' files; one of {', '.join(FORMATS)} "
+            f"is expected, also with {' or '.join(COMPRESSED)} behind it."
+        )
     return FORMATS[suffix]
 
 
 def read_rows(path: Path, column: str | None, default_column: str) -> Iterator[Row]:
-    """Rows of one file. `column` names the csv/tsv column, parquet column or jsonl field; without it `default_column`, in any case
-    of letters, or the only column. The rows of txt files are lines, those of smi files the first word of each line that is not blank,
-    without the header. DataError for a wrong column or a damaged file."""
+    """Rows of one file. `column` names the csv/tsv column, parquet column or jsonl field; without it `default_column`,
+    in any case of letters, or the only column. The rows of txt files are lines, those of smi files the first word of
+    each line that is not blank, without the header. DataError for a wrong column or a damaged file.
+    """
     kind = file_format(path)
     try:
         if kind == "parquet":
@@ -99,7 +117,10 @@ def open_text(path: Path) -> Iterator[TextIO]:
         import zstandard
 
         try:
-            with open(path, "rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
+            with (
+                open(path, "rb") as raw,
+                zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream,
+            ):
                 yield io.TextIOWrapper(stream, **options)
         except zstandard.ZstdError as error:
             raise DataError(f"{path}: damaged or cut off ({error}). Copy it again.") from error
@@ -113,13 +134,17 @@ def choose_column(path: Path, columns: list[str], column: str | None, default: s
     if column is not None:
         if column in columns:
             return column
-        raise DataError(f"{path}: has no column {column!r}{_suggestion(column, columns)}. Its columns: {_listed(columns)}.")
+        raise DataError(
+            f"{path}: has no column {column!r}{_suggestion(column, columns)}. Its columns: {_listed(columns)}."
+        )
     if len(columns) == 1:
         return columns[0]
     alike = [name for name in columns if name.strip().lower() == default]
     if len(alike) == 1:
         return alike[0]
-    raise DataError(f"{path}: say which column holds the {default} with --column NAME. Its columns: {_listed(columns)}.")
+    raise DataError(
+        f"{path}: say which column holds the {default} with --column NAME. Its columns: {_listed(columns)}."
+    )
 
 
 def _table(path: Path, file: TextIO, kind: str, column: str | None, default: str) -> Iterator[Row]:

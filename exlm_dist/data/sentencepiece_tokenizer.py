@@ -25,7 +25,8 @@ TRAINER_THREADS = 4
 class SentencePieceTokenizer:
     """See `Tokenizer`. The ordinary pieces of the model keep their order and get the ids from 5 on.
 
-    Control pieces are dropped, so that no text can produce a special id; a model trained by `train` already has our ids.
+    Control pieces are dropped, so that no text can produce a special id; a model trained by `train` already has our
+    ids.
     """
 
     domain = "text"
@@ -36,8 +37,11 @@ class SentencePieceTokenizer:
         self._model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         processor = self._processor
-        ordinary = [i for i in range(processor.vocab_size())
-                    if not (processor.IsControl(i) or processor.IsUnknown(i) or processor.IsUnused(i))]
+        ordinary = [
+            i
+            for i in range(processor.vocab_size())
+            if not (processor.IsControl(i) or processor.IsUnknown(i) or processor.IsUnused(i))
+        ]
         self.vocab_size = NUM_SPECIAL + len(ordinary)
         self._ours = np.full(processor.vocab_size(), UNK, dtype=np.int32)
         self._ours[ordinary] = np.arange(NUM_SPECIAL, self.vocab_size, dtype=np.int32)
@@ -46,25 +50,45 @@ class SentencePieceTokenizer:
         self._names = [*SPECIAL_NAMES, *pieces]
         #: bool [vocab_size]: the ids that begin a word
         self.starts_word = np.array([False] * NUM_SPECIAL + [piece.startswith(WORD_START) for piece in pieces])
-        self._content = {"kind": "sentencepiece", "special": list(SPECIAL_NAMES), "model_sha256": hashlib.sha256(model).hexdigest()}
+        self._content = {
+            "kind": "sentencepiece",
+            "special": list(SPECIAL_NAMES),
+            "model_sha256": hashlib.sha256(model).hexdigest(),
+        }
         self.fingerprint = fingerprint_of(self._content)
 
     @classmethod
     def train(cls, sentences: Iterable[str], vocab_size: int, model_type: str = "unigram") -> SentencePieceTokenizer:
-        """Train on `sentences`; `vocab_size` counts the five special ids and the 256 bytes that rare characters fall back to.
+        """Train on `sentences`; `vocab_size` counts the five special ids and the 256 bytes that rare characters fall
+        back to.
 
-        model_type: 'unigram' or 'bpe'. Raises DataError with the size that would fit when the text is too small or too varied.
+        model_type: 'unigram' or 'bpe'. Raises DataError with the size that would fit when the text is too small or too
+        varied.
         """
         import sentencepiece
 
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(sentences), model_writer=model, vocab_size=vocab_size, model_type=model_type,
-                bos_id=BOS, pad_id=PAD, eos_id=EOS, unk_id=UNK, bos_piece=SPECIAL_NAMES[BOS], pad_piece=SPECIAL_NAMES[PAD],
-                eos_piece=SPECIAL_NAMES[EOS], unk_piece=SPECIAL_NAMES[UNK], control_symbols=[SPECIAL_NAMES[MASK]],
-                byte_fallback=True, normalization_rule_name="identity", character_coverage=0.9999,
-                max_sentence_length=1 << 16, num_threads=TRAINER_THREADS, minloglevel=2,
+                sentence_iterator=iter(sentences),
+                model_writer=model,
+                vocab_size=vocab_size,
+                model_type=model_type,
+                bos_id=BOS,
+                pad_id=PAD,
+                eos_id=EOS,
+                unk_id=UNK,
+                bos_piece=SPECIAL_NAMES[BOS],
+                pad_piece=SPECIAL_NAMES[PAD],
+                eos_piece=SPECIAL_NAMES[EOS],
+                unk_piece=SPECIAL_NAMES[UNK],
+                control_symbols=[SPECIAL_NAMES[MASK]],
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                character_coverage=0.9999,
+                max_sentence_length=1 << 16,
+                num_threads=TRAINER_THREADS,
+                minloglevel=2,
             )
         except (RuntimeError, OSError) as error:
             raise DataError(_training_problem(str(error), vocab_size)) from error
@@ -77,7 +101,9 @@ class SentencePieceTokenizer:
         expected = json.loads((Path(folder) / TOKENIZER_FILE).read_text(encoding="utf-8")).get("model_sha256")
         tokenizer = cls.from_model_file(path)
         if tokenizer._content["model_sha256"] != expected:
-            raise DataError(f"{path}: sha256 {tokenizer._content['model_sha256']}, expected {expected} (damaged or exchanged).")
+            raise DataError(
+                f"{path}: sha256 {tokenizer._content['model_sha256']}, expected {expected} (damaged or exchanged)."
+            )
         return tokenizer
 
     @classmethod
@@ -120,8 +146,11 @@ class SentencePieceTokenizer:
 
 def _training_problem(message: str, vocab_size: int) -> str:
     if limit := re.search(r"Please set it to a value <= (\d+)", message):
-        return f"vocab_size {vocab_size} is too large for this text: at most {limit.group(1)} fits. Use --vocab-size {limit.group(1)}."
+        most = limit.group(1)
+        return f"vocab_size {vocab_size} is too large for this text: at most {most} fits. Use --vocab-size {most}."
     if limit := re.search(r"smaller than required_chars\. (\d+) vs (\d+)", message):
-        return (f"vocab_size {vocab_size} is too small: the characters, bytes and special ids alone need {limit.group(2)}. "
-                f"Use a larger --vocab-size.")
+        return (
+            f"vocab_size {vocab_size} is too small: the characters, bytes and special ids alone need {limit.group(2)}. "
+            f"Use a larger --vocab-size."
+        )
     return f"sentencepiece cannot be trained on this text with vocab_size {vocab_size}: {message.strip()}"

@@ -2,8 +2,8 @@
 
 A shard `shard-000000.tar` holds pairs of members `000000.tokens.npy` (the ids of up to 512 sequences, joined; uint16 or
 uint32) and `000000.lengths.npy` (uint32). Its index `shard-000000.idx.npy` has one row per sequence: byte offset of its
-ids in the tar, their number, and the crc32 of their bytes. A tar has no checksum of its own and readers of tars take many
-kinds of damage for the end of the archive, so the index, not the tar, says what is there.
+ids in the tar, their number, and the crc32 of their bytes. A tar has no checksum of its own and readers of tars take
+many kinds of damage for the end of the archive, so the index, not the tar, says what is there.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class ShardWriter:
     """Writes ragged batches of payload ids (no BOS, no EOS) to numbered shards below `root/split`.
 
-    The bytes are a function of the sequences alone: fixed owner, mode and time in every header. `close` returns the entries
-    for the manifest; every file is flushed to disk before that.
+    The bytes are a function of the sequences alone: fixed owner, mode and time in every header. `close` returns the
+    entries for the manifest; every file is flushed to disk before that.
     """
 
     def __init__(self, root: Path, split: str, *, vocab_size: int, shard_bytes: int = 64 << 20, per_member: int = 512):
@@ -61,7 +61,9 @@ class ShardWriter:
         if len(lengths) == 0:
             return
         if lengths.min() < 1 or lengths.sum() != len(tokens):
-            raise ValueError(f"lengths (sum {lengths.sum()}, least {lengths.min()}) do not describe {len(tokens)} tokens")
+            raise ValueError(
+                f"lengths (sum {lengths.sum()}, least {lengths.min()}) do not describe {len(tokens)} tokens"
+            )
         if tokens.max() >= self._vocab_size or np.any((tokens < NUM_SPECIAL) & (tokens != UNK)):
             raise ValueError("a payload holds a special id or one outside the vocabulary")
         self._tokens.append(tokens.astype(self._dtype))
@@ -144,8 +146,13 @@ class _OpenShard:
             file.flush()
             os.fsync(file.fileno())
         return ShardEntry(
-            name=f"{self._stem}.tar", size=self.position, sha256=self._hash.hexdigest(), index=f"{self._stem}.idx.npy",
-            index_size=len(content), index_sha256=hashlib.sha256(content).hexdigest(), sequences=len(rows),
+            name=f"{self._stem}.tar",
+            size=self.position,
+            sha256=self._hash.hexdigest(),
+            index=f"{self._stem}.idx.npy",
+            index_size=len(content),
+            index_sha256=hashlib.sha256(content).hexdigest(),
+            sequences=len(rows),
             tokens=int(rows["length"].sum(dtype=np.int64)),
         )
 
@@ -174,7 +181,9 @@ def _npy_bytes(array: np.ndarray) -> bytes:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """One damaged record: where it is, the crc32 the index has, the one read (-1: bytes missing), what stands in for it."""
+    """One damaged record: where it is, the crc32 the index has, the one read (-1: bytes missing), what stands in for
+    it.
+    """
 
     sample: int
     file: str
@@ -187,8 +196,9 @@ class BadRecord:
 class ShardDataset:
     """Random access to one split of a prepared folder; every record is checked against its crc32 as it is read.
 
-    A damaged record is replaced by a fixed other one of the same length, so that all ranks and restarts agree on the data and
-    on every size that follows from the lengths, without talking to each other. Safe to use from several threads.
+    A damaged record is replaced by a fixed other one of the same length, so that all ranks and restarts agree on the
+    data and on every size that follows from the lengths, without talking to each other. Safe to use from several
+    threads.
     """
 
     def __init__(self, folder: Path, split: str, manifest: dict, max_bad_records: float):
@@ -213,8 +223,8 @@ class ShardDataset:
     def open(cls, path: Path | str, split: str, *, max_bad_records: float = 1e-4) -> ShardDataset:
         """Open `split` ('train' or 'valid') of the prepared folder `path`.
 
-        Checks the manifest, that every shard has its recorded size, and the hash of every index; the payload is checked as it is
-        read. `max_bad_records`: share of the split that may be damaged before `read` raises DataError.
+        Checks the manifest, that every shard has its recorded size, and the hash of every index; the payload is checked
+        as it is read. `max_bad_records`: share of the split that may be damaged before `read` raises DataError.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
@@ -232,9 +242,11 @@ class ShardDataset:
         return len(self.lengths)
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Payload ids of the samples `ids` [m]: (tokens int32 [sum of lengths], lengths int64 [m]), ragged, in the order asked.
+        """Payload ids of the samples `ids` [m]: (tokens int32 [sum of lengths], lengths int64 [m]), ragged, in the
+        order asked.
 
-        The lengths are `self.lengths[ids]`, also where a damaged record was replaced. Raises DataError above the budget.
+        The lengths are `self.lengths[ids]`, also where a damaged record was replaced. Raises DataError above the
+        budget.
         """
         ids = np.asarray(ids, dtype=np.int64)
         if len(ids) and (ids.min() < 0 or ids.max() >= len(self)):
@@ -288,11 +300,15 @@ class ShardDataset:
         try:
             self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise DataError(f"{path}: cannot be opened ({error.strerror}); it was there when the data was opened.") from error
+            raise DataError(
+                f"{path}: cannot be opened ({error.strerror}); it was there when the data was opened."
+            ) from error
         return self._files[shard]
 
     def _attempt(self, sample: int) -> tuple[bytes, int, int]:
-        """Read one record afresh, with the file reopened: (content, crc32 expected, crc32 got or -1 where bytes are missing)."""
+        """Read one record afresh, with the file reopened: (content, crc32 expected, crc32 got or -1 where bytes are
+        missing).
+        """
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         row = self._indexes[shard][sample - self._starts[shard]]
         if shard in self._files:
@@ -320,7 +336,9 @@ class ShardDataset:
         return content
 
     def _substitute(self, sample: int) -> tuple[int, bytes]:
-        """First record after `sample` (round the end) that is whole and of the same length; else of a greater length, cut."""
+        """First record after `sample` (round the end) that is whole and of the same length; else of a greater length,
+        cut.
+        """
         size = int(self.lengths[sample]) * self._dtype.itemsize
         for candidates in (self.lengths == self.lengths[sample], self.lengths > self.lengths[sample]):
             found = np.flatnonzero(candidates)
@@ -329,16 +347,19 @@ class ShardDataset:
                 content, expected, got = self._attempt(other)
                 if got == expected:
                     return other, content[:size]
-        raise DataError(f"{self.path}: damaged record {sample} of split {self.split} and no whole record can stand in for it. "
-                        "Copy or prepare the data again.")
+        raise DataError(
+            f"{self.path}: damaged record {sample} of split {self.split} and no whole record can stand in for it. "
+            "Copy or prepare the data again."
+        )
 
     def _check_budget(self, event: BadRecord) -> None:
         if len(self.bad_records) > self._max_bad * len(self):
             got = "bytes missing" if event.got < 0 else f"crc32 {event.got:08x}"
             raise DataError(
-                f"{event.file}: record {event.sample} at byte {event.offset} is damaged (expected crc32 {event.expected:08x}, "
-                f"{got}). {len(self.bad_records)} of {len(self)} records of split {self.split} are damaged so far, more than "
-                f"data.max_bad_records = {self._max_bad:g} allows. Copy or prepare the data again, or raise the limit."
+                f"{event.file}: record {event.sample} at byte {event.offset} is damaged (expected crc32 "
+                f"{event.expected:08x}, {got}). {len(self.bad_records)} of {len(self)} records of split {self.split} "
+                f"are damaged so far, more than data.max_bad_records = {self._max_bad:g} allows. "
+                "Copy or prepare the data again, or raise the limit."
             )
 
 
@@ -346,13 +367,19 @@ def _check_size(path: Path, expected: int) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path}: listed in {MANIFEST} but {error.strerror}. Copy or prepare the data again.") from error
+        raise DataError(
+            f"{path}: listed in {MANIFEST} but {error.strerror}. Copy or prepare the data again."
+        ) from error
     if size != expected:
-        raise DataError(f"{path}: {size} bytes, {expected} expected (cut off or altered). Copy or prepare the data again.")
+        raise DataError(
+            f"{path}: {size} bytes, {expected} expected (cut off or altered). Copy or prepare the data again."
+        )
 
 
 def _load_index(folder: Path, shard: dict) -> np.ndarray:
     path = folder / shard["index"]
     if (digest := sha256_file(path)) != shard["index_sha256"]:
-        raise DataError(f"{path}: sha256 {digest}, expected {shard['index_sha256']} (damaged). Copy or prepare the data again.")
+        raise DataError(
+            f"{path}: sha256 {digest}, expected {shard['index_sha256']} (damaged). Copy or prepare the data again."
+        )
     return np.load(path, mmap_mode="r", allow_pickle=False)

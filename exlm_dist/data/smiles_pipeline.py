@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 
 from exlm_dist.data.manifest import QUARANTINE, TOKENIZER
-from exlm_dist.data.pipeline import Quarantine, Source, SplitWriter, choose_valid, chunked, content_hash, is_utf8, save_tokenizer
+from exlm_dist.data.pipeline import (
+    Quarantine,
+    Source,
+    SplitWriter,
+    choose_valid,
+    chunked,
+    content_hash,
+    is_utf8,
+    save_tokenizer,
+)
 from exlm_dist.data.progress import Progress
 from exlm_dist.data.readers import Row
 from exlm_dist.data.smiles_tokenizer import SmilesTokenizer, split_smiles
@@ -32,15 +41,17 @@ UNPARSABLE = "not SMILES"
 
 
 def policy_for(given: SmilesTokenizer | None, stereo: str | None, salts: str | None) -> dict[str, Any]:
-    """The canonicalisation policy: that of a given tokenizer, else the one asked for. DataError where the two differ."""
+    """The canonicalisation policy: that of a given tokenizer, else the one asked for; DataError if they differ."""
     from exlm_dist.data.molecules import make_policy
 
     if given is None:
         return make_policy(stereo or "keep", salts or "keep")
     for name, asked in (("stereo", stereo), ("salts", salts)):
         if asked is not None and asked != given.policy[name]:
-            raise DataError(f"{name} = {asked!r}, but the given tokenizer was made with {name} = {given.policy[name]!r}. "
-                            f"Leave --{name} out, or make a new tokenizer.")
+            raise DataError(
+                f"{name} = {asked!r}, but the given tokenizer was made with {name} = {given.policy[name]!r}. "
+                f"Leave --{name} out, or make a new tokenizer."
+            )
     return dict(given.policy)
 
 
@@ -69,10 +80,18 @@ class SmilesJob:
             described = save_tokenizer(tokenizer, folder)
             splits = self._encode(molecules, is_valid, tokenizer, folder)
         return {
-            "domain": "smiles", "vocab_size": tokenizer.vocab_size, "max_length": self.max_length, "policy": dict(self.policy),
-            "tokenizer": described, "splits": splits,
-            "statistics": {"unit": "rows", "rows": molecules.rows, "duplicates": molecules.duplicates,
-                           "quarantined": dict(quarantine.counts)},
+            "domain": "smiles",
+            "vocab_size": tokenizer.vocab_size,
+            "max_length": self.max_length,
+            "policy": dict(self.policy),
+            "tokenizer": described,
+            "splits": splits,
+            "statistics": {
+                "unit": "rows",
+                "rows": molecules.rows,
+                "duplicates": molecules.duplicates,
+                "quarantined": dict(quarantine.counts),
+            },
         }
 
     def _collect(self, molecules: _Molecules) -> None:
@@ -92,8 +111,10 @@ class SmilesJob:
         molecules.refuse_if_hopeless(1)
         if not molecules.hashes:
             row, reason = next(iter(molecules.quarantine.first.values()))
-            raise DataError(f"none of {molecules.rows:,} rows can be used (first: {row.file}, row {row.row}: {reason}). "
-                            "Raise --max-length, or check the input.")
+            raise DataError(
+                f"none of {molecules.rows:,} rows can be used (first: {row.file}, row {row.row}: {reason}). "
+                "Raise --max-length, or check the input."
+            )
 
     def _make_tokenizer(self, molecules: _Molecules, is_valid: np.ndarray) -> SmilesTokenizer:
         """Vocabulary of the training split."""
@@ -106,12 +127,16 @@ class SmilesJob:
     def _light_workers(self, molecules: np.ndarray) -> int:
         return self.workers if len(molecules) > WORTH_WORKERS else 1
 
-    def _encode(self, molecules: _Molecules, is_valid: np.ndarray, tokenizer: SmilesTokenizer, folder: Path) -> dict[str, Any]:
+    def _encode(
+        self, molecules: _Molecules, is_valid: np.ndarray, tokenizer: SmilesTokenizer, folder: Path
+    ) -> dict[str, Any]:
         encode = partial(encode_molecules, str(folder / TOKENIZER))
         chunks = chunked(molecules.read(), MOLECULES_PER_TASK)
         first = 0
-        with SplitWriter(folder, tokenizer.vocab_size, self.max_length) as writer, \
-                Progress("shards", "molecules", len(is_valid)) as progress:
+        with (
+            SplitWriter(folder, tokenizer.vocab_size, self.max_length) as writer,
+            Progress("shards", "molecules", len(is_valid)) as progress,
+        ):
             for tokens, lengths in ordered_map(encode, chunks, self._light_workers(is_valid)):
                 writer.write(tokens, lengths, is_valid[first : first + len(lengths)])
                 first += len(lengths)
@@ -157,9 +182,15 @@ class _Molecules:
         if self.rows < rows or self.quarantine.counts[UNPARSABLE] < self.rows:
             return
         row, _ = self.quarantine.first[UNPARSABLE]
-        hint = ("it looks like text: use `exlm prepare text`" if " " in row.text.strip() or len(row.text) > 200
-                else "is this the right column (--column)? Text is prepared with `exlm prepare text`")
-        raise DataError(f"none of {self.rows:,} rows can be read as SMILES (first: {row.file}, row {row.row}: {row.text[:60]!r}); {hint}.")
+        hint = (
+            "it looks like text: use `exlm prepare text`"
+            if " " in row.text.strip() or len(row.text) > 200
+            else "is this the right column (--column)? Text is prepared with `exlm prepare text`"
+        )
+        raise DataError(
+            f"none of {self.rows:,} rows can be read as SMILES "
+            f"(first: {row.file}, row {row.row}: {row.text[:60]!r}); {hint}."
+        )
 
     def read(self) -> Iterator[str]:
         with open(self._path, encoding="ascii", newline="\n") as file:
@@ -168,7 +199,9 @@ class _Molecules:
 
 
 def clean_rows(policy: Mapping[str, Any] | None, max_length: int, rows: list[Row]) -> list[tuple[Row | None, str]]:
-    """For each row (None, canonical SMILES), or (the row, why it cannot be used). policy None: the rows are canonical already."""
+    """For each row (None, canonical SMILES), or (the row, why it cannot be used). policy None: the rows are canonical
+    already.
+    """
     from exlm_dist.data.molecules import MoleculeError, canonical_smiles
 
     results: list[tuple[Row | None, str]] = []

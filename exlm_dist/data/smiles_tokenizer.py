@@ -1,7 +1,7 @@
 """Atom-level SMILES tokenizer: one regular expression, a vocabulary from the corpus, plain JSON on disk.
 
-The expression is that of Schwaller et al. (Molecular Transformer, 2019) as used by MolFormer, with ring closures of three and
-more digits, dative bonds and the remaining symbols of the OpenSMILES grammar. A bracket atom is one token.
+The expression is that of Schwaller et al. (Molecular Transformer, 2019) as used by MolFormer, with ring closures of
+three and more digits, dative bonds and the remaining symbols of the OpenSMILES grammar. A bracket atom is one token.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from exlm_dist.data.tokenizer import MASK, NUM_SPECIAL, SPECIAL_NAMES, TOKENIZER
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.files import write_json
 
-PATTERN = (
-    r"\[[^\[\]]+\]|Br|Cl|->|<-|%\(\d{1,5}\)|%\d\d|[BCNOPSFIbcnops]|[()\.=#\-+\\/:~@?>*$]|\d"
-)
+PATTERN = r"\[[^\[\]]+\]|Br|Cl|->|<-|%\(\d{1,5}\)|%\d\d|[BCNOPSFIbcnops]|[()\.=#\-+\\/:~@?>*$]|\d"
 _TOKENS = re.compile(PATTERN, re.ASCII)
 
 
 def split_smiles(smiles: str) -> list[str] | None:
-    """Tokens whose concatenation is `smiles`; None where some character belongs to no token, so that nothing is lost in silence."""
+    """Tokens whose concatenation is `smiles`; None where some character belongs to no token, so that nothing is lost in
+    silence.
+    """
     tokens = _TOKENS.findall(smiles)
     return tokens if sum(map(len, tokens)) == len(smiles) and "".join(tokens) == smiles else None
 
@@ -39,7 +39,7 @@ def vocabulary_from(counts: Mapping[str, int], min_count: int = 1) -> list[str]:
 
 
 class SmilesTokenizer:
-    """See `Tokenizer`. `policy` is how molecules were made canonical before they were counted: part of the tokenizer."""
+    """See `Tokenizer`. `policy` is how molecules were made canonical before counting: part of the tokenizer."""
 
     domain = "smiles"
 
@@ -48,8 +48,13 @@ class SmilesTokenizer:
         self.policy = dict(policy)
         self.vocab_size = NUM_SPECIAL + len(self.vocabulary)
         self._ids = {token: NUM_SPECIAL + place for place, token in enumerate(self.vocabulary)}
-        self._content = {"kind": "smiles", "pattern": PATTERN, "special": list(SPECIAL_NAMES), "policy": self.policy,
-                         "vocabulary": self.vocabulary}
+        self._content = {
+            "kind": "smiles",
+            "pattern": PATTERN,
+            "special": list(SPECIAL_NAMES),
+            "policy": self.policy,
+            "vocabulary": self.vocabulary,
+        }
         self.fingerprint = fingerprint_of(self._content)
 
     @classmethod
@@ -63,7 +68,9 @@ class SmilesTokenizer:
         path = Path(folder) / TOKENIZER_FILE
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("pattern") != PATTERN:
-            raise DataError(f"{path}: written with another token expression than this version has. Prepare the data again.")
+            raise DataError(
+                f"{path}: written with another token expression than this version has. Prepare the data again."
+            )
         if missing := {"vocabulary", "policy"} - content.keys():
             raise DataError(f"{path}: lacks {', '.join(sorted(missing))}.")
         return cls(content["vocabulary"], content["policy"])

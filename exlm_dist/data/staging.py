@@ -1,7 +1,7 @@
 """A prepared folder appears whole or not at all: written into a hidden folder beside it, flushed, renamed once.
 
-The hidden folder `.NAME.XXXXXXXX.partial` is locked (flock) while its writer lives, so that the next run can tell what an
-interrupted one left behind from what another one is writing, and delete only the former.
+The hidden folder `.NAME.XXXXXXXX.partial` is locked (flock) while its writer lives, so that the next run can tell what
+an interrupted one left behind from what another one is writing, and delete only the former.
 """
 
 from __future__ import annotations
@@ -66,9 +66,13 @@ def _check_target(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / MANIFEST).is_file():
-        raise DataError(f"{out}: exists and is not a folder of prepared data. Choose another --out, or remove it yourself.")
+        raise DataError(
+            f"{out}: exists and is not a folder of prepared data. Choose another --out, or remove it yourself."
+        )
     if not overwrite:
-        raise DataError(f"{out}: holds data that was prepared already. Choose another --out, or replace it with --overwrite.")
+        raise DataError(
+            f"{out}: holds data that was prepared already. Choose another --out, or replace it with --overwrite."
+        )
 
 
 def _publish(folder: Path, out: Path, overwrite: bool) -> None:
@@ -86,7 +90,7 @@ def _publish(folder: Path, out: Path, overwrite: bool) -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """File handle that holds the lock of `folder`; None when another process holds it or the file system has no locks."""
+    """File handle that holds the lock of `folder`; None when another process holds it or there are no locks here."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -104,9 +108,14 @@ def _readable(error: OSError, out: Path) -> Exception:
     if error.errno in FULL:
         parent = next(path for path in (out.parent, *out.parents) if path.exists())
         free = shutil.disk_usage(parent).free / 1e6
-        return DataError(f"{out}: no space left while writing ({free:,.1f} MB free now). Free some, or choose another --out; "
-                         "nothing unfinished was left behind.")
-    if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) or error.errno in (errno.EROFS, errno.ENOTEMPTY):
+        return DataError(
+            f"{out}: no space left while writing ({free:,.1f} MB free now). Free some, or choose another --out; "
+            "nothing unfinished was left behind."
+        )
+    if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) or error.errno in (
+        errno.EROFS,
+        errno.ENOTEMPTY,
+    ):
         return DataError(f"{error.filename or out}: {error.strerror}. Choose an --out that can be written.")
     return error
 

@@ -38,16 +38,31 @@ class Summary:
         statistics, splits = self.manifest["statistics"], self.manifest["splits"]
         aside = sum(self.quarantined.values())
         lines = [
-            ("folder", f"{self.path}" + ("  (was there already, from the same input and settings)" if self.reused else "")),
-            ("domain", f"{self.manifest['domain']}, vocabulary {self.manifest['vocab_size']:,}, max length {self.manifest['max_length']}"),
-            ("read", f"{statistics['rows']:,} {statistics['unit']}" + (f", {statistics['duplicates']:,} duplicates left out"
-                                                                       if statistics["duplicates"] else "")),
+            (
+                "folder",
+                f"{self.path}" + ("  (was there already, from the same input and settings)" if self.reused else ""),
+            ),
+            (
+                "domain",
+                f"{self.manifest['domain']}, vocabulary {self.manifest['vocab_size']:,}, "
+                f"max length {self.manifest['max_length']}",
+            ),
+            (
+                "read",
+                f"{statistics['rows']:,} {statistics['unit']}"
+                + (f", {statistics['duplicates']:,} duplicates left out" if statistics["duplicates"] else ""),
+            ),
             ("set aside", f"{aside:,}" + (f" ({_reasons(self.quarantined)}), see {QUARANTINE}" if aside else "")),
         ]
         for split in SPLITS:
             part = splits[split]
-            lines.append((split, f"{part['sequences']:,} sequences, {part['tokens']:,} tokens, mean length "
-                                 f"{part['mean_length']:.1f}, unknown {part['unknown_rate']:.4%}, {len(part['shards'])} shard(s)"))
+            lines.append(
+                (
+                    split,
+                    f"{part['sequences']:,} sequences, {part['tokens']:,} tokens, mean length "
+                    f"{part['mean_length']:.1f}, unknown {part['unknown_rate']:.4%}, {len(part['shards'])} shard(s)",
+                )
+            )
         lines.append(("fingerprint", self.manifest["fingerprint"][:16]))
         if not self.reused:
             lines.append(("time", f"{self.seconds:.1f} s"))
@@ -63,4 +78,6 @@ class Summary:
 
 
 def _reasons(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    return ", ".join(
+        f"{count:,} {kind}" for kind, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    )

@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 
 from exlm_dist.data.manifest import QUARANTINE, TOKENIZER
-from exlm_dist.data.pipeline import Quarantine, Source, SplitWriter, choose_valid, chunked, content_hash, is_utf8, save_tokenizer
+from exlm_dist.data.pipeline import (
+    Quarantine,
+    Source,
+    SplitWriter,
+    choose_valid,
+    chunked,
+    content_hash,
+    is_utf8,
+    save_tokenizer,
+)
 from exlm_dist.data.progress import Progress
 from exlm_dist.data.readers import Row, file_format
 from exlm_dist.data.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -26,7 +35,11 @@ CHARACTERS_PER_TASK = 200_000
 BLOCKS_PER_WRITE = 8192
 SENTENCE_CHARACTERS = 1000
 #: What the manifest says of how text becomes sequences.
-POLICY = {"whitespace": "runs become one space", "normalization": "none", "documents": "joined in order, cut at word starts"}
+POLICY = {
+    "whitespace": "runs become one space",
+    "normalization": "none",
+    "documents": "joined in order, cut at word starts",
+}
 #: Words looked at, and share of them that must read as SMILES, for the input to be refused as molecules.
 LOOKED_AT, LIKE_SMILES = 2000, 0.9
 
@@ -63,17 +76,32 @@ class TextJob:
                     part.collect(source, quarantine)
             documents[0].refuse_molecules()
             tokenizer = self.tokenizer or SentencePieceTokenizer.train(
-                documents[0].sentences(self.sample_bytes), self.vocab_size, self.model_type)
+                documents[0].sentences(self.sample_bytes), self.vocab_size, self.model_type
+            )
             described = save_tokenizer(tokenizer, folder)
             blocks = _Blocks(Path(spool) / "blocks.bin")
             held_out = self._cut(documents, tokenizer, folder, blocks)
             splits = self._write(blocks, held_out, tokenizer, folder)
-        statistics = {"unit": "documents", "rows": sum(part.count for part in documents), "duplicates": 0,
-                      "words": sum(part.words for part in documents), "quarantined": dict(quarantine.counts)}
-        return {"domain": "text", "vocab_size": tokenizer.vocab_size, "max_length": self.max_length, "policy": POLICY,
-                "tokenizer": described, "splits": splits, "statistics": statistics}
+        statistics = {
+            "unit": "documents",
+            "rows": sum(part.count for part in documents),
+            "duplicates": 0,
+            "words": sum(part.words for part in documents),
+            "quarantined": dict(quarantine.counts),
+        }
+        return {
+            "domain": "text",
+            "vocab_size": tokenizer.vocab_size,
+            "max_length": self.max_length,
+            "policy": POLICY,
+            "tokenizer": described,
+            "splits": splits,
+            "statistics": statistics,
+        }
 
-    def _cut(self, documents: list[_Documents], tokenizer: SentencePieceTokenizer, folder: Path, blocks: _Blocks) -> np.ndarray:
+    def _cut(
+        self, documents: list[_Documents], tokenizer: SentencePieceTokenizer, folder: Path, blocks: _Blocks
+    ) -> np.ndarray:
         """Encode the documents and cut them into `blocks`; which blocks are held out, bool [m]."""
         encode = partial(encode_documents, str(folder / TOKENIZER))
         counts = []
@@ -91,8 +119,10 @@ class TextJob:
         return choose_valid(np.frombuffer(blocks.hashes, dtype=np.uint64), self.valid_fraction)
 
     def _write(self, blocks: _Blocks, held_out: np.ndarray, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
-        with SplitWriter(folder, tokenizer.vocab_size, self.max_length) as writer, \
-                Progress("shards", "blocks", len(held_out)) as progress:
+        with (
+            SplitWriter(folder, tokenizer.vocab_size, self.max_length) as writer,
+            Progress("shards", "blocks", len(held_out)) as progress,
+        ):
             first = 0
             for tokens, lengths in blocks.read():
                 writer.write(tokens, lengths, held_out[first : first + len(lengths)])
@@ -110,7 +140,10 @@ class _Documents:
 
     def collect(self, source: Source, quarantine: Quarantine) -> None:
         """Read the source; DataError when it holds no words."""
-        with open(self._path, "w", encoding="utf-8", newline="\n") as file, Progress("documents", "documents") as progress:
+        with (
+            open(self._path, "w", encoding="utf-8", newline="\n") as file,
+            Progress("documents", "documents") as progress,
+        ):
             for text in read_documents(source.rows(), quarantine):
                 words = text.split()
                 text = " ".join(words)
@@ -131,7 +164,9 @@ class _Documents:
                 yield line[:-1]
 
     def sentences(self, sample_bytes: int) -> Iterator[str]:
-        """Pieces of at most `SENTENCE_CHARACTERS` characters (and one word more), about `sample_bytes` in all, chosen by content."""
+        """Pieces of at most `SENTENCE_CHARACTERS` characters (and one word more), about `sample_bytes` in all, chosen
+        by content.
+        """
         limit = int(min(1.0, sample_bytes / max(self.characters, 1)) * 2**64)
         for document in self.read():
             for words in chunked(document.split(" "), SENTENCE_CHARACTERS, lambda word: len(word) + 1):
@@ -148,8 +183,10 @@ class _Documents:
                 break
         alike = sum(len(word) > 4 and split_smiles(word) is not None for word in words)
         if alike > LIKE_SMILES * len(words):
-            raise DataError(f"{alike} of the first {len(words)} words read as SMILES (first: {words[0][:60]!r}); "
-                            "molecules are prepared with `exlm prepare smiles`.")
+            raise DataError(
+                f"{alike} of the first {len(words)} words read as SMILES (first: {words[0][:60]!r}); "
+                "molecules are prepared with `exlm prepare smiles`."
+            )
 
 
 class BlockCutter:

@@ -18,7 +18,7 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. No method adds or expects BOS and EOS; `encode` never returns a special id other than UNK."""
+    """Text to ids and back. No method adds or expects BOS and EOS; `encode` returns no special id but UNK."""
 
     domain: str  # 'text' or 'smiles'
     vocab_size: int

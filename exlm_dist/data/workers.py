@@ -25,8 +25,8 @@ def default_workers() -> int:
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """`function` (one that can be pickled) of every item, in the order of the items whatever the number of `workers`.
 
-    One worker, or a single item, works in this process. Processes are spawned, not forked: a fork of a process with threads can
-    hang. Raises DataError when a worker dies.
+    One worker, or a single item, works in this process. Processes are spawned, not forked: a fork of a process with
+    threads can hang. Raises DataError when a worker dies.
     """
     items = iter(items)
     first = list(islice(items, 2))

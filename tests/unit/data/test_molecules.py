@@ -25,10 +25,16 @@ def test_policy() -> None:
         make_policy(stereo="some")
 
 
-@pytest.mark.parametrize(("text", "reason"), [
-    ("hello", "not SMILES"), ("C1CC", "not SMILES"), ("", "no atoms"), ("C(C)(C)(C)(C)C", "chemistry: Explicit valence"),
-    ("c1cccc1", "chemistry: "),
-])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("hello", "not SMILES"),
+        ("C1CC", "not SMILES"),
+        ("", "no atoms"),
+        ("C(C)(C)(C)(C)C", "chemistry: Explicit valence"),
+        ("c1cccc1", "chemistry: "),
+    ],
+)
 def test_reasons(text: str, reason: str) -> None:
     with pytest.raises(MoleculeError, match=reason):
         canonical_smiles(text, make_policy())

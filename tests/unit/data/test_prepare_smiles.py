@@ -74,7 +74,9 @@ def test_held_out_set_depends_on_content_not_on_order(tmp_path: Path) -> None:
 def test_own_held_out_file_wins_over_training(tmp_path: Path) -> None:
     (tmp_path / "t.smi").write_text("\n".join(DRUG_LIST))
     (tmp_path / "v.smi").write_text("\n".join([*DRUG_LIST[:20], "[Xe]"]))
-    summary = prepare_smiles([str(tmp_path / "t.smi")], tmp_path / "o", valid_inputs=[str(tmp_path / "v.smi")], workers=1)
+    summary = prepare_smiles(
+        [str(tmp_path / "t.smi")], tmp_path / "o", valid_inputs=[str(tmp_path / "v.smi")], workers=1
+    )
     assert summary.sequences == {"train": len(DRUG_LIST) - 20, "valid": 21}
     assert summary.manifest["splits"]["valid"]["unknown_tokens"] >= 1 and summary.unknown_rate > 0
     assert molecules(tmp_path / "o", "valid")[-1] == "<unk>"
@@ -96,7 +98,10 @@ def test_given_tokenizer_brings_its_policy(tmp_path: Path) -> None:
 
 def test_text_and_wrong_columns_are_refused(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("It was the best of times, it was the worst of times.\n" * 20)
-    with pytest.raises(DataError, match="none of 20 rows can be read as SMILES .*t.txt, row 1: 'It was.*looks like text: use `exlm prepare text`"):
+    with pytest.raises(
+        DataError,
+        match="none of 20 rows can be read as SMILES .*t.txt, row 1: 'It was.*looks like text: use `exlm prepare text`",
+    ):
         prepare_smiles([str(tmp_path / "t.txt")], tmp_path / "o", workers=1)
     (tmp_path / "t.csv").write_text("name,smiles\naspirin,CCO\nzocor,CCC\n")
     with pytest.raises(DataError, match=r"first: .*t.csv, row 1: 'aspirin'\); is this the right column \(--column\)"):
@@ -111,14 +116,21 @@ def test_hopeless_input_is_refused_early(tmp_path: Path, monkeypatch: pytest.Mon
         prepare_smiles([str(tmp_path / "t.txt")], tmp_path / "o", workers=1)
 
 
-@pytest.mark.parametrize(("rows", "settings", "message"), [
-    (["CCO"], {}, r"1 usable sequence\(s\): at least 2"),
-    ([""], {}, "no input row holds anything"),
-    (["CCCCCCCC", "CCCCCCCCC"], {"max_length": 5}, r"none of 2 rows can be used .*too long: 10 tokens, at most 5.*Raise --max-length"),
-    (["CCO", "CCC"], {"max_length": 3}, "max_length = 3: at least 4"),
-    (["CCO", "CCC"], {"valid_fraction": 0.9}, "valid_fraction = 0.9"),
-    (["CCO", "CCC"], {"salts": "none"}, "salts = 'none': one of keep, largest_fragment"),
-])
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        (["CCO"], {}, r"1 usable sequence\(s\): at least 2"),
+        ([""], {}, "no input row holds anything"),
+        (
+            ["CCCCCCCC", "CCCCCCCCC"],
+            {"max_length": 5},
+            r"none of 2 rows can be used .*too long: 10 tokens, at most 5.*Raise --max-length",
+        ),
+        (["CCO", "CCC"], {"max_length": 3}, "max_length = 3: at least 4"),
+        (["CCO", "CCC"], {"valid_fraction": 0.9}, "valid_fraction = 0.9"),
+        (["CCO", "CCC"], {"salts": "none"}, "salts = 'none': one of keep, largest_fragment"),
+    ],
+)
 def test_input_that_cannot_be_used(tmp_path: Path, rows: list[str], settings: dict, message: str) -> None:
     (tmp_path / "a.smi").write_text("\n".join(rows) + "\n")
     with pytest.raises(DataError, match=message):
@@ -132,7 +144,12 @@ def test_finished_folder_is_reused_refused_or_replaced(tmp_path: Path) -> None:
     first = prepare_smiles([str(path)], out, workers=1)
     before = (out / MANIFEST).stat().st_mtime_ns
     again = prepare_smiles([str(path)], out, workers=1)
-    assert again.reused and not first.reused and "was there already" in str(again) and (out / MANIFEST).stat().st_mtime_ns == before
+    assert (
+        again.reused
+        and not first.reused
+        and "was there already" in str(again)
+        and (out / MANIFEST).stat().st_mtime_ns == before
+    )
     with pytest.raises(DataError, match="prepared otherwise .*max_length: 512 there, 64 now.*--overwrite"):
         prepare_smiles([str(path)], out, max_length=64, workers=1)
     path.write_text("\n".join(DRUG_LIST[:101]))

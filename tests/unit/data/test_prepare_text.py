@@ -31,7 +31,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_word_is_there_once_and_in_order(corpus: Path, tmp_path: Path) -> None:
     held_out = tmp_path / "held_out.txt"
     held_out.write_text("one more\n\ndocument\n", encoding="utf-8")
-    summary = prepare_text([str(corpus)], tmp_path / "o", vocab_size=900, max_length=40, valid_inputs=[str(held_out)], workers=1)
+    summary = prepare_text(
+        [str(corpus)], tmp_path / "o", vocab_size=900, max_length=40, valid_inputs=[str(held_out)], workers=1
+    )
     tokenizer = load_tokenizer(tmp_path / "o")
     train = blocks(tmp_path / "o", "train")
     expected = corpus.read_text(encoding="utf-8").split()
@@ -47,7 +49,9 @@ def test_every_word_is_there_once_and_in_order(corpus: Path, tmp_path: Path) -> 
 
 def test_split_by_content_holds_every_block(corpus: Path, tmp_path: Path) -> None:
     for workers in (1, 2):
-        prepare_text([str(corpus)], tmp_path / str(workers), vocab_size=900, max_length=64, valid_fraction=0.1, workers=workers)
+        prepare_text(
+            [str(corpus)], tmp_path / str(workers), vocab_size=900, max_length=64, valid_fraction=0.1, workers=workers
+        )
     names = sorted(str(path.relative_to(tmp_path / "1")) for path in (tmp_path / "1").rglob("*") if path.is_file())
     for name in names:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
@@ -63,7 +67,9 @@ def test_rows_are_documents_and_a_tokenizer_can_be_given(corpus: Path, tmp_path:
     path = tmp_path / "b.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in demo_documents()[:5]) + "{bad\n")
     (tmp_path / "v.txt").write_text("held out")
-    summary = prepare_text([str(path)], tmp_path / "b", tokenizer=tmp_path / "a", max_length=64, valid_inputs=[str(tmp_path / "v.txt")])
+    summary = prepare_text(
+        [str(path)], tmp_path / "b", tokenizer=tmp_path / "a", max_length=64, valid_inputs=[str(tmp_path / "v.txt")]
+    )
     assert summary.manifest["statistics"]["rows"] == 6 and summary.quarantined == {"not JSON": 1}
     tokenizer = load_tokenizer(tmp_path / "b")
     assert tokenizer.fingerprint == load_tokenizer(tmp_path / "a").fingerprint

@@ -12,7 +12,7 @@ from exlm_dist.utils.errors import DataError
 TEXTS = ["CCO", "c1ccccc1", "CC(=O)O"]
 PLAIN = {
     "a.csv": 'id,Smiles,name\n1,CCO,"a, b"\n2,c1ccccc1,x\n3,CC(=O)O,y\n',
-    "a.tsv": 'id\tSmiles\n1\tCCO\n2\tc1ccccc1\n3\tCC(=O)O\n',
+    "a.tsv": "id\tSmiles\n1\tCCO\n2\tc1ccccc1\n3\tCC(=O)O\n",
     "a.txt": "CCO\nc1ccccc1\r\nCC(=O)O",
     "a.smi": "smiles name\nCCO ethanol\n\nc1ccccc1\tbenzene ring\nCC(=O)O\n",
     "a.jsonl": "".join(json.dumps({"n": 1, "smiles": text}) + "\n" for text in TEXTS),
@@ -61,7 +61,9 @@ def test_rows_carry_their_place(tmp_path: Path) -> None:
 def test_wrong_column_lists_the_columns(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_text(PLAIN[name])
-    with pytest.raises(DataError, match=r"a\..*has no column 'smilez' \(did you mean '(S|s)miles'\?\). Its columns: ('id'|'n')"):
+    with pytest.raises(
+        DataError, match=r"a\..*has no column 'smilez' \(did you mean '(S|s)miles'\?\). Its columns: ('id'|'n')"
+    ):
         texts(path, "smilez")
 
 
@@ -79,7 +81,12 @@ def test_odd_rows_are_carried_not_fatal(tmp_path: Path) -> None:
     path.write_text('{"smiles": "CCO"}\n{oops\n[1]\n"CC"\n{"smiles": null}\n')
     rows = list(read_rows(path, None, "smiles"))
     assert [(row.text, row.problem) for row in rows] == [
-        ("CCO", ""), ("{oops", "not JSON"), ("[1]", "not a JSON object with named fields"), ("CC", ""), ("", "")]
+        ("CCO", ""),
+        ("{oops", "not JSON"),
+        ("[1]", "not a JSON object with named fields"),
+        ("CC", ""),
+        ("", ""),
+    ]
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfCC\xff\nCC\n")
     first, second = read_rows(path, None, "smiles")

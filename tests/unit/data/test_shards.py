@@ -21,7 +21,9 @@ def sequences(count: int, vocab_size: int = 300, seed: int = 0) -> list[np.ndarr
     return [generator.integers(5, vocab_size, size=generator.integers(1, 60)) for _ in range(count)]
 
 
-def write_folder(root: Path, rows: list[np.ndarray], *, vocab_size: int = 300, shard_bytes: int = 1 << 15, chunk: int = 77) -> Path:
+def write_folder(
+    root: Path, rows: list[np.ndarray], *, vocab_size: int = 300, shard_bytes: int = 1 << 15, chunk: int = 77
+) -> Path:
     """A prepared folder with the same rows in both splits."""
     splits = {}
     for split in ("train", "valid"):
@@ -31,8 +33,14 @@ def write_folder(root: Path, rows: list[np.ndarray], *, vocab_size: int = 300, s
             writer.write(np.concatenate(part), np.array([len(row) for row in part]))
         entries = writer.close()
         splits[split] = {"sequences": len(rows), "shards": [entry.as_dict() for entry in entries]}
-    manifest = {"schema": SCHEMA, "domain": "smiles", "vocab_size": vocab_size, "max_length": 64, "splits": splits,
-                "tokenizer": {"fingerprint": "none", "files": {}}}
+    manifest = {
+        "schema": SCHEMA,
+        "domain": "smiles",
+        "vocab_size": vocab_size,
+        "max_length": 64,
+        "splits": splits,
+        "tokenizer": {"fingerprint": "none", "files": {}},
+    }
     (root / MANIFEST).write_text(json.dumps(sealed(manifest)))
     return root
 
@@ -115,7 +123,9 @@ def test_webdataset_reads_the_same(folder: Path, rows: list[np.ndarray]) -> None
         "json.dump(rows, sys.stdout)\n"
     )
     environment = {**os.environ, "WDS_SECURE": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", code, str(folder)], env=environment, capture_output=True, timeout=120, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], env=environment, capture_output=True, timeout=120, check=True
+    )
     assert json.loads(result.stdout) == [row.tolist() for row in rows]
 
 
@@ -157,7 +167,9 @@ def test_above_the_budget_the_run_stops(folder: Path) -> None:
     dataset = ShardDataset.open(folder, "train", max_bad_records=1e-4)
     path, offset = record_place(dataset, 10)
     overwrite(path, offset, b"\xff\xff")
-    with pytest.raises(DataError, match=r"shard-000000.tar: record 10 at byte \d+ is damaged.*max_bad_records = 0.0001"):
+    with pytest.raises(
+        DataError, match=r"shard-000000.tar: record 10 at byte \d+ is damaged.*max_bad_records = 0.0001"
+    ):
         dataset.read(np.array([10]))
 
 

@@ -79,7 +79,10 @@ def test_what_may_not_be_replaced(tmp_path: Path) -> None:
     out.mkdir()
     (out / "thesis.tex").write_text("x")
     for overwrite in (False, True):
-        with pytest.raises(DataError, match="exists and is not a folder of prepared data"), staged_folder(out, overwrite=overwrite):
+        with (
+            pytest.raises(DataError, match="exists and is not a folder of prepared data"),
+            staged_folder(out, overwrite=overwrite),
+        ):
             pass
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match=r"file"), staged_folder(tmp_path / "file" / "out", overwrite=False):

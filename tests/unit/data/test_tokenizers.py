@@ -13,8 +13,24 @@ from exlm_dist.utils.errors import DataError
 
 POLICY = {"canonical": True, "stereo": "keep", "salts": "keep", "rdkit": "x"}
 HARD = [
-    "C[C@@H](N)C(=O)O", "F/C=C\\F", "[13CH3][NH3+].[Cl-]", "C%10CCCCC%10", "C%(123)CCCCC%(123)", "[Fe+2]", "c1ccc2c(c1)[nH]c1ccccc12",
-    "Brc1cc(Cl)ccc1I", "[O-][N+](=O)c1ccccc1", "B1OB1", "[Na+]~[Cl-]", "CC#N", "[se]1cccc1", "*C(C)C", "[2*]CC", "O->[Cu]<-N", "[C:1]", "S=P(O)(O)O",
+    "C[C@@H](N)C(=O)O",
+    "F/C=C\\F",
+    "[13CH3][NH3+].[Cl-]",
+    "C%10CCCCC%10",
+    "C%(123)CCCCC%(123)",
+    "[Fe+2]",
+    "c1ccc2c(c1)[nH]c1ccccc12",
+    "Brc1cc(Cl)ccc1I",
+    "[O-][N+](=O)c1ccccc1",
+    "B1OB1",
+    "[Na+]~[Cl-]",
+    "CC#N",
+    "[se]1cccc1",
+    "*C(C)C",
+    "[2*]CC",
+    "O->[Cu]<-N",
+    "[C:1]",
+    "S=P(O)(O)O",
 ]
 
 
@@ -47,10 +63,16 @@ def test_smiles_vocabulary_round_trip_and_unknown(tmp_path: Path) -> None:
     assert tokenizer.encode("C[Xe]C") == [tokenizer.encode("C")[0], UNK, tokenizer.encode("C")[0]]
     assert tokenizer.decode([MASK, UNK]) == "<mask><unk>"
     tokens, lengths = tokenizer.encode_batch(HARD)
-    assert tokens.tolist() == [token for smiles in HARD for token in tokenizer.encode(smiles)] and lengths.sum() == len(tokens)
+    assert tokens.tolist() == [token for smiles in HARD for token in tokenizer.encode(smiles)] and lengths.sum() == len(
+        tokens
+    )
     tokenizer.save(tmp_path / "t")
     loaded = load_tokenizer(tmp_path / "t")
-    assert loaded.fingerprint == tokenizer.fingerprint and loaded.policy == POLICY and loaded.encode(HARD[0]) == tokenizer.encode(HARD[0])
+    assert (
+        loaded.fingerprint == tokenizer.fingerprint
+        and loaded.policy == POLICY
+        and loaded.encode(HARD[0]) == tokenizer.encode(HARD[0])
+    )
     assert SmilesTokenizer.from_counts(counts, {**POLICY, "stereo": "drop"}).fingerprint != tokenizer.fingerprint
     assert SmilesTokenizer.from_counts(counts, POLICY, min_count=2).vocab_size < tokenizer.vocab_size
 
@@ -70,8 +92,12 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-SENTENCES = [f"the {a} {b} of number {n} is written in a {b} way" for n in range(40) for a in ("quick", "lazy", "brown")
-             for b in ("fox", "dog", "house", "river")]
+SENTENCES = [
+    f"the {a} {b} of number {n} is written in a {b} way"
+    for n in range(40)
+    for a in ("quick", "lazy", "brown")
+    for b in ("fox", "dog", "house", "river")
+]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +110,9 @@ def test_text_ids_and_round_trip(text_tokenizer: SentencePieceTokenizer, tmp_pat
     for text in (SENTENCES[0], "日本語 and ÿ, \u0301 odd things", "<mask> </s> <s> <pad> <unk>"):
         ids = text_tokenizer.encode(text)
         assert min(ids) >= NUM_SPECIAL and text_tokenizer.decode([BOS, *ids, EOS]) == text
-    assert text_tokenizer.decode([*text_tokenizer.encode("the"), MASK, *text_tokenizer.encode("fox")]) == "the <mask> fox"
+    assert (
+        text_tokenizer.decode([*text_tokenizer.encode("the"), MASK, *text_tokenizer.encode("fox")]) == "the <mask> fox"
+    )
     assert text_tokenizer.encode("") == []
     tokens, lengths = text_tokenizer.encode_batch(["the fox", "a"])
     assert tokens.tolist() == text_tokenizer.encode("the fox") + text_tokenizer.encode("a") and len(lengths) == 2
@@ -106,8 +134,17 @@ def test_a_foreign_model_gets_our_ids(tmp_path: Path) -> None:
     import sentencepiece
 
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(SENTENCES), model_writer=model, vocab_size=60, model_type="bpe",
-                                             unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES),
+        model_writer=model,
+        vocab_size=60,
+        model_type="bpe",
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+    )
     path = tmp_path / "foreign.model"
     path.write_bytes(model.getvalue())
     tokenizer = SentencePieceTokenizer.from_model_file(path)

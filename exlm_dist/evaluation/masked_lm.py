@@ -21,7 +21,7 @@ from exlm_dist.tracking import EVENTS, EventLog, sync
 from exlm_dist.utils.errors import CheckpointError, ConfigError, DataError
 
 #: Seconds that `evaluate_checkpoint` gives MLflow to take its result; it stays in the run folder anyway.
-TRACKING_PATIENCE = 15.0
+TRACKING_PATIENCE = 30.0
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from exlm_dist.utils.files import write_json
 from exlm_dist.utils.logs import get_logger
 
 POSITION = "tracking.json"
-CHUNK = 1 << 18
+CHUNK = 1 << 16
 POLL = 2.0
 LONGEST_PAUSE = 60.0
 LAST_ATTEMPTS = 3
@@ -231,8 +231,8 @@ def run_tags(config: RunConfig, run_folder: Path) -> dict[str, str]:
     model = config.model
     kind = f"ExLM, k={model.states}, {model.transitions} transitions" if model.objective == "exlm" else "plain MLM"
     note = (f"**{kind}** · {model.layers} layers × {model.width} wide × {model.heads} heads · {config.schedule.steps} steps × "
-            f"{config.batch.sequences} sequences\n\n- budget: {config.budget or 'not labelled'}\n- data: `{config.data.path}`\n"
-            f"- run folder: `{run_folder.resolve()}`\n- continue: the command that started it; report: `exlm report {run_folder}`")
+            f"{config.batch.sequences} sequences · budget {config.budget or 'not labelled'}\n\n"
+            f"data `{config.data.path}` · run folder `{run_folder.resolve()}` · `exlm report {run_folder}` draws its figures")
     tags = {"mlflow.note.content": note, "objective": model.objective, "states": str(model.states), "transitions": model.transitions,
             "budget": config.budget or "not labelled", "seed": str(config.seed), "host": platform.node(), "exlm_dist": __version__}
     if job := os.environ.get("SLURM_JOB_ID"):

@@ -21,6 +21,11 @@ PAIRS_PER_CALL = 100
 LONGEST_PARAM = 500
 LONGEST_TAG = 5000
 LARGEST_ARTIFACT = 50 * 2**20
+#: Without the kind MLflow's pages open with the tools for chat applications.
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.note.content": "`valid/nll` and `valid/accuracy` (per masked token) compare across objectives, `train/loss` does not.",
+}
 _TEXT = (".yaml", ".md", ".json", ".txt")
 logger = get_logger(__name__)
 
@@ -98,7 +103,7 @@ class MlflowRun:
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
             try:
-                return self._client.create_experiment(name, artifact_location=artifacts)
+                return self._client.create_experiment(name, artifact_location=artifacts, tags=EXPERIMENT_TAGS)
             except self._failure as error:  # another run has made it meanwhile
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise

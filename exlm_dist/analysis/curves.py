@@ -1,0 +1,139 @@
+"""Curves over training: quality, optimisation, speed. From event logs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+from exlm_dist.analysis import style
+from exlm_dist.evaluation.history import History, Series
+
+#: Steps over which training curves are averaged, as a share of the run.
+SMOOTHING = 0.02
+Draw = Callable[[Axes, History, str, bool], None]
+
+
+def plot_quality(histories: Sequence[History], folder: Path) -> Path:
+    """Training loss, held-out nll and held-out accuracy, by steps and (where it was logged) by seconds of training."""
+    rows: list[tuple[str, str, Draw]] = [
+        ("Training loss (each run's own objective)", "nats", lambda *rest: _trained(*rest, name="train/loss")),
+        ("Held-out nll", "nats per masked token", lambda *rest: _held_out(*rest, name="valid/nll")),
+        ("Held-out accuracy", "share of masked tokens", lambda *rest: _held_out(*rest, name="valid/accuracy")),
+    ]
+    with style.figure(10, 9, "Quality over training", _subtitle(histories)) as made:
+        grid = made.subplots(len(rows), 2, sharey="row", sharex="col")
+        for line, (title, unit, draw) in zip(grid, rows):
+            for axes, by_seconds in zip(line, (False, True)):
+                _each(axes, histories, draw, by_seconds)
+                style.label(axes, title, "", "" if by_seconds else unit)
+        for line in grid[2]:
+            line.yaxis.set_major_formatter(PercentFormatter(1))
+        grid[2, 0].set_xlabel("optimizer steps")
+        grid[2, 1].set_xlabel("seconds of training (without evaluation and restarts)")
+        _legend(grid[0, 0], histories)
+        return style.save(made, folder, "quality")
+
+
+def plot_optimisation(histories: Sequence[History], folder: Path) -> Path:
+    """Learning rate and gradient norm by steps."""
+    with style.figure(10, 3.6, "Optimisation", _subtitle(histories)) as made:
+        left, right = made.subplots(1, 2)
+        _each(left, histories, lambda axes, history, colour, _: _line(axes, history.series("train/lr"), colour, _steps), False)
+        _each(right, histories, lambda *rest: _trained(*rest, name="train/grad_norm"), False)
+        style.label(left, "Learning rate", "optimizer steps", "rate")
+        left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1e}" if value else "0"))
+        style.label(right, "Gradient norm (before clipping)", "optimizer steps", "L2 norm")
+        if _positive(histories, "train/grad_norm"):
+            style.plain_log_ticks(right)
+        _legend(left, histories)
+        return style.save(made, folder, "optimisation")
+
+
+def plot_throughput(histories: Sequence[History], folder: Path) -> Path:
+    """Tokens per second before and after expansion, and the time of a step with what of it was waiting for data."""
+    with style.figure(10, 3.9, "Throughput", _subtitle(histories)) as made:
+        left, right = made.subplots(1, 2)
+        _each(left, histories, _speed, False)
+        style.label(left, "Tokens per second", "optimizer steps", "tokens/s")
+        left.set_ylim(bottom=0)
+        _each(right, histories, _times, False)
+        style.label(right, "Time of a step", "optimizer steps", "seconds")
+        right.set_ylim(bottom=0)
+        style.line_styles(right, solid="whole step", dotted="waiting for data")
+        _legend(left, histories, {"solid": "original tokens", "dashed": "after expansion"})
+        return style.save(made, folder, "throughput")
+
+
+def smooth(values: np.ndarray, width: int) -> np.ndarray:
+    """Centred mean over `width` points (fewer at the ends); values that are not finite are left out of it."""
+    if width < 2 or not len(values):
+        return values
+    finite = np.isfinite(values)
+    window = np.ones(width)
+    sums = np.convolve(np.where(finite, values, 0.0), window, mode="full")[width // 2 :][: len(values)]
+    counts = np.convolve(finite.astype(float), window, mode="full")[width // 2 :][: len(values)]
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _each(axes: Axes, histories: Sequence[History], draw: Draw, by_seconds: bool) -> None:
+    for history, colour in zip(histories, style.colours()):
+        draw(axes, history, colour, by_seconds)
+    if not axes.lines:
+        style.empty(axes, "not logged")
+
+
+def _trained(axes: Axes, history: History, colour: str, by_seconds: bool, *, name: str) -> None:
+    series = history.series(name)
+    if not len(series):
+        return
+    x = history.seconds(series.steps) if by_seconds else series.steps
+    axes.plot(x, series.values, color=colour, alpha=0.22, linewidth=0.8)
+    axes.plot(x, smooth(series.values, max(1, round(SMOOTHING * len(series)))), color=colour)
+
+
+def _held_out(axes: Axes, history: History, colour: str, by_seconds: bool, *, name: str) -> None:
+    series = history.series(name)
+    if len(series):
+        x = history.seconds(series.steps) if by_seconds else series.steps
+        axes.plot(x, series.values, color=colour, marker="o", markersize=3.5)
+
+
+def _speed(axes: Axes, history: History, colour: str, _: bool) -> None:
+    _line(axes, history.series("perf/tokens_per_second"), colour, _steps)
+    _line(axes, history.series("perf/expanded_tokens_per_second"), colour, _steps, linestyle="--", linewidth=1.1)
+
+
+def _times(axes: Axes, history: History, colour: str, _: bool) -> None:
+    _line(axes, history.series("perf/step_seconds"), colour, _steps)
+    _line(axes, history.series("perf/wait_seconds"), colour, _steps, linestyle=":")
+
+
+def _steps(series: Series) -> np.ndarray:
+    return series.steps
+
+
+def _line(axes: Axes, series: Series, colour: str, x: Callable[[Series], np.ndarray], **options) -> None:
+    if len(series):
+        axes.plot(x(series), series.values, color=colour, **options)
+
+
+def _legend(axes: Axes, histories: Sequence[History], line_styles: dict[str, str] | None = None) -> None:
+    """One entry for each run, whatever lines it has, and one for each line style."""
+    for history, colour in zip(histories, style.colours()):
+        axes.plot([], [], color=colour, label=f"{history.name} ({history.kind})")
+    for kind, meaning in (line_styles or {}).items():
+        axes.plot([], [], color="black", linestyle=kind, linewidth=1.2, label=meaning)
+    axes.legend(loc="best")
+
+
+def _positive(histories: Sequence[History], name: str) -> bool:
+    values = np.concatenate([history.series(name).values for history in histories])
+    return bool(len(values)) and bool((values[np.isfinite(values)] > 0).all())
+
+
+def _subtitle(histories: Sequence[History]) -> str:
+    return "budget: " + ", ".join(sorted({history.budget for history in histories}))

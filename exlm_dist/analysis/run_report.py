@@ -1,0 +1,114 @@
+"""`exlm report`: every figure of one or several runs, and a page that shows them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from exlm_dist.analysis.curves import plot_optimisation, plot_quality, plot_throughput
+from exlm_dist.analysis.inspection import inspect_checkpoint
+from exlm_dist.analysis.lengths import plot_lengths, training_lengths
+from exlm_dist.analysis.state_graph import plot_alignment, plot_state_graph, plot_transitions
+from exlm_dist.config import config_difference
+from exlm_dist.evaluation.compare import compare_histories
+from exlm_dist.evaluation.history import History, read_history
+from exlm_dist.model.checkpoint_reader import newest_checkpoint
+from exlm_dist.tracking import EVENTS, EventLog, read_events, sync
+from exlm_dist.utils.errors import UserError
+from exlm_dist.utils.files import write_atomic
+from exlm_dist.utils.logs import get_logger
+
+PLOTS = "plots"
+REPORT = "report.md"
+#: Seconds that `run_report` gives MLflow to take the figures; they stay in the run folder anyway.
+TRACKING_PATIENCE = 30.0
+logger = get_logger(__name__)
+
+
+def run_report(runs: Sequence[Path], *, record: bool = True) -> Path:
+    """Write figures to `plots/` and the page `report.md` in the folder of the first run; returns the path of the page.
+
+    Curves come from the event logs alone; lengths need the prepared data, the state graph needs the data and a whole
+    checkpoint of the first ExLM run: what is missing is named on the page. With `record` page and figures also become
+    artifacts of the first run. CheckpointError where a folder holds no run.
+    """
+    histories = [read_history(run) for run in runs]
+    home = Path(runs[0])
+    folder = home / PLOTS
+    table = compare_histories(histories)
+    print(table, flush=True)
+    curves = [plot(histories, folder) for plot in (plot_quality, plot_optimisation, plot_throughput)]
+    figures, missing = _model_figures(histories, folder)
+    write_atomic(home / REPORT, _page(histories, table.markdown(), [*curves, *figures], missing))
+    if record:
+        _record(home, [*curves, *figures])
+    return home / REPORT
+
+
+def _model_figures(histories: Sequence[History], folder: Path) -> tuple[list[Path], list[str]]:
+    """Figures that need more than the event log, and why some could not be made."""
+    history = next((one for one in histories if one.config.model.objective == "exlm"), histories[0])
+    figures: list[Path] = []
+    missing: list[str] = []
+    for make in (_lengths, _graphs):
+        try:
+            figures += make(history, folder)
+        except UserError as error:
+            logger.warning("%s", error)
+            missing.append(str(error))
+    return figures, missing
+
+
+def _lengths(history: History, folder: Path) -> list[Path]:
+    return [plot_lengths(history, training_lengths(history.config), folder)]
+
+
+def _graphs(history: History, folder: Path) -> list[Path]:
+    if history.config.model.objective == "mlm":
+        return []
+    _, step, inspections = inspect_checkpoint(newest_checkpoint(history.folder))
+    subtitle = f"{history.name} ({history.kind}), step {step}, held-out sequences; budget: {history.budget}"
+    graphs = [plot_state_graph(one, folder, subtitle, f"state_graph_{number}") for number, one in enumerate(inspections, 1)]
+    return [plot_transitions(inspections, folder, subtitle), plot_alignment(inspections, folder, subtitle), *graphs]
+
+
+def _page(histories: Sequence[History], table: str, figures: list[Path], missing: list[str]) -> str:
+    names = ", ".join(history.name for history in histories)
+    parts = [f"# {names}\n", f"Written {time.strftime('%Y-%m-%d %H:%M')}. Every number below is of the budget named beside it.\n", "## Comparison\n", table,
+             "\nnll (nats) and accuracy are per masked token of held-out sequences, at the same positions for all runs.\n"]
+    if len(histories) > 1:
+        parts += ["## Settings that differ\n", _differences(histories)]
+    parts += ["## Figures\n", *(f"![{path.stem.replace('_', ' ')}]({PLOTS}/{path.name})\n" for path in figures)]
+    if missing:
+        parts += ["## Not drawn\n", *(f"- {reason}\n" for reason in missing)]
+    parts += ["## Evaluations of checkpoints\n", *(_evaluations(history) for history in histories)]
+    return "\n".join(parts)
+
+
+def _differences(histories: Sequence[History]) -> str:
+    first, *others = histories
+    rows = [(other.name, key, old, new) for other in others for key, old, new in config_difference(first.config, other.config) if key != "name"]
+    lines = [f"| {name} | `{key}` | {json.dumps(old)} | {json.dumps(new)} |" for name, key, old, new in rows]
+    return "\n".join([f"| run | setting | {first.name} | this run |", "| --- | --- | --- | --- |", *lines]) + "\n"
+
+
+def _evaluations(history: History) -> str:
+    events = [event for event in read_events(history.folder / EVENTS) if event["kind"] == "child_run"]
+    if not events:
+        return f"{history.name}: none logged.\n"
+    lines = [f"| {event['step']} | {event['name']} | " + ", ".join(f"{key} {value:.4f}" for key, value in event["values"].items()) +
+             f" | `{event['tags'].get('checkpoint.sha256', '')[:12]}` |" for event in events]
+    head = [f"{history.name} ({history.kind}, budget {history.budget}):\n", "| step | evaluation | result | weights (sha256) |", "| ---: | --- | --- | --- |"]
+    return "\n".join([*head, *lines]) + "\n"
+
+
+def _record(home: Path, figures: list[Path]) -> None:
+    log = EventLog(home / EVENTS)
+    log.artifact(home / REPORT)
+    for path in figures:
+        log.artifact(path, PLOTS)
+    log.close()
+    if read_history(home).config.tracking.mlflow:
+        sync(home, timeout=TRACKING_PATIENCE)

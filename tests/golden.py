@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from conftest import shared_path
 
 

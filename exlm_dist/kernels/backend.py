@@ -14,7 +14,7 @@ from exlm_dist.utils.errors import ConfigError
 BACKENDS = ("auto", "triton", "reference")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def has_triton(operation: str) -> bool:
     """Whether `operation` ("attention", "transitions", "vocab", "dag") has Triton kernels and triton is installed."""
     here = importlib.util.find_spec(f"{__package__}.{operation}.triton") is not None

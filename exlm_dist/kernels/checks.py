@@ -1,4 +1,4 @@
-"""Checks of shapes that the operations share; values are looked at only on the CPU, where that costs no synchronisation."""
+"""Checks of shapes that the operations share; values are looked at only on the CPU (elsewhere it would wait)."""
 
 from __future__ import annotations
 

@@ -132,8 +132,9 @@ def test_sequence_values_do_not_depend_on_the_batch():
     torch.testing.assert_close(dag_posteriors(*moved), gamma[order], rtol=0, atol=1e-13)
     for b in range(3):
         targets, states = int(sizes[0][b]), int(sizes[1][b])
-        alone = match[b:b + 1, :targets, :states], moves[b:b + 1, :states, :states], sizes[0][b:b + 1], sizes[1][b:b + 1]
-        torch.testing.assert_close(dag_log_likelihood(*alone), out[b:b + 1], rtol=1e-13, atol=0)
+        own = slice(b, b + 1)
+        alone = match[own, :targets, :states], moves[own, :states, :states], sizes[0][own], sizes[1][own]
+        torch.testing.assert_close(dag_log_likelihood(*alone), out[own], rtol=1e-13, atol=0)
 
 
 def test_moves_backward_are_not_read():

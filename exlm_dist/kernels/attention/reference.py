@@ -84,7 +84,7 @@ def _back_through_weights(
 
 
 def _blocks(cu_tokens: Tensor, max_tokens: int, heads: int) -> Iterator[_Block]:
-    """Sequences in order, neighbours of one length together; on CUDA all padded to `max_tokens` (no synchronisation)."""
+    """Sequences in order, neighbours of one length together; on CUDA all padded to `max_tokens` (no sync)."""
     if cu_tokens.device.type != "cpu":
         yield _padded_block(cu_tokens, max_tokens)
         return

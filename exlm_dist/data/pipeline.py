@@ -107,11 +107,13 @@ def choose_valid(hashes: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def check_fraction(fraction: float) -> None:
+    """DataError for a held-out share that is none."""
     if not 0 < fraction <= 0.5:
         raise DataError(f"valid_fraction = {fraction:g}: more than 0 and at most 0.5 is expected.")
 
 
 def check_max_length(max_length: int) -> None:
+    """DataError for a length that has no room for two tokens between BOS and EOS."""
     if max_length < 4:
         raise DataError(f"max_length = {max_length}: at least 4 is expected (BOS and EOS are counted).")
 

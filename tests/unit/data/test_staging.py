@@ -13,6 +13,7 @@ import pytest
 from exlm_dist.data import shards
 from exlm_dist.data.manifest import MANIFEST
 from exlm_dist.data.prepare import prepare_smiles
+from exlm_dist.data.progress import Progress
 from exlm_dist.data.staging import remove_leftovers, staged_folder
 from exlm_dist.data.workers import ordered_map
 from exlm_dist.utils.errors import DataError
@@ -119,3 +120,16 @@ def test_results_keep_their_order() -> None:
 def test_a_worker_that_dies_is_an_error_not_a_hang() -> None:
     with pytest.raises(DataError, match="a worker process died"):
         list(ordered_map(square_or_die, range(20), 2))
+
+
+def test_progress_is_plain_lines_without_a_terminal(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exlm_dist.data.progress.SECONDS", 0.0)
+    with caplog.at_level("INFO", logger="exlm_dist"), Progress("shards", "rows", 2000) as progress:
+        progress.update(1000)
+        progress.update(1000)
+    texts = [record.getMessage() for record in caplog.records]
+    assert texts[0].startswith("shards: 1,000 of 2,000 rows so far, ") and texts[-1].startswith(
+        "shards: 2,000 of 2,000 rows done, "
+    )

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import BinaryIO, NamedTuple, TextIO
 
 from exlm_dist.utils.errors import DataError
 
@@ -117,16 +117,50 @@ def open_text(path: Path) -> Iterator[TextIO]:
         import zstandard
 
         try:
-            with (
-                open(path, "rb") as raw,
-                zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream,
-            ):
-                yield io.TextIOWrapper(stream, **options)
+            with open(path, "rb") as raw:
+                yield io.TextIOWrapper(io.BufferedReader(_ZstdStream(raw)), **options)
         except zstandard.ZstdError as error:
             raise DataError(f"{path}: damaged or cut off ({error}). Copy it again.") from error
     else:
         with open(path, **options) as file:
             yield file
+
+
+class _ZstdStream(io.RawIOBase):
+    """Decompressed bytes of one or more zstd frames. Unlike the library's own reader it does not take a file that ends
+    inside a frame for a whole one: EOFError.
+    """
+
+    def __init__(self, raw: BinaryIO):
+        self._chunks = self._decompress(raw)
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._rest = memoryview(chunk)
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
+
+    @staticmethod
+    def _decompress(raw: BinaryIO) -> Iterator[bytes]:
+        import zstandard
+
+        frame = None
+        while data := raw.read(1 << 17):
+            while data:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(data)
+                data = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+        if frame is not None:
+            raise EOFError("it ends inside a zstd frame")
 
 
 def choose_column(path: Path, columns: list[str], column: str | None, default: str) -> str:

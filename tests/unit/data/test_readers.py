@@ -119,6 +119,21 @@ def test_missing_empty_unknown_and_damaged_files(tmp_path: Path) -> None:
         texts(damaged)
 
 
+def test_zstd_frames_are_joined_and_a_cut_one_is_found(tmp_path: Path) -> None:
+    """The library's own stream reader takes a file that is cut off for a whole one."""
+    import zstandard
+
+    lines = [f"line {number}" for number in range(50_000)]
+    frame = zstandard.ZstdCompressor().compress("\n".join([*lines, ""]).encode())
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(frame + frame)
+    assert texts(path) == lines + lines
+    for kept in (frame[: len(frame) // 2], frame[:-1], frame + frame[:100]):
+        path.write_bytes(kept)
+        with pytest.raises(DataError, match="a.txt.zst: damaged or cut off"):
+            texts(path)
+
+
 def test_patterns_are_sorted_and_files_come_once(tmp_path: Path) -> None:
     for name in ("b.smi", "a.smi", "c.txt"):
         (tmp_path / name).write_text("C\n")

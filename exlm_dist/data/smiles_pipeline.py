@@ -33,8 +33,8 @@ from exlm_dist.utils.errors import DataError
 
 ROWS_PER_TASK = 512
 MOLECULES_PER_TASK = 8192
-#: Rows after which an input without a single molecule is refused; the rest of it is not read.
-HOPELESS_ROWS = 5000
+#: Rows after which, and share of unreadable ones from which, an input is refused; the rest of it is not read.
+HOPELESS_ROWS, HOPELESS = 5000, 0.99
 #: Molecules below which counting and encoding (some 50,000/s) are done before other processes would have started.
 WORTH_WORKERS = 200_000
 UNPARSABLE = "not SMILES"
@@ -106,7 +106,7 @@ class SmilesJob:
                     progress.update(len(results))
                 if source is self.valid:
                     molecules.held_out = len(molecules.hashes)
-        if not molecules.rows:
+        if molecules.rows == molecules.quarantine.counts["empty"]:
             raise DataError("no input row holds anything.")
         molecules.refuse_if_hopeless(1)
         if not molecules.hashes:
@@ -178,8 +178,10 @@ class _Molecules:
         self.refuse_if_hopeless(HOPELESS_ROWS)
 
     def refuse_if_hopeless(self, rows: int) -> None:
-        """DataError when `rows` or more were read and none of them is a molecule."""
-        if self.rows < rows or self.quarantine.counts[UNPARSABLE] < self.rows:
+        """DataError when, of `rows` or more that are not empty, nearly none reads as SMILES."""
+        counts = self.quarantine.counts
+        filled, wrong = self.rows - counts["empty"], counts[UNPARSABLE] + counts["not UTF-8"]
+        if filled < rows or wrong < HOPELESS * filled or UNPARSABLE not in self.quarantine.first:
             return
         row, _ = self.quarantine.first[UNPARSABLE]
         hint = (
@@ -188,7 +190,7 @@ class _Molecules:
             else "is this the right column (--column)? Text is prepared with `exlm prepare text`"
         )
         raise DataError(
-            f"none of {self.rows:,} rows can be read as SMILES "
+            f"{wrong:,} of {filled:,} rows cannot be read as SMILES "
             f"(first: {row.file}, row {row.row}: {row.text[:60]!r}); {hint}."
         )
 

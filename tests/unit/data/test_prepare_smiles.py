@@ -97,10 +97,10 @@ def test_given_tokenizer_brings_its_policy(tmp_path: Path) -> None:
 
 
 def test_text_and_wrong_columns_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_text("It was the best of times, it was the worst of times.\n" * 20)
+    (tmp_path / "t.txt").write_text("It was the best of times, it was the worst of times.\n\n" * 20)
     with pytest.raises(
         DataError,
-        match="none of 20 rows can be read as SMILES .*t.txt, row 1: 'It was.*looks like text: use `exlm prepare text`",
+        match="20 of 20 rows cannot be read as SMILES .*t.txt, row 1: 'It was.*looks like text: use `exlm prepare text`",
     ):
         prepare_smiles([str(tmp_path / "t.txt")], tmp_path / "o", workers=1)
     (tmp_path / "t.csv").write_text("name,smiles\naspirin,CCO\nzocor,CCC\n")
@@ -112,7 +112,7 @@ def test_text_and_wrong_columns_are_refused(tmp_path: Path) -> None:
 def test_hopeless_input_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("exlm_dist.data.smiles_pipeline.HOPELESS_ROWS", 600)
     (tmp_path / "t.txt").write_text("some words\n" * 100_000)
-    with pytest.raises(DataError, match=r"none of 1,024 rows"):
+    with pytest.raises(DataError, match=r"1,024 of 1,024 rows"):
         prepare_smiles([str(tmp_path / "t.txt")], tmp_path / "o", workers=1)
 
 

@@ -121,6 +121,7 @@ def _scan(
     """Both recursions, posteriors, their check, and the log-domain form of the sequences that fail it."""
     match, moves = match.float().contiguous(), transitions.float().contiguous()
     count, targets, states = match.shape
+    assert targets * states < 2**31 and states * states < 2**31, "addresses within a sequence are 32 bits wide"
     block = block or Block.of(states)
     blocks = triton.cdiv(states, block.states)
     chunks = triton.cdiv(targets, POSTERIOR_ROWS)
@@ -144,7 +145,7 @@ def _scan(
         {
             "BLOCK": block.states,
             "PART": block.part,
-            "ROWS": max(16, min(64, triton.next_power_of_2(targets))),
+            "ROWS": max(16, min(32, triton.next_power_of_2(targets))),
             "ENDS": ends_block,
             "PRECISION": "tf32x3",
         },

@@ -41,117 +41,124 @@ def _emit(b_total, scale, b_match, b_inside):
 
 
 @triton.jit
-def _moves(moves, o_v, o_u, length, states):
-    """Probabilities [v, u] of moves times 2^SHIFT, 0 where not allowed; and whether one is too faint for that."""
-    m_move = (o_v[:, None] < o_u[None, :]) & (o_u < length)[None, :]
-    b_log = tl.load(moves + o_v[:, None] * states + o_u[None, :], mask=m_move, other=float("-inf")) * LOG2E
+def _moves(moves, o_u, o_v, step_v, step_u, length):
+    """Probabilities [u, v] of moves from v to u times 2^SHIFT, 0 where not allowed; and whether one is too faint for that.
+
+    Destinations come first: threads are laid along the first axis of a tile whose strides are not known, so that the sum
+    over v stays within a thread.
+    """
+    m_move = (o_v >= 0)[None, :] & (o_v[None, :] < o_u[:, None]) & (o_u < length)[:, None]
+    b_log = tl.load(moves + (o_u[:, None] * step_u + o_v[None, :] * step_v), mask=m_move, other=float("-inf")) * LOG2E
     faint = tl.max(tl.max(((b_log > float("-inf")) & (b_log < FAINT)).to(tl.int32), 1), 0)
     return tl.exp2(b_log + SHIFT), faint
 
 
 @triton.jit
 def _arrivals(
-    moves, values, scales, k, other, stop_block, o_i, m_i, n, length, states, blocks,
-    FORWARD: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    moves, values, scales, k, o_i, m_i, n, length, pad, sign, step_v, step_u, states, blocks,
+    BLOCK: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """[ROWS, BLOCK] of what comes into block k from blocks other..stop_block-1, with its scale per row; and `faint`."""
-    o_k = k * BLOCK + tl.arange(0, BLOCK)
-    o_from = o_i - 1 if FORWARD else o_i + 1
-    b_total = tl.zeros([ROWS, BLOCK], tl.float32)
+    """[BLOCK, ROWS] of what comes into block k from the blocks before it, with its scale per row; and `faint`."""
+    o_k = k * BLOCK - pad + tl.arange(0, BLOCK)
+    o_from = o_i - 1
+    b_total = tl.zeros([BLOCK, ROWS], tl.float32)
     b_scale = tl.full([ROWS], NEVER, tl.float32)
     faint = 0
-    for j in range(other, stop_block):
-        m_from = m_i & (o_from >= tl.maximum(j * BLOCK - (length - n), 0)) & (o_from < tl.minimum((j + 1) * BLOCK, n))
-        b_came = tl.load(scales + o_from * blocks + j, mask=m_from, other=NEVER)
-        b_new = tl.maximum(b_scale, b_came - SHIFT)
-        b_total *= tl.exp2(b_scale - b_new)[:, None]
-        b_factor = tl.exp2((b_came - SHIFT) - b_new)
-        for first in range(j * BLOCK, (j + 1) * BLOCK, PART):
-            o_p = first + tl.arange(0, PART)
-            b_values = tl.load(
-                values + o_from[:, None].to(tl.int64) * states + o_p[None, :],
-                mask=m_from[:, None] & (o_p < length)[None, :], other=0.0,
-            ) * b_factor[:, None]
-            if FORWARD:
-                b_move, weak = _moves(moves, o_p, o_k, length, states)
-            else:
-                b_move, weak = _moves(moves, o_k, o_p, length, states)
-                b_move = tl.trans(b_move)
-            b_total = tl.dot(b_values, b_move, b_total, input_precision=PRECISION)
+    for j in range(0, k):
+        edge = j * BLOCK - pad
+        m_from = m_i & (o_from >= tl.maximum(edge - (length - n), 0)) & (o_from < tl.minimum(edge + BLOCK, n))
+        b_came = tl.load(scales + (o_from * blocks + j) * sign, mask=m_from, other=NEVER) - SHIFT
+        b_new = tl.maximum(b_scale, b_came)
+        b_total *= tl.exp2(b_scale - b_new)[None, :]
+        b_factor = tl.exp2(b_came - b_new)
+        for part in range(0, BLOCK, PART):
+            o_p = edge + part + tl.arange(0, PART)
+            m_values = m_from[None, :] & ((o_p >= 0) & (o_p < length))[:, None]
+            p_values = values + (o_from[None, :] * states + o_p[:, None]) * sign
+            b_values = tl.load(p_values, mask=m_values, other=0.0) * b_factor[None, :]
+            b_move, weak = _moves(moves, o_k, o_p, step_v, step_u, length)
+            b_total = tl.dot(b_move, b_values, b_total, input_precision=PRECISION)
             faint = tl.maximum(faint, weak)
         b_scale = b_new
     return b_total, b_scale, faint
 
 
 @triton.jit
-def _recursion(
-    match, moves, values, scales, tails, tail_scales, n, length, states, blocks, ends, first_weight,
-    FORWARD: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+def _inside(
+    match, moves, values, scales, tails, tail_scales, k, start, stop, n, length, pad, sign, step_v, step_u,
+    states, blocks, ends, first_weight, BLOCK: tl.constexpr,
 ):
-    """alpha (FORWARD), or beta times the match in `values` and beta itself in `tails`; whether a move was too faint."""
-    count = tl.cdiv(length, BLOCK)
-    slack = length - n
+    """Rows start..stop-1 of block k, one after the other; what comes from other blocks stands in `values` and `scales`."""
+    o_k = k * BLOCK - pad + tl.arange(0, BLOCK)
+    b_move, faint = _moves(moves, o_k, o_k, step_v, step_u, length)
+    m_k = (o_k >= 0) & (o_k < length)
+    b_start = tl.where(m_k & (o_k < ends), first_weight, 0.0)
+    b_values = tl.zeros([BLOCK], tl.float32)
+    scale = NEVER
+    came_stop = tl.where(k > 0, stop, start)  # nothing comes into the first block
+    # The next row is loaded a step ahead: nothing in the chain of steps then waits for memory.
+    o_row = (start * states + o_k) * sign
+    b_match = tl.load(match + o_row, mask=m_k & (o_k < tl.where(start < stop, length, 0)), other=float("-inf"))
+    b_came = tl.load(values + o_row, mask=m_k & (o_k < tl.where(start < came_stop, length, 0)), other=0.0)
+    came_scale = tl.load(scales + (start * blocks + k) * sign, mask=start < came_stop, other=NEVER)
+    for row in range(0, stop - start):
+        i = start + row
+        o_next = ((i + 1) * states + o_k) * sign
+        b_match_next = tl.load(
+            match + o_next, mask=m_k & (o_k < tl.where(i + 1 < stop, length, 0)), other=float("-inf")
+        )
+        b_came_next = tl.load(values + o_next, mask=m_k & (o_k < tl.where(i + 1 < came_stop, length, 0)), other=0.0)
+        came_scale_next = tl.load(scales + ((i + 1) * blocks + k) * sign, mask=i + 1 < came_stop, other=NEVER)
+        b_came = tl.where(i == 0, b_start, b_came)
+        came_scale = tl.where(i == 0, 0.0, came_scale)
+        own_scale = scale - SHIFT
+        both = tl.maximum(own_scale, came_scale)
+        b_total = tl.sum(b_values[None, :] * b_move, 1) * tl.exp2(own_scale - both)
+        b_total += b_came * tl.exp2(came_scale - both)
+        b_band = m_k & (o_k >= i) & (o_k <= length - n + i)
+        b_values, scale = _emit(b_total, both, b_match, b_band)
+        o_row = (i * states + o_k) * sign
+        tl.store(values + o_row, b_values, mask=m_k)
+        tl.store(scales + (i * blocks + k) * sign, scale)
+        # Backward only: the recursion before the match is beta itself.
+        tl.store(tails + o_row, b_total, mask=m_k & (o_k < tl.where(sign < 0, length, 0)))
+        tl.store(tail_scales + (i * blocks + k) * sign, both, mask=sign < 0)
+        b_match, b_came, came_scale = b_match_next, b_came_next, came_scale_next
+    return faint
+
+
+@triton.jit
+def _recursion(
+    match, moves, values, scales, tails, tail_scales, n, length, pad, sign, step_v, step_u,
+    states, blocks, ends, first_weight,
+    BLOCK: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """One direction of the recursion, block by block, into `values` and `scales`; whether a move was too faint.
+
+    Pointers stand at the first target and state in the direction of travel; `sign` is -1 for travel from the last. Blocks
+    have the same edges either way, so the first block of the way back starts `pad` states before the first one.
+    """
     faint = 0
-    for turn in range(0, count):
-        k = turn if FORWARD else count - 1 - turn
-        start = tl.maximum(k * BLOCK - slack, 0)
-        stop = tl.minimum((k + 1) * BLOCK, n)
-        o_k = k * BLOCK + tl.arange(0, BLOCK)
-        if turn > 0:
-            for first in range(start, stop, ROWS):
-                o_i = first + tl.arange(0, ROWS)
-                b_total, b_scale, weak = _arrivals(
-                    moves, values, scales, k, 0 if FORWARD else k + 1, k if FORWARD else count, o_i, o_i < stop,
-                    n, length, states, blocks, FORWARD, BLOCK, PART, ROWS, PRECISION,
-                )
-                faint = tl.maximum(faint, weak)
-                m_out = (o_i < stop)[:, None] & (o_k < length)[None, :]
-                tl.store(values + o_i[:, None].to(tl.int64) * states + o_k[None, :], b_total, mask=m_out)
-                tl.store(scales + o_i * blocks + k, b_scale, mask=o_i < stop)
+    for k in range(0, tl.cdiv(length, BLOCK)):
+        start = tl.maximum(k * BLOCK - pad - (length - n), 0)
+        stop = tl.minimum((k + 1) * BLOCK - pad, n)
+        o_k = k * BLOCK - pad + tl.arange(0, BLOCK)
+        for first in range(start, tl.where(k > 0, stop, start), ROWS):
+            o_i = first + tl.arange(0, ROWS)
+            b_total, b_scale, weak = _arrivals(
+                moves, values, scales, k, o_i, o_i < stop, n, length, pad, sign, step_v, step_u, states, blocks,
+                BLOCK, PART, ROWS, PRECISION,
+            )
+            faint = tl.maximum(faint, weak)
+            m_out = (o_i < stop)[None, :] & ((o_k >= 0) & (o_k < length))[:, None]
+            tl.store(values + (o_i[None, :] * states + o_k[:, None]) * sign, b_total, mask=m_out)
+            tl.store(scales + (o_i * blocks + k) * sign, b_scale, mask=o_i < stop)
         tl.debug_barrier()
-        b_move, weak = _moves(moves, o_k, o_k, length, states)
+        weak = _inside(
+            match, moves, values, scales, tails, tail_scales, k, start, stop, n, length, pad, sign, step_v, step_u,
+            states, blocks, ends, first_weight, BLOCK,
+        )
         faint = tl.maximum(faint, weak)
-        if FORWARD:
-            b_start = tl.where(o_k < ends, first_weight, 0.0)
-        else:
-            b_start = tl.where((o_k >= length - ends) & (o_k < length), first_weight, 0.0)
-        b_values = tl.zeros([BLOCK], tl.float32)
-        scale = NEVER
-        # The next row is loaded a step ahead: nothing in the chain of steps then waits for memory.
-        i = start if FORWARD else stop - 1
-        stop_came = stop if turn > 0 else start  # nothing has come into the first block
-        m_row = o_k < tl.where(start < stop, length, 0)
-        m_came = o_k < tl.where(start < stop_came, length, 0)
-        b_match = tl.load(match + i.to(tl.int64) * states + o_k, mask=m_row, other=float("-inf"))
-        b_came = tl.load(values + i.to(tl.int64) * states + o_k, mask=m_came, other=0.0)
-        came_scale = tl.load(scales + i * blocks + k, mask=start < stop_came, other=NEVER)
-        for step in range(0, stop - start):
-            i = start + step if FORWARD else stop - 1 - step
-            ahead = i + 1 if FORWARD else i - 1
-            m_row = o_k < tl.where((ahead >= start) & (ahead < stop), length, 0)
-            more = (ahead >= start) & (ahead < stop_came)
-            m_came = o_k < tl.where(more, length, 0)
-            b_match_ahead = tl.load(match + ahead.to(tl.int64) * states + o_k, mask=m_row, other=float("-inf"))
-            b_came_ahead = tl.load(values + ahead.to(tl.int64) * states + o_k, mask=m_came, other=0.0)
-            came_scale_ahead = tl.load(scales + ahead * blocks + k, mask=more, other=NEVER)
-            edge = (i == 0) if FORWARD else (i == n - 1)
-            b_came = tl.where(edge, b_start, b_came)
-            came_scale = tl.where(edge, 0.0, came_scale)
-            if FORWARD:
-                b_own = tl.sum(b_values[:, None] * b_move, 0)
-            else:
-                b_own = tl.sum(b_values[None, :] * b_move, 1)
-            own_scale = scale - SHIFT
-            both = tl.maximum(own_scale, came_scale)
-            b_total = b_own * tl.exp2(own_scale - both) + b_came * tl.exp2(came_scale - both)
-            b_inside = (o_k >= i) & (o_k <= slack + i)
-            b_values, scale = _emit(b_total, both, b_match, b_inside)
-            tl.store(values + i.to(tl.int64) * states + o_k, b_values, mask=o_k < length)
-            tl.store(scales + i * blocks + k, scale)
-            if not FORWARD:
-                tl.store(tails + i.to(tl.int64) * states + o_k, b_total, mask=o_k < length)
-                tl.store(tail_scales + i * blocks + k, both)
-            b_match, b_came, came_scale = b_match_ahead, b_came_ahead, came_scale_ahead
         tl.debug_barrier()
     return faint
 
@@ -175,29 +182,32 @@ def scan_kernel(
 ):
     """Program 2b: alpha and likelihood of sequence b; 2b+1: beta, and omega = beta times the match."""
     b = (tl.program_id(0) // 2).to(tl.int64)
+    back = tl.program_id(0) % 2
     n = tl.load(num_targets + b).to(tl.int32)
     length = tl.load(num_states + b).to(tl.int32)
-    match += b * targets * states
-    moves += b * states * states
-    alpha += b * targets * states
-    alpha_scale += b * targets * blocks
-    if tl.program_id(0) % 2 == 0:
-        weak = _recursion(
-            match, moves, alpha, alpha_scale, alpha, alpha_scale, n, length, states, blocks, ends, first_weight,
-            True, BLOCK, PART, ROWS, PRECISION,
-        )
+    # Addresses within a sequence fit in 32 bits (checked by the caller); where a sequence starts may not.
+    last = back * ((n - 1) * states + length - 1)
+    last_block = back * ((n - 1) * blocks + tl.cdiv(length, BLOCK) - 1)
+    rows = b * targets * states + last
+    row_blocks = b * targets * blocks + last_block
+    values = alpha + rows
+    scales = alpha_scale + row_blocks
+    if back == 1:
+        values = omega + rows
+        scales = omega_scale + row_blocks
+    weak = _recursion(
+        match + rows, moves + (b * states * states + back * (length - 1) * (states + 1)), values, scales,
+        beta + rows, beta_scale + row_blocks, n, length, back * (tl.cdiv(length, BLOCK) * BLOCK - length), 1 - 2 * back,
+        states - back * (states + 1), 1 - back * (states + 1), states, blocks, ends,
+        tl.where(back == 1, 1.0, first_weight), BLOCK, PART, ROWS, PRECISION,
+    )
+    if back == 0:
         tl.store(faint + b, weak)
         o_u = length - 1 - tl.arange(0, ENDS)
         m_u = (tl.arange(0, ENDS) < ends) & (o_u >= n - 1)
-        b_last = tl.load(alpha + (n - 1).to(tl.int64) * states + o_u, mask=m_u, other=0.0)
-        b_scale = tl.load(alpha_scale + (n - 1) * blocks + o_u // BLOCK, mask=m_u, other=NEVER)
+        b_last = tl.load(values + ((n - 1) * states + o_u), mask=m_u, other=0.0)
+        b_scale = tl.load(scales + ((n - 1) * blocks + o_u // BLOCK), mask=m_u, other=NEVER)
         b_scale = tl.where(b_last > 0, b_scale, NEVER)
         top = tl.max(b_scale, 0)
         amount = tl.sum(b_last * tl.exp2(b_scale - top), 0)
         finish(log_likelihood, total, total_scale, b, tl.log2(tl.where(amount > 0, amount, 1.0)), top)
-    else:
-        _recursion(
-            match, moves, omega + b * targets * states, omega_scale + b * targets * blocks,
-            beta + b * targets * states, beta_scale + b * targets * blocks, n, length, states, blocks, ends, 1.0,
-            False, BLOCK, PART, ROWS, PRECISION,
-        )

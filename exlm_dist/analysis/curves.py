@@ -42,7 +42,12 @@ def plot_optimisation(histories: Sequence[History], folder: Path) -> Path:
     """Learning rate and gradient norm by steps."""
     with style.figure(10, 3.6, "Optimisation", _subtitle(histories)) as made:
         left, right = made.subplots(1, 2)
-        _each(left, histories, lambda axes, history, colour, _: _line(axes, history.series("train/lr"), colour, _steps), False)
+        _each(
+            left,
+            histories,
+            lambda axes, history, colour, _: _line(axes, history.series("train/lr"), colour, _steps),
+            False,
+        )
         _each(right, histories, lambda *rest: _trained(*rest, name="train/grad_norm"), False)
         style.label(left, "Learning rate", "optimizer steps", "rate")
         left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1e}" if value else "0"))

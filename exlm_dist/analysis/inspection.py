@@ -47,10 +47,13 @@ class Inspection:
         return self.posterior.sum(0)
 
 
-def inspect_checkpoint(folder: Path, *, count: int = 3, data: Path | None = None) -> tuple[RunConfig, int, list[Inspection]]:
+def inspect_checkpoint(
+    folder: Path, *, count: int = 3, data: Path | None = None
+) -> tuple[RunConfig, int, list[Inspection]]:
     """Config and step of a verified checkpoint, and `count` held-out sequences of a size that can be drawn.
 
-    Empty list for a plain masked language model, which has no graph. DataError where the data is missing or of another tokenizer.
+    Empty list for a plain masked language model, which has no graph. DataError where the data is missing or was
+    prepared with another tokenizer.
     """
     config = read_config(folder)
     if config.model.objective == "mlm":
@@ -60,13 +63,28 @@ def inspect_checkpoint(folder: Path, *, count: int = 3, data: Path | None = None
     dataset = ShardDataset.open(data, "valid")
     check_tokenizer(tokenizer, folder, dataset, data)
     model = load_model(folder, config, tokenizer)
-    (batch,) = eval_batches(dataset, masking=config.masking, states=config.model.states, anchors=config.model.anchors, sequences=POOL, micro=POOL,
-                            max_positions=config.model.max_positions, bucket=1, vocab_size=tokenizer.vocab_size, rank=0, world=1)
-    return config, step_of(folder), _inspect(model, batch, choose(np.diff(batch.cu_targets), batch.sample_ids, count), tokenizer)
+    (batch,) = eval_batches(
+        dataset,
+        masking=config.masking,
+        states=config.model.states,
+        anchors=config.model.anchors,
+        sequences=POOL,
+        micro=POOL,
+        max_positions=config.model.max_positions,
+        bucket=1,
+        vocab_size=tokenizer.vocab_size,
+        rank=0,
+        world=1,
+    )
+    return (
+        config,
+        step_of(folder),
+        _inspect(model, batch, choose(np.diff(batch.cu_targets), batch.sample_ids, count), tokenizer),
+    )
 
 
 def choose(num_targets: np.ndarray, samples: np.ndarray, count: int) -> list[int]:
-    """Rows of the `count` sequences whose number of targets is nearest to 6; among equals those with the smallest sample id."""
+    """Rows of the `count` sequences whose number of targets is nearest to 6; among equals the smallest sample ids."""
     return np.lexsort((samples, np.abs(num_targets - 6)))[:count].tolist()
 
 
@@ -89,12 +107,20 @@ def _inspect(model: LanguageModel, batch: PackedBatch, rows: Sequence[int], toke
     for row in rows:
         targets, states = slice(*batch.cu_targets[row : row + 2]), slice(*batch.cu_states[row : row + 2])
         n, length = targets.stop - targets.start, states.stop - states.start
-        found.append(Inspection(
-            sample=int(batch.sample_ids[row]), text=_text(batch, row, names), targets=[names[token] for token in batch.target_ids[targets]],
-            positions=batch.position[batch.state_index[states]][:: batch.states], states=batch.states,
-            transitions=stream.transitions[row, :length, :length].exp().numpy(), posterior=posterior[row, :n, :length].numpy(),
-            path=path[row, :length].numpy(), tokens=[names[token] for token in likeliest[states].tolist()],
-            token_probability=probabilities[states].numpy()))
+        found.append(
+            Inspection(
+                sample=int(batch.sample_ids[row]),
+                text=_text(batch, row, names),
+                targets=[names[token] for token in batch.target_ids[targets]],
+                positions=batch.position[batch.state_index[states]][:: batch.states],
+                states=batch.states,
+                transitions=stream.transitions[row, :length, :length].exp().numpy(),
+                posterior=posterior[row, :n, :length].numpy(),
+                path=path[row, :length].numpy(),
+                tokens=[names[token] for token in likeliest[states].tolist()],
+                token_probability=probabilities[states].numpy(),
+            )
+        )
     return found
 
 
@@ -102,4 +128,6 @@ def _text(batch: PackedBatch, row: int, names: list[str]) -> str:
     """The unexpanded sequence with masks shown as a box."""
     tokens = slice(*batch.cu_tokens[row : row + 2])
     ids, clones = batch.input_ids[tokens], batch.clone[tokens]
-    return "".join("\u25a1" if token == MASK else names[token] for token in ids[clones <= 1][1:-1]).replace("\u2581", " ")
+    return "".join("\u25a1" if token == MASK else names[token] for token in ids[clones <= 1][1:-1]).replace(
+        "\u2581", " "
+    )

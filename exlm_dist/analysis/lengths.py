@@ -27,7 +27,7 @@ class Lengths:
     expanded: np.ndarray
 
     def padding_share(self, micro: int) -> float:
-        """Share of a rectangle that padding would fill, were each micro-batch padded to its longest expanded sequence."""
+        """Share that padding would fill, were each micro-batch padded to its longest expanded sequence."""
         whole = len(self.expanded) // micro * micro
         batches = self.expanded[:whole].reshape(-1, micro)
         return float(1 - batches.sum() / (batches.max(axis=1) * micro).sum()) if whole else float("nan")
@@ -47,15 +47,26 @@ def plot_lengths(history: History, lengths: Lengths, folder: Path) -> Path:
     """Histogram before and after expansion, with the padding share of packed and of padded batches."""
     config = history.config
     packed = history.series("perf/padding_share").values
-    subtitle = (f"{history.name} ({history.kind}), {len(lengths.original)} sequences, masking {config.masking.ratio:.0%}: "
-                f"{lengths.expanded.mean() / lengths.original.mean():.2f} times as many tokens after expansion")
+    subtitle = (
+        f"{history.name} ({history.kind}), {len(lengths.original)} sequences, masking {config.masking.ratio:.0%}: "
+        f"{lengths.expanded.mean() / lengths.original.mean():.2f} times as many tokens after expansion"
+    )
     with style.figure(8, 3.8, "Sequence lengths before and after expansion", subtitle) as made:
         axes = made.subplots()
         lowest, highest = int(lengths.original.min()), int(lengths.expanded.max())
         bins = np.arange(lowest - 0.5, highest + 0.5 + (width := -(-(highest - lowest + 1) // 60)), width)
-        for values, name, colour in ((lengths.original, "original", style.COLOURS[0]), (lengths.expanded, "expanded", style.COLOURS[1])):
+        for values, name, colour in (
+            (lengths.original, "original", style.COLOURS[0]),
+            (lengths.expanded, "expanded", style.COLOURS[1]),
+        ):
             axes.hist(values, bins=bins, histtype="stepfilled", color=colour, alpha=0.35)
-            axes.hist(values, bins=bins, histtype="step", color=colour, label=f"{name}: mean {values.mean():.0f}, longest {values.max()}")
+            axes.hist(
+                values,
+                bins=bins,
+                histtype="step",
+                color=colour,
+                label=f"{name}: mean {values.mean():.0f}, longest {values.max()}",
+            )
         style.label(axes, _padding(lengths, config.batch.micro, packed), "tokens in the sequence", "sequences")
         axes.legend()
         return style.save(made, folder, "lengths")

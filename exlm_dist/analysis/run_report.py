@@ -70,14 +70,21 @@ def _graphs(history: History, folder: Path) -> list[Path]:
         return []
     _, step, inspections = inspect_checkpoint(newest_checkpoint(history.folder))
     subtitle = f"{history.name} ({history.kind}), step {step}, held-out sequences; budget: {history.budget}"
-    graphs = [plot_state_graph(one, folder, subtitle, f"state_graph_{number}") for number, one in enumerate(inspections, 1)]
+    graphs = [
+        plot_state_graph(one, folder, subtitle, f"state_graph_{number}") for number, one in enumerate(inspections, 1)
+    ]
     return [plot_transitions(inspections, folder, subtitle), plot_alignment(inspections, folder, subtitle), *graphs]
 
 
 def _page(histories: Sequence[History], table: str, figures: list[Path], missing: list[str]) -> str:
     names = ", ".join(history.name for history in histories)
-    parts = [f"# {names}\n", f"Written {time.strftime('%Y-%m-%d %H:%M')}. Every number below is of the budget named beside it.\n", "## Comparison\n", table,
-             "\nnll (nats) and accuracy are per masked token of held-out sequences, at the same positions for all runs.\n"]
+    parts = [
+        f"# {names}\n",
+        f"Written {time.strftime('%Y-%m-%d %H:%M')}. Every number below is of the budget named beside it.\n",
+        "## Comparison\n",
+        table,
+        "\nnll (nats) and accuracy are per masked token of held-out sequences, at the same positions for all runs.\n",
+    ]
     if len(histories) > 1:
         parts += ["## Settings that differ\n", _differences(histories)]
     parts += ["## Figures\n", *(f"![{path.stem.replace('_', ' ')}]({PLOTS}/{path.name})\n" for path in figures)]
@@ -89,7 +96,12 @@ def _page(histories: Sequence[History], table: str, figures: list[Path], missing
 
 def _differences(histories: Sequence[History]) -> str:
     first, *others = histories
-    rows = [(other.name, key, old, new) for other in others for key, old, new in config_difference(first.config, other.config) if key != "name"]
+    rows = [
+        (other.name, key, old, new)
+        for other in others
+        for key, old, new in config_difference(first.config, other.config)
+        if key != "name"
+    ]
     lines = [f"| {name} | `{key}` | {json.dumps(old)} | {json.dumps(new)} |" for name, key, old, new in rows]
     return "\n".join([f"| run | setting | {first.name} | this run |", "| --- | --- | --- | --- |", *lines]) + "\n"
 
@@ -98,9 +110,17 @@ def _evaluations(history: History) -> str:
     events = [event for event in read_events(history.folder / EVENTS) if event["kind"] == "child_run"]
     if not events:
         return f"{history.name}: none logged.\n"
-    lines = [f"| {event['step']} | {event['name']} | " + ", ".join(f"{key} {value:.4f}" for key, value in event["values"].items()) +
-             f" | `{event['tags'].get('checkpoint.sha256', '')[:12]}` |" for event in events]
-    head = [f"{history.name} ({history.kind}, budget {history.budget}):\n", "| step | evaluation | result | weights (sha256) |", "| ---: | --- | --- | --- |"]
+    lines = [
+        f"| {event['step']} | {event['name']} | "
+        + ", ".join(f"{key} {value:.4f}" for key, value in event["values"].items())
+        + f" | `{event['tags'].get('checkpoint.sha256', '')[:12]}` |"
+        for event in events
+    ]
+    head = [
+        f"{history.name} ({history.kind}, budget {history.budget}):\n",
+        "| step | evaluation | result | weights (sha256) |",
+        "| ---: | --- | --- | --- |",
+    ]
     return "\n".join([*head, *lines]) + "\n"
 
 

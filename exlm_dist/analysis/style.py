@@ -24,9 +24,22 @@ ACCENT = "#D55E00"
 COLOUR_MAP = "cividis"
 MUTED = "#666666"
 _SETTINGS = {
-    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 8, "figure.titlesize": 12,
-    "figure.titleweight": "bold", "svg.hashsalt": "exlm", "lines.linewidth": 1.6, "axes.axisbelow": True,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "figure.titlesize": 12,
+    "figure.titleweight": "bold",
+    "svg.hashsalt": "exlm",
+    "lines.linewidth": 1.6,
+    "axes.axisbelow": True,
 }
 
 
@@ -47,7 +60,9 @@ def save(made: Figure, folder: Path, name: str) -> Path:
     path = folder / f"{name}.png"
     with matplotlib.rc_context(_SETTINGS):
         made.savefig(path, dpi=144)
-        made.set_layout_engine("none")  # the places found for the PNG serve the SVG too; finding them is most of the time
+        made.set_layout_engine(
+            "none"
+        )  # the places found for the PNG serve the SVG too; finding them is most of the time
         made.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     return path
 
@@ -74,7 +89,10 @@ def plain_log_ticks(axes: Axes) -> None:
 
 def line_styles(axes: Axes, **meanings: str) -> None:
     """Legend that says what each line style (`solid="original"`) stands for."""
-    handles = [Line2D([], [], color="black", linestyle=kind, linewidth=1.2, label=meaning) for kind, meaning in meanings.items()]
+    handles = [
+        Line2D([], [], color="black", linestyle=kind, linewidth=1.2, label=meaning)
+        for kind, meaning in meanings.items()
+    ]
     axes.legend(handles=handles, loc="best")
 
 

@@ -41,11 +41,32 @@ class Comparison:
 
     def cells(self) -> list[list[str]]:
         """Header and rows as text."""
-        header = [*COLUMNS, f"nll @{_whole(self.steps)} steps", "accuracy", f"nll @{_whole(self.seconds)} s", "accuracy"]
-        return [header, *([
-            row.run, row.objective, str(row.states), row.budget, str(row.steps), _whole(row.seconds), _whole(row.tokens_per_second),
-            _fixed(row.nll_at_steps), _percent(row.accuracy_at_steps), _fixed(row.nll_at_seconds), _percent(row.accuracy_at_seconds),
-        ] for row in self.rows)]
+        header = [
+            *COLUMNS,
+            f"nll @{_whole(self.steps)} steps",
+            "accuracy",
+            f"nll @{_whole(self.seconds)} s",
+            "accuracy",
+        ]
+        return [
+            header,
+            *(
+                [
+                    row.run,
+                    row.objective,
+                    str(row.states),
+                    row.budget,
+                    str(row.steps),
+                    _whole(row.seconds),
+                    _whole(row.tokens_per_second),
+                    _fixed(row.nll_at_steps),
+                    _percent(row.accuracy_at_steps),
+                    _fixed(row.nll_at_seconds),
+                    _percent(row.accuracy_at_seconds),
+                ]
+                for row in self.rows
+            ),
+        ]
 
     def markdown(self) -> str:
         """The table in Markdown."""
@@ -81,10 +102,18 @@ def _row(history: History, steps: float, seconds: float) -> Row:
     nll, accuracy = history.series("valid/nll"), history.series("valid/accuracy")
     speed = history.series("perf/tokens_per_second").values
     return Row(
-        run=history.name, objective=history.config.model.objective, states=history.config.model.states, budget=history.budget, steps=history.last_step,
-        seconds=float(history.seconds(np.array([history.last_step]))[0]), tokens_per_second=float(np.median(speed)) if len(speed) else math.nan,
-        nll_at_steps=nll.at(steps, nll.steps), accuracy_at_steps=accuracy.at(steps, accuracy.steps),
-        nll_at_seconds=nll.at(seconds, history.seconds(nll.steps)), accuracy_at_seconds=accuracy.at(seconds, history.seconds(accuracy.steps)))
+        run=history.name,
+        objective=history.config.model.objective,
+        states=history.config.model.states,
+        budget=history.budget,
+        steps=history.last_step,
+        seconds=float(history.seconds(np.array([history.last_step]))[0]),
+        tokens_per_second=float(np.median(speed)) if len(speed) else math.nan,
+        nll_at_steps=nll.at(steps, nll.steps),
+        accuracy_at_steps=accuracy.at(steps, accuracy.steps),
+        nll_at_seconds=nll.at(seconds, history.seconds(nll.steps)),
+        accuracy_at_seconds=accuracy.at(seconds, history.seconds(accuracy.steps)),
+    )
 
 
 def _whole(value: float) -> str:

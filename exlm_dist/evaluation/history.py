@@ -59,7 +59,7 @@ class History:
         return self.metrics.get(name, Series(empty, empty, empty))
 
     def seconds(self, steps: np.ndarray) -> np.ndarray:
-        """Training time at `steps`, from `progress/seconds` (0 at step 0), over all restarts; nan where it was not logged."""
+        """Training time at `steps`, over all restarts, from `progress/seconds` (0 at step 0); nan where not logged."""
         progress = self.series("progress/seconds")
         if not len(progress):
             return np.full(len(steps), np.nan)
@@ -76,13 +76,17 @@ def read_history(run_folder: Path) -> History:
     run_folder = Path(run_folder)
     for name in (EVENTS, "config.yaml"):
         if not (run_folder / name).is_file():
-            raise CheckpointError(f"{run_folder} is no run folder: it has no {name}. Give the folder of a run, say runs/NAME.")
+            raise CheckpointError(
+                f"{run_folder} is no run folder: it has no {name}. Give the folder of a run, say runs/NAME."
+            )
     points: dict[str, list[tuple[int, float, float]]] = {}
     for event in read_events(run_folder / EVENTS):
         if event["kind"] == "metrics":
             for name, value in event["values"].items():
                 points.setdefault(name, []).append((event["step"], value, event["time"] / 1000))
-    return History(run_folder, load_config(run_folder / "config.yaml"), {name: _series(rows) for name, rows in points.items()})
+    return History(
+        run_folder, load_config(run_folder / "config.yaml"), {name: _series(rows) for name, rows in points.items()}
+    )
 
 
 def _series(rows: list[tuple[int, float, float]]) -> Series:

@@ -14,7 +14,15 @@ from exlm_dist.data.loader import eval_batches
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from exlm_dist.model.build import LanguageModel, build_model
-from exlm_dist.model.checkpoint_reader import CONFIG_FILE, TOKENIZER_FOLDER, find_checkpoint, load_weights, read_config, reference, step_of
+from exlm_dist.model.checkpoint_reader import (
+    CONFIG_FILE,
+    TOKENIZER_FOLDER,
+    find_checkpoint,
+    load_weights,
+    read_config,
+    reference,
+    step_of,
+)
 from exlm_dist.model.scoring import score
 from exlm_dist.model.stream import Stream
 from exlm_dist.tracking import EVENTS, EventLog, sync
@@ -26,11 +34,12 @@ TRACKING_PATIENCE = 30.0
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result for one checkpoint. `nll` (nats), `perplexity` and `accuracy` are per masked token and compare across objectives.
+    """Result for one checkpoint.
 
-    `joint_nll` is -log P per target as the model is trained on: of ExLM it includes the anchors and sums over all paths,
-    so it must not be compared with the cross-entropy of a plain masked language model. `invalid`: share of the sequences
-    without a finite likelihood.
+    `nll` (nats), `perplexity` and `accuracy` are per masked token and compare across objectives. `joint_nll` is -log P
+    per target as the model is trained on: that of ExLM includes the anchors and sums over all paths, so it must not be
+    compared with the cross-entropy of a plain masked language model. `invalid`: share of the sequences without a finite
+    likelihood.
     """
 
     run: str
@@ -56,22 +65,36 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """The numbers, under the names used in `events.jsonl` and MLflow."""
-        return {f"{self.split}/{name}": float(getattr(self, name)) for name in ("nll", "accuracy", "perplexity", "joint_nll", "invalid")}
+        return {
+            f"{self.split}/{name}": float(getattr(self, name))
+            for name in ("nll", "accuracy", "perplexity", "joint_nll", "invalid")
+        }
 
     def __str__(self) -> str:
         kind = f"exlm, k={self.states}" if self.objective == "exlm" else "plain mlm"
-        return "\n".join([
-            f"{self.run} ({kind}) step {self.step}, budget {self.budget or 'not labelled'}",
-            f"  {self.split}: {self.sequences} sequences, {self.mask_ratio:.0%} masked, {self.count} masked tokens",
-            f"  nll {self.nll:.4f} nats per masked token (perplexity {self.perplexity:.3f}), accuracy {self.accuracy:.2%}",
-            f"  joint -log P per target {self.joint_nll:.4f} (includes anchors and alignment; not comparable across objectives)",
-            f"  sequences without a path: {self.invalid:.2%}",
-        ])
+        return "\n".join(
+            [
+                f"{self.run} ({kind}) step {self.step}, budget {self.budget or 'not labelled'}",
+                f"  {self.split}: {self.sequences} sequences, {self.mask_ratio:.0%} masked, {self.count} masked tokens",
+                f"  nll {self.nll:.4f} nats per masked token (perplexity {self.perplexity:.3f})",
+                f"  accuracy {self.accuracy:.2%}",
+                f"  joint -log P per target {self.joint_nll:.4f} (as trained; not comparable across objectives)",
+                f"  sequences without a path: {self.invalid:.2%}",
+            ]
+        )
 
 
-def evaluate_checkpoint(path: Path, *, data: Path | None = None, split: str = "valid", sequences: int | None = None,
-                        mask_ratio: float | None = None, device: str = "auto", record: bool = True) -> Evaluation:
-    """Evaluate a checkpoint, or the newest whole one of a run folder, on the first `sequences` (default: all) of a split.
+def evaluate_checkpoint(
+    path: Path,
+    *,
+    data: Path | None = None,
+    split: str = "valid",
+    sequences: int | None = None,
+    mask_ratio: float | None = None,
+    device: str = "auto",
+    record: bool = True,
+) -> Evaluation:
+    """Evaluate a checkpoint, or the newest whole one of a run folder, on the first `sequences` (all) of a split.
 
     The same positions are masked for every model and run. `data` defaults to what the run was trained on. With `record`
     the result also becomes a child run of the training in the event log and MLflow.
@@ -88,11 +111,26 @@ def evaluate_checkpoint(path: Path, *, data: Path | None = None, split: str = "v
     check_tokenizer(tokenizer, folder, dataset, data)
     count = min(sequences or len(dataset), len(dataset))
     chosen = _device(device)
-    sums = _evaluate(load_model(folder, config, tokenizer).to(chosen), config, dataset, tokenizer.vocab_size, count, chosen)
+    sums = _evaluate(
+        load_model(folder, config, tokenizer).to(chosen), config, dataset, tokenizer.vocab_size, count, chosen
+    )
     result = Evaluation(
-        run=config.name, budget=config.budget, objective=config.model.objective, states=config.model.states, checkpoint=str(folder),
-        step=step_of(folder), split=split, sequences=count, mask_ratio=config.masking.eval_ratio, **sums,
-        fingerprints={"tokenizer": tokenizer.fingerprint, "data": dataset.fingerprint, "model": reference(folder)["checkpoint.sha256"]})
+        run=config.name,
+        budget=config.budget,
+        objective=config.model.objective,
+        states=config.model.states,
+        checkpoint=str(folder),
+        step=step_of(folder),
+        split=split,
+        sequences=count,
+        mask_ratio=config.masking.eval_ratio,
+        **sums,
+        fingerprints={
+            "tokenizer": tokenizer.fingerprint,
+            "data": dataset.fingerprint,
+            "model": reference(folder)["checkpoint.sha256"],
+        },
+    )
     if record:
         record_evaluation(result)
     return result
@@ -103,21 +141,28 @@ def check_tokenizer(tokenizer: Tokenizer, checkpoint: Path, dataset: ShardDatase
     other = load_tokenizer(dataset.tokenizer_path)
     if other.fingerprint != tokenizer.fingerprint:
         raise DataError(
-            f"{data} was prepared with another tokenizer ({other.domain}, {other.vocab_size} entries, fingerprint {other.fingerprint[:12]}) than "
-            f"checkpoint {checkpoint} ({tokenizer.domain}, {tokenizer.vocab_size} entries, fingerprint {tokenizer.fingerprint[:12]}). "
-            f"Prepare the data with --tokenizer {checkpoint / TOKENIZER_FOLDER}.")
+            f"{data} was prepared with another tokenizer ({_identity(other)}) than checkpoint {checkpoint} "
+            f"({_identity(tokenizer)}). Prepare the data with --tokenizer {checkpoint / TOKENIZER_FOLDER}."
+        )
 
 
 def load_model(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> LanguageModel:
-    """Model of a verified checkpoint with its weights, on the CPU, in evaluation mode; CheckpointError where names or shapes differ."""
+    """Model of a verified checkpoint with its weights, on the CPU, in evaluation mode.
+
+    CheckpointError where the names or shapes of its parameters are not those of the model.
+    """
     model = build_model(config.model, tokenizer.vocab_size, seed=config.seed, kernel_backend=config.kernels.backend)
     weights = load_weights(folder, verified=True)
     # With a tied head the output shares the embedding: the checkpoint holds the matrix once.
     wanted = dict(model.named_parameters())
     if set(wanted) != set(weights) or any(wanted[name].shape != weights[name].shape for name in wanted):
-        differing = sorted(set(wanted) ^ set(weights)) or [name for name in wanted if wanted[name].shape != weights[name].shape]
-        raise CheckpointError(f"{folder}: its parameters are not those of the model in its {CONFIG_FILE} (first: {differing[0]}). "
-                              "Was it written by another version?")
+        differing = sorted(set(wanted) ^ set(weights)) or [
+            name for name in wanted if wanted[name].shape != weights[name].shape
+        ]
+        raise CheckpointError(
+            f"{folder}: its parameters are not those of the model in its {CONFIG_FILE} (first: {differing[0]}). "
+            "Was it written by another version?"
+        )
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(weights[name])
@@ -125,22 +170,39 @@ def load_model(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> Languag
 
 
 def record_evaluation(result: Evaluation) -> None:
-    """Add the result to the event log of its run, as a child run, and try to send it to MLflow. Does nothing outside a run folder."""
+    """Add the result to the event log of its run, as a child run, and try to send it to MLflow.
+
+    Does nothing for a checkpoint outside a run folder.
+    """
     run_folder = Path(result.checkpoint).parent.parent
     if not (run_folder / EVENTS).is_file():
         return
     log = EventLog(run_folder / EVENTS)
     name = f"evaluate-{result.split}-{result.sequences}-mask{result.mask_ratio:g}-{result.fingerprints['data'][:8]}"
-    tags = {"split": result.split, "sequences": result.sequences, "mask_ratio": result.mask_ratio, "budget": result.budget or "not labelled",
-            "objective": result.objective, "states": result.states, **reference(Path(result.checkpoint)),
-            **{f"fingerprint.{key}": value for key, value in result.fingerprints.items()}}
+    tags = {
+        "split": result.split,
+        "sequences": result.sequences,
+        "mask_ratio": result.mask_ratio,
+        "budget": result.budget or "not labelled",
+        "objective": result.objective,
+        "states": result.states,
+        **reference(Path(result.checkpoint)),
+        **{f"fingerprint.{key}": value for key, value in result.fingerprints.items()},
+    }
     log.child_run(name, result.step, result.metrics(), tags)
     log.close()
     if read_config(run_folder).tracking.mlflow:
         sync(run_folder, timeout=TRACKING_PATIENCE)
 
 
-def _evaluate(model: LanguageModel, config: RunConfig, dataset: ShardDataset, vocab_size: int, sequences: int, device: torch.device) -> dict[str, Any]:
+def _evaluate(
+    model: LanguageModel,
+    config: RunConfig,
+    dataset: ShardDataset,
+    vocab_size: int,
+    sequences: int,
+    device: torch.device,
+) -> dict[str, Any]:
     """The comparable sums by `scoring.score`; the joint likelihood is picked up from the same forward passes."""
     totals = {"nll": 0.0, "targets": 0, "invalid": 0}
 
@@ -151,16 +213,36 @@ def _evaluate(model: LanguageModel, config: RunConfig, dataset: ShardDataset, vo
         totals["invalid"] += int((~finite).sum())
 
     batches = eval_batches(
-        dataset, masking=config.masking, states=config.model.states, anchors=config.model.anchors, sequences=sequences, micro=config.batch.micro,
-        max_positions=config.model.max_positions, bucket=1, vocab_size=vocab_size, rank=0, world=1)
+        dataset,
+        masking=config.masking,
+        states=config.model.states,
+        anchors=config.model.anchors,
+        sequences=sequences,
+        micro=config.batch.micro,
+        max_positions=config.model.max_positions,
+        bucket=1,
+        vocab_size=vocab_size,
+        rank=0,
+        world=1,
+    )
     hook = model.register_forward_hook(add)
     try:
         comparable = score(model, batches, device)
     finally:
         hook.remove()
     nll = comparable.nll / comparable.count
-    return {"nll": nll, "accuracy": comparable.correct / comparable.count, "perplexity": _exp(nll), "count": int(comparable.count),
-            "joint_nll": totals["nll"] / totals["targets"] if totals["targets"] else math.nan, "invalid": totals["invalid"] / sequences}
+    return {
+        "nll": nll,
+        "accuracy": comparable.correct / comparable.count,
+        "perplexity": _exp(nll),
+        "count": int(comparable.count),
+        "joint_nll": totals["nll"] / totals["targets"] if totals["targets"] else math.nan,
+        "invalid": totals["invalid"] / sequences,
+    }
+
+
+def _identity(tokenizer: Tokenizer) -> str:
+    return f"{tokenizer.domain}, {tokenizer.vocab_size} entries, fingerprint {tokenizer.fingerprint[:12]}"
 
 
 def _exp(value: float) -> float:

@@ -97,7 +97,9 @@ def newest_checkpoint(run_folder: Path) -> Path:
             logger.warning("%s", error)
             rejected.append(folder.name)
     found = f"rejected: {', '.join(rejected)}" if rejected else "there is none"
-    raise CheckpointError(f"No whole checkpoint in {Path(run_folder) / CHECKPOINTS} ({found}). Train first: exlm pretrain.")
+    raise CheckpointError(
+        f"No whole checkpoint in {Path(run_folder) / CHECKPOINTS} ({found}). Train first: exlm pretrain."
+    )
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -140,6 +142,10 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def reference(folder: Path) -> dict[str, str]:
-    """What is logged about a checkpoint in place of its files: `checkpoint.step`, `.path` and `.sha256` (of its weights)."""
+    """What is logged about a checkpoint in place of its files: `checkpoint.step`, `.path`, `.sha256` of the weights."""
     manifest = json.loads((Path(folder) / MANIFEST_FILE).read_text())
-    return {"checkpoint.step": str(step_of(folder)), "checkpoint.path": str(Path(folder).resolve()), "checkpoint.sha256": manifest["files"][MODEL_FILE]["sha256"]}
+    return {
+        "checkpoint.step": str(step_of(folder)),
+        "checkpoint.path": str(Path(folder).resolve()),
+        "checkpoint.sha256": manifest["files"][MODEL_FILE]["sha256"],
+    }

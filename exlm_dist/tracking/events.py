@@ -29,7 +29,7 @@ logger = get_logger(__name__)
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Events of the whole lines of `path`, in order; `values` are floats again. A line that is no JSON object is reported and left out.
+    """Events of the whole lines of `path`, in order; `values` are floats. A damaged line is reported and left out.
 
     Each has `time` (ms since 1970) and `kind`: run {uid}, metrics {step, values}, params {values}, tags {values},
     artifact {path, folder}, status {status}, child_run {name, step, values, tags}.
@@ -139,7 +139,9 @@ class EventLog:
             self._children.add((event["name"], event["step"]))
 
     def _append(self, kind: str, **content: Any) -> None:
-        line = json.dumps({"time": time.time_ns() // 1_000_000, "kind": kind, **content}, allow_nan=False).encode() + b"\n"
+        line = (
+            json.dumps({"time": time.time_ns() // 1_000_000, "kind": kind, **content}, allow_nan=False).encode() + b"\n"
+        )
         with self._exclusive():
             size = os.fstat(self._handle).st_size
             try:

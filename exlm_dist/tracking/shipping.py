@@ -1,4 +1,4 @@
-"""Sending `events.jsonl` to MLflow: by a daemon thread while training, by `sync` afterwards. Never in the way of training."""
+"""Sending `events.jsonl` to MLflow: by a daemon thread while training, by `sync` afterwards."""
 
 from __future__ import annotations
 
@@ -49,8 +49,11 @@ class SyncReport:
     def __str__(self) -> str:
         if self:
             return f"{self.run_folder.name}: everything is in MLflow ({self.uri}, run {self.run_id})"
-        return (f"{self.run_folder.name}: {self.remaining} lines of {EVENTS} are not in MLflow yet ({self.uri}: {self.error}). "
-                f"Nothing is lost; send them with: exlm sync {self.run_folder}")
+        return (
+            f"{self.run_folder.name}: {self.remaining} lines of {EVENTS} are not in MLflow yet "
+            f"({self.uri}: {self.error}). "
+            f"Nothing is lost; send them with: exlm sync {self.run_folder}"
+        )
 
 
 class Shipper:
@@ -124,7 +127,9 @@ class Shipper:
                     logger.info("MLflow answers again: what was kept is sent")
                 self.error, pause = None, POLL
                 self._successes += 1
-            except Exception as error:  # whatever MLflow raises must not end the thread: the points stay in events.jsonl
+            except (
+                Exception
+            ) as error:  # whatever MLflow raises must not end the thread: the points stay in events.jsonl
                 self._report_failure(error)
                 pause = min(2 * pause, LONGEST_PAUSE)
             self._wake.wait(0.5 if self._finishing.is_set() else pause)
@@ -158,8 +163,12 @@ class Shipper:
             return
         first = next(read_events(self.folder / EVENTS), None)
         if first is None or first["kind"] != "run":
-            raise CheckpointError(f"{self.folder / EVENTS} does not begin with the line that names the run. Restore it from a copy.")
-        self._run = MlflowRun(self.uri, self.experiment, self.folder.parent, self.folder, first["uid"], position["run_id"], first["time"])
+            raise CheckpointError(
+                f"{self.folder / EVENTS} does not begin with the line that names the run. Restore it from a copy."
+            )
+        self._run = MlflowRun(
+            self.uri, self.experiment, self.folder.parent, self.folder, first["uid"], position["run_id"], first["time"]
+        )
         position["run_id"] = self._run.run_id
         self._keep(position)
 
@@ -178,7 +187,15 @@ class Tracker:
         self._shipper = shipper.start() if shipper is not None else None
 
     @classmethod
-    def start(cls, run_folder: Path, config: RunConfig, log: EventLog, *, tags: dict[str, Any] | None = None, system_interval: float = 10.0) -> Tracker:
+    def start(
+        cls,
+        run_folder: Path,
+        config: RunConfig,
+        log: EventLog,
+        *,
+        tags: dict[str, Any] | None = None,
+        system_interval: float = 10.0,
+    ) -> Tracker:
         """Log settings, tags and `config.yaml` of the run, and start the threads.
 
         ConfigError for a tracking URI that MLflow does not accept. An MLflow that cannot be imported or reached only
@@ -195,7 +212,7 @@ class Tracker:
         return cls(log, _shipper(run_folder, uri, config) if uri else None, sampler)
 
     def close(self, status: str, timeout: float = 30.0) -> SyncReport | None:
-        """Log the final status and send what is left for at most `timeout` seconds; says what remains, and how to send it.
+        """Log the final status and send what is left for at most `timeout` seconds; says what remains.
 
         None where MLflow is off. The log stays open.
         """
@@ -218,7 +235,9 @@ def sync(run_folder: Path, timeout: float = 60.0) -> SyncReport:
     run_folder = Path(run_folder)
     for name in (EVENTS, "config.yaml"):
         if not (run_folder / name).is_file():
-            raise CheckpointError(f"{run_folder} is no run folder: it has no {name}. Give the folder of a run, say runs/NAME.")
+            raise CheckpointError(
+                f"{run_folder} is no run folder: it has no {name}. Give the folder of a run, say runs/NAME."
+            )
     config = load_config(run_folder / "config.yaml")
     shipper = Shipper(run_folder, tracking_uri(config.tracking.uri, run_folder.parent), config.tracking.experiment)
     report = shipper.start().finish(timeout)
@@ -230,22 +249,39 @@ def run_tags(config: RunConfig, run_folder: Path) -> dict[str, str]:
     """Labels by which runs are found and read in MLflow. Nothing of the environment but the Slurm job number."""
     model = config.model
     kind = f"ExLM, k={model.states}, {model.transitions} transitions" if model.objective == "exlm" else "plain MLM"
-    note = (f"**{kind}** · {model.layers} layers × {model.width} wide × {model.heads} heads · {config.schedule.steps} steps × "
-            f"{config.batch.sequences} sequences · budget {config.budget or 'not labelled'}\n\n"
-            f"data `{config.data.path}` · run folder `{run_folder.resolve()}` · `exlm report {run_folder}` draws its figures")
-    tags = {"mlflow.note.content": note, "objective": model.objective, "states": str(model.states), "transitions": model.transitions,
-            "budget": config.budget or "not labelled", "seed": str(config.seed), "host": platform.node(), "exlm_dist": __version__}
+    note = (
+        f"**{kind}** · {model.layers} layers × {model.width} wide × {model.heads} heads · "
+        f"{config.schedule.steps} steps × "
+        f"{config.batch.sequences} sequences · budget {config.budget or 'not labelled'}\n\n"
+        f"data `{config.data.path}` · run folder `{run_folder.resolve()}` · "
+        f"`exlm report {run_folder}` draws its figures"
+    )
+    tags = {
+        "mlflow.note.content": note,
+        "objective": model.objective,
+        "states": str(model.states),
+        "transitions": model.transitions,
+        "budget": config.budget or "not labelled",
+        "seed": str(config.seed),
+        "host": platform.node(),
+        "exlm_dist": __version__,
+    }
     if job := os.environ.get("SLURM_JOB_ID"):
         tags["slurm_job"] = job
     return tags
 
 
 def _shipper(run_folder: Path, uri: str, config: RunConfig) -> Shipper | None:
-    """mlflow is imported here, in the calling thread: an import in a thread beside other imports may see half-made modules."""
+    """mlflow is imported in the calling thread: one thread importing beside another may see half-made modules."""
     try:
         import_mlflow()
     except ImportError as error:
-        logger.warning("mlflow cannot be imported (%s): events stay in %s; install it and run: exlm sync %s", error, EVENTS, run_folder)
+        logger.warning(
+            "mlflow cannot be imported (%s): events stay in %s; install it and run: exlm sync %s",
+            error,
+            EVENTS,
+            run_folder,
+        )
         return None
     return Shipper(run_folder, uri, config.tracking.experiment)
 

@@ -1,4 +1,4 @@
-"""One training as one MLflow run. The only importer of mlflow; every call may fail or block, and is made by the shipping thread."""
+"""One training as one MLflow run. The only importer of mlflow; every call may fail or block."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ LARGEST_ARTIFACT = 50 * 2**20
 #: Without the kind MLflow's pages open with the tools for chat applications.
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
-    "mlflow.note.content": "`valid/nll` and `valid/accuracy` (per masked token) compare across objectives, `train/loss` does not.",
+    "mlflow.note.content": "`valid/nll` and `valid/accuracy` (per masked token) compare across objectives; "
+    "`train/loss` does not.",
 }
 _TEXT = (".yaml", ".md", ".json", ".txt")
 logger = get_logger(__name__)
@@ -32,8 +33,13 @@ logger = get_logger(__name__)
 
 def import_mlflow() -> Any:
     """The mlflow module, with telemetry off, nothing printed and short waits (what the user has set is kept)."""
-    for name, value in (("MLFLOW_DISABLE_TELEMETRY", "true"), ("DO_NOT_TRACK", "true"), ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
-                        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10"), ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")):
+    for name, value in (
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("DO_NOT_TRACK", "true"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10"),
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),
+    ):
         os.environ.setdefault(name, value)
     import mlflow
 
@@ -54,7 +60,9 @@ class MlflowRun:
         known: run id of an earlier session at the same URI, or None.
     """
 
-    def __init__(self, uri: str, experiment: str, runs: Path, run_folder: Path, uid: str, known: str | None, start: int) -> None:
+    def __init__(
+        self, uri: str, experiment: str, runs: Path, run_folder: Path, uid: str, known: str | None, start: int
+    ) -> None:
         mlflow = import_mlflow()
         self._entities = mlflow.entities
         self._failure = mlflow.exceptions.MlflowException
@@ -67,7 +75,7 @@ class MlflowRun:
         self._check_active()
 
     def send(self, events: list[dict[str, Any]]) -> None:
-        """Send events in order. Sending the same ones again changes nothing. What MLflow refuses for good is reported and left out."""
+        """Send events in order; sending them again changes nothing. What MLflow refuses is reported and left out."""
         for is_points, group in groupby(events, key=lambda event: event["kind"] == "metrics"):
             if is_points:
                 self._guarded(self._send_points, list(group))
@@ -86,7 +94,9 @@ class MlflowRun:
                 for event in events:
                     self._guarded(call, [event])
             else:
-                logger.warning("MLflow refuses an event of kind %s, which is left out: %s", events[0]["kind"], redact(str(error)))
+                logger.warning(
+                    "MLflow refuses an event of kind %s, which is left out: %s", events[0]["kind"], redact(str(error))
+                )
 
     def _check_active(self) -> None:
         try:
@@ -96,8 +106,10 @@ class MlflowRun:
                 raise RunGone(self.run_id) from error
             raise
         if stage == "deleted":
-            raise RuntimeError(f"run {self.run_id} was deleted in MLflow. Restore it (mlflow runs restore --run-id {self.run_id}), "
-                               f"or delete {self._folder / 'tracking.json'} to have it made anew")
+            raise RuntimeError(
+                f"run {self.run_id} was deleted in MLflow. Restore it (mlflow runs restore --run-id {self.run_id}), "
+                f"or delete {self._folder / 'tracking.json'} to have it made anew"
+            )
 
     def _experiment_id(self, name: str, artifacts: str | None) -> str:
         experiment = self._client.get_experiment_by_name(name)
@@ -109,7 +121,9 @@ class MlflowRun:
                     raise
                 experiment = self._client.get_experiment_by_name(name)
         if experiment.lifecycle_stage == "deleted":
-            raise RuntimeError(f"experiment {name!r} was deleted in MLflow. Restore it there, or choose another tracking.experiment")
+            raise RuntimeError(
+                f"experiment {name!r} was deleted in MLflow. Restore it there, or choose another tracking.experiment"
+            )
         return experiment.experiment_id
 
     def _find(self, uid: str) -> str | None:
@@ -118,13 +132,19 @@ class MlflowRun:
 
     def _create(self, name: str, uid: str, start: int, tags: dict[str, str]) -> str:
         own = {UID_TAG: uid, "mlflow.user": _user(), "mlflow.source.name": "exlm", "mlflow.source.type": "LOCAL"}
-        return self._client.create_run(self._experiment, start_time=start, tags={**own, **tags}, run_name=name).info.run_id
+        return self._client.create_run(
+            self._experiment, start_time=start, tags={**own, **tags}, run_name=name
+        ).info.run_id
 
     def _send_points(self, events: list[dict[str, Any]]) -> None:
         self._log_points(self.run_id, events)
 
     def _log_points(self, run_id: str, events: list[dict[str, Any]]) -> None:
-        points = [self._entities.Metric(name, value, event["time"], event["step"]) for event in events for name, value in event["values"].items()]
+        points = [
+            self._entities.Metric(name, value, event["time"], event["step"])
+            for event in events
+            for name, value in event["values"].items()
+        ]
         for piece in _pieces(points, POINTS_PER_CALL):
             self._client.log_batch(run_id, metrics=piece, synchronous=True)
 
@@ -135,8 +155,13 @@ class MlflowRun:
 
     def _send_one(self, events: list[dict[str, Any]]) -> None:
         (event,) = events
-        senders = {"params": self._send_params, "tags": lambda e: self._log_tags(self.run_id, e["values"]), "artifact": self._send_artifact,
-                   "status": self._send_status, "child_run": self._send_child}
+        senders = {
+            "params": self._send_params,
+            "tags": lambda e: self._log_tags(self.run_id, e["values"]),
+            "artifact": self._send_artifact,
+            "status": self._send_status,
+            "child_run": self._send_child,
+        }
         if event["kind"] in senders:
             senders[event["kind"]](event)
 
@@ -147,12 +172,16 @@ class MlflowRun:
         fresh = [self._entities.Param(key, value) for key, value in wanted.items() if key not in there]
         for piece in _pieces(fresh, PAIRS_PER_CALL):
             self._client.log_batch(self.run_id, params=piece, synchronous=True)
-        self._log_tags(self.run_id, {f"resumed.{key}": value for key, value in wanted.items() if there.get(key, value) != value})
+        self._log_tags(
+            self.run_id, {f"resumed.{key}": value for key, value in wanted.items() if there.get(key, value) != value}
+        )
 
     def _send_artifact(self, event: dict[str, Any]) -> None:
         path = self._folder / event["path"]
         if not path.is_file() or path.stat().st_size > LARGEST_ARTIFACT:
-            logger.warning("%s is not sent to MLflow: %s", path, "larger than 50 MiB" if path.is_file() else "the file is gone")
+            logger.warning(
+                "%s is not sent to MLflow: %s", path, "larger than 50 MiB" if path.is_file() else "the file is gone"
+            )
         elif path.suffix in _TEXT:
             target = "/".join(part for part in (event["folder"], path.name) if part)
             self._client.log_text(self.run_id, redact(path.read_text(encoding="utf-8")), target)

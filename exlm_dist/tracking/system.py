@@ -46,7 +46,7 @@ def _gpu_metrics() -> dict[str, float]:
 
 
 class SystemSampler:
-    """Writes `system_metrics` to the log every `interval` seconds from a daemon thread; steps count on over restarts."""
+    """Logs `system_metrics` every `interval` seconds from a daemon thread; steps count on over restarts."""
 
     def __init__(self, log: EventLog, interval: float = 10.0) -> None:
         self._log, self._interval = log, interval

@@ -24,6 +24,8 @@ def tracking_uri(setting: str, runs: Path) -> str:
     """
     uri = setting or os.environ.get("MLFLOW_TRACKING_URI", "") or f"sqlite:///{runs.resolve() / 'mlflow.db'}"
     if uri.startswith("file:") or "://" not in uri and not uri.startswith("databricks"):
-        raise ConfigError(f"tracking.uri {redact(uri)!r}: MLflow keeps runs in a database or on a server, not in plain files. "
-                          "Leave it empty, or give sqlite:////absolute/path/mlflow.db or http://host:port.")
+        raise ConfigError(
+            f"tracking.uri {redact(uri)!r}: MLflow keeps runs in a database or on a server, not in plain files. "
+            "Leave it empty, or give sqlite:////absolute/path/mlflow.db or http://host:port."
+        )
     return uri

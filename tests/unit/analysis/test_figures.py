@@ -29,7 +29,10 @@ def data(tmp_path_factory) -> Path:
 def pair(tmp_path_factory, data) -> list[Path]:
     """An ExLM run and a plain one."""
     runs = tmp_path_factory.mktemp("runs")
-    return [make_run(make_config(runs, name, data, name), seconds_per_step=seconds) for name, seconds in (("exlm", 0.5), ("mlm", 0.3))]
+    return [
+        make_run(make_config(runs, name, data, name), seconds_per_step=seconds)
+        for name, seconds in (("exlm", 0.5), ("mlm", 0.3))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +50,29 @@ def test_smooth_is_a_centred_mean_without_what_is_not_finite():
 def test_lengths_are_those_the_loader_makes(data, tmp_path):
     config = make_config(tmp_path, "x", data)
     dataset = ShardDataset.open(data, "train")
-    loader = Loader(dataset, masking=config.masking, states=4, anchors=True, seed=config.seed, global_batch=8, micro=8, max_positions=256, bucket=1,
-                    vocab_size=dataset.vocab_size, rank=0, world=1, prefetch=0)
+    loader = Loader(
+        dataset,
+        masking=config.masking,
+        states=4,
+        anchors=True,
+        seed=config.seed,
+        global_batch=8,
+        micro=8,
+        max_positions=256,
+        bucket=1,
+        vocab_size=dataset.vocab_size,
+        rank=0,
+        world=1,
+        prefetch=0,
+    )
     lengths = training_lengths(config)
     for step in range(2):
         batch = loader.step(step)
         part = slice(8 * step, 8 * step + 8)
-        assert batch.num_original_tokens == lengths.original[part].sum() and batch.num_tokens == lengths.expanded[part].sum()
+        assert (
+            batch.num_original_tokens == lengths.original[part].sum()
+            and batch.num_tokens == lengths.expanded[part].sum()
+        )
 
 
 def test_padding_share_of_a_rectangle():
@@ -71,7 +90,9 @@ def test_inspection_is_a_distribution_over_states_and_a_path_through_them(inspec
     for one in inspections:
         n, k = len(one.targets), one.states
         assert one.transitions.shape == (n * k, n * k) and one.posterior.shape == (n, n * k)
-        assert np.allclose(one.posterior.sum(1), 1, atol=1e-5) and np.allclose(one.transitions[:-1].sum(1), 1, atol=1e-5)
+        assert np.allclose(one.posterior.sum(1), 1, atol=1e-5) and np.allclose(
+            one.transitions[:-1].sum(1), 1, atol=1e-5
+        )
         assert np.allclose(np.tril(one.transitions), 0)
         assert one.targets[0] == "<s>" and one.targets[-1] == "</s>" and (np.diff(one.positions) > 0).all()
         assert one.path[one.path >= 0].tolist() == list(range(n))
@@ -89,12 +110,27 @@ def test_report_of_two_runs(pair, capsys):
     page = run_report(pair)
     assert page == pair[0] / "report.md"
     text = page.read_text()
-    names = ["quality", "optimisation", "throughput", "lengths", "transitions", "alignment", "state_graph_1", "state_graph_2", "state_graph_3"]
+    names = [
+        "quality",
+        "optimisation",
+        "throughput",
+        "lengths",
+        "transitions",
+        "alignment",
+        "state_graph_1",
+        "state_graph_2",
+        "state_graph_3",
+    ]
     for name in names:
         assert f"(plots/{name}.png)" in text
         assert (pair[0] / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (pair[0] / "plots" / f"{name}.svg").read_text().lstrip().startswith("<?xml")
-    assert "nll @100 steps" in text and "unit-test" in text and "| mlm | `model.objective` |" in text and "Not drawn" not in text
+    assert (
+        "nll @100 steps" in text
+        and "unit-test" in text
+        and "| mlm | `model.objective` |" in text
+        and "Not drawn" not in text
+    )
     assert "nll @30 s" in capsys.readouterr().out
     logged = [event["path"] for event in read_events(pair[0] / "events.jsonl") if event["kind"] == "artifact"]
     assert logged == ["report.md", *(f"plots/{name}.png" for name in names)]

@@ -19,7 +19,15 @@ def make_curve(tmp_path):
 
     def make(name, points, seconds_per_step, objective="exlm"):
         model = {"objective": "mlm", "states": 1, "anchors": False} if objective == "mlm" else {}
-        config = RunConfig.model_validate({"name": name, "budget": "b" if name != "bare" else "", "data": {"path": "d"}, "schedule": {"steps": 10}, "model": model})
+        config = RunConfig.model_validate(
+            {
+                "name": name,
+                "budget": "b" if name != "bare" else "",
+                "data": {"path": "d"},
+                "schedule": {"steps": 10},
+                "model": model,
+            }
+        )
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.yaml").write_text(dump_config(config))

@@ -39,7 +39,10 @@ def test_an_untrained_model_guesses(run, data):
 
 
 def test_both_objectives_are_asked_about_the_same_tokens(tmp_path, data):
-    results = [evaluate_checkpoint(make_run(make_config(tmp_path / "runs", name, data, name)), record=False) for name in ("exlm", "mlm")]
+    results = [
+        evaluate_checkpoint(make_run(make_config(tmp_path / "runs", name, data, name)), record=False)
+        for name in ("exlm", "mlm")
+    ]
     assert results[0].count == results[1].count and results[0].fingerprints["data"] == results[1].fingerprints["data"]
     assert results[1].joint_nll == pytest.approx(results[1].nll)  # of the plain model they are the same number
     assert results[0].joint_nll != pytest.approx(results[0].nll)
@@ -65,7 +68,9 @@ def test_another_tokenizer_is_refused_naming_both(run, data, tmp_path):
     with pytest.raises(DataError) as caught:
         evaluate_checkpoint(run, data=other)
     message = str(caught.value)
-    fingerprints = [json.loads((folder / "manifest.json").read_text())["tokenizer"]["fingerprint"][:12] for folder in (data, other)]
+    fingerprints = [
+        json.loads((folder / "manifest.json").read_text())["tokenizer"]["fingerprint"][:12] for folder in (data, other)
+    ]
     assert all(part in message for part in (*fingerprints, str(other), "--tokenizer"))
 
 
@@ -92,12 +97,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, caplog):
         evaluate_checkpoint(newer)
 
 
-@pytest.mark.parametrize("harm, words", [
-    (lambda folder: (folder / "COMPLETE").unlink(), "no COMPLETE marker"),
-    (lambda folder: (folder / "COMPLETE").write_text("0" * 64), "hash in COMPLETE"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
-    (lambda folder: (folder / "state.json").write_text("{}"), "bytes, not"),
-])
+@pytest.mark.parametrize(
+    "harm, words",
+    [
+        (lambda folder: (folder / "COMPLETE").unlink(), "no COMPLETE marker"),
+        (lambda folder: (folder / "COMPLETE").write_text("0" * 64), "hash in COMPLETE"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda folder: (folder / "state.json").write_text("{}"), "bytes, not"),
+    ],
+)
 def test_what_makes_a_checkpoint_unusable(tmp_path, data, harm, words):
     run = make_run(make_config(tmp_path / "runs", "exlm", data))
     folder = reader.find_checkpoint(run)
@@ -125,6 +133,18 @@ def test_the_reader_gives_back_what_was_written(run):
 
 def test_metrics_carry_the_split():
     names = {field: 0.0 for field in ("nll", "accuracy", "perplexity", "joint_nll", "invalid")}
-    result = Evaluation(run="r", budget="", objective="mlm", states=1, checkpoint="c", step=1, split="train", sequences=1, mask_ratio=0.1,
-                        count=1, fingerprints={}, **names)
+    result = Evaluation(
+        run="r",
+        budget="",
+        objective="mlm",
+        states=1,
+        checkpoint="c",
+        step=1,
+        split="train",
+        sequences=1,
+        mask_ratio=0.1,
+        count=1,
+        fingerprints={},
+        **names,
+    )
     assert set(result.metrics()) == {f"train/{name}" for name in names} and "not labelled" in str(result)

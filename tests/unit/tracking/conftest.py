@@ -18,7 +18,15 @@ def make_run(tmp_path: Path) -> Callable[..., tuple[Path, RunConfig]]:
     def make(name: str = "tiny", uri: str = "", **sections) -> tuple[Path, RunConfig]:
         tracking = {"uri": uri, "system": False, **sections.pop("tracking", {})}
         config = RunConfig.model_validate(
-            {"name": name, "runs": str(tmp_path / "runs"), "data": {"path": "data/x"}, "schedule": {"steps": 100}, "tracking": tracking, **sections})
+            {
+                "name": name,
+                "runs": str(tmp_path / "runs"),
+                "data": {"path": "data/x"},
+                "schedule": {"steps": 100},
+                "tracking": tracking,
+                **sections,
+            }
+        )
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump_config(config))

@@ -14,7 +14,12 @@ from exlm_dist.tracking import EventLog, read_events
 
 
 def points(path: Path) -> list[tuple[int, str, float]]:
-    return [(e["step"], name, value) for e in read_events(path) if e["kind"] == "metrics" for name, value in e["values"].items()]
+    return [
+        (e["step"], name, value)
+        for e in read_events(path)
+        if e["kind"] == "metrics"
+        for name, value in e["values"].items()
+    ]
 
 
 def test_recomputed_steps_are_not_logged_twice(tmp_path):
@@ -26,8 +31,15 @@ def test_recomputed_steps_are_not_logged_twice(tmp_path):
     again = EventLog(path)
     for step in (2, 3, 4):
         again.metrics(step, {"train/loss": -step, "train/lr": 0.5})
-    assert points(path) == [(1, "train/loss", 1), (2, "train/loss", 2), (3, "train/loss", 3),
-                            (2, "train/lr", 0.5), (3, "train/lr", 0.5), (4, "train/loss", -4), (4, "train/lr", 0.5)]
+    assert points(path) == [
+        (1, "train/loss", 1),
+        (2, "train/loss", 2),
+        (3, "train/loss", 3),
+        (2, "train/lr", 0.5),
+        (3, "train/lr", 0.5),
+        (4, "train/loss", -4),
+        (4, "train/lr", 0.5),
+    ]
     assert again.last_step("train/loss") == 4 and again.last_step("valid/nll") is None
 
 
@@ -66,7 +78,9 @@ def test_a_damaged_line_in_the_middle_is_named_and_left_out(tmp_path, caplog):
     log = EventLog(path)
     log.metrics(1, {"a": 1})
     log.close()
-    path.write_bytes(path.read_bytes() + b"garbage\n" + b'{"time": 5, "kind": "metrics", "step": 2, "values": {"a": 2}}\n')
+    path.write_bytes(
+        path.read_bytes() + b"garbage\n" + b'{"time": 5, "kind": "metrics", "step": 2, "values": {"a": 2}}\n'
+    )
     assert points(path) == [(1, "a", 1), (2, "a", 2)]
     assert "line 3 is damaged" in caplog.text
 

@@ -112,6 +112,7 @@ def test_artifacts_and_long_values(make_run, query, tmp_path):
     assert cut("short", 5) == "short"
 
 
+@pytest.mark.filterwarnings("ignore:Query string")
 def test_no_password_leaves_the_machine_or_reaches_a_log(make_run, tmp_path, monkeypatch, caplog, capsys):
     monkeypatch.setenv("PLANTED_SECRET", "hunter2-env")
     uri = f"sqlite:///{tmp_path}/runs/mlflow.db?password=hunter2-query"
@@ -126,12 +127,15 @@ def test_no_password_leaves_the_machine_or_reaches_a_log(make_run, tmp_path, mon
     assert "hunter2" not in caplog.text + "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize("text, clean", [
-    ("http://me:pw@host:5000/x", "http://***@host:5000/x"),
-    ("failed: https://token@host/api?token=abc&x=1", "failed: https://***@host/api?token=***&x=1"),
-    ("postgresql+psycopg2://u:p%40@db/mlflow", "postgresql+psycopg2://***@db/mlflow"),
-    ("sqlite:////runs/mlflow.db", "sqlite:////runs/mlflow.db"),
-])
+@pytest.mark.parametrize(
+    "text, clean",
+    [
+        ("http://me:pw@host:5000/x", "http://***@host:5000/x"),
+        ("failed: https://token@host/api?token=abc&x=1", "failed: https://***@host/api?token=***&x=1"),
+        ("postgresql+psycopg2://u:p%40@db/mlflow", "postgresql+psycopg2://***@db/mlflow"),
+        ("sqlite:////runs/mlflow.db", "sqlite:////runs/mlflow.db"),
+    ],
+)
 def test_redact(text, clean):
     assert redact(text) == clean
 
@@ -148,14 +152,20 @@ def test_uri(tmp_path, monkeypatch):
 
 def test_two_runs_at_once_in_a_new_database(make_run, query, tmp_path):
     """Both make the tables and the experiment at the same moment."""
-    script = ("import sys; from pathlib import Path; from exlm_dist.config import load_config; from exlm_dist.tracking import *\n"
-              "folder = Path(sys.argv[1]); log = EventLog(folder / 'events.jsonl')\n"
-              "tracker = Tracker.start(folder, load_config(folder / 'config.yaml'), log)\n"
-              "for step in range(1, 21): log.metrics(step, {'train/loss': step})\n"
-              "sys.exit(0 if tracker.close('FINISHED', timeout=60) else 1)")
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from exlm_dist.config import load_config; from exlm_dist.tracking import *\n"
+        "folder = Path(sys.argv[1]); log = EventLog(folder / 'events.jsonl')\n"
+        "tracker = Tracker.start(folder, load_config(folder / 'config.yaml'), log)\n"
+        "for step in range(1, 21): log.metrics(step, {'train/loss': step})\n"
+        "sys.exit(0 if tracker.close('FINISHED', timeout=60) else 1)"
+    )
     processes = [subprocess.Popen([sys.executable, "-c", script, str(make_run(name)[0])]) for name in ("one", "two")]
     assert [process.wait(timeout=90) for process in processes] == [0, 0]
-    assert query("select name, count(*) from runs join metrics using (run_uuid) group by run_uuid order by name") == [("one", 20), ("two", 20)]
+    assert query("select name, count(*) from runs join metrics using (run_uuid) group by run_uuid order by name") == [
+        ("one", 20),
+        ("two", 20),
+    ]
     assert query("select count(*) from experiments where name = 'exlm'") == [(1,)]
 
 

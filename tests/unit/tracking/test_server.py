@@ -1,4 +1,4 @@
-"""A tracking server that is down, frozen, killed or mute never holds up the training, and gets everything afterwards."""
+"""A tracking server that is down, frozen, killed or mute never holds up the training, and gets everything later."""
 
 from __future__ import annotations
 
@@ -26,11 +26,27 @@ def free_port() -> int:
 @contextmanager
 def mlflow_server(folder, port):
     """`mlflow server` over SQLite in its own process group; killed whole at the end."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-               "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "mlartifacts")]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        str(folder / "mlartifacts"),
+    ]
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with open(folder / "server.log", "ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, cwd=folder, env=environment)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, start_new_session=True, cwd=folder, env=environment
+        )
     try:
         _wait_for(port, process)
         yield process

@@ -100,7 +100,7 @@ def test_text_and_wrong_columns_are_refused(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("It was the best of times, it was the worst of times.\n\n" * 20)
     with pytest.raises(
         DataError,
-        match="20 of 20 rows cannot be read as SMILES .*t.txt, row 1: 'It was.*looks like text: use `exlm prepare text`",
+        match="20 of 20 rows cannot be read .*t.txt, row 1: 'It was.*looks like text: use `exlm prepare text`",
     ):
         prepare_smiles([str(tmp_path / "t.txt")], tmp_path / "o", workers=1)
     (tmp_path / "t.csv").write_text("name,smiles\naspirin,CCO\nzocor,CCC\n")

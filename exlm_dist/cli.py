@@ -67,18 +67,19 @@ def _add_prepare(commands) -> None:
     for parser in (smiles, text):
         parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="input files or glob patterns")
         parser.add_argument("--column", help="column (csv, tsv, parquet) or field (jsonl) that holds the SMILES or the text")
+        parser.add_argument("--valid-input", nargs="+", default=[], metavar="FILE", help="held-out files; without them a share of --input is held out")
+        parser.add_argument("--valid-fraction", type=float, default=0.02, help="share of the records held out")
         parser.add_argument("--tokenizer", metavar="FOLDER", help="use this tokenizer folder (of an earlier prepare, or of a checkpoint)")
-    smiles.add_argument("--stereo", choices=["keep", "drop"], default="keep", help="stereo marks in the canonical SMILES")
-    smiles.add_argument("--salts", choices=["keep", "largest_fragment"], default="keep", help="what becomes of molecules of several parts")
+    smiles.add_argument("--stereo", choices=["keep", "drop"], help="stereo marks in the canonical SMILES (keep, or what --tokenizer says)")
+    smiles.add_argument("--salts", choices=["keep", "largest_fragment"], help="what becomes of molecules of several parts (keep, or what --tokenizer says)")
     text.add_argument("--vocab-size", type=int, default=32000, help="sentencepiece vocabulary")
     demo_smiles = _command(kinds, "demo-smiles", _prepare_demo_smiles, "the embedded demonstration corpus of molecules")
-    demo_smiles.add_argument("--molecules", type=int, default=20000, help="distinct molecules to build")
+    demo_smiles.add_argument("--molecules", type=int, default=24000, help="distinct molecules to build")
     demo_text = _command(kinds, "demo-text", _prepare_demo_text, "the embedded demonstration corpus of English prose")
     demo_text.add_argument("--vocab-size", type=int, default=2000, help="sentencepiece vocabulary")
     for parser in (smiles, text, demo_smiles, demo_text):
         parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to publish")
         parser.add_argument("--max-length", type=int, default=128, help="longest sequence, BOS and EOS counted")
-        parser.add_argument("--valid-fraction", type=float, default=0.02, help="share of the records held out")
         parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
         parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
 
@@ -134,7 +135,8 @@ def _prepare_smiles(options: argparse.Namespace, _: list[str]) -> int:
     from exlm_dist.data.prepare import prepare_smiles
 
     print(prepare_smiles(options.input, options.out, column=options.column, max_length=options.max_length, stereo=options.stereo, salts=options.salts,
-                         tokenizer=options.tokenizer, valid_fraction=options.valid_fraction, workers=options.workers, overwrite=options.overwrite))
+                         tokenizer=options.tokenizer, valid_inputs=options.valid_input, valid_fraction=options.valid_fraction,
+                         workers=options.workers, overwrite=options.overwrite))
     return 0
 
 
@@ -142,23 +144,22 @@ def _prepare_text(options: argparse.Namespace, _: list[str]) -> int:
     from exlm_dist.data.prepare import prepare_text
 
     print(prepare_text(options.input, options.out, column=options.column, max_length=options.max_length, vocab_size=options.vocab_size,
-                       tokenizer=options.tokenizer, valid_fraction=options.valid_fraction, workers=options.workers, overwrite=options.overwrite))
+                       tokenizer=options.tokenizer, valid_inputs=options.valid_input, valid_fraction=options.valid_fraction,
+                       workers=options.workers, overwrite=options.overwrite))
     return 0
 
 
 def _prepare_demo_smiles(options: argparse.Namespace, _: list[str]) -> int:
     from exlm_dist.data.demo_molecules import prepare_demo_smiles
 
-    print(prepare_demo_smiles(options.out, molecules=options.molecules, max_length=options.max_length, valid_fraction=options.valid_fraction,
-                              workers=options.workers, overwrite=options.overwrite))
+    print(prepare_demo_smiles(options.out, count=options.molecules, max_length=options.max_length, workers=options.workers, overwrite=options.overwrite))
     return 0
 
 
 def _prepare_demo_text(options: argparse.Namespace, _: list[str]) -> int:
     from exlm_dist.data.demo_text import prepare_demo_text
 
-    print(prepare_demo_text(options.out, vocab_size=options.vocab_size, max_length=options.max_length, valid_fraction=options.valid_fraction,
-                            workers=options.workers, overwrite=options.overwrite))
+    print(prepare_demo_text(options.out, vocab_size=options.vocab_size, max_length=options.max_length, workers=options.workers, overwrite=options.overwrite))
     return 0
 
 

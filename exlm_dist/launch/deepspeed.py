@@ -30,7 +30,7 @@ def deepspeed_command(arguments: Sequence[str], *, processes: int, port: int, ho
     if hostfile is not None and not hostfile.is_file():
         raise ConfigError(f"no host file at {hostfile}. It lists one `hostname slots=8` per line.")
     where = ["--hostfile", str(hostfile)] if hostfile else ["--hostfile", os.devnull, "--num_gpus", str(processes)]
-    return [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", str(port), "--no_local_rank",
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--log_level", "error", *where, "--master_port", str(port), "--no_local_rank",
             "--module", RANK_MODULE, "pretrain", *arguments]
 
 

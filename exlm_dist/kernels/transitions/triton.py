@@ -1,0 +1,318 @@
+"""Triton kernels of the transition log-probabilities: tiles of the allowed triangle only, nothing of [L, L, H] stored.
+
+Scores are kept in base 2. Forward: one kernel leaves the log-sum of each (state, head), a second adds the heads up tile by
+tile. Backward: with share_h = p(head h | move v -> u) in [0, 1] and G the gradient of log E, the gradient of a score is
+share_h G - p_h sum_u(share_h G); no probability is divided by, so none can underflow into a wrong gradient (README.md).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from exlm_dist.kernels.launch import launch
+from exlm_dist.kernels.transitions import reference
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1.0e30)
+SIZES = ["heads", "width", "longest"]  # vary from batch to batch: no new machine code for a new value
+
+
+def transition_log_probs(
+    query: Tensor, key: Tensor, gate: Tensor, cu_states: Tensor, max_states: int, *, group: int | None
+) -> Tensor:
+    """Dense (group None) or sparse (states per group) log E; see `exlm_dist.kernels.transitions`."""
+    if query.dtype == torch.float64:
+        return reference.transition_log_probs(query, key, gate, cu_states, max_states, group=group)
+    return _Transitions.apply(query, key, gate, cu_states, max_states, group)
+
+
+def uniform_log_probs(cu_states: Tensor, max_states: int) -> Tensor:
+    """See `exlm_dist.kernels.transitions`: no parameters, made once per batch, the definition is enough."""
+    return reference.uniform_log_probs(cu_states, max_states)
+
+
+@triton.jit
+def _allowed(o_v, o_u, length, GROUP: tl.constexpr):
+    """[v, u]: may state v be followed by state u."""
+    if GROUP == 0:
+        m_order = o_v[:, None] < o_u[None, :]
+    else:
+        m_order = (o_v // GROUP + 1)[:, None] == (o_u // GROUP)[None, :]
+    return m_order & ((o_v < length)[:, None] & (o_u < length)[None, :])
+
+
+@triton.jit
+def _after(first, count, length, GROUP: tl.constexpr):
+    """Range of states that can follow one of first..first+count-1."""
+    if GROUP == 0:
+        start = first + 1
+        stop = length
+    else:
+        start = (first // GROUP + 1) * GROUP
+        stop = tl.minimum(((first + count - 1) // GROUP + 2) * GROUP, length)
+    return start, stop
+
+
+@triton.jit
+def _before(first, count, GROUP: tl.constexpr):
+    """Range of states that can come before one of first..first+count-1."""
+    if GROUP == 0:
+        start = first * 0
+        stop = first + count - 1
+    else:
+        start = tl.maximum((first // GROUP - 1) * GROUP, 0)
+        stop = ((first + count - 1) // GROUP) * GROUP
+    return start, stop
+
+
+@triton.jit
+def _rows(pointer, first, o_row, length, h, heads, width, P_BLOCK: tl.constexpr):
+    """[rows, P_BLOCK] of head h of packed [S, H, P]."""
+    o_p = tl.arange(0, P_BLOCK)
+    m_row = (o_row < length)[:, None] & (o_p < width)[None, :]
+    return tl.load(pointer + ((first + o_row)[:, None] * heads + h) * width + o_p[None, :], mask=m_row, other=0.0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def normaliser_kernel(
+    query, key, gate, cu_states, log_sum, log_gate, scale, heads, width, longest,
+    GROUP: tl.constexpr, P_BLOCK: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """log2 of the sum over u of 2^score of one head, and log2 of the head's gate, for ROWS states v."""
+    h = tl.program_id(1)
+    first = tl.load(cu_states + tl.program_id(2))
+    length = (tl.load(cu_states + tl.program_id(2) + 1) - first).to(tl.int32)
+    o_v = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if tl.program_id(0) * ROWS < length:
+        b_query = _rows(query, first, o_v, length, h, heads, width, P_BLOCK)
+        b_top = tl.full([ROWS], LOWEST, tl.float32)
+        b_sum = tl.zeros([ROWS], tl.float32)
+        start, stop = _after(tl.program_id(0) * ROWS, ROWS, length, GROUP)
+        for column in range(start // COLUMNS * COLUMNS, stop, COLUMNS):
+            o_u = column + tl.arange(0, COLUMNS)
+            b_key = _rows(key, first, o_u, length, h, heads, width, P_BLOCK)
+            b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
+            b_score = tl.where(_allowed(o_v, o_u, length, GROUP), b_score, float("-inf"))
+            b_new = tl.maximum(b_top, tl.max(b_score, 1))
+            b_sum = b_sum * tl.exp2(b_top - b_new) + tl.sum(tl.exp2(b_score - b_new[:, None]), 1)
+            b_top = b_new
+        o_out = (first + o_v) * heads + h
+        b_sum = tl.where(b_sum > 0, b_top + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), 0.0)
+        tl.store(log_sum + o_out, b_sum, mask=o_v < length)
+        o_h = tl.arange(0, HEADS)
+        m_gate = (o_v < length)[:, None] & (o_h < heads)[None, :]
+        b_gate = tl.load(gate + (first + o_v)[:, None] * heads + o_h[None, :], mask=m_gate, other=float("-inf"))
+        b_gate = tl.where((o_v < length)[:, None], b_gate.to(tl.float32) * LOG2E, 0.0)
+        b_high = tl.max(b_gate, 1)
+        b_total = b_high + tl.log2(tl.sum(tl.exp2(b_gate - b_high[:, None]), 1))
+        b_own = tl.sum(tl.where((o_h == h)[None, :], b_gate, 0.0), 1)
+        tl.store(log_gate + o_out, b_own - b_total, mask=o_v < length)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def mixture_kernel(
+    query, key, cu_states, log_sum, log_gate, out, scale, heads, width, longest,
+    GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """log E of a tile [ROWS, COLUMNS]: log-sum over the heads of gate times probability; -inf where not allowed."""
+    b = tl.program_id(2).to(tl.int64)
+    first = tl.load(cu_states + b)
+    length = (tl.load(cu_states + b + 1) - first).to(tl.int32)
+    o_v = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    o_u = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    start, stop = _after(tl.program_id(1) * ROWS, ROWS, length, GROUP)
+    b_top = tl.full([ROWS, COLUMNS], LOWEST, tl.float32)
+    b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+    column = tl.program_id(0) * COLUMNS
+    used = (column < stop) & (column + COLUMNS > start) & (tl.program_id(1) * ROWS < length)
+    for h in range(0, tl.where(used, heads, 0)):
+        b_query = _rows(query, first, o_v, length, h, heads, width, P_BLOCK)
+        b_key = _rows(key, first, o_u, length, h, heads, width, P_BLOCK)
+        o_head = (first + o_v) * heads + h
+        b_base = tl.load(log_gate + o_head, mask=o_v < length, other=0.0)
+        b_base -= tl.load(log_sum + o_head, mask=o_v < length, other=0.0)
+        b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale + b_base[:, None]
+        b_gap = tl.exp2(-tl.abs(b_score - b_top))
+        b_sum = tl.where(b_score > b_top, b_sum * b_gap + 1.0, b_sum + b_gap)
+        b_top = tl.maximum(b_score, b_top)
+    b_out = (b_top + tl.log2(b_sum)) * LN2
+    b_out = tl.where(_allowed(o_v, o_u, length, GROUP), b_out, float("-inf"))
+    m_out = (o_v < longest)[:, None] & (o_u < longest)[None, :]
+    tl.store(out + ((b * longest + o_v)[:, None] * longest + o_u[None, :]), b_out, mask=m_out)
+
+
+@triton.jit
+def _shares(out, grad_out, b, o_v, o_u, length, longest, b_score, b_log_sum, b_log_gate, GROUP: tl.constexpr):
+    """(share of the head in each move times the move's gradient, probability of the move in this head), both [v, u]."""
+    m_move = _allowed(o_v, o_u, length, GROUP)
+    o_move = (b * longest + o_v)[:, None] * longest + o_u[None, :]
+    b_log = tl.load(out + o_move, mask=m_move, other=float("-inf")) * LOG2E
+    b_grad = tl.load(grad_out + o_move, mask=m_move, other=0.0)
+    b_score -= b_log_sum[:, None]
+    b_known = tl.where(b_log > float("-inf"), b_log, 0.0)
+    b_share = tl.where(b_log > float("-inf"), tl.exp2(b_score + b_log_gate[:, None] - b_known) * b_grad, 0.0)
+    return b_share, tl.where(m_move, tl.exp2(b_score), 0.0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def query_gradient_kernel(
+    query, key, cu_states, log_sum, log_gate, out, grad_out, leaving, grad_query, scale, root, heads, width, longest,
+    GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Gradient of ROWS queries of one head, and `leaving`: the sum over u of share times gradient."""
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    first = tl.load(cu_states + b)
+    length = (tl.load(cu_states + b + 1) - first).to(tl.int32)
+    o_v = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if tl.program_id(0) * ROWS < length:
+        b_query = _rows(query, first, o_v, length, h, heads, width, P_BLOCK)
+        o_head = (first + o_v) * heads + h
+        b_log_sum = tl.load(log_sum + o_head, mask=o_v < length, other=0.0)
+        b_log_gate = tl.load(log_gate + o_head, mask=o_v < length, other=0.0)
+        start, stop = _after(tl.program_id(0) * ROWS, ROWS, length, GROUP)
+        start = start // COLUMNS * COLUMNS
+        # Two passes: a sum of differences keeps its digits in bf16, a difference of two rounded sums would not.
+        b_leaving = tl.zeros([ROWS], tl.float32)
+        for column in range(start, stop, COLUMNS):
+            o_u = column + tl.arange(0, COLUMNS)
+            b_key = _rows(key, first, o_u, length, h, heads, width, P_BLOCK)
+            b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
+            b_share, _ = _shares(out, grad_out, b, o_v, o_u, length, longest, b_score, b_log_sum, b_log_gate, GROUP)
+            b_leaving += tl.sum(b_share, 1)
+        b_grad = tl.zeros([ROWS, P_BLOCK], tl.float32)
+        for column in range(start, stop, COLUMNS):
+            o_u = column + tl.arange(0, COLUMNS)
+            b_key = _rows(key, first, o_u, length, h, heads, width, P_BLOCK)
+            b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
+            b_share, b_prob = _shares(
+                out, grad_out, b, o_v, o_u, length, longest, b_score, b_log_sum, b_log_gate, GROUP
+            )
+            b_score = (b_share - b_prob * b_leaving[:, None]).to(b_key.dtype)
+            b_grad = tl.dot(b_score, b_key, b_grad, input_precision=PRECISION)
+        b_grad *= root
+        tl.store(leaving + o_head, b_leaving, mask=o_v < length)
+        o_p = tl.arange(0, P_BLOCK)
+        m_out = (o_v < length)[:, None] & (o_p < width)[None, :]
+        tl.store(grad_query + o_head[:, None] * width + o_p[None, :], b_grad.to(b_query.dtype), mask=m_out)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def key_gradient_kernel(
+    query, key, cu_states, log_sum, log_gate, out, grad_out, leaving, grad_key, scale, root, heads, width, longest,
+    GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Gradient of COLUMNS keys of one head."""
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    first = tl.load(cu_states + b)
+    length = (tl.load(cu_states + b + 1) - first).to(tl.int32)
+    o_u = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    if tl.program_id(0) * COLUMNS < length:
+        b_key = _rows(key, first, o_u, length, h, heads, width, P_BLOCK)
+        b_total = tl.zeros([COLUMNS, P_BLOCK], tl.float32)
+        start, stop = _before(tl.program_id(0) * COLUMNS, COLUMNS, GROUP)
+        for row in range(start // ROWS * ROWS, tl.minimum(stop, length), ROWS):
+            o_v = row + tl.arange(0, ROWS)
+            b_query = _rows(query, first, o_v, length, h, heads, width, P_BLOCK)
+            o_head = (first + o_v) * heads + h
+            b_log_sum = tl.load(log_sum + o_head, mask=o_v < length, other=0.0)
+            b_log_gate = tl.load(log_gate + o_head, mask=o_v < length, other=0.0)
+            b_leaving = tl.load(leaving + o_head, mask=o_v < length, other=0.0)
+            b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
+            b_share, b_prob = _shares(
+                out, grad_out, b, o_v, o_u, length, longest, b_score, b_log_sum, b_log_gate, GROUP
+            )
+            b_score = (b_share - b_prob * b_leaving[:, None]).to(b_query.dtype)
+            b_total = tl.dot(tl.trans(b_score), b_query, b_total, input_precision=PRECISION)
+        o_p = tl.arange(0, P_BLOCK)
+        m_out = (o_u < length)[:, None] & (o_p < width)[None, :]
+        o_out = ((first + o_u) * heads + h)[:, None] * width + o_p[None, :]
+        tl.store(grad_key + o_out, (b_total * root).to(b_key.dtype), mask=m_out)
+
+
+@triton.jit(do_not_specialize=["heads"])
+def gate_gradient_kernel(cu_states, log_gate, leaving, grad_gate, sequences, heads, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """leaving_h - gate_h times the sum of `leaving` over the heads, for ROWS states; rows that no sequence owns keep 0."""
+    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_h = tl.arange(0, HEADS)
+    m_row = (o_row < tl.load(cu_states + sequences))[:, None] & (o_h < heads)[None, :]
+    o_out = o_row[:, None] * heads + o_h[None, :]
+    b_leaving = tl.load(leaving + o_out, mask=m_row, other=0.0)
+    b_gate = tl.exp2(tl.load(log_gate + o_out, mask=m_row, other=float("-inf")))
+    b_grad = b_leaving - b_gate * tl.sum(b_leaving, 1)[:, None]
+    tl.store(grad_gate + o_out, b_grad.to(grad_gate.dtype.element_ty), mask=m_row)
+
+
+class _Transitions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, gate, cu_states, max_states, group):
+        query, key, gate = query.contiguous(), key.contiguous(), gate.contiguous()
+        _, heads, width = query.shape
+        count = len(cu_states) - 1
+        log_sum = torch.empty(gate.shape, dtype=torch.float32, device=gate.device)
+        log_gate = torch.empty_like(log_sum)
+        out = torch.empty((count, max_states, max_states), dtype=torch.float32, device=gate.device)
+        sizes = {"scale": width**-0.5 * LOG2E.value, "heads": heads, "width": width, "longest": max_states}
+        packed = {"query": query, "key": key, "cu_states": cu_states, "log_sum": log_sum, "log_gate": log_gate}
+        settings, warps = _settings(query, group)
+        launch(
+            normaliser_kernel,
+            (triton.cdiv(max_states, settings["ROWS"]), heads, count),
+            {**packed, "gate": gate, **sizes},
+            {**settings, "HEADS": triton.next_power_of_2(heads)},
+            warps=warps,
+        )
+        tiles = [triton.cdiv(max_states, settings[side]) for side in ("COLUMNS", "ROWS")]
+        launch(mixture_kernel, (*tiles, count), {**packed, "out": out, **sizes}, settings, warps=warps)
+        ctx.save_for_backward(query, key, gate, cu_states, log_sum, log_gate, out)
+        ctx.settings = (max_states, group)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        query, key, gate, cu_states, log_sum, log_gate, out = ctx.saved_tensors
+        max_states, group = ctx.settings
+        rows, heads, width = query.shape
+        count = len(cu_states) - 1
+        leaving = torch.empty_like(log_sum)
+        grad_query, grad_key, grad_gate = (torch.zeros_like(tensor) for tensor in (query, key, gate))
+        arguments = {
+            "query": query, "key": key, "cu_states": cu_states, "log_sum": log_sum, "log_gate": log_gate, "out": out,
+            "grad_out": grad_out.contiguous(), "leaving": leaving, "scale": width**-0.5 * LOG2E.value,
+            "root": width**-0.5, "heads": heads, "width": width, "longest": max_states,
+        }  # fmt: skip
+        settings, warps = _settings(query, group)
+        grid = (triton.cdiv(max_states, settings["ROWS"]), heads, count)
+        launch(query_gradient_kernel, grid, {**arguments, "grad_query": grad_query}, settings, warps=warps)
+        grid = (triton.cdiv(max_states, settings["COLUMNS"]), heads, count)
+        launch(key_gradient_kernel, grid, {**arguments, "grad_key": grad_key}, settings, warps=warps)
+        launch(
+            gate_gradient_kernel,
+            (triton.cdiv(rows, 32),),
+            {"cu_states": cu_states, "log_gate": log_gate, "leaving": leaving, "grad_gate": grad_gate,
+             "sequences": count, "heads": heads},
+            {"HEADS": triton.next_power_of_2(heads), "ROWS": 32},
+        )  # fmt: skip
+        return grad_query, grad_key, grad_gate, None, None, None
+
+
+def _settings(query: Tensor, group: int | None) -> tuple[dict[str, object], int]:
+    """Compile-time constants shared by the tiled kernels, and warps: the measured best (benchmarks/results)."""
+    precise = query.dtype == torch.float32
+    width = max(16, triton.next_power_of_2(query.shape[2]))
+    tile = 32 if precise else 64
+    return {
+        "GROUP": group or 0,
+        "P_BLOCK": width,
+        "ROWS": tile,
+        "COLUMNS": tile,
+        "PRECISION": "ieee" if precise else "tf32",
+    }, 8 if width > 64 else 4

@@ -6,6 +6,7 @@ Every wait has the limit `launch.timeout`. The environment is the one that torch
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from exlm_dist.utils import errors
 from exlm_dist.utils.errors import EXIT_RETRY, ConfigError, UserError
 
 Result = TypeVar("Result")
+#: DeepSpeed makes groups of its own and gives them no time limit: theirs would be half an hour.
+_new_group = dist.new_group
 
 
 class PeerLost(UserError):
@@ -106,7 +109,8 @@ def start(launch: LaunchConfig) -> Process:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=launch.timeout)
     _join("nccl" if device.type == "cuda" else "gloo", rank, world, timeout)
-    control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
+    dist.new_group = functools.partial(_new_group, timeout=timeout)
+    control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
     return Process(rank, world, local_rank, device, control)
 
 
@@ -137,11 +141,12 @@ def finish() -> None:
     if dist.is_initialized():
         if dist.get_world_size() > 1:
             dist.barrier()
-        dist.destroy_process_group()
+        leave()
 
 
 def leave() -> None:
     """Leave the group without waiting for anybody, so that the others notice at once. For the end by an error."""
+    dist.new_group = _new_group
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -156,7 +161,7 @@ def lost_peer(error: BaseException) -> bool:
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
         return True
     text = str(error)
-    signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+    signs = ("gloo", "Connection closed by peer", "Application timeout", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 

@@ -146,10 +146,10 @@ def _refresh(engine: Engine, parameter: nn.Parameter, value: torch.Tensor) -> No
     if engine.zero < 3:
         parameter.data.copy_(value)
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     # Not `ds_tensor` alone: small parameters are kept gathered, and would go on with their old values.
-    with GatheredParameters([parameter], modifier_rank=0):
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         if engine.process.is_first:
             parameter.data.copy_(value)
 

@@ -45,6 +45,8 @@ def _train(rank: int, settings: dict[str, Any], death: tuple | None) -> int:
     from exlm_dist.training.loop import train
     from exlm_dist.utils.logs import configure_logging
 
+    # The server that the ranks are forked from has kept the standard error of the first test.
+    os.dup2(os.open(f"{settings['runs']}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
     configure_logging("WARNING")
     if death is not None and death[1] == rank:
         {"step": _die_at_step, "call": _die_at_call, "signal": _signal_at_step}[death[0]](*death[2:])
@@ -94,6 +96,11 @@ def _die_at_call(name: str, number: int) -> None:
 
     setattr(os, name, call)
     checkpoint_files.write_checkpoint = write
+
+
+def log_of(config: RunConfig) -> str:
+    """What the ranks wrote to standard error."""
+    return (Path(config.runs) / "log").read_text()
 
 
 def final_hashes(config: RunConfig) -> dict[str, str]:

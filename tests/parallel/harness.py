@@ -19,7 +19,7 @@ from exlm_dist.launch.local import free_port
 
 PRELOAD = ["torch", "torch._dynamo", "deepspeed", "safetensors.torch", "exlm_dist.training.session"]
 #: Seconds the others get to end by themselves once one rank has failed.
-GRACE = 10.0
+GRACE = 4.0
 
 
 class RankFailed(AssertionError):

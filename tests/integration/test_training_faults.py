@@ -1,0 +1,226 @@
+"""Bad checkpoints, bad data, wrong settings, lost ranks: a message that says what and where, on every rank, within seconds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from made_run import make_data
+from parallel.harness import RankFailed, run_processes
+from training_runs import _before_step, _train, final_hashes, log_of, tiny, train_on
+
+from exlm_dist.config import RunConfig
+from exlm_dist.model import checkpoint_reader as reader
+from exlm_dist.tracking import read_events
+from exlm_dist.training.run_folder import RunFolder
+from exlm_dist.utils.errors import EXIT_DATA, EXIT_DONE, EXIT_RETRY, EXIT_STOP, EXIT_USAGE
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data") / "prepared")
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run that ended well."""
+    config = tiny(tmp_path_factory.mktemp("runs"), "finished", data)
+    assert train_on(config, 2) == [EXIT_DONE] * 2
+    return config
+
+
+def copy_of(finished: RunConfig, runs: Path, **changes) -> RunConfig:
+    shutil.copytree(Path(finished.runs) / finished.name, runs / finished.name)
+    return finished.model_copy(update={"runs": str(runs), **changes})
+
+
+def failure_of(config: RunConfig, world: int = 2, function=_train, *arguments) -> tuple[str, list[int]]:
+    with pytest.raises(RankFailed) as caught:
+        run_processes(function, world, config.model_dump(), *(arguments or ([None] if function is _train else [])), timeout=60)
+    return str(caught.value), caught.value.codes
+
+
+def flip_a_bit(path: Path, place: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path):
+    config = copy_of(finished, tmp_path)
+    flip_a_bit(tmp_path / "finished/checkpoints/step-00000012/model.safetensors")
+    assert train_on(config, 2) == [EXIT_DONE] * 2
+    assert final_hashes(config) == final_hashes(finished)
+    assert "step-00000012" in (text := log_of(config)) and "model.safetensors is damaged" in text
+
+
+def test_all_checkpoints_damaged(finished, tmp_path):
+    config = copy_of(finished, tmp_path)
+    for folder in reader.checkpoint_folders(tmp_path / "finished"):
+        flip_a_bit(folder / "COMPLETE", 0.0)
+    text, codes = failure_of(config)
+    assert codes == [EXIT_STOP] * 2 and "none of the 2 checkpoints" in text and "step-00000008" in text
+
+
+def test_a_finished_run_says_so(finished):
+    before = (Path(finished.runs) / "finished/events.jsonl").read_bytes()
+    assert train_on(finished, 1) == [EXIT_DONE]
+    assert (Path(finished.runs) / "finished/events.jsonl").read_bytes() == before
+
+
+def test_other_data_names_both_fingerprints(finished, tmp_path):
+    other = make_data(tmp_path / "other", extra_token="[K+]")
+    config = copy_of(finished, tmp_path, data=finished.data.model_copy(update={"path": str(other)}))
+    text, codes = failure_of(config)
+    state = reader.read_state(reader.newest_checkpoint(Path(finished.runs) / "finished"))
+    assert codes == [EXIT_STOP] * 2 and "data fingerprint" in text and state["data_fingerprint"] in text and str(other) in text
+
+
+def test_other_settings_give_a_table(finished, tmp_path):
+    config = copy_of(finished, tmp_path, seed=5)
+    text, codes = failure_of(config)
+    assert codes == [EXIT_STOP] * 2 and "seed" in text and "in the run folder" in text and "`name`" in text
+
+
+def test_settings_of_the_checkpoint_count_even_without_those_of_the_folder(finished, tmp_path):
+    config = copy_of(finished, tmp_path, seed=5)
+    (tmp_path / "finished/config.yaml").unlink()
+    text, codes = failure_of(config)
+    assert codes == [EXIT_STOP] * 2 and "was written with other settings" in text
+
+
+def test_two_launches_of_one_run(data, tmp_path):
+    config = tiny(tmp_path, "busy", data, launch={"timeout": 5})
+    folder = RunFolder.open(config)
+    text, codes = failure_of(config)
+    folder.close()
+    assert codes == [EXIT_STOP] * 2 and "written by another process" in text and str(os.getpid()) in text
+
+
+def test_no_data(data, tmp_path):
+    text, codes = failure_of(tiny(tmp_path, "none", tmp_path / "nothing"))
+    assert codes == [EXIT_DATA] * 2 and "exlm prepare" in text
+
+
+def test_batch_that_the_ranks_cannot_share(data, tmp_path):
+    text, codes = failure_of(tiny(tmp_path, "odd", data), world=3)
+    assert codes == [EXIT_USAGE] * 3 and "batch.sequences 8" in text and "6" in text
+
+
+def test_fp16_on_a_cpu(data, tmp_path):
+    text, codes = failure_of(tiny(tmp_path, "half", data, precision={"dtype": "fp16"}))
+    assert codes == [EXIT_USAGE] * 2 and "fp16 is not supported on a CPU" in text
+
+
+def fault_on_rank_1(rank, settings):
+    from exlm_dist.utils.errors import DataError
+
+    def fault(step):
+        if step == 5 and rank == 1:
+            raise DataError("shard 7 is gone")
+
+    _before_step(fault)
+    return _train(rank, settings, None)
+
+
+def test_an_error_on_one_rank_ends_the_others(data, tmp_path):
+    text, codes = failure_of(tiny(tmp_path, "fault", data), 2, fault_on_rank_1)
+    assert codes == [EXIT_RETRY, EXIT_DATA] and "shard 7 is gone" in text and "another rank ended" in text
+    statuses = [event["status"] for event in read_events(tmp_path / "fault/events.jsonl") if event["kind"] == "status"]
+    assert statuses[-1] == "FAILED"
+
+
+def stopped_rank(rank, settings):
+    _before_step(lambda step: os.kill(os.getpid(), signal.SIGSTOP) if step == 5 and rank == 1 else None)
+    return _train(rank, settings, None)
+
+
+def test_a_hanging_rank_is_noticed_within_the_limit(data, tmp_path):
+    text, codes = failure_of(tiny(tmp_path, "hang", data, launch={"timeout": 5}), 2, stopped_rank)
+    assert codes[0] == EXIT_RETRY and "launch.timeout" in text
+
+
+def left_out(rank, settings, which):
+    """On rank 1, sequence 0 of every micro-batch of step `which` has likelihood zero."""
+    import torch
+
+    from exlm_dist.training import objective
+
+    plain, now = objective.loss_sum, {"step": -1}
+    _before_step(lambda step: now.update(step=step))
+
+    def loss_sum(stream, reduction):
+        if rank == 1 and now["step"] == which:
+            stream = stream.replace(log_likelihood=stream.log_likelihood.index_fill(0, torch.tensor([0]), -torch.inf))
+        return plain(stream, reduction)
+
+    objective.loss_sum = loss_sum
+    return _train(rank, settings, None)
+
+
+def test_sequences_without_a_likelihood_are_named_and_stop_the_run(data, tmp_path):
+    text, codes = failure_of(tiny(tmp_path, "invalid", data), 2, left_out, 4)
+    assert codes == [EXIT_STOP] * 2 and "step 5: 2 of 8 sequences have no finite likelihood: samples " in text and "loss.max_invalid" in text
+
+
+def test_few_of_them_are_left_out_and_counted(data, tmp_path):
+    config = tiny(tmp_path, "few", data, loss={"max_invalid": 0.5})
+    assert run_processes(left_out, 2, config.model_dump(), 5) == [EXIT_DONE] * 2
+    events = list(read_events(tmp_path / "few/events.jsonl"))
+    name = "train/invalid_sequences"
+    counts = {event["step"]: event["values"][name] for event in events if name in event.get("values", {}) and event["kind"] == "metrics"}
+    assert counts[6] == 2 and counts[9] == 0
+    assert any("invalid_step_6" in event["values"] for event in events if event["kind"] == "tags")
+    assert "They were left out" in log_of(config)
+
+
+def full_disk(rank, settings, full_from):
+    """From step `full_from` on the file system has one byte free."""
+    from exlm_dist.training import checkpoint_files
+
+    now = {"step": -1}
+    _before_step(lambda step: now.update(step=step + 1))
+    plain = checkpoint_files.shutil.disk_usage
+    usage = type("Usage", (), {"free": 1})
+    checkpoint_files.shutil.disk_usage = lambda path: usage if now["step"] >= full_from else plain(path)
+    return _train(rank, settings, None)
+
+
+def test_disk_full_is_an_alarm_until_a_checkpoint_is_needed(data, tmp_path):
+    config = tiny(tmp_path, "full", data)
+    text, codes = failure_of(config, 2, full_disk, 8)
+    assert codes == [EXIT_STOP] * 2 and "MB are free" in text
+    assert "Training goes on" in log_of(config)
+    folders = [folder.name for folder in (tmp_path / "full/checkpoints").iterdir() if folder.is_dir()]
+    assert folders == ["step-00000004"]
+
+
+def test_disk_full_at_the_first_save(data, tmp_path):
+    text, codes = failure_of(tiny(tmp_path, "full", data), 1, full_disk, 4)
+    assert codes == [EXIT_STOP] and "MB are free" in text
+
+
+def poisoned(rank, settings):
+    """A parameter becomes infinite after step 3."""
+    from exlm_dist.training.engine import Engine
+
+    plain, count = Engine.step, {"steps": 0}
+
+    def step(engine):
+        norm = plain(engine)
+        count["steps"] += 1
+        if count["steps"] == 4:
+            engine.parameters[2][1].data.fill_(float("inf"))
+        return norm
+
+    Engine.step = step
+    return _train(rank, settings, None)
+
+
+def test_parameters_that_are_not_finite_are_never_saved(data, tmp_path):
+    text, codes = failure_of(tiny(tmp_path, "poison", data, parallel={"zero": 0}), 1, poisoned)
+    assert codes == [EXIT_STOP] and "is not finite after step 4" in text
+    assert not reader.checkpoint_folders(tmp_path / "poison")

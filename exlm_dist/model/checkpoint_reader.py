@@ -3,7 +3,7 @@ analysis and export; it knows no rank and imports no DeepSpeed.
 
 A checkpoint is a folder `checkpoints/step-00001000/` with `model.safetensors` (fp32 parameters by canonical name),
 `optimizer.safetensors`, `state.json`, `config.yaml`, `tokenizer/`, `manifest.json`
-(`{"files": {relative path: {"sha256": hex, "bytes": int}}, ...}`) and `COMPLETE` (the SHA-256 of `manifest.json`).
+(`{"files": {relative path: {"sha256": hex, "bytes": int}}, ...}`) and `COMPLETE` (the SHA-256 of `manifest.json` and a line end).
 No pickle is read.
 """
 
@@ -60,7 +60,7 @@ def verify(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
     manifest_path = folder / MANIFEST_FILE
     if not manifest_path.is_file():
         raise _unusable(folder, f"{MANIFEST_FILE} is missing")
-    if sha256_file(manifest_path) != (folder / COMPLETE_FILE).read_text().strip():
+    if f"{sha256_file(manifest_path)}\n".encode() != (folder / COMPLETE_FILE).read_bytes():
         raise _unusable(folder, f"{MANIFEST_FILE} does not have the hash in {COMPLETE_FILE}")
     manifest = json.loads(manifest_path.read_text())
     for name, entry in manifest["files"].items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,8 +37,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def entry() -> None:
-    """Console entry: `exlm`, and what the deepspeed launcher starts with `--module exlm_dist.cli`."""
-    sys.exit(main())
+    """Console entry: `exlm`, and what the launchers start with `-m exlm_dist.cli`.
+
+    A rank of a job ends without the interpreter's clean-up: threads of a process group that was left early make it abort
+    now and then, which would hide the exit code. Everything that must be closed was closed by then.
+    """
+    if "RANK" not in os.environ:
+        sys.exit(main())
+    try:
+        code: int | str | None = main()
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 def _parser() -> argparse.ArgumentParser:

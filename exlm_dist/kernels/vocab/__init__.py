@@ -7,8 +7,9 @@ from torch import Tensor
 
 from exlm_dist.kernels.backend import implementation
 from exlm_dist.kernels.checks import check_segments, check_shape
+from exlm_dist.kernels.vocab.shard import VocabShard
 
-__all__ = ["match_scores"]
+__all__ = ["VocabShard", "match_scores"]
 
 
 def match_scores(
@@ -21,6 +22,7 @@ def match_scores(
     max_states: int,
     max_targets: int,
     *,
+    shard: VocabShard | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """match[b, i, u] = log p(target i of sequence b | state u of sequence b), [B, max_targets, max_states].
@@ -28,7 +30,8 @@ def match_scores(
     p = softmax over the vocabulary of weight @ hidden_u + bias. hidden [S, D]; weight [V, D]; bias [V];
     target_ids [N] int64; cu_states, cu_targets [B+1] int64; max_states, max_targets python ints.
     fp32 (fp64 for fp64 input); -inf outside a sequence's own targets and states. Logits are made a chunk of rows at
-    a time and not kept for the backward pass. ValueError on shapes that do not fit.
+    a time and not kept for the backward pass. With a `shard`, weight and bias are this rank's part of the vocabulary and
+    the result is that of the whole (see VocabShard). ValueError on shapes that do not fit.
     """
     check_shape("hidden", hidden, (None, None))
     check_shape("weight", weight, (None, hidden.shape[1]))
@@ -42,5 +45,5 @@ def match_scores(
         raise ValueError(f"cu_states is of {len(cu_states) - 1} sequences, cu_targets of {len(cu_targets) - 1}")
     chosen = implementation("vocab", backend, hidden.device)
     return chosen.match_scores(
-        hidden, weight, bias, target_ids, cu_states, cu_targets, max_states, max_targets
+        hidden, weight, bias, target_ids, cu_states, cu_targets, max_states, max_targets, shard=shard
     )

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.checks import work_dtype
 from exlm_dist.kernels.ragged import Segments
+from exlm_dist.kernels.vocab.shard import VocabShard
 
 # Logits [rows, V] worked on at a time, and kept for the backward pass, in elements.
 CHUNK_ELEMENTS = 1 << 21
@@ -28,13 +29,15 @@ def match_scores(
     cu_targets: Tensor,
     max_states: int,
     max_targets: int,
+    *,
+    shard: VocabShard | None,
 ) -> Tensor:
     """See `exlm_dist.kernels.vocab.match_scores`."""
     states = Segments.of(cu_states, max_states, len(hidden))
     targets = Segments.of(cu_targets, max_targets, len(target_ids))
     ids = target_ids[targets.rows]  # [B, N]; a repeated own target past the own end, masked below
     own = states.pack(ids[:, None].expand(-1, max_states, -1), len(hidden))
-    scores = states.pad(_TargetScores.apply(hidden, weight, bias, own)).transpose(1, 2)
+    scores = states.pad(_TargetScores.apply(hidden, weight, bias, own, shard)).transpose(1, 2)
     inside = targets.valid[:, :, None] & states.valid[:, None, :]
     return torch.where(inside, scores, float("-inf"))
 
@@ -43,7 +46,12 @@ class _TargetScores(torch.autograd.Function):
     """log-softmax of the logits of each row at the columns `ids` [S, N] of that row."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids):
+    def forward(ctx, hidden, weight, bias, ids, shard):
+        here = None
+        if shard:
+            ids = ids - shard.first_token
+            here = (ids >= 0) & (ids < len(weight))
+            ids = ids.where(here, 0)
         dtype = work_dtype(hidden)
         scores = torch.empty(ids.shape, dtype=dtype, device=hidden.device)
         tops, sums = scores.new_empty((2, len(hidden), 1))
@@ -56,18 +64,25 @@ class _TargetScores(torch.autograd.Function):
             torch.sum(logits.sub_(tops[rows]).exp_(), 1, keepdim=True, out=sums[rows])
             if any(ctx.needs_input_grad) and rows.stop * len(weight) <= KEEP_ELEMENTS:
                 ctx.kept[rows.start] = logits
-        ctx.save_for_backward(hidden, weight, bias, ids, tops, sums)
-        return scores.sub_(tops).sub_(sums.log())
+        log_sums = tops + sums.log()
+        if shard:
+            log_sums = shard.log_sum(log_sums[:, 0])[:, None]
+            scores = shard.total(scores.masked_fill_(~here, 0))
+            sums = (log_sums - tops).exp_()
+        ctx.save_for_backward(hidden, weight, bias, ids, tops, sums, here)
+        return scores.sub_(log_sums)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_scores):
-        hidden, weight, bias, ids, tops, sums = ctx.saved_tensors
+        hidden, weight, bias, ids, tops, sums, here = ctx.saved_tensors
         dtype = work_dtype(hidden)
         matrix, offset = weight.to(dtype), bias.to(dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight, grad_bias = torch.zeros_like(matrix), torch.zeros_like(offset)
         mass = grad_scores.sum(1, keepdim=True).neg_().div_(sums)
+        if here is not None:
+            grad_scores = grad_scores.masked_fill(~here, 0)
         for rows in _chunks(len(hidden), len(weight)):
             grad = ctx.kept.get(rows.start)
             if grad is None:
@@ -79,7 +94,7 @@ class _TargetScores(torch.autograd.Function):
             grad_hidden[rows] = (grad @ matrix).to(hidden.dtype)
             grad_weight.addmm_(grad.t(), hidden[rows].to(dtype))
             grad_bias += grad.sum(0)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None, None
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:

@@ -12,7 +12,13 @@ from exlm_dist.data.tokenizer import NUM_SPECIAL
 
 
 def make_batch(
-    lengths: list[int], *, states: int = 3, anchors: bool = True, vocab_size: int = 23, seed: int = 0, bucket: int = 1,
+    lengths: list[int],
+    *,
+    states: int = 3,
+    anchors: bool = True,
+    vocab_size: int = 23,
+    seed: int = 0,
+    bucket: int = 1,
     ratio: float = 0.3,
 ) -> PackedBatch:
     """Random sequences with payloads of `lengths` tokens; the same sequence for the same place in the list."""

@@ -1,9 +1,9 @@
 """Weights of the authors' fairseq checkpoints in our names and layout, and back.
 
 Three things differ beside the names: the rows of q and k within a head (theirs: position low, position high, clone low,
-clone high; ours: position low, clone low, position high, clone high), q, k and v as three matrices (ours: one, rows [H, 3, P]),
-and the position table of the transition head, whose first two rows they keep for padding. In the vocabulary `<mask>` comes
-last in theirs and is id 4 in ours.
+clone high; ours: position low, clone low, position high, clone high), q, k and v as three matrices (ours: one with rows
+[H, 3, P]), and the position table of the transition head, whose first two rows they keep for padding. In the
+vocabulary `<mask>` comes last in theirs and is id 4 in ours.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def load_file(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"{path} cannot be read as tensors only ({type(error).__name__}). Save its state dict as safetensors in the "
-            "environment that wrote it."
+            f"{path} cannot be read as tensors only ({type(error).__name__}). Save its state dict as safetensors in "
+            "the environment that wrote it."
         ) from error
     state = content.get("model", content) if isinstance(content, dict) else {}
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -84,7 +84,9 @@ def load_file(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def from_fairseq(state: Mapping[str, Tensor], *, heads: int | None = None, mask_last: bool = False) -> dict[str, Tensor]:
+def from_fairseq(
+    state: Mapping[str, Tensor], *, heads: int | None = None, mask_last: bool = False
+) -> dict[str, Tensor]:
     """Our parameters by canonical name from their state dict.
 
     heads: attention heads; by default those of the transition head. mask_last: move `<mask>` from the last id to ours.
@@ -106,7 +108,9 @@ def from_fairseq(state: Mapping[str, Tensor], *, heads: int | None = None, mask_
         else:
             unknown.append(name)
     if unknown:
-        raise CheckpointError(f"unknown entries in the fairseq state dict: {', '.join(sorted(unknown))}. Is it an ExLM checkpoint?")
+        raise CheckpointError(
+            f"unknown entries in the fairseq state dict: {', '.join(sorted(unknown))}. Is it an ExLM checkpoint?"
+        )
     for (layer_index, kind), parts in projections.items():
         weights[f"blocks.{layer_index}.attention.qkv.{kind}"] = _join(parts, heads)
     if "output.transition.positions.weight" in weights:
@@ -118,11 +122,13 @@ def from_fairseq(state: Mapping[str, Tensor], *, heads: int | None = None, mask_
     return {name: value.contiguous() for name, value in weights.items()}
 
 
-def to_fairseq(weights: Mapping[str, Tensor], *, heads: int | None = None, mask_last: bool = False) -> dict[str, Tensor]:
+def to_fairseq(
+    weights: Mapping[str, Tensor], *, heads: int | None = None, mask_last: bool = False
+) -> dict[str, Tensor]:
     """Their state dict from our parameters: the inverse of `from_fairseq`.
 
-    The two padding rows of the position table, which nothing reads, come back as zeros; a tied token head is listed under
-    both names, as their model expects.
+    The two padding rows of the position table, which nothing reads, come back as zeros; a tied token head is listed
+    under both names, as their model expects.
     """
     heads = heads or _heads(weights, "output.transition.gate.bias")
     weights = dict(weights)

@@ -13,9 +13,9 @@ from exlm_dist.model.stream import Stream
 class SelfAttention(nn.Module):
     """q, k and v of all heads from one matrix, attention within each sequence, output projection.
 
-    The rows of `qkv` are ordered [H, 3, P], so that a contiguous slice of rows holds whole heads. Within a head of q and k the
-    order is [position low | clone low | position high | clone high] (a quarter each), which makes 2-D rotary positions the
-    ordinary rotate-half of P/2 pairs with one row of angles per token.
+    The rows of `qkv` are ordered [H, 3, P], so that a contiguous slice of rows holds whole heads. Within a head of q
+    and k the order is [position low | clone low | position high | clone high] (a quarter each), which makes 2-D rotary
+    positions the ordinary rotate-half of P/2 pairs with one row of angles per token.
     """
 
     def __init__(self, width: int, heads: int, probability: float, *, layer: int, backend: str) -> None:

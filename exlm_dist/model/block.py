@@ -18,8 +18,8 @@ NORM_EPS = 1e-5
 class Block(nn.Module):
     """Attention and feed-forward, each with a residual; LayerNorm before each (pre) or after each sum (post).
 
-    The `last` block of a model attends with all tokens but goes on with the states only, unless the stream forbids it: the
-    output layer reads nothing else, and most of the block's work lies behind the attention.
+    The `last` block of a model attends with all tokens but goes on with the states only, unless the stream forbids it:
+    the output layer reads nothing else, and most of the block's work lies behind the attention.
     """
 
     def __init__(self, config: ModelConfig, layer: int, backend: str, *, last: bool = False) -> None:

@@ -42,7 +42,7 @@ class LanguageModel(nn.Module):
         return [self.embedding, *self.blocks, self.norm, self.output]
 
     def forward(self, stream: Stream) -> Stream:
-        """Run all layers; the result carries `match`, `transitions`, `log_likelihood` (and `predictions` where asked for)."""
+        """Run all layers; the result carries `match`, `transitions`, `log_likelihood`, and `predictions` on demand."""
         for layer in self.layers:
             recompute = self.activation_checkpointing and self.training and isinstance(layer, Block)
             # Dropout is keyed by the stream, so there is no random state to keep.

@@ -1,7 +1,7 @@
-"""What a model costs: parameters, floating-point operations, expanded length, memory per rank. Pure arithmetic, no torch.
+"""What a model costs: parameters, floating-point operations, expanded length, memory per rank. No torch here.
 
-Letters: S tokens of a sequence (BOS and EOS counted), M masked, N targets, k states per target, n = S + (k-1) N expanded
-length, L = k N states, D width, F feed-forward width, H heads, V vocabulary, R ranks.
+Letters: S tokens of a sequence (BOS and EOS counted), M masked, N targets, k states per target, n = S + (k-1) N
+expanded length, L = k N states, D width, F feed-forward width, H heads, V vocabulary, R ranks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Sizes:
 
 
 def expected_masked(length: int, ratio: float) -> float:
-    """Expected number of masked tokens of a sequence of `length` tokens (BOS and EOS are never masked, one at least is)."""
+    """Expected masked tokens of a sequence of `length` tokens: BOS and EOS are never masked, and at least one is."""
     return max(1.0, ratio * (length - 2))
 
 
@@ -65,8 +65,8 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> dict[str, int]:
 def flops_per_sequence(model: ModelConfig, vocab_size: int, sizes: Sizes) -> dict[str, float]:
     """Floating-point operations of forward and backward for one sequence, by part; recomputation is not counted.
 
-    The ideal count: the token head on the states only, transition scores on the pairs v < u only. Norms, softmax and the
-    dynamic programme (under 0.2 %) are left out.
+    The ideal count: the token head on the states only, transition scores on the pairs v < u only. Norms, softmax and
+    the dynamic programme (under 0.2 %) are left out.
     """
     width, states = model.width, sizes.states
     linear = width * (4 * width + 2 * model.ffn)
@@ -85,13 +85,16 @@ def flops_per_sequence(model: ModelConfig, vocab_size: int, sizes: Sizes) -> dic
 def activation_bytes(model: ModelConfig, vocab_size: int, sizes: Sizes, config: RunConfig, element: int) -> float:
     """Bytes kept between forward and backward for one micro-batch, `element` bytes per number of the hidden states.
 
-    Per token and block: inputs of the two norms and of the four linear maps, q, k and v, both sides of the gelu, and one byte
-    per dropped element. With recomputation only each block's input, and one block in full.
+    Per token and block: inputs of the two norms and of the linear maps, q, k and v, the feed-forward before its gelu,
+    and a byte per element under dropout; behind its attention the last block has the states only. With recomputation
+    each block's input, and one block in full.
     """
     tokens, states = sizes.expanded * config.batch.micro, sizes.states * config.batch.micro
     dropped = 2 * model.width if model.dropout else 0
-    block = tokens * (element * (8 * model.width + 2 * model.ffn) + dropped + 4 * model.heads)
-    blocks = model.layers * block
+    attention = tokens * (element * 6 * model.width + _FP32 * model.heads)
+    after = element * (2 * model.width + model.ffn) + dropped
+    block = attention + tokens * after
+    blocks = (model.layers - 1) * block + attention + states * after
     if config.parallel.activation_checkpointing:
         blocks = model.layers * tokens * element * model.width + block
     head = states * element * 4 * model.width
@@ -105,8 +108,8 @@ def activation_bytes(model: ModelConfig, vocab_size: int, sizes: Sizes, config: 
 def memory_per_rank(config: RunConfig, vocab_size: int, sizes: Sizes, world: int) -> dict[str, float]:
     """Estimated bytes on one of `world` data-parallel ranks, by kind.
 
-    ZeRO divides the optimizer states (stage 1), also the gradients (2), also the weights (3) by the number of ranks. Scratch
-    space of single operations, the framework and fragmentation are not in it.
+    ZeRO divides the optimizer states (stage 1), also the gradients (2), also the weights (3) by the number of ranks.
+    Scratch space of single operations, the framework and fragmentation are not in it.
     """
     count = sum(count_parameters(config.model, vocab_size).values())
     element = _FP32 if config.precision.dtype == "fp32" else 2
@@ -144,7 +147,10 @@ def cost_table(config: RunConfig, vocab_size: int, length: int, world: int) -> l
     return [
         ("sequence length, vocabulary", f"{length}, {vocab_size}"),
         ("parameters", f"{sum(parameters.values()):,} ({_parts(parameters, 1e6, 'M')})"),
-        ("expanded length (expected)", f"{sizes.expanded:.1f} tokens, {sizes.states:.1f} states, {sizes.targets:.1f} targets"),
+        (
+            "expanded length (expected)",
+            f"{sizes.expanded:.1f} tokens, {sizes.states:.1f} states, {sizes.targets:.1f} targets",
+        ),
         ("FLOPs per sequence", f"{total / 1e9:.4g} GF ({_parts(flops, 1e9, 'GF')})"),
         ("FLOPs per step", f"{total * config.batch.sequences / 1e12:.4g} TF for {config.batch.sequences} sequences"),
         ("micro-batches per rank and step", f"{accumulation:g} on {world} ranks of {config.batch.micro} sequences"),
@@ -153,7 +159,7 @@ def cost_table(config: RunConfig, vocab_size: int, length: int, world: int) -> l
 
 
 def describe(config: RunConfig, *, world: int = 1, length: int | None = None, vocab_size: int | None = None) -> str:
-    """The cost table as text; `length` and `vocab_size` default to those of the prepared data, else to stated guesses."""
+    """The cost table as text; `length` and `vocab_size` default to those of the prepared data, else to 128 and 32000."""
     known_length, known_vocabulary = prepared_sizes(Path(config.data.path))
     length = length or known_length or _LENGTH_UNKNOWN
     vocab_size = vocab_size or known_vocabulary or _VOCABULARY_UNKNOWN

@@ -22,8 +22,8 @@ def keep_mask(shape: torch.Size, probability: float, seed: int, device: torch.de
     """Boolean mask (True: keep) and the factor that makes what is kept unbiased.
 
     Each 64-bit random number serves four elements; the probability is thereby rounded to 1/65536, and the factor is the
-    inverse of the rounded one, so that the expectation is exact. On a CPU this is about five times faster than drawing one
-    Bernoulli variable per element.
+    inverse of the rounded one, so that the expectation is exact. On a CPU this is about five times faster than drawing
+    one Bernoulli variable per element.
     """
     dropped = min(round(probability * _LANES), _LANES - 1)
     generator = torch.Generator(device).manual_seed(seed)

@@ -36,7 +36,7 @@ class Positions(nn.Module):
 
 
 class StateProjection(nn.Linear):
-    """Linear map of concat(features, position vector) that projects each position of the table once, not once per state."""
+    """Linear map of concat(features, position vector); each row of the position table is projected once."""
 
     def forward(self, features: Tensor, positions: Tensor | None, index: Tensor) -> Tensor:
         """features [S, D], positions [length, D] or None, index [S] into positions -> [S, out]."""
@@ -48,7 +48,7 @@ class StateProjection(nn.Linear):
 
 
 class TransitionHead(nn.Module):
-    """Queries, keys and gates of the states, from their features and places; log-probabilities of going from one to another."""
+    """Log-probabilities of going from one state to another, from the features and places of the states."""
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class TransitionHead(nn.Module):
 
 
 class Output(nn.Module):
-    """Token head (dense, gelu, norm, vocabulary) and transition head at the states, and the likelihood of the targets."""
+    """Token head (dense, gelu, norm, vocabulary) and transition head at the states; likelihood of the targets."""
 
     def __init__(self, config: ModelConfig, weight: nn.Parameter, backend: str) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from exlm_dist.utils.seeding import seed_from
 
 
 def initial_value(name: str, shape: torch.Size, *, seed: int, std: float) -> torch.Tensor:
-    """Value of the parameter `name` before the first step: N(0, std) for matrices, biases 0, gains of norms 1. On the CPU, fp32."""
+    """First value of the parameter `name`: N(0, std) for matrices, 0 for biases, 1 for gains of norms. CPU, fp32."""
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if len(shape) == 1:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from exlm_dist.model.stream import Stream
 
 
 def diagonal_log_likelihood(match: Tensor, num_targets: Tensor) -> Tensor:
-    """Sum of log p(target i | state i) of each sequence, [B]: the plain masked language model has one state per target."""
+    """Sum of log p(target i | state i) of each sequence, [B]: the plain model has one state per target."""
     scores = match.diagonal(dim1=1, dim2=2)
     inside = torch.arange(scores.shape[1], device=match.device) < num_targets[:, None]
     return torch.where(inside, scores, 0.0).sum(1)
@@ -22,8 +23,8 @@ def diagonal_log_likelihood(match: Tensor, num_targets: Tensor) -> Tensor:
 def loss_sum(stream: Stream, reduction: Literal["sequence", "token"]) -> tuple[Tensor, Tensor]:
     """Summed loss of a micro-batch, and which sequences [B] were left out because their likelihood is not finite.
 
-    'sequence': sum of -log P_b / N_b, to be divided by the sequences of the global batch; 'token': sum of -log P_b, to be
-    divided by its targets. A sequence that is left out gets no gradient; the caller counts and reports it.
+    'sequence': sum of -log P_b / N_b, to be divided by the sequences of the global batch; 'token': sum of -log P_b, to
+    be divided by its targets. A sequence that is left out gets no gradient; the caller counts and reports it.
     """
     valid = torch.isfinite(stream.log_likelihood)
     loss = -torch.where(valid, stream.log_likelihood, 0.0)
@@ -35,8 +36,8 @@ def loss_sum(stream: Stream, reduction: Literal["sequence", "token"]) -> tuple[T
 def prior_marginals(stream: Stream, *, backend: str = "auto") -> Tensor:
     """q_i(u): probability that target i sits on state u by the transitions alone, [B, N_max, L_max]; rows sum to 1.
 
-    The paths are weighted by their transitions and condition on the number of targets; no target token is looked at. The
-    plain masked language model has q_i(u) = [u = i].
+    The paths are weighted by their transitions and condition on the number of targets; no target token is looked at.
+    The plain masked language model has q_i(u) = [u = i].
     """
     if stream.transitions is None:
         targets, states = stream.match.shape[1:]
@@ -75,7 +76,7 @@ class MaskedScores:
 
 @torch.no_grad()
 def evaluate_masked(model: Callable[[Stream], Stream], stream: Stream, is_masked: Tensor) -> MaskedScores:
-    """Run `model` (in evaluation mode) on `stream` and score its masked targets; the full distribution decides accuracy."""
+    """Run `model` on `stream` and score its masked targets; the full distribution decides the accuracy."""
     result = model(stream.replace(predict=True))
     nll, count = masked_token_scores(result, is_masked)
     wanted = stream.padded(stream.target_ids, stream.cu_targets, stream.max_targets, -1)

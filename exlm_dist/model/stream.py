@@ -1,7 +1,7 @@
 """What flows through the layers: a packed micro-batch with the hidden states, and at the end its likelihoods.
 
-Letters: T expanded tokens, B sequences, D width, P head width, S states, N targets (largest of a sequence: N_max), L states
-of a sequence (largest: L_max), k states per expanded position.
+Letters: T expanded tokens, B sequences, D width, P head width, S states, N targets (largest of a sequence: N_max), L
+states of a sequence (largest: L_max), k states per expanded position.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 class Stream:
     """A packed micro-batch on its way through the layers; index tensors are int64 on the model's device.
 
-    Sequence b owns the tokens `cu_tokens[b]:cu_tokens[b+1]`, the states `cu_states[b]:...` (indices into the tokens) and the
-    targets `cu_targets[b]:...`. What lies past the last boundary is padding that no result depends on. The largest counts
-    are Python ints, so that no layer has to ask the device for a size.
+    Sequence b owns the tokens `cu_tokens[b]:cu_tokens[b+1]`, the states `cu_states[b]:...` (indices into the tokens)
+    and the targets `cu_targets[b]:...`. What lies past the last boundary is padding that no result depends on. The
+    largest counts are Python ints, so that no layer has to ask the device for a size.
     """
 
     input_ids: Tensor  # [T]

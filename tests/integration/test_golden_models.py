@@ -1,11 +1,11 @@
-"""The whole model against values computed by the authors' code: features, scores, paths, loss, every gradient, training.
+"""The whole model against the authors' code: features, scores, paths, loss, every gradient, thirty updates.
 
 Rows on which their code has an accident are left out, and each test asserts that rows remain to compare:
 - phantom rows (shorter than the batch's longest expansion and not padded): copies of the last token are attended to;
-- rows that do not end in an expanded position (blocks cut anywhere): with maximal transition length -1 they have no path,
+- rows that do not end in an expanded position (blocks cut anywhere): with maximal transition length -1 there is no path,
   with 99999 the last target is emitted by an ordinary token.
-With -1 both kinds have likelihood 0 and give no gradient, so there the gradient of the other rows is that of the batch. With
-99999 their gradient is mixed into the recorded one, so gradients are compared in the batches without such rows.
+With -1 both kinds have likelihood 0 and give no gradient, so there the gradient of the other rows is that of the batch.
+With 99999 their gradient is mixed into the recorded one, so gradients are compared in the batches without such rows.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ KEY_BIAS = "encoder.key_linear.bias"  # its gradient is 0 in exact arithmetic an
 TIED_COPY = "encoder.lm_head.weight"
 # Largest deviations that golden/README.md reports between their own float32 and float64 runs.
 FEATURES, LOGITS, LINKS, LOG_LIKELIHOOD, LOSS, GRADIENT = 5e-6, 2e-5, 1e-5, 2e-5, 2e-6, 4e-6
+FP64_SHARE = 0.2  # our fp64 run (angles stay fp32) against theirs, whose larger arrays are stored in fp32
 
 
 class Batch:
@@ -41,9 +42,7 @@ class Batch:
         longest = max(lengths)
         padded = (source == PAD).any(1)
         ends_expanded = [bool(row["clone"][-1]) for row in rows]
-        self.clean = [
-            b for b in range(len(rows)) if ends_expanded[b] and (padded[b] or lengths[b] == longest)
-        ]
+        self.clean = [b for b in range(len(rows)) if ends_expanded[b] and (padded[b] or lengths[b] == longest)]
         self.size = len(rows)
         self.rows = [rows[b] for b in self.clean]
         self.stream = self._stream(states) if self.rows else None
@@ -84,7 +83,9 @@ class Batch:
         )
 
 
-def build(settings: dict[str, Any], weights: dict[str, np.ndarray], dtype: torch.dtype, train: bool = False) -> LanguageModel:
+def build(
+    settings: dict[str, Any], weights: dict[str, np.ndarray], dtype: torch.dtype, train: bool = False
+) -> LanguageModel:
     config = ModelConfig(
         layers=settings["layers"],
         width=settings["d"],
@@ -120,19 +121,21 @@ def open_case(file: str, name: str, dtype: torch.dtype) -> tuple[Case, Batch, La
 
 
 def compare(ours: torch.Tensor, theirs: np.ndarray | torch.Tensor, tolerance: float, what: str) -> None:
+    ours_dtype = ours.dtype
     ours, theirs = ours.detach().double(), torch.as_tensor(theirs).double()
     assert ours.shape == theirs.shape, what
     assert torch.equal(ours.isinf(), theirs.isinf()), what
     error = torch.where(ours.isinf(), 0.0, (ours - theirs).abs())
-    scale = theirs[theirs.isfinite()].abs().max().clamp(min=1.0) if theirs.isfinite().any() else 1.0
-    assert error.max() <= tolerance * scale, f"{what}: off by {error.max():.2e}, allowed {tolerance * scale:.2e}"
+    finite = theirs[theirs.isfinite()].abs()
+    allowed = tolerance * (float(finite.max().clamp(min=1.0)) if len(finite) else 1.0)
+    if ours_dtype == torch.float64:
+        allowed *= FP64_SHARE
+    assert error.max() <= allowed, f"{what}: off by {error.max():.2e}, allowed {allowed:.2e}"
 
 
 def compare_gradients(model: LanguageModel, theirs: dict[str, np.ndarray], tolerance: float) -> None:
-    gradients = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()
-    }
-    ours = to_fairseq(gradients, heads=model.blocks[0].attention.qkv.out_features // 3 // model.blocks[0].attention.head_width)
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    ours = to_fairseq(gradients)
     compared = 0
     for name, gradient in theirs.items():
         compare(ours[name], gradient, tolerance, f"gradient of {name}")
@@ -293,13 +296,13 @@ def test_trajectory(file: str, name: str) -> None:
             losses.append(total / pool[index].size)
         loss = sum(losses) / len(losses)
         loss.backward()
-        compare(torch.stack(losses), case["out/microbatch_loss"][step], 6e-7, f"losses of update {step}")
+        compare(torch.stack(losses), case["out/microbatch_loss"][step], 6e-7 / FP64_SHARE, f"losses of update {step}")
         norm = optimizer.step(step + 1, float(case["out/lr"][step]))
         assert norm == pytest.approx(float(case["out/grad_norm"][step]), abs=2e-5), f"gradient norm of update {step}"
     ours = to_fairseq(dict(model.named_parameters()))
     for key, value in case.group("w30/").items():
         first = 2 if key == "encoder.link_positional.weight" else 0  # rows that nothing reads are not kept
-        compare(ours[key][first:], value[first:], 2e-5 if key == KEY_BIAS else 1e-5, f"final {key}")
+        compare(ours[key][first:], value[first:], 2e-5 if key == KEY_BIAS else 5e-6, f"final {key}")
 
 
 @pytest.mark.parametrize("file", golden_files("model_") + golden_files("traj_"))

@@ -40,8 +40,18 @@ def test_sizes_with_and_without_anchors():
     assert Sizes.of(PLAIN, 128, 19) == Sizes(128, 19, 128, 19)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_head": False}, {"transition_positions": False}, {"transitions": "uniform"}, {"transitions": "sparse"},
-                                     {"objective": "mlm", "states": 1, "anchors": False}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_head": False},
+        {"transition_positions": False},
+        {"transitions": "uniform"},
+        {"transitions": "sparse"},
+        {"objective": "mlm", "states": 1, "anchors": False},
+    ],
+    ids=str,
+)
 def test_parameters_are_those_of_the_model(changes):
     from exlm_dist.model.build import build_model
 
@@ -66,7 +76,9 @@ def test_zero_divides_what_it_shards():
 def test_recomputation_and_offload_are_in_the_estimate():
     sizes = Sizes.of(BASE, 128, 19)
     plain = memory_per_rank(run_config(), VOCABULARY, sizes, 1)
-    recomputed = memory_per_rank(run_config(parallel={"activation_checkpointing": True, "offload": True}), VOCABULARY, sizes, 1)
+    recomputed = memory_per_rank(
+        run_config(parallel={"activation_checkpointing": True, "offload": True}), VOCABULARY, sizes, 1
+    )
     assert recomputed["activations"] < plain["activations"] / 4
     assert "optimizer (host)" in recomputed and "optimizer" not in recomputed
 

@@ -18,7 +18,17 @@ LENGTHS = [9, 14, 6, 11]
 
 
 def small(**changes) -> ModelConfig:
-    settings = {"layers": 2, "width": 16, "heads": 2, "ffn": 24, "states": 3, "max_positions": 64, "dropout": 0.0, "attention_dropout": 0.0, "init_std": 0.3}
+    settings = {
+        "layers": 2,
+        "width": 16,
+        "heads": 2,
+        "ffn": 24,
+        "states": 3,
+        "max_positions": 64,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_std": 0.3,
+    }
     return ModelConfig(**{**settings, **changes})
 
 
@@ -26,7 +36,15 @@ PLAIN = {"objective": "mlm", "states": 1, "anchors": False}
 SWITCHES = [
     {"transitions": kind, "anchors": anchors, "states": states}
     for kind, anchors, states in itertools.product(("dense", "sparse", "uniform"), (True, False), (1, 3))
-] + [{"norm": "post"}, {"rotary": "1d"}, {"transition_positions": False}, {"tie_head": False}, {"states": 16}, PLAIN, {**PLAIN, "norm": "post", "rotary": "1d"}]
+] + [
+    {"norm": "post"},
+    {"rotary": "1d"},
+    {"transition_positions": False},
+    {"tie_head": False},
+    {"states": 16},
+    PLAIN,
+    {**PLAIN, "norm": "post", "rotary": "1d"},
+]
 
 
 def batch_for(config: ModelConfig, lengths=LENGTHS, **changes):
@@ -64,8 +82,20 @@ def test_every_switch_trains_every_parameter(changes):
 
 def test_canonical_names():
     names = {name for name, _ in build_model(small(layers=1), VOCABULARY, seed=0).named_parameters()}
-    parts = ["blocks.0.attention_norm", "blocks.0.attention.qkv", "blocks.0.attention.out", "blocks.0.ffn_norm", "blocks.0.ffn.up", "blocks.0.ffn.down", "norm",
-             "output.dense", "output.norm", "output.transition.query", "output.transition.key", "output.transition.gate"]
+    parts = [
+        "blocks.0.attention_norm",
+        "blocks.0.attention.qkv",
+        "blocks.0.attention.out",
+        "blocks.0.ffn_norm",
+        "blocks.0.ffn.up",
+        "blocks.0.ffn.down",
+        "norm",
+        "output.dense",
+        "output.norm",
+        "output.transition.query",
+        "output.transition.key",
+        "output.transition.gate",
+    ]
     expected = {f"{part}.{kind}" for part in parts for kind in ("weight", "bias")}
     assert names == expected | {"embedding.weight", "output.bias", "output.transition.positions.weight"}
     untied = {name for name, _ in build_model(small(layers=1, tie_head=False), VOCABULARY, seed=0).named_parameters()}
@@ -88,7 +118,9 @@ def test_going_on_with_the_states_only_changes_nothing(changes):
     assert_equal(run(config, batch), run(config, batch, select=False))
 
 
-@pytest.mark.parametrize("changes", [{}, {"transitions": "sparse"}, {"transitions": "uniform", "anchors": False}, PLAIN], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"transitions": "sparse"}, {"transitions": "uniform", "anchors": False}, PLAIN], ids=str
+)
 def test_bucket_padding_and_neighbours_change_nothing(changes):
     config = small(**changes)
     whole = run(config, batch_for(config))
@@ -117,7 +149,9 @@ def test_plain_model_is_cross_entropy_at_the_masked_positions():
     for layer in model.layers[:-1]:
         hidden = layer(hidden)
     features = model.output.norm(F.gelu(model.output.dense(hidden.hidden[stream.state_index])))
-    losses = F.cross_entropy(features @ model.embedding.weight.T + model.output.bias, stream.target_ids, reduction="none")
+    losses = F.cross_entropy(
+        features @ model.embedding.weight.T + model.output.bias, stream.target_ids, reduction="none"
+    )
     expected = torch.stack([part.sum() for part in losses.split(stream.num_targets.tolist())])
     assert torch.allclose(-result.log_likelihood, expected, rtol=1e-12)
     assert result.transitions is None

@@ -17,13 +17,25 @@ VOCABULARY = 13
 
 
 def make_model(**changes):
-    settings = {"layers": 1, "width": 16, "heads": 2, "ffn": 16, "states": 2, "max_positions": 64, "dropout": 0.0, "attention_dropout": 0.0, "init_std": 0.4}
+    settings = {
+        "layers": 1,
+        "width": 16,
+        "heads": 2,
+        "ffn": 16,
+        "states": 2,
+        "max_positions": 64,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_std": 0.4,
+    }
     config = ModelConfig(**{**settings, **changes})
     return config, build_model(config, VOCABULARY, seed=2).eval()
 
 
 def make_stream(config, lengths=(4, 5), **changes):
-    batch = make_batch(list(lengths), states=config.states, anchors=config.anchors, vocab_size=VOCABULARY, ratio=0.4, **changes)
+    batch = make_batch(
+        list(lengths), states=config.states, anchors=config.anchors, vocab_size=VOCABULARY, ratio=0.4, **changes
+    )
     return Stream.from_batch(batch), torch.from_numpy(batch.is_masked)
 
 
@@ -48,7 +60,16 @@ def token_probabilities(model, stream) -> torch.Tensor:
     return (features @ model.output.weight.T + model.output.bias).softmax(-1)
 
 
-@pytest.mark.parametrize("changes", [{}, {"states": 3, "transitions": "sparse"}, {"states": 3, "transitions": "uniform"}, {"anchors": False, "states": 3}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"states": 3, "transitions": "sparse"},
+        {"states": 3, "transitions": "uniform"},
+        {"anchors": False, "states": 3},
+    ],
+    ids=str,
+)
 @torch.no_grad()
 def test_metric_by_walking_every_path(changes):
     config, model = make_model(**changes)

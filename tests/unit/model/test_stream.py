@@ -12,7 +12,8 @@ def test_expanded_index_counts_from_the_own_start():
     tokens = torch.arange(batch.num_tokens)
     expected = torch.cat([torch.arange(int(n)) for n in stream.cu_tokens.diff()])
     assert torch.equal(stream.expanded_index(tokens), expected)
-    assert torch.equal(stream.expanded_index(stream.state_index[: batch.num_states]), expected[stream.state_index[: batch.num_states]])
+    states = stream.state_index[: batch.num_states]
+    assert torch.equal(stream.expanded_index(states), expected[states])
 
 
 def test_padded_lays_each_sequence_on_its_own_row():

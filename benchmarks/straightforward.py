@@ -1,0 +1,170 @@
+"""The same ExLM written the obvious way: padded, every intermediate materialised, autograd throughout. The yardstick of
+`train_cpu.py`; it shares no computation with the package.
+
+Letters: B sequences, n longest expanded length, D width, H heads, P head width, N longest target count, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMPOSSIBLE = -1e30
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """ids, position, clone [B, n]; inside, is_state [B, n] bool; targets [B, N]; num_targets [B]; last [B] place of the
+    last state.
+    """
+
+    ids: Tensor
+    position: Tensor
+    clone: Tensor
+    inside: Tensor
+    targets: Tensor
+    num_targets: Tensor
+    last: Tensor
+
+    @property
+    def is_state(self) -> Tensor:
+        return self.clone > 0
+
+    @staticmethod
+    def from_packed(batch, pad: int = 1) -> PaddedBatch:
+        """The same sequences as a packed batch (numpy), one per row."""
+
+        def rows(values, starts, fill):
+            parts = [torch.from_numpy(values[a:b].copy()) for a, b in zip(starts[:-1], starts[1:])]
+            return nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
+
+        clone = rows(batch.clone, batch.cu_tokens, -1)
+        places = torch.arange(clone.shape[1])
+        return PaddedBatch(
+            ids=rows(batch.input_ids, batch.cu_tokens, pad),
+            position=rows(batch.position, batch.cu_tokens, 0),
+            clone=clone.clamp(min=0),
+            inside=clone >= 0,
+            targets=rows(batch.target_ids, batch.cu_targets, pad),
+            num_targets=torch.from_numpy(batch.cu_targets).diff(),
+            last=torch.where(clone > 0, places, -1).amax(1),
+        )
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads, self.dropout = heads, dropout
+
+    def forward(self, x: Tensor, batch: PaddedBatch) -> Tensor:
+        count, length, width = x.shape
+        q, k, v = self.qkv(x).view(count, length, self.heads, 3, -1).permute(3, 0, 2, 1, 4)  # [B, H, n, P] each
+        cos, sin = rotary_table(batch, q.shape[-1])
+        scores = (q * cos + rotate_half(q) * sin) @ (k * cos + rotate_half(k) * sin).transpose(2, 3)
+        scores = (scores / math.sqrt(q.shape[-1])).masked_fill(~batch.inside[:, None, None, :], -math.inf)
+        weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
+        return self.out((weights @ v).transpose(1, 2).reshape(count, length, width))
+
+
+def rotary_table(batch: PaddedBatch, width: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, 1, n, P] of the two-dimensional rotary positions."""
+    turning = 10000.0 ** (-torch.arange(0, width // 2, 2) / (width // 2))
+    angles = torch.cat([batch.position[..., None] * turning, batch.clone[..., None] * turning], dim=-1)
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block."""
+
+    def __init__(self, width: int, heads: int, ffn: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm, self.ffn_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads, dropout)
+        self.ffn = nn.ModuleDict({"up": nn.Linear(width, ffn), "down": nn.Linear(ffn, width)})
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, batch: PaddedBatch) -> Tensor:
+        x = x + F.dropout(self.attention(self.attention_norm(x), batch), self.dropout, self.training)
+        inner = self.ffn["down"](F.gelu(self.ffn["up"](self.ffn_norm(x))))
+        return x + F.dropout(inner, self.dropout, self.training)
+
+
+class TransitionHead(nn.Module):
+    def __init__(self, width: int, heads: int, max_positions: int) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(max_positions, width)
+        self.query, self.key = nn.Linear(2 * width, width), nn.Linear(2 * width, width)
+        self.gate = nn.Linear(2 * width, heads)
+        self.heads = heads
+
+    def forward(self, features: Tensor, batch: PaddedBatch) -> Tensor:
+        """Log-probabilities [B, n, n] from every place to every later state."""
+        count, length, width = features.shape
+        place = self.positions(torch.arange(length)).expand(count, -1, -1)
+        x = torch.cat([features, place], dim=-1)
+        query = self.query(x).view(count, length, self.heads, -1)
+        key = self.key(x).view(count, length, self.heads, -1)
+        scores = torch.einsum("bihp,bjhp->bijh", query, key) / math.sqrt(width // self.heads)  # [B, n, n, H]
+        later = torch.ones(length, length, dtype=torch.bool).triu(1)
+        allowed = later & batch.is_state[:, :, None] & batch.is_state[:, None, :]
+        scores = scores.masked_fill(~allowed[..., None], IMPOSSIBLE).log_softmax(dim=2)
+        gates = self.gate(x).log_softmax(-1)[:, :, None, :]
+        return torch.logsumexp(scores + gates, dim=-1).masked_fill(~allowed, IMPOSSIBLE)
+
+
+class Output(nn.Module):
+    def __init__(self, width: int, heads: int, vocabulary: int, max_positions: int, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.dense, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
+        self.weight, self.bias = weight, nn.Parameter(torch.zeros(vocabulary))
+        self.transition = TransitionHead(width, heads, max_positions)
+
+    def forward(self, features: Tensor, batch: PaddedBatch) -> Tensor:
+        """log P of the targets of each row, [B]."""
+        logits = F.linear(self.norm(F.gelu(self.dense(features))), self.weight, self.bias)  # [B, n, V]
+        index = batch.targets[:, None, :].expand(-1, logits.shape[1], -1)
+        match = logits.log_softmax(-1).gather(2, index).transpose(1, 2)  # [B, N, n]
+        return path_sum(match, self.transition(features, batch), batch)
+
+
+def path_sum(match: Tensor, links: Tensor, batch: PaddedBatch) -> Tensor:
+    """The forward recursion over all places; every path starts at place 0 and ends at the last state."""
+    alpha = torch.full_like(match[:, 0], IMPOSSIBLE)
+    alpha = torch.cat([match[:, 0, :1], alpha[:, 1:]], dim=1)
+    rows = [alpha]
+    for i in range(1, match.shape[1]):
+        rows.append(torch.logsumexp(rows[-1][:, :, None] + links, dim=1) + match[:, i])
+    sequence = torch.arange(len(match))
+    return torch.stack(rows, dim=1)[sequence, batch.num_targets - 1, batch.last]
+
+
+class StraightforwardExLM(nn.Module):
+    """Pre-norm ExLM with dense transitions, anchors and a tied token head; parameter and row orders are the package's."""
+
+    def __init__(
+        self, layers: int, width: int, heads: int, ffn: int, vocabulary: int, max_positions: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(Block(width, heads, ffn, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.output = Output(width, heads, vocabulary, max_positions, self.embedding.weight)
+        self.dropout = dropout
+
+    def forward(self, batch: PaddedBatch) -> Tensor:
+        """Mean over the sequences of -log P / number of targets."""
+        x = F.dropout(self.embedding(batch.ids), self.dropout, self.training)
+        for block in self.blocks:
+            x = block(x, batch)
+        return -(self.output(self.norm(x), batch) / batch.num_targets).mean()

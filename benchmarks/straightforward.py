@@ -150,7 +150,7 @@ def path_sum(match: Tensor, links: Tensor, batch: PaddedBatch) -> Tensor:
 
 
 class StraightforwardExLM(nn.Module):
-    """Pre-norm ExLM with dense transitions, anchors and a tied token head; parameter and row orders are the package's."""
+    """Pre-norm ExLM with dense transitions, anchors and a tied token head; parameters as in the package."""
 
     def __init__(
         self, layers: int, width: int, heads: int, ffn: int, vocabulary: int, max_positions: int, dropout: float

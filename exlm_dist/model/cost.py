@@ -159,7 +159,7 @@ def cost_table(config: RunConfig, vocab_size: int, length: int, world: int) -> l
 
 
 def describe(config: RunConfig, *, world: int = 1, length: int | None = None, vocab_size: int | None = None) -> str:
-    """The cost table as text; `length` and `vocab_size` default to those of the prepared data, else to 128 and 32000."""
+    """The cost table as text; `length` and `vocab_size` default to those of the prepared data, else 128 and 32000."""
     known_length, known_vocabulary = prepared_sizes(Path(config.data.path))
     length = length or known_length or _LENGTH_UNKNOWN
     vocab_size = vocab_size or known_vocabulary or _VOCABULARY_UNKNOWN

@@ -2,7 +2,7 @@
 
 Rows on which their code has an accident are left out, and each test asserts that rows remain to compare:
 - phantom rows (shorter than the batch's longest expansion and not padded): copies of the last token are attended to;
-- rows that do not end in an expanded position (blocks cut anywhere): with maximal transition length -1 there is no path,
+- rows that do not end in an expanded position (cut blocks): with maximal transition length -1 they have no path,
   with 99999 the last target is emitted by an ordinary token.
 With -1 both kinds have likelihood 0 and give no gradient, so there the gradient of the other rows is that of the batch.
 With 99999 their gradient is mixed into the recorded one, so gradients are compared in the batches without such rows.

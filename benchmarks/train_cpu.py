@@ -4,7 +4,8 @@
 
 Both sides start from the same weights; their losses must agree in fp32 without dropout before anything is timed. Steps
 (forward, backward, AdamW) are interleaved in one process; the peak memory of each side is taken in a process of its
-own, less what the process held before the model was built. Writes a CSV with hardware, versions and commit to results/.
+own, less what the process held before the model was built. On a machine that does other work too, run with `--threads 1` and
+read the processor time. Writes a CSV with hardware, versions and commit to results/.
 """
 
 from __future__ import annotations
@@ -146,17 +147,17 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def time_sides(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of every timed step, the sides taking turns on the same batches."""
+def time_sides(args: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
+    """(elapsed, processor) seconds of every timed step, the sides taking turns on the same batches."""
     steps = {side: make_side(side, args) for side in SIDES}
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
     for number in range(args.rounds + 1):
         batch = make_batch(args, number)
         for side in SIDES if number % 2 else SIDES[::-1]:
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             steps[side](batch, number)
             if number:  # the first step warms up
-                seconds[side].append(time.perf_counter() - start)
+                seconds[side].append((time.perf_counter() - start, time.process_time() - used))
     return seconds
 
 
@@ -207,14 +208,15 @@ def main() -> None:
     rows = []
     for side in SIDES:
         before, peak = measure_memory(side, args)
-        low, _, high = statistics.quantiles(seconds[side], n=4)
-        median = statistics.median(seconds[side])
+        elapsed, used = zip(*seconds[side])
+        low, median, high = statistics.quantiles(elapsed, n=4)
         rows.append(
             {
                 "side": side,
                 "ms": median * 1e3,
                 "ms_q1": low * 1e3,
                 "ms_q3": high * 1e3,
+                "cpu_ms": statistics.median(used) * 1e3,
                 "mib": peak - before,
                 "mib_process": peak,
             }
@@ -223,13 +225,14 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, rows: list[dict]) -> None:
-    print(f"{'':16} {'ms/step':>9} {'(quartiles)':>17} {'peak MiB':>9} {'whole process':>14}")
+    print(f"{'':16} {'ms/step':>9} {'(quartiles)':>17} {'cpu ms':>9} {'peak MiB':>9} {'whole process':>14}")
     for row in rows:
         spread = f"({row['ms_q1']:.0f}..{row['ms_q3']:.0f})"
-        print(f"{row['side']:16} {row['ms']:9.0f} {spread:>17} {row['mib']:9.0f} {row['mib_process']:14.0f}")
+        sizes = f"{row['cpu_ms']:9.0f} {row['mib']:9.0f} {row['mib_process']:14.0f}"
+        print(f"{row['side']:16} {row['ms']:9.0f} {spread:>17} {sizes}")
     ours, other = rows
-    speed, memory = other["ms"] / ours["ms"], ours["mib"] / other["mib"]
-    print(f"ours is {speed:.2f} times faster and takes {memory:.2f} of its peak memory")
+    speed, work, memory = other["ms"] / ours["ms"], other["cpu_ms"] / ours["cpu_ms"], ours["mib"] / other["mib"]
+    print(f"ours: {speed:.2f} times faster ({work:.2f} in processor time), {memory:.2f} of its peak memory")
     setting = {name: getattr(args, name) for name in SETTINGS}
     shared = {**provenance(args), **setting}
     args.out.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,8 @@
 
 Both sides start from the same weights; their losses must agree in fp32 without dropout before anything is timed. Steps
 (forward, backward, AdamW) are interleaved in one process; the peak memory of each side is taken in a process of its
-own, less what the process held before the model was built. On a machine that does other work too, run with `--threads 1` and
-read the processor time. Writes a CSV with hardware, versions and commit to results/.
+own, less what the process held before the model was built. On a machine that does other work too, take `--threads 1`
+and read the processor time. Writes a CSV with hardware, versions and commit to results/.
 """
 
 from __future__ import annotations

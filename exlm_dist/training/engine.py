@@ -152,8 +152,8 @@ def deepspeed_config(config: RunConfig, process: Process, dtype: torch.dtype, nu
     if half:
         result[half] = {"enabled": True}
     if dtype == torch.bfloat16 and config.parallel.zero > 0:
-        # Otherwise gradients of the micro-batches are summed in 8 bits of mantissa.
-        result["data_types"] = {"grad_accum_dtype": "fp32"}
+        # Otherwise gradients of the micro-batches, and of the ranks, are summed in 8 bits of mantissa.
+        result |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     return result
 
 

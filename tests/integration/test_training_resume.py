@@ -36,7 +36,7 @@ def whole(data, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("zero, dtype", [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize("zero, dtype", [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (3, "bf16")])
 def test_sigkill_then_the_same_bits(zero, dtype, data, whole, tmp_path):
     config = tiny(tmp_path, "killed", data, parallel={"zero": zero}, precision={"dtype": dtype})
     codes = train_on(config, 2, ("step", 1, 7))
@@ -84,17 +84,24 @@ def test_events_have_each_point_once_and_the_same_as_uninterrupted(data, whole, 
     assert points(tmp_path / "killed") == points(Path(other.runs) / other.name)
 
 
-@pytest.mark.parametrize("first, second", [((2, 1), (1, 3)), ((1, 3), (2, 2)), ((2, 0), (4, 1)), ((4, 2), (2, 0))])
-def test_world_size_and_zero_stage_may_change(first, second, data, tmp_path):
+def losses(config) -> list[float]:
+    events = [event for event in read_events(Path(config.runs) / config.name / "events.jsonl") if event["kind"] == "metrics"]
+    return [event["values"]["train/loss"] for event in events if "train/loss" in event["values"]]
+
+
+@pytest.fixture(scope="module")
+def curve(data, tmp_path_factory) -> list[float]:
+    """Loss of every step of a run on two ranks that nothing interrupted."""
+    config = tiny(tmp_path_factory.mktemp("curve"), "whole", data, tracking={"every": 1})
+    assert train_on(config, 2) == [EXIT_DONE] * 2
+    return losses(config)
+
+
+@pytest.mark.parametrize("before, after", [((2, 1), (1, 3)), ((1, 3), (4, 2)), ((2, 0), (1, 1))])
+def test_world_size_and_zero_stage_may_change(before, after, data, curve, tmp_path):
     """(ranks, stage) before and after a stop at step 7: the same curve as one that did not change, to rounding."""
-    layouts = {"changed": (first, second), "same": (first, first)}
-    losses = {}
-    for name, (before, after) in layouts.items():
-        config = tiny(tmp_path, name, data, parallel={"zero": before[1]}, tracking={"every": 1})
-        assert set(train_on(config, before[0], ("signal", 0, 6, signal.SIGTERM))) == {EXIT_SAVED}
-        config = tiny(tmp_path, name, data, parallel={"zero": after[1]}, tracking={"every": 1})
-        assert set(train_on(config, after[0])) == {EXIT_DONE}
-        metrics = [event for event in read_events(tmp_path / name / "events.jsonl") if event["kind"] == "metrics"]
-        losses[name] = [event["values"]["train/loss"] for event in metrics if "train/loss" in event["values"]]
-    assert len(losses["same"]) == 12
-    assert losses["changed"] == pytest.approx(losses["same"], rel=1e-5)
+    config = tiny(tmp_path, "changed", data, parallel={"zero": before[1]}, tracking={"every": 1})
+    assert train_on(config, before[0], ("signal", 0, 6, signal.SIGTERM)) == [EXIT_SAVED] * before[0]
+    config = tiny(tmp_path, "changed", data, parallel={"zero": after[1]}, tracking={"every": 1})
+    assert train_on(config, after[0]) == [EXIT_DONE] * after[0]
+    assert len(curve) == 12 and losses(config) == pytest.approx(curve, rel=1e-5)

@@ -28,7 +28,7 @@ def test_batch_sizes_agree_and_buckets_fit_the_model(tmp_path, zero):
 
 def test_bf16_accumulates_in_fp32(tmp_path):
     made = deepspeed_config(config(tmp_path), CPU, torch.bfloat16, 10**9)
-    assert made["bf16"] == {"enabled": True} and made["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert made["communication_data_type"] == "fp32" and made["bf16"] == {"enabled": True} and made["data_types"] == {"grad_accum_dtype": "fp32"}
     assert made["zero_optimization"]["reduce_bucket_size"] == 50_000_000
 
 

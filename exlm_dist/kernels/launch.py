@@ -19,13 +19,14 @@ DEFAULT_CAPABILITY = (9, 0)
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel: run-time arguments, compile-time constants and the compiler's two settings."""
+    """One launch of a kernel: run-time arguments, compile-time constants and settings of the compiler."""
 
     kernel: Callable[..., Any]
     arguments: dict[str, Any]
     constants: dict[str, Any]
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @dataclass
@@ -45,12 +46,16 @@ def launch(
     *,
     warps: int = 4,
     stages: int = 2,
+    registers: int | None = None,
 ) -> None:
-    """Start `kernel` on `grid` (nothing happens where a side of it is 0), or record it inside `record_launches`."""
+    """Start `kernel` on `grid` (nothing happens where a side of it is 0), or record it inside `record_launches`.
+
+    `registers` caps the registers of a thread, so that more programs share a multiprocessor (None: the compiler's choice).
+    """
     if _recording is not None:
-        _recording.launches.append(Launch(kernel, arguments, constants, warps, stages))
+        _recording.launches.append(Launch(kernel, arguments, constants, warps, stages, registers))
     elif all(grid):
-        kernel[grid](**arguments, **constants, num_warps=warps, num_stages=stages)
+        kernel[grid](**arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=registers)
 
 
 def capability(device: torch.device) -> tuple[int, int]:

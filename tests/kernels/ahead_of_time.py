@@ -79,7 +79,7 @@ def compile_launch(case: str, item: Launch, target: tuple[int, int]) -> Report:
         if signature[name] != "constexpr" and _divisible(item, name)
     }
     source = ASTSource(item.kernel, signature, dict(_constants(item)), attributes)
-    options = {"num_warps": item.warps, "num_stages": item.stages}
+    options = {"num_warps": item.warps, "num_stages": item.stages, "maxnreg": item.registers}
     built = triton.compile(source, target=GPUTarget("cuda", target[0] * 10 + target[1], 32), options=options)
     registers, local = _resources(built.asm["cubin"])
     constants = " ".join(f"{name}={value}" for name, value in item.constants.items())
@@ -146,7 +146,7 @@ def reports(operations: list[str], targets: list[tuple[int, int]], select: str =
                     run()
                 for item in launches:
                     key = (item.kernel.__name__, *(_type(item, n) for n in item.kernel.arg_names),
-                           *item.constants.items(), item.warps, item.stages)  # fmt: skip
+                           *item.constants.items(), item.warps, item.stages, item.registers)  # fmt: skip
                     if key not in seen:
                         seen.add(key)
                         yield compile_launch(case, item, target)

@@ -28,17 +28,6 @@ DROP_BITS = 24
 
 
 @triton.jit
-def _turn_table(angles, table, elements, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    """angles [T, HALF] fp32 -> table [T, 2 * HALF] fp32: cosines, then sines."""
-    o_angle = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = o_angle < elements
-    b_angle = tl.load(angles + o_angle, mask=inside, other=0.0)
-    p_out = table + (o_angle // HALF) * (2 * HALF) + o_angle % HALF
-    tl.store(p_out, tl.cos(b_angle), mask=inside)
-    tl.store(p_out + HALF, tl.sin(b_angle), mask=inside)
-
-
-@triton.jit
 def _mixed(x):
     """A 32-bit integer hash (two multiplications, Wellons' lowbias32): every input bit flips each output bit half the time."""
     x = (x ^ (x >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)
@@ -181,9 +170,10 @@ def _forward(
         n_sum, n_total, n_top = (), (), ()
         for tile in tl.static_range(TILES):
             b_score = _product(b_q[tile], tl.trans(b_k), tl.zeros([BQ, BK], tl.float32))
-            b_score = tl.where((o_key < count - key)[None, :], b_score * scale, float("-inf"))
-            b_max = tl.maximum(b_top[tile], tl.max(b_score, 1))
-            b_weight = tl.exp2(b_score - b_max[:, None])
+            if key + BK > count:
+                b_score = tl.where((o_key < count - key)[None, :], b_score, float("-inf"))
+            b_max = tl.maximum(b_top[tile], tl.max(b_score, 1) * scale)
+            b_weight = tl.exp2(b_score * scale - b_max[:, None])
             b_shrink = tl.exp2(b_top[tile] - b_max)
             n_top = n_top + (b_max,)
             n_total = n_total + (b_total[tile] * b_shrink + tl.sum(b_weight, 1),)
@@ -203,205 +193,12 @@ def _forward(
         tl.store(p_statistic + o_row, b_top[tile] + tl.log2(b_total[tile]), mask=o_row < left)
 
 
-@triton.jit
-def _weights_and_grads(
-    b_q, b_k, b_v, b_go, b_statistic, b_delta, b_row_key, o_key, key_limit,
-    scale, dropped, dropout_scale, BQ: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr,
-):  # fmt: skip
-    """Of one tile, transposed [BK, BQ]: weights that reach the output, and gradient of the scores over the scale."""
-    b_score = _product(b_k, tl.trans(b_q), tl.zeros([BK, BQ], tl.float32))
-    b_weight = tl.exp2(b_score * scale - b_statistic[None, :])
-    b_weight = tl.where((o_key < key_limit)[:, None], b_weight, 0.0)
-    b_grad = _product(b_v, tl.trans(b_go), tl.zeros([BK, BQ], tl.float32))
-    b_used = b_weight
-    if DROPOUT:
-        kept = _kept(b_row_key[None, :], o_key[:, None], dropped)
-        b_used = tl.where(kept, b_weight, 0.0)
-        b_grad = tl.where(kept, b_grad * dropout_scale, 0.0)
-    return b_used, b_weight * (b_grad - b_delta[None, :])
-
-
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "dropped", "lower", "upper"])
-def _backward_short(
-    q, k, v, table, cu, out, grad_out, statistic,  # as in `_forward`; out and grad_out contiguous
-    grad_q, grad_k, grad_v,  # [T, H, P] out, strides (stride_grad, stride_grad_head, 1)
-    tokens, sequences, heads, chunks, lower, upper, stride, stride_head, stride_grad, stride_grad_head,
-    scale, grad_scale, seed_low, seed_high, dropped, dropout_scale,
-    P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
-    BQ: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    """One program: all gradients of one sequence and head; queries and grad q stay resident, keys pass by once."""
-    sequence, head, chunk, first = _place(cu, sequences, heads, chunks)
-    grad_head = head * stride_grad_head
-    if TAIL:
-        if sequence == sequences:
-            _zero_tail(grad_q + grad_head, first, tokens, chunk, chunks, stride_grad, P, BP, BQ)
-            _zero_tail(grad_k + grad_head, first, tokens, chunk, chunks, stride_grad, P, BP, BQ)
-            _zero_tail(grad_v + grad_head, first, tokens, chunk, chunks, stride_grad, P, BP, BQ)
-            return
-    count = (tl.load(cu + sequence + 1) - first).to(tl.int32)
-    if count <= lower or count > upper:
-        return
-    o_query = tl.arange(0, BQ)
-    o_key = tl.arange(0, BK)
-    stride_out = heads * P
-    p_q = q + first * stride + head * stride_head
-    p_turn = table + first * P
-    p_go = grad_out + first * stride_out + head * P
-    p_out = out + first * stride_out + head * P
-    p_statistic = statistic + head.to(tl.int64) * tokens + first
-    b_q, b_go, b_stat, b_delta, b_gq, b_keys = (), (), (), (), (), ()
-    for tile in tl.static_range(TILES):
-        o_row = tile * BQ + o_query
-        b_grad_out = _load_rows(p_go, o_row, count, stride_out, P, BP)
-        b_out = _load_rows(p_out, o_row, count, stride_out, P, BP)
-        b_q += (_load_turned(p_q, p_turn, o_row, count, stride, BQ, HALF, BH),)
-        b_go = b_go + (b_grad_out,)
-        b_delta = b_delta + (tl.sum(b_grad_out.to(tl.float32) * b_out.to(tl.float32), 1),)
-        b_stat = b_stat + (tl.load(p_statistic + o_row, mask=o_row < count, other=float("inf")),)
-        b_gq += (tl.zeros([BQ, BP], tl.float32),)
-        if DROPOUT:
-            b_keys = b_keys + (_row_keys(seed_low, seed_high, sequence, head, o_row),)
-        else:
-            b_keys = b_keys + (o_row,)
-    p_k = k + first * stride + head * stride_head
-    p_v = v + first * stride + head * stride_head
-    p_gk = grad_k + first * stride_grad + grad_head
-    p_gv = grad_v + first * stride_grad + grad_head
-    for key in range(0, count, BK):
-        b_k = _load_turned(p_k, p_turn, o_key, count - key, stride, BK, HALF, BH)
-        b_v = _load_rows(p_v, o_key, count - key, stride, P, BP)
-        b_gk = tl.zeros([BK, BP], tl.float32)
-        b_gv = tl.zeros([BK, BP], tl.float32)
-        n_gq = ()
-        for tile in tl.static_range(TILES):
-            b_used, b_grad = _weights_and_grads(
-                b_q[tile], b_k, b_v, b_go[tile], b_stat[tile], b_delta[tile], b_keys[tile],
-                key + o_key, count, scale, dropped, dropout_scale, BQ, BK, DROPOUT)
-            b_gv = _product(b_used.to(b_v.dtype), b_go[tile], b_gv)
-            b_grad = b_grad.to(b_v.dtype)
-            b_gk = _product(b_grad, b_q[tile], b_gk)
-            n_gq += (_product(tl.trans(b_grad), b_k, b_gq[tile]),)
-        b_gq = n_gq
-        _store_rows(p_gv, b_gv * dropout_scale, o_key, count - key, stride_grad, P, BP)
-        _store_turned_back(
-            p_gk, p_turn, b_gk * grad_scale, o_key, count - key, stride_grad, BK, HALF, BH)
-        p_k += BK * stride
-        p_v += BK * stride
-        p_gk += BK * stride_grad
-        p_gv += BK * stride_grad
-        p_turn += BK * P
-    p_turn = table + first * P
-    p_gq = grad_q + first * stride_grad + grad_head
-    for tile in tl.static_range(TILES):
-        _store_turned_back(
-            p_gq, p_turn, b_gq[tile] * grad_scale, tile * BQ + o_query, count,
-            stride_grad, BQ, HALF, BH)
-
-
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "dropped", "lower", "upper"])
-def _backward_owner(
-    q, k, v, table, cu, out, grad_out, statistic, delta,  # delta [H, T] fp32 scratch
-    partial,  # [H, T, P] fp32 scratch: sums of grad q before turning back
-    grad_q, grad_k, grad_v,
-    tokens, sequences, heads, chunks, lower, upper, stride, stride_head, stride_grad, stride_grad_head,
-    scale, grad_scale, seed_low, seed_high, dropped, dropout_scale,
-    P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
-    BQ: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    """One program: all gradients of one sequence and head; grad q is summed in memory that only this program touches."""
-    sequence, head, chunk, first = _place(cu, sequences, heads, chunks)
-    grad_head = head * stride_grad_head
-    if TAIL:
-        if sequence == sequences:
-            _zero_tail(grad_q + grad_head, first, tokens, chunk, chunks, stride_grad, P, BP, BQ)
-            _zero_tail(grad_k + grad_head, first, tokens, chunk, chunks, stride_grad, P, BP, BQ)
-            _zero_tail(grad_v + grad_head, first, tokens, chunk, chunks, stride_grad, P, BP, BQ)
-            return
-    count = (tl.load(cu + sequence + 1) - first).to(tl.int32)
-    if count <= lower or count > upper:
-        return
-    o_query = tl.arange(0, BQ)
-    o_key = tl.arange(0, BK)
-    stride_out = heads * P
-    p_q0 = q + first * stride + head * stride_head
-    p_go0 = grad_out + first * stride_out + head * P
-    p_out = out + first * stride_out + head * P
-    p_turn0 = table + first * P
-    row = head.to(tl.int64) * tokens + first
-    p_k = k + first * stride + head * stride_head
-    p_v = v + first * stride + head * stride_head
-    p_gk = grad_k + first * stride_grad + grad_head
-    p_gv = grad_v + first * stride_grad + grad_head
-    p_key_turn = p_turn0
-    p_go = p_go0
-    p_delta = delta + row
-    for query in range(0, count, BQ):
-        b_grad_out = _load_rows(p_go, o_query, count - query, stride_out, P, BP).to(tl.float32)
-        b_out = _load_rows(p_out, o_query, count - query, stride_out, P, BP).to(tl.float32)
-        tl.store(p_delta + o_query, tl.sum(b_grad_out * b_out, 1), mask=o_query < count - query)
-        p_go += BQ * stride_out
-        p_out += BQ * stride_out
-        p_delta += BQ
-    tl.debug_barrier()
-    for key in range(0, count, BK):
-        b_k = _load_turned(p_k, p_key_turn, o_key, count - key, stride, BK, HALF, BH)
-        b_v = _load_rows(p_v, o_key, count - key, stride, P, BP)
-        b_gk = tl.zeros([BK, BP], tl.float32)
-        b_gv = tl.zeros([BK, BP], tl.float32)
-        p_q, p_go, p_turn = p_q0, p_go0, p_turn0
-        p_stat = statistic + row
-        p_delta = delta + row
-        p_part = partial + row * BP
-        for query in range(0, count, BQ):
-            limit = count - query
-            b_q = _load_turned(p_q, p_turn, o_query, limit, stride, BQ, HALF, BH)
-            b_go = _load_rows(p_go, o_query, limit, stride_out, P, BP)
-            b_stat = tl.load(p_stat + o_query, mask=o_query < limit, other=float("inf"))
-            b_delta = tl.load(p_delta + o_query, mask=o_query < limit, other=0.0)
-            past = tl.where(key > 0, limit, 0)
-            b_gq = _load_rows(p_part, o_query, past, BP, BP, BP)
-            b_row_key = o_query
-            if DROPOUT:
-                b_row_key = _row_keys(seed_low, seed_high, sequence, head, query + o_query)
-            b_used, b_grad = _weights_and_grads(
-                b_q, b_k, b_v, b_go, b_stat, b_delta, b_row_key,
-                key + o_key, count, scale, dropped, dropout_scale, BQ, BK, DROPOUT)
-            b_gv = _product(b_used.to(b_v.dtype), b_go, b_gv)
-            b_grad = b_grad.to(b_v.dtype)
-            b_gk = _product(b_grad, b_q, b_gk)
-            b_gq += _product(tl.trans(b_grad), b_k, tl.zeros([BQ, BP], tl.float32))
-            _store_rows(p_part, b_gq, o_query, limit, BP, BP, BP)
-            p_q += BQ * stride
-            p_go += BQ * stride_out
-            p_turn += BQ * P
-            p_stat += BQ
-            p_delta += BQ
-            p_part += BQ * BP
-        tl.debug_barrier()
-        _store_rows(p_gv, b_gv * dropout_scale, o_key, count - key, stride_grad, P, BP)
-        _store_turned_back(
-            p_gk, p_key_turn, b_gk * grad_scale, o_key, count - key, stride_grad, BK, HALF, BH)
-        p_k += BK * stride
-        p_v += BK * stride
-        p_gk += BK * stride_grad
-        p_gv += BK * stride_grad
-        p_key_turn += BK * P
-    p_gq = grad_q + first * stride_grad + grad_head
-    p_turn = p_turn0
-    p_part = partial + row * BP
-    for query in range(0, count, BQ):
-        b_sum = _load_rows(p_part, o_query, count - query, BP, BP, BP)
-        _store_turned_back(p_gq, p_turn, b_sum * grad_scale, o_query, count - query, stride_grad, BQ, HALF, BH)
-        p_gq += BQ * stride_grad
-        p_turn += BQ * P
-        p_part += BQ * BP
-
-
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "dropped", "lower", "upper"])
 def _backward_queries(
-    q, k, v, table, cu, out, grad_out, statistic, delta,  # delta [H, T] fp32 out: sum of grad_out * out per row
-    grad_q,
+    q, k, v, table, cu, out, grad_out, statistic,  # as in `_forward`; grad_out contiguous
+    delta,  # [H, T] fp32 out: sum of grad_out * out per row
+    turned,  # [T, H, BP] out: q turned, for `_backward_keys`
+    grad_q,  # [T, H, P] out, strides (stride_grad, stride_grad_head, 1)
     tokens, sequences, heads, chunks, lower, upper, stride, stride_head, stride_grad, stride_grad_head,
     scale, grad_scale, seed_low, seed_high, dropped, dropout_scale,
     P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
@@ -426,6 +223,7 @@ def _backward_queries(
     b_go = _load_rows(grad_out + begin * stride_out + head * P, o_query, left, stride_out, P, BP)
     b_out = _load_rows(out + begin * stride_out + head * P, o_query, left, stride_out, P, BP)
     b_delta = tl.sum(b_go.to(tl.float32) * b_out.to(tl.float32), 1)
+    _store_rows(turned + (begin * heads + head) * BP, b_q, o_query, left, heads * BP, BP, BP)
     row = head.to(tl.int64) * tokens + begin
     tl.store(delta + row + o_query, b_delta, mask=o_query < left)
     b_stat = tl.load(statistic + row + o_query, mask=o_query < left, other=float("inf"))
@@ -441,7 +239,8 @@ def _backward_queries(
         b_v = _load_rows(p_v, o_key, count - key, stride, P, BP)
         b_score = _product(b_q, tl.trans(b_k), tl.zeros([BQ, BK], tl.float32))
         b_weight = tl.exp2(b_score * scale - b_stat[:, None])
-        b_weight = tl.where((o_key < count - key)[None, :], b_weight, 0.0)
+        if key + BK > count:
+            b_weight = tl.where((o_key < count - key)[None, :], b_weight, 0.0)
         b_grad = _product(b_go, tl.trans(b_v), tl.zeros([BQ, BK], tl.float32))
         if DROPOUT:
             kept = _kept(b_row_key[:, None], (key + o_key)[None, :], dropped)
@@ -457,7 +256,7 @@ def _backward_queries(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "dropped", "lower", "upper"])
 def _backward_keys(
-    q, k, v, table, cu, grad_out, statistic, delta,  # delta [H, T] fp32 in
+    turned, k, v, table, cu, grad_out, statistic, delta,  # turned and delta as `_backward_queries` left them
     grad_k, grad_v,
     tokens, sequences, heads, chunks, lower, upper, stride, stride_head, stride_grad, stride_grad_head,
     scale, grad_scale, seed_low, seed_high, dropped, dropout_scale,
@@ -485,28 +284,29 @@ def _backward_keys(
     b_v = _load_rows(v + begin * stride + head * stride_head, o_key, left, stride, P, BP)
     b_gk = tl.zeros([BK, BP], tl.float32)
     b_gv = tl.zeros([BK, BP], tl.float32)
-    p_q = q + first * stride + head * stride_head
+    p_q = turned + (first * heads + head) * BP
     p_go = grad_out + first * stride_out + head * P
-    p_turn = table + first * P
     p_stat = statistic + head.to(tl.int64) * tokens + first
     p_delta = delta + head.to(tl.int64) * tokens + first
     for query in range(0, count, BQ):
-        b_q = _load_turned(p_q, p_turn, o_query, count - query, stride, BQ, HALF, BH)
+        b_q = _load_rows(p_q, o_query, count - query, heads * BP, BP, BP)
         b_go = _load_rows(p_go, o_query, count - query, stride_out, P, BP)
         b_stat = tl.load(p_stat + o_query, mask=o_query < count - query, other=float("inf"))
         b_delta = tl.load(p_delta + o_query, mask=o_query < count - query, other=0.0)
-        b_row_key = o_query
+        b_score = _product(b_k, tl.trans(b_q), tl.zeros([BK, BQ], tl.float32))
+        b_weight = tl.exp2(b_score * scale - b_stat[None, :])
+        b_grad = _product(b_v, tl.trans(b_go), tl.zeros([BK, BQ], tl.float32))
+        b_used = b_weight
         if DROPOUT:
             b_row_key = _row_keys(seed_low, seed_high, sequence, head, query + o_query)
-        b_used, b_grad = _weights_and_grads(
-            b_q, b_k, b_v, b_go, b_stat, b_delta, b_row_key,
-            chunk * BK + o_key, count, scale, dropped, dropout_scale, BQ, BK, DROPOUT)
+            kept = _kept(b_row_key[None, :], (chunk * BK + o_key)[:, None], dropped)
+            b_used = tl.where(kept, b_weight, 0.0)
+            b_grad = tl.where(kept, b_grad * dropout_scale, 0.0)
+        b_grad = (b_weight * (b_grad - b_delta[None, :])).to(b_v.dtype)
         b_gv = _product(b_used.to(b_v.dtype), b_go, b_gv)
-        b_grad = b_grad.to(b_v.dtype)
         b_gk = _product(b_grad, b_q, b_gk)
-        p_q += BQ * stride
+        p_q += BQ * heads * BP
         p_go += BQ * stride_out
-        p_turn += BQ * P
         p_stat += BQ
         p_delta += BQ
     p_gk = grad_k + begin * stride_grad + grad_head
@@ -546,26 +346,14 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, statistic = ctx.saved_tensors
         call = ctx.call
         grad_q, grad_k, grad_v = torch.empty((3, *q.shape), dtype=q.dtype, device=q.device)
-        read = {"q": q, "k": k, "v": v, "grad_out": grad_out.contiguous(), "statistic": statistic}
+        read = {"k": k, "v": v, "grad_out": grad_out.contiguous(), "statistic": statistic}
         strides = {"stride_grad": grad_q.stride(0), "stride_grad_head": grad_q.stride(1)}
-        delta = torch.empty_like(statistic) if any(form.backward is None for form in call.forms) else None
-        partial = None
+        delta = torch.empty_like(statistic)
+        turned = torch.empty((*q.shape[:2], triton.next_power_of_2(call.width)), dtype=q.dtype, device=q.device)
         for index, form in enumerate(call.forms):
-            first = index == 0
-            shared = {**read, **strides, "grad_scale": call.width**-0.5}
-            if form.owner is not None:
-                grads = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
-                partial = torch.empty((call.heads, call.tokens, triton.next_power_of_2(call.width)), dtype=torch.float32, device=q.device)
-                delta = torch.empty_like(statistic)
-                call.start(_backward_owner, form, form.owner, first, "all", out=out, delta=delta, partial=partial, **shared, **grads)
-                continue
-            if form.backward is not None:
-                grads = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
-                call.start(_backward_short, form, form.backward, first, "queries", out=out, **shared, **grads)
-                continue
-            shared["delta"] = delta
-            call.start(_backward_queries, form, form.queries, first, "queries", out=out, grad_q=grad_q, **shared)
-            call.start(_backward_keys, form, form.keys, first, "keys", grad_k=grad_k, grad_v=grad_v, **shared)
+            shared = {**read, **strides, "grad_scale": call.width**-0.5, "delta": delta, "turned": turned}
+            call.start(_backward_queries, form, form.queries, index == 0, "queries", q=q, out=out, grad_q=grad_q, **shared)
+            call.start(_backward_keys, form, form.keys, index == 0, "keys", grad_k=grad_k, grad_v=grad_v, **shared)
         return grad_q, grad_k, grad_v, None, None, None, None, None
 
 
@@ -575,9 +363,9 @@ class _Call:
     def __init__(self, q: Tensor, table: Tensor, cu_tokens: Tensor, max_tokens: int, dropout: float, seed: int) -> None:
         self.tokens, self.heads, self.width = q.shape
         self.table, self.cu_tokens, self.max_tokens = table, cu_tokens, max_tokens
-        self.forms = forms(self.width, q.dtype.itemsize, max_tokens, capability(q.device))
         self.strides = q.stride()
         self.dropped = round(dropout * 2**DROP_BITS)
+        self.forms = forms(self.width, q.dtype.itemsize, max_tokens, self.dropped > 0, capability(q.device))
         self.seed = seed
 
     def start(self, kernel, form: Form, tiles, tail: bool, over: str, **arguments) -> None:
@@ -601,7 +389,8 @@ class _Call:
         if "TILES" in kernel.arg_names:
             constants["TILES"] = tiles.resident
         grid = ((sequences + tail) * self.heads * chunks,)
-        launch(kernel, grid, arguments, constants, warps=tiles.warps, stages=tiles.stages)
+        settings = {"warps": tiles.warps, "stages": tiles.stages, "registers": tiles.registers}
+        launch(kernel, grid, arguments, constants, **settings)
 
 
 def _signed(word: int) -> int:
@@ -631,11 +420,10 @@ def _turns(angles: Tensor) -> Tensor:
     if not capturing and latest is not None and latest[0]() is angles and latest[1] == angles._version:
         return latest[2]
     half = angles.shape[1]
-    source = angles.detach().float().contiguous()
     table = torch.empty((len(angles), 2 * half), dtype=torch.float32, device=angles.device)
-    block = 1024
-    arguments = {"angles": source, "table": table, "elements": source.numel()}
-    launch(_turn_table, (triton.cdiv(source.numel(), block),), arguments, {"HALF": half, "BLOCK": block})
+    source = angles.detach().float()
+    torch.cos(source, out=table[:, :half])
+    torch.sin(source, out=table[:, half:])
     if not capturing:
         _latest = weakref.ref(angles), angles._version, table
     return table

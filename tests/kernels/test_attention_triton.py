@@ -1,0 +1,291 @@
+"""The Triton form of attention against its definition in fp64: interpreted at toy sizes, on a GPU at full size and in bf16."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+from cases import naive_rotate, starts_of  # noqa: E402
+
+from exlm_dist.kernels.attention import attention, rotary_angles  # noqa: E402
+from exlm_dist.kernels.attention import triton as kernels  # noqa: E402
+from exlm_dist.kernels.attention.schedule import UNLIMITED, Form, Tiles, forms  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The interpreter multiplies bf16 wrongly, so bf16 is for the GPU only.
+BOUNDS = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+SMALL = Tiles(16, 16, 1, 4, 1)
+
+
+class Problem:
+    """Random q, k, v [T, H, P] as slices of one matrix, angles and a gradient; NaN in the rows of no sequence."""
+
+    def __init__(
+        self, lengths: list[int], *, width: int, heads: int = 1, dtype: torch.dtype = torch.float32, padding: int = 5
+    ) -> None:
+        generator = torch.Generator().manual_seed(sum(lengths) + width)
+        tokens = sum(lengths) + padding
+        place = torch.arange(tokens)
+        self.qkv = torch.randn(tokens, heads, 3, width, generator=generator).to(DEVICE, dtype)
+        self.grad = torch.randn(tokens, heads, width, generator=generator).to(DEVICE, dtype)
+        self.angles = rotary_angles(place % 97, place % 5, width).to(DEVICE)
+        self.lengths, self.cu_tokens = lengths, starts_of(lengths).to(DEVICE)
+        for rows in (self.qkv, self.grad, self.angles):
+            rows[sum(lengths):] = float("nan")
+
+    def run(self, backend: str, dtype: torch.dtype | None = None, **options) -> list[Tensor]:
+        """[out, grad q, grad k, grad v] in fp64 without the padding rows, which are checked to be 0 for the kernels."""
+        total = sum(self.lengths)
+        qkv = self.qkv.to(dtype or self.qkv.dtype)
+        parts = [part.detach().requires_grad_() for part in qkv.unbind(2)]
+        out = attention(*parts, self.angles, self.cu_tokens, max(self.lengths), backend=backend, **options)
+        found = [out.detach(), *torch.autograd.grad(out, parts, self.grad.to(out.dtype))]
+        if backend == "triton":
+            assert all(bool((tensor[total:] == 0).all()) for tensor in found)
+        return [tensor[:total].double() for tensor in found]
+
+    def check(self, **options) -> None:
+        """Every output and gradient within the bound of its type of the definition in fp64."""
+        for name, got, want in zip("oqkv", self.run("triton", **options), self.run("reference", torch.float64)):
+            error = float((got - want).norm() / want.norm().clamp(min=1e-30))
+            # one key alone: the gradients of q and k are exactly 0, and rounding is all there is
+            bound = BOUNDS[self.qkv.dtype]
+            assert error < bound or float((got - want).abs().max()) < bound, (name, error)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh buffers hold NaN, so that a row which no program writes shows."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def fill(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
+
+
+def use(monkeypatch: pytest.MonkeyPatch, *chosen: Form) -> None:
+    """Replace the table of tile sizes."""
+    pick = lambda width, size, longest, *_: [form for form in chosen if form.lower < longest]  # noqa: E731
+    monkeypatch.setattr(kernels, "forms", pick)
+
+
+@pytest.mark.parametrize("lengths", [[1], [2, 1, 17], [15, 16, 33]])
+def test_agrees_with_the_definition(lengths: list[int]) -> None:
+    Problem(lengths, width=32, heads=2).check()
+
+
+@pytest.mark.parametrize("lengths", [[63, 64, 65], [130]])
+def test_half_precision_around_a_tile_edge(lengths: list[int]) -> None:
+    Problem(lengths, width=64, dtype=torch.float16).check()
+
+
+@pytest.mark.parametrize("width", [96, 128])
+def test_wide_heads_and_a_width_that_is_no_power_of_two(width: int) -> None:
+    Problem([3, 20], width=width).check()
+
+
+def test_every_form_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths on both sides of the edges between three forms, several query tiles held by a program in the middle one."""
+    use(
+        monkeypatch,
+        Form(0, 8, SMALL, SMALL, SMALL),
+        Form(8, 48, Tiles(16, 16, 3, 4, 1), Tiles(32, 16, 1, 4, 1), SMALL),
+        Form(48, UNLIMITED, Tiles(32, 16, 1, 4, 1), SMALL, Tiles(16, 32, 1, 4, 1)),
+    )
+    Problem([8, 9, 48, 49], width=32, padding=40).check()
+
+
+def test_sequences_without_tokens_and_a_batch_without_padding() -> None:
+    Problem([0, 5, 0, 18, 0], width=32, padding=0).check()
+
+
+def test_operands_that_are_no_slices_of_one_matrix() -> None:
+    case = Problem([9, 12], width=32)
+    q, k, v = case.qkv.unbind(2)
+    args = case.angles, case.cu_tokens, 12
+    plain = attention(q, k, v, *args, backend="triton")
+    mixed = attention(q.contiguous(), k, v.transpose(1, 2).contiguous().transpose(1, 2), *args, backend="triton")
+    assert torch.equal(plain, mixed)
+
+
+def test_large_scores_neither_overflow_nor_lose_the_winner() -> None:
+    case = Problem([21], width=32)
+    case.qkv[:, :, :2] *= 40  # scores of some thousands: one key takes all, and the weights' gradients vanish
+    found = case.run("triton")
+    assert all(bool(tensor.isfinite().all()) for tensor in found)
+    torch.testing.assert_close(found[0], case.run("reference", torch.float64)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_permuting_sequences_permutes_the_result_bitwise() -> None:
+    case = Problem([7, 20, 33], width=32, padding=0)
+    pieces = [torch.arange(0, 7), torch.arange(7, 27), torch.arange(27, 60)]
+    order = torch.cat([pieces[2], pieces[0], pieces[1]]).to(DEVICE)
+    plain = case.run("triton")
+    case.qkv, case.grad, case.angles = case.qkv[order], case.grad[order], case.angles[order]
+    case.lengths, case.cu_tokens = [33, 7, 20], starts_of([33, 7, 20]).to(DEVICE)
+    for got, want in zip(case.run("triton"), plain):
+        assert torch.equal(got, want[order])
+
+
+def mates_do_not_matter(alone: Problem, count: int) -> None:
+    """The first `count` tokens give the same bits when the sequences after them are gone."""
+    together = alone.run("triton")
+    kept = [length for place, length in enumerate(alone.lengths) if sum(alone.lengths[: place + 1]) <= count]
+    alone.lengths, alone.cu_tokens = kept, starts_of(kept).to(DEVICE)
+    for got, want in zip(alone.run("triton"), together):
+        assert torch.equal(got, want[:count])
+
+
+def test_batch_mates_never_change_a_sequence() -> None:
+    mates_do_not_matter(Problem([5, 18, 70], width=32), 23)
+
+
+def test_which_form_computes_a_sequence_is_a_matter_of_its_own_length() -> None:
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        for width in (32, 64, 96, 128):
+            for size in (2, 4):
+                found = forms(width, size, 10**6, False, capability)
+                assert [form.lower for form in found] == [0, *[form.upper for form in found[:-1]]]
+                assert found[-1].upper == UNLIMITED
+                assert forms(width, size, 100, False, capability) == [form for form in found if form.lower < 100]
+
+
+def kept_weights(seed: int, sequence: int, head: int, count: int, share: float) -> Tensor:
+    """The kernels' dropout mask [count, count] of one sequence and head, written with int64 and masks."""
+
+    def mixed(x: Tensor) -> Tensor:
+        x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+        x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+        return x ^ (x >> 16)
+
+    gamma, place = 0x9E3779B9, torch.arange(count)
+    key = mixed(torch.tensor((seed & 0xFFFFFFFF) + gamma & 0xFFFFFFFF))
+    key = mixed(key ^ (seed >> 32 & 0xFFFFFFFF))
+    key = mixed(key + sequence * gamma & 0xFFFFFFFF)
+    key = mixed(key + head * gamma & 0xFFFFFFFF)
+    rows = mixed(key + place * gamma & 0xFFFFFFFF)
+    return (mixed(rows[:, None] + place * gamma & 0xFFFFFFFF) >> 8) >= round(share * 2**24)
+
+
+def masked_attention(case: Problem, share: float, seed: int) -> list[Tensor]:
+    """Output and gradients with the mask applied by hand, in fp64."""
+    parts = [part.double().detach().requires_grad_() for part in case.qkv.unbind(2)]
+    q, k = (naive_rotate(part, case.angles) for part in parts[:2])
+    total, rows = sum(case.lengths), []
+    for sequence, (begin, length) in enumerate(zip(starts_of(case.lengths).tolist(), case.lengths)):
+        own = slice(begin, begin + length)
+        scores = torch.einsum("ihp,jhp->hij", q[own], k[own]) * q.shape[-1] ** -0.5
+        keep = torch.stack([kept_weights(seed, sequence, head, length, share) for head in range(q.shape[1])])
+        weights = scores.softmax(-1) * keep.to(DEVICE) / (1 - round(share * 2**24) / 2**24)
+        rows.append(torch.einsum("hij,jhp->ihp", weights, parts[2][own]))
+    out = torch.cat(rows)
+    grads = torch.autograd.grad(out, parts, case.grad[:total].double())
+    return [out.detach(), *[grad[:total] for grad in grads]]
+
+
+@pytest.mark.parametrize("tiles", [(16, 16), (32, 16), (16, 32)])
+def test_dropout_forward_and_backward_agree_and_tiles_do_not_matter(
+    monkeypatch: pytest.MonkeyPatch, tiles: tuple[int, int]
+) -> None:
+    chosen = Tiles(*tiles, 1, 4, 1)
+    use(monkeypatch, Form(0, UNLIMITED, chosen, chosen, chosen))
+    case, seed = Problem([7, 35], width=32, heads=2), (1 << 63) + 12345
+    for got, want in zip(case.run("triton", dropout=0.3, seed=seed), masked_attention(case, 0.3, seed)):
+        assert float((got - want).norm() / want.norm()) < BOUNDS[torch.float32]
+
+
+def test_dropout_masks_are_fair_and_keyed() -> None:
+    count, share = 256, 0.1
+    mask = kept_weights(7, 0, 0, count, share).double()
+    spread = (share * (1 - share) / count) ** 0.5
+    assert abs(float(mask.mean()) - (1 - share)) < 4 * spread / count**0.5
+    for axis in (0, 1):
+        assert float((mask.mean(axis) - (1 - share)).abs().max()) < 5 * spread
+    others = [kept_weights(8, 0, 0, count, share), kept_weights(7, 1, 0, count, share), kept_weights(7, 0, 1, count, share)]
+    others += [mask.roll(1, 0), mask.roll(1, 1), mask.T, kept_weights(7 + (1 << 40), 0, 0, count, share)]
+    for other in others:
+        both = float(((1 - mask) * (1 - other.double())).mean())
+        assert abs(both - share**2) < 5 * share / count
+
+
+def test_the_seed_decides() -> None:
+    case = Problem([12], width=32)
+    first, again, other = (case.run("triton", dropout=0.5, seed=seed)[0] for seed in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_new_angles_in_the_same_tensor_are_noticed() -> None:
+    case = Problem([6], width=32, padding=0)
+    case.run("triton")
+    case.angles.mul_(0.5)
+    case.check()
+
+
+def test_what_the_kernels_do_not_take_is_refused() -> None:
+    case = Problem([4], width=16)
+    with pytest.raises(ValueError, match="head widths 32, 64, 96 and 128"):
+        case.run("triton")
+    with pytest.raises(ValueError, match="float32, bfloat16 and float16"):
+        Problem([4], width=32, dtype=torch.float64).run("triton")
+
+
+FULL = [1, 2, 63, 64, 65, 128, 129, 191, 192, 193, 746]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [32, 64, 96, 128])
+def test_full_sizes(width: int, dtype: torch.dtype) -> None:
+    Problem(FULL, width=width, heads=3, dtype=dtype, padding=300).check()
+
+
+@pytest.mark.gpu
+def test_512_sequences() -> None:
+    Problem([191 - place % 40 for place in range(512)], width=64, heads=12, dtype=torch.bfloat16, padding=77).check()
+
+
+@pytest.mark.gpu
+def test_full_size_batch_mates_never_change_a_sequence() -> None:
+    mates_do_not_matter(Problem([60, 128, 191, 746], width=64, heads=2, dtype=torch.bfloat16), 60 + 128 + 191)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128])
+def test_full_size_dropout(width: int) -> None:
+    case = Problem([65, 191, 300], width=width, heads=2, dtype=torch.bfloat16)
+    for got, want in zip(case.run("triton", dropout=0.1, seed=5), masked_attention(case, 0.1, 5)):
+        assert float((got - want).norm() / want.norm()) < BOUNDS[torch.bfloat16]
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_and_capture_into_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    case = Problem([191, 65], width=64, heads=2, dtype=torch.bfloat16, padding=16)
+    want = case.run("triton")
+    parts = [part.detach().requires_grad_() for part in case.qkv.unbind(2)]
+
+    def step() -> list[Tensor]:
+        out = attention(*parts, case.angles, case.cu_tokens, 191, backend="triton")
+        return [out.detach(), *torch.autograd.grad(out, parts, case.grad)]
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, expected in zip(held, want):
+        assert torch.equal(got[:256].double(), expected)

@@ -81,7 +81,7 @@ def _log_recursion(
     return scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "targets", "states", "blocks", "chunks", "ends"])
 def fallback_kernel(
     match, moves, num_targets, num_states, alpha, alpha_scale, omega, omega_scale, beta, beta_scale,
     log_likelihood, total, total_scale, gamma, bad, faint, in_logs, counter,

@@ -10,7 +10,7 @@ from exlm_dist.kernels.dag.triton.recursion import LOG2E, NEVER, SHIFT
 GUARD = tl.constexpr(1.0e-4)  # |sum of a target's posteriors - 1| that sends a sequence to the log domain
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["targets", "states", "blocks", "chunks"])
 def posterior_kernel(
     num_targets, num_states, alpha, alpha_scale, beta, beta_scale, total, total_scale, gamma, bad,
     targets, states, blocks, chunks, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -41,7 +41,7 @@ def posterior_kernel(
     tl.store(bad + b * chunks + tl.program_id(0), 1 - tl.min(b_good.to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["targets", "states", "blocks", "tiles"])
 def moves_gradient_kernel(
     moves, num_targets, num_states, alpha, alpha_scale, omega, omega_scale, total, total_scale, in_logs, grad_out, grad,
     targets, states, blocks, tiles,

@@ -174,7 +174,7 @@ def finish(log_likelihood, total, total_scale, b, log_sum, top):
     tl.store(log_likelihood + b, tl.where(some, nats, float("-inf")).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["targets", "states", "blocks", "ends"])
 def scan_kernel(
     match, moves, num_targets, num_states, alpha, alpha_scale, omega, omega_scale, beta, beta_scale,
     log_likelihood, total, total_scale, faint, targets, states, blocks, ends, first_weight,

@@ -1,0 +1,128 @@
+"""The Triton form of the transitions against their definition in fp64: interpreted at toy sizes, on a GPU at full."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+from cases import starts_of  # noqa: E402
+
+from exlm_dist.kernels import transition_log_probs  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make(lengths: list[int], heads: int, width: int, *, seed: int = 0, scale: float = 1.0, padding: int = 3) -> list[Tensor]:
+    """[query, key, gate] of the sequences, and `padding` rows that belong to none and hold NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = sum(lengths) + padding
+    query, key = (torch.randn(rows, heads, width, generator=generator) for _ in range(2))
+    inputs = [query * scale, key, torch.randn(rows, heads, generator=generator)]
+    for tensor in inputs:
+        tensor[sum(lengths) :] = torch.nan
+    return inputs
+
+
+def evaluate(inputs: list[Tensor], lengths: list[int], k: int, kind: str, backend: str, dtype: torch.dtype) -> list[Tensor]:
+    """[log E, gradients of query, key, gate]; the gradient that comes in is NaN where a move is not allowed."""
+    leaves = [tensor.to(DEVICE, dtype).requires_grad_() for tensor in inputs]
+    longest = max(lengths) + 1
+    out = transition_log_probs(
+        *leaves, starts_of(lengths).to(DEVICE), longest, states_per_target=k, kind=kind, backend=backend
+    )
+    grad = torch.linspace(0, 1, out.numel(), dtype=torch.float64).view_as(out).to(out)
+    rest = 0.0 if backend == "reference" else torch.nan
+    out.backward(grad.where(out.isfinite(), rest))
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def agree(inputs: list[Tensor], lengths: list[int], k: int, kind: str, dtype: torch.dtype, tolerance: float) -> list[Tensor]:
+    """Relative error of each output within `tolerance` of the definition on the same (rounded) inputs in fp64."""
+    rounded = [tensor.to(dtype).double().nan_to_num() for tensor in inputs]
+    exact = evaluate(rounded, lengths, k, kind, "reference", torch.float64)
+    ours = evaluate(inputs, lengths, k, kind, "triton", dtype)
+    assert torch.equal(exact[0].isfinite(), ours[0].isfinite())
+    allowed = exact[0].isfinite()
+    torch.testing.assert_close(ours[0][allowed].double(), exact[0][allowed], rtol=2e-6, atol=2e-5)
+    for got, want in zip(ours[1:], exact[1:]):
+        assert (got.double() - want).norm() <= tolerance * want.norm() + 1e-12
+        assert not got[sum(lengths) :].any()
+    return ours
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("heads, width", [(3, 24), (2, 32)])
+def test_agrees_with_the_definition(kind: str, heads: int, width: int) -> None:
+    lengths = [12, 4, 36, 8]
+    agree(make(lengths, heads, width), lengths, 4, kind, torch.float32, 2e-6)
+
+
+def test_half_precision() -> None:
+    lengths = [1, 2, 65, 64, 63]
+    agree(make(lengths, 2, 32, seed=1), lengths, 1, "dense", torch.float16, 1e-3)
+
+
+def test_large_scores() -> None:
+    """Probabilities far below what fp32 holds still have their logarithm and their gradient."""
+    lengths = [9, 33]
+    inputs = make(lengths, 2, 16, seed=2, scale=200.0)
+    exact = evaluate([t.double().nan_to_num() for t in inputs], lengths, 1, "dense", "reference", torch.float64)
+    ours = evaluate(inputs, lengths, 1, "dense", "triton", torch.float32)
+    allowed = exact[0].isfinite()
+    torch.testing.assert_close(ours[0][allowed].double(), exact[0][allowed], rtol=2e-6, atol=1e-3)
+    for got, want in zip(ours[1:], exact[1:]):
+        assert (got.double() - want).norm() <= 1e-4 * want.norm()
+
+
+def test_uniform() -> None:
+    starts = starts_of([5, 3]).to(DEVICE)
+    ours, want = (
+        transition_log_probs(None, None, None, starts, 6, states_per_target=1, kind="uniform", backend=backend)
+        for backend in ("triton", "reference")
+    )
+    assert torch.equal(ours, want)
+
+
+def test_batch_mates_and_order_change_nothing() -> None:
+    lengths, order = [12, 33, 8], [2, 0, 1]
+    inputs = make(lengths, 2, 16, seed=3, padding=0)
+    parts = [tensor.split(lengths) for tensor in inputs]
+    whole = evaluate(inputs, lengths, 1, "dense", "triton", torch.float32)[0]
+    permuted = evaluate(
+        [torch.cat([part[b] for b in order]) for part in parts], [lengths[b] for b in order], 1, "dense", "triton",
+        torch.float32,
+    )[0]
+    assert torch.equal(permuted, whole[order])
+    alone = evaluate([part[0] for part in parts], lengths[:1], 1, "dense", "triton", torch.float32)[0]
+    assert torch.equal(alone[0, :12, :12], whole[0, :12, :12])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("width", [32, 64, 96, 128])
+def test_full_size(kind: str, width: int) -> None:
+    lengths = [84, 312, 4, 8, 252, 764] * 4
+    inputs = make(lengths, 12, width, seed=4)
+    agree(inputs, lengths, 4, kind, torch.bfloat16, 6e-3)
+    agree(inputs, lengths, 4, kind, torch.float32, 5e-6)
+
+
+@pytest.mark.gpu
+def test_no_host_synchronisation() -> None:
+    lengths = [84] * 512
+    leaves = [tensor.to(DEVICE, torch.bfloat16).requires_grad_() for tensor in make(lengths, 12, 64, padding=0)]
+    starts = starts_of(lengths).to(DEVICE)
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            out = transition_log_probs(*leaves, starts, 84, states_per_target=4)
+            out.backward(torch.zeros_like(out))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

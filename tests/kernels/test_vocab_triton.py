@@ -1,0 +1,147 @@
+"""The Triton form of the vocabulary match against its definition in fp64: interpreted at toy sizes, on a GPU at full."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+from cases import starts_of  # noqa: E402
+
+from exlm_dist.kernels.vocab import VocabShard, match_scores  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass
+class Case:
+    """Sequences of `targets` with k states each; hidden [S, D], weight [V, D], bias [V], ids [N], and a gradient."""
+
+    targets: list[int]
+    k: int
+    inputs: list[Tensor]
+    ids: Tensor
+    grad: Tensor
+
+    @classmethod
+    def make(
+        cls, targets: list[int], k: int, width: int, vocabulary: int, *, seed: int = 0, scale: float = 1.0, padding: int = 3
+    ) -> Case:
+        """Random; the first tokens repeat, and `padding` states and targets belong to no sequence."""
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(k * sum(targets) + padding, width, generator=generator) * scale
+        weight = torch.randn(vocabulary, width, generator=generator) * width**-0.5
+        ids = torch.randint(vocabulary, (sum(targets) + padding,), generator=generator)
+        ids[: min(4, sum(targets))] = 3
+        grad = torch.rand(len(targets), max(targets) + 1, k * max(targets) + 1, generator=generator)
+        return cls(targets, k, [hidden, weight, torch.randn(vocabulary, generator=generator)], ids, grad)
+
+    def evaluate(self, backend: str, dtype: torch.dtype, shard: VocabShard | None = None, words: slice = slice(None)) -> list[Tensor]:
+        """[match, gradients of hidden, weight, bias]; the gradient that comes in is NaN where match is -inf."""
+        hidden, weight, bias = (tensor.to(DEVICE, dtype) for tensor in self.inputs)
+        leaves = [tensor.detach().requires_grad_() for tensor in (hidden, weight[words].clone(), bias[words].clone())]
+        states = starts_of([self.k * n for n in self.targets]).to(DEVICE)
+        match = match_scores(
+            *leaves, self.ids.to(DEVICE), states, starts_of(self.targets).to(DEVICE), self.grad.shape[2],
+            self.grad.shape[1], shard=shard, backend=backend,
+        )
+        rest = 0.0 if backend == "reference" else torch.nan
+        match.backward(self.grad.to(match).where(match.isfinite(), rest))
+        return [match.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def agree(case: Case, dtype: torch.dtype, tolerance: float) -> None:
+    """Relative error of each output within `tolerance` of the definition on the same (rounded) inputs in fp64."""
+    ours = case.evaluate("triton", dtype)
+    case.inputs = [tensor.to(dtype).double() for tensor in case.inputs]
+    exact = case.evaluate("reference", torch.float64)
+    assert torch.equal(exact[0].isfinite(), ours[0].isfinite())
+    own = exact[0].isfinite()
+    torch.testing.assert_close(ours[0][own].double(), exact[0][own], rtol=3e-6, atol=3e-5)
+    for got, want in zip(ours[1:], exact[1:]):
+        assert (got.double() - want).norm() <= tolerance * want.norm()
+
+
+@pytest.mark.parametrize("targets, k, width, vocabulary", [([3, 1, 5], 4, 24, 77), ([1], 1, 16, 5), ([33, 2], 2, 64, 130)])
+def test_agrees_with_the_definition(targets: list[int], k: int, width: int, vocabulary: int) -> None:
+    agree(Case.make(targets, k, width, vocabulary), torch.float32, 2e-6)
+
+
+def test_half_precision() -> None:
+    agree(Case.make([3, 1, 5], 2, 64, 130, seed=1), torch.float16, 2e-3)
+
+
+def test_large_logits() -> None:
+    case = Case.make([3, 1, 5], 2, 32, 70, seed=2, scale=200.0)
+    agree(case, torch.float32, 2e-5)
+
+
+def test_batch_mates_and_order_change_nothing() -> None:
+    case = Case.make([3, 7, 2], 2, 32, 70, seed=3, padding=0)
+    whole = case.evaluate("triton", torch.float32)[0]
+    order = [2, 0, 1]
+    case.inputs[0] = torch.cat([case.inputs[0].split([2 * n for n in (3, 7, 2)])[b] for b in order])
+    case.ids = torch.cat([case.ids.split([3, 7, 2])[b] for b in order])
+    case.targets = [2, 3, 7]
+    assert torch.equal(case.evaluate("triton", torch.float32)[0], whole[order])
+    case.inputs[0], case.ids, case.targets, case.grad = case.inputs[0][:4], case.ids[:2], [2], case.grad[:1]
+    assert torch.equal(case.evaluate("triton", torch.float32)[0], whole[order][:1])
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_shards_of_the_vocabulary_equal_the_whole(backend: str) -> None:
+    """Two ranks played one after the other: the first round only collects what each would send."""
+    case = Case.make([3, 1, 5], 4, 24, 77, seed=4)
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    whole = case.evaluate(backend, dtype)
+    parts = [slice(0, 30), slice(30, 77)]
+    sent: dict[str, list[Tensor]] = {"log_sum": [], "total": []}
+
+    def collect(name: str):
+        return lambda tensor: sent[name].append(tensor.clone()) or tensor.clone()
+
+    for words in parts:
+        case.evaluate(backend, dtype, VocabShard(words.start, collect("log_sum"), collect("total")), words)
+    # The second sum is that of local scores, which do not depend on what the first exchange brought.
+    shards = [
+        VocabShard(words.start, lambda _: torch.stack(sent["log_sum"]).logsumexp(0), lambda _: sum(sent["total"]).clone())
+        for words in parts
+    ]
+    results = [case.evaluate(backend, dtype, shard, words) for shard, words in zip(shards, parts)]
+    own = whole[0].isfinite()
+    for match, *_ in results:
+        assert torch.equal(match.isfinite(), own)
+        torch.testing.assert_close(match[own], whole[0][own], rtol=1e-6, atol=2e-5)
+    torch.testing.assert_close(results[0][1] + results[1][1], whole[1], rtol=1e-5, atol=1e-5)
+    for place in (2, 3):
+        torch.testing.assert_close(torch.cat([result[place] for result in results]), whole[place], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 8e-3), (torch.float16, 2e-3), (torch.float32, 5e-6)])
+def test_full_size(dtype: torch.dtype, tolerance: float) -> None:
+    agree(Case.make([21, 78, 1, 2, 16, 60], 4, 768, 50304, seed=5), dtype, tolerance)
+    agree(Case.make([21] * 64, 4, 768, 5003, seed=6), dtype, tolerance)
+
+
+@pytest.mark.gpu
+def test_repeats_bitwise_without_host_synchronisation() -> None:
+    case = Case.make([21] * 64, 4, 256, 5003, seed=7)
+    first = case.evaluate("triton", torch.bfloat16)
+    again = case.evaluate("triton", torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    hidden, weight, bias = (tensor.to(DEVICE, torch.bfloat16).requires_grad_() for tensor in case.inputs)
+    starts = [starts_of(lengths).to(DEVICE) for lengths in ([84] * 64, [21] * 64)]
+    ids = case.ids.to(DEVICE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        match_scores(hidden, weight, bias, ids, *starts, 84, 21, backend="triton").sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -67,5 +67,5 @@ def _narrow(dropout: bool, capability: tuple[int, int]) -> list[Form]:
 def _wide(capability: tuple[int, int]) -> list[Form]:
     """Half precision, heads of 96 and 128: chosen so that nothing spills, not measured."""
     if capability < (9, 0):
-        return [Form(0, UNLIMITED, Tiles(64, 64, 1, 8, 1), Tiles(64, 32, 1, 8, 1), Tiles(32, 64, 1, 8, 1))]
-    return [Form(0, UNLIMITED, Tiles(128, 64, 1, 8, 1), Tiles(64, 64, 1, 8, 1), Tiles(32, 64, 1, 8, 1))]
+        return [Form(0, UNLIMITED, Tiles(64, 32, 1, 8, 1), Tiles(64, 32, 1, 8, 1), Tiles(32, 64, 1, 8, 1))]
+    return [Form(0, UNLIMITED, Tiles(128, 64, 1, 8, 1), Tiles(64, 64, 1, 8, 1), Tiles(32, 128, 1, 8, 1))]

@@ -1,0 +1,137 @@
+"""The kernels beside other ways to compute the same: `python benchmarks/kernels.py [attention|transitions|vocab|dag ...]`.
+
+Each side is checked against the definition first, then all sides of a case are timed in turn in one process; figures are
+the median and the quartiles over the rounds. A table goes to the screen and, with the hardware, versions and commit, to
+`<out>/kernels_<device>_<date>.csv` and `.md`. `--toy` runs tiny sizes anywhere, for the tests: its times mean nothing.
+Cases of an operation live in `kernels_<operation>.py` beside this file: `cases(device, toy)` yields `timing.Case`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import gc
+import importlib
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import torch  # noqa: E402
+from timing import Case, Figure, ceilings, measure  # noqa: E402
+
+COLUMNS = ("date", "commit", "device", "torch", "cuda", "triton", "case", "sizes", "side", "median_ms", "low_ms", "high_ms",
+           "peak_mb", "error", "ratio_to_ours", "fault")  # fmt: skip
+
+
+def operations() -> list[str]:
+    """Operations that have cases."""
+    return sorted(path.stem.removeprefix("kernels_") for path in HERE.glob("kernels_*.py"))
+
+
+def surroundings(commit: str, device: torch.device) -> dict[str, str]:
+    """Hardware, versions and commit of this run."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    try:
+        triton = importlib.import_module("triton").__version__
+    except ImportError:
+        triton = "none"
+    if not commit:
+        answer = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, timeout=10
+        )
+        commit = answer.stdout.strip() or "unknown"
+    return {
+        "date": datetime.date.today().isoformat(), "commit": commit, "device": name,
+        "torch": torch.__version__, "cuda": torch.version.cuda or "none", "triton": triton,
+    }  # fmt: skip
+
+
+def table(case: Case, figures: list[Figure]) -> str:
+    """One case as a markdown table; the last column says how many times slower a side is than ours."""
+    lines = [
+        f"### {case.name}: {case.sizes}",
+        "",
+        "| side | ms | quartiles | peak MB | error | times ours |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in figures:
+        error = "" if one.error is None else f"{one.error:.1e}"
+        if one.fault:
+            lines.append(f"| {one.side} | left out: {one.fault} | | | {error} | |")
+        else:
+            spread = f"{one.low:.4g} to {one.high:.4g}"
+            lines.append(f"| {one.side} | {one.median:.4g} | {spread} | {one.peak:.0f} | {error} | {one.ratio:.2f} |")
+    others = [one.ratio for one in figures if one.side != case.ours and not one.fault]
+    if others and case.aim is not None:
+        lines += ["", f"Best other side over ours: {min(others):.2f} (at least {case.least}, aim {case.aim})."]
+    if case.floors:
+        lines += ["", "Floors: " + ", ".join(f"{name} {value:.3g} ms" for name, value in case.floors.items()) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def rows(case: Case, figures: list[Figure], around: dict[str, str]) -> list[dict[str, object]]:
+    """Lines of the CSV."""
+    return [
+        around
+        | {
+            "case": one.case, "sizes": one.sizes, "side": one.side, "median_ms": one.median, "low_ms": one.low,
+            "high_ms": one.high, "peak_mb": one.peak, "error": one.error, "ratio_to_ours": one.ratio, "fault": one.fault,
+        }
+        for one in figures
+    ]  # fmt: skip
+
+
+def write(folder: Path, around: dict[str, str], head: str, tables: list[str], lines: list[dict[str, object]]) -> Path:
+    """Both files; returns the path of the CSV."""
+    folder.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", around["device"].lower()).strip("-")
+    path = folder / f"kernels_{slug}_{around['date']}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(lines)
+    path.with_suffix(".md").write_text(head + "\n" + "\n".join(tables))
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure; 1 if one of our own sides failed its check."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("operations", nargs="*", help=f"of {', '.join(operations())}; default: all")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the tables")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--milliseconds", type=float, default=60, help="time per side and round")
+    parser.add_argument("--select", default="", help="only cases whose name and sizes contain this")
+    parser.add_argument("--commit", default="", help="where the checkout carries no git folder")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes; works without a GPU")
+    options = parser.parse_args(argv)
+    if not options.toy and not torch.cuda.is_available():
+        parser.error("no CUDA device here; `--toy` runs tiny sizes without one")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    around, tables, lines, failed = surroundings(options.commit, device), [], [], 0
+    now = ", ".join(f"{name} {value:.4g}" for name, value in ceilings(device).items())
+    head = f"# Kernels\n\n{', '.join(f'{name} {value}' for name, value in around.items())}. Card at start: {now or '-'}.\n"
+    print(head)
+    for operation in options.operations or operations():
+        for case in importlib.import_module(f"kernels_{operation}").cases(device, options.toy):
+            if options.select not in f"{case.name} {case.sizes}":
+                continue
+            figures = measure(case, device, options.rounds, options.milliseconds)
+            failed += any(one.fault for one in figures if one.side == case.ours)
+            tables.append(table(case, figures))
+            lines += rows(case, figures, around)
+            print(tables[-1], flush=True)
+            write(options.out, around, head, tables, lines)
+            del case
+            gc.collect()
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

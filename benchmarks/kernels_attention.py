@@ -1,0 +1,164 @@
+"""Attention, forward and backward with rotary positions, beside what torch offers.
+
+"full": all sequences equally long, the padded forms' best case (no mask, nothing padded). "ragged": lengths spread evenly over
+the upper half, so that the padded forms need a mask. The other sides get q, k, v where and how they like them best (padding and
+packing are not charged) and rotary positions through torch.compile; ours reads slices of the one q-k-v matrix.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from timing import Case
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from exlm_dist.kernels.attention import attention, rotary_angles
+
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+COPY, PRODUCT = 3.0e12, 790e12  # bytes/s and FLOP/s of an H100, for the floors
+
+
+def cases(device: torch.device, toy: bool) -> Iterator[Case]:
+    """n~191 (S=128) and n~746 (S=512) at H=12, P=64; heads of 16 x 64 (large); dropout."""
+    if toy:
+        yield _Batch([33, 20], 2, 32, device, torch.float32, 0.0, compiled=False).case("ragged", None, None)
+        return
+    for longest, count, least, aim in ((191, 512, 1.0, 1.3), (746, 128, 1.0, 1.1)):
+        spread = torch.linspace(longest // 2, longest, count).long().tolist()
+        yield _Batch([longest] * count, 12, 64, device, torch.bfloat16, 0.0).case("full", least, aim)
+        yield _Batch(spread, 12, 64, device, torch.bfloat16, 0.0).case("ragged", least, aim)
+        yield _Batch([longest] * count, 16, 64, device, torch.bfloat16, 0.0).case("full, large", least, aim)
+        yield _Batch([longest] * count, 12, 64, device, torch.bfloat16, 0.1).case("full, dropout 0.1", least, aim)
+
+
+def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """rotate-half of q and k [..., H, P] by tables [..., 1, P/2]."""
+
+    def turn(x: Tensor) -> Tensor:
+        first, second = x.float().chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+    return turn(q), turn(k)
+
+
+class _Batch:
+    """One packed batch and its padded copy, and the sides that work on them."""
+
+    def __init__(
+        self, lengths: list[int], heads: int, width: int, device: torch.device, dtype: torch.dtype, dropout: float,
+        compiled: bool = True,
+    ) -> None:  # fmt: skip
+        torch.manual_seed(0)
+        self.lengths, self.heads, self.width, self.dropout = lengths, heads, width, dropout
+        self.longest, self.tokens = max(lengths), sum(lengths)
+        starts = torch.tensor([0, *itertools.accumulate(lengths)])
+        self.cu_tokens = starts.to(device)
+        sizes = torch.tensor(lengths, device=device)
+        self.inside = torch.arange(self.longest, device=device) < sizes[:, None]
+        place = torch.cat([torch.arange(length) for length in lengths]).to(device)
+        self.angles = rotary_angles(place, (place % 5 - 1).clamp(min=0), width)
+        packed = torch.randn(self.tokens, heads, 3, width, device=device).to(dtype)
+        self.packed = [part.requires_grad_() for part in packed.unbind(2)]
+        self.grad = torch.randn(self.tokens, heads, width, device=device).to(dtype)
+        self.loose = [part.detach().contiguous().requires_grad_() for part in self.packed]
+        self.padded = [self._pad(part.detach()).requires_grad_() for part in self.packed]
+        self.padded_grad = self._pad(self.grad).transpose(1, 2)
+        self.tables = [entry[:, None] for entry in (self.angles.cos(), self.angles.sin())]
+        self.padded_tables = [self._pad(entry) for entry in self.tables]
+        self.turn = torch.compile(_turn, dynamic=False) if compiled else _turn
+        self.compiled = compiled
+        self.mask = None if bool(self.inside.all()) else self.inside[:, None, None]
+        self.wanted: list[Tensor] | None = None
+
+    def _pad(self, rows: Tensor) -> Tensor:
+        """[T, ...] as [B, n, ...], 0 where there is no token."""
+        out = rows.new_zeros(len(self.lengths), self.longest, *rows.shape[1:])
+        out[self.inside] = rows
+        return out
+
+    def case(self, kind: str, least: float | None, aim: float | None) -> Case:
+        """The comparison; `kind` says how the lengths are spread."""
+        sides = {"ours": self._ours}
+        if self.cu_tokens.device.type == "cuda":
+            sides |= {f"sdpa {name}": self._sdpa(name) for name in BACKENDS if self.mask is None or name != "flash"}
+            if not self.dropout:
+                sides |= {"varlen_attn": self._varlen, "flex": self._flex()}
+        else:
+            sides["sdpa math"] = self._sdpa(None)
+        squares = sum(length * length for length in self.lengths)
+        token_bytes = 2 * self.heads * self.width * self.tokens
+        floors = {
+            "memory (12 passes over one operand)": 12 * token_bytes / COPY * 1e3,
+            "tensor cores (7 products)": 14 * squares * self.heads * self.width / PRODUCT * 1e3,
+        }
+        sizes = f"{kind}, n {min(self.lengths)}..{self.longest}, B={len(self.lengths)}, H={self.heads}, P={self.width}"
+        bound = 2e-2 if self.grad.dtype == torch.bfloat16 else 1e-5
+        runs = {name: self._whole(name, side) for name, side in sides.items()}
+        return Case(
+            "attention", sizes, "ours", runs, lambda name: self._error(runs[name]()), bound, least, aim, floors
+        )
+
+    def _whole(self, name: str, side: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
+        """Forward and backward of a side: [out, grad q, grad k, grad v]."""
+        if name == "ours":
+            inputs, grad = self.packed, self.grad
+        elif name == "varlen_attn":
+            inputs, grad = self.loose, self.grad
+        else:
+            inputs, grad = self.padded, self.padded_grad
+
+        def run() -> list[Tensor]:
+            out = side()
+            return [out, *torch.autograd.grad(out, inputs, grad)]
+
+        return run
+
+    def _ours(self) -> Tensor:
+        return attention(*self.packed, self.angles, self.cu_tokens, self.longest, dropout=self.dropout, seed=1)
+
+    def _varlen(self) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k = self.turn(*self.loose[:2], *self.tables)
+        starts = self.cu_tokens.int()
+        return varlen_attn(q, k, self.loose[2], starts, starts, self.longest, self.longest)
+
+    def _heads_first(self) -> list[Tensor]:
+        q, k = self.turn(*self.padded[:2], *self.padded_tables)
+        return [part.transpose(1, 2) for part in (q, k, self.padded[2])]
+
+    def _sdpa(self, backend: str | None) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with sdpa_kernel(BACKENDS[backend] if backend else SDPBackend.MATH):
+                return F.scaled_dot_product_attention(*self._heads_first(), attn_mask=self.mask, dropout_p=self.dropout)
+
+        return run
+
+    def _flex(self) -> Callable[[], Tensor]:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        sizes = self.inside.sum(1)
+        blocks = create_block_mask(
+            lambda b, h, q, kv: kv < sizes[b], len(self.lengths), None, self.longest, self.longest, self.inside.device
+        )
+        call = torch.compile(flex_attention, dynamic=False)
+        return lambda: call(*self._heads_first(), block_mask=blocks)
+
+    def _error(self, found: list[Tensor]) -> float | None:
+        """Largest relative error (Frobenius) over the output and the gradients; None under dropout (masks differ)."""
+        if self.dropout:
+            return None if all(bool(tensor.isfinite().all()) for tensor in found) else float("nan")
+        if self.wanted is None:
+            parts = [part.detach().float().requires_grad_() for part in self.packed]
+            out = attention(*parts, self.angles, self.cu_tokens, self.longest, backend="reference")
+            self.wanted = [out.detach(), *torch.autograd.grad(out, parts, self.grad.float())]
+        errors = []
+        for place, (got, want) in enumerate(zip(found, self.wanted)):
+            if got.dim() == 4:
+                got = (got.transpose(1, 2) if place == 0 else got)[self.inside]
+            errors.append(float((got.float() - want).norm() / want.norm()))
+        return max(errors)

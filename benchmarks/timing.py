@@ -1,0 +1,131 @@
+"""Several ways to compute one thing, checked and then timed side by side in one process."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: `sides[name]()` does the whole work once and returns nothing that matters.
+
+    `error(name)` is the largest relative error of a side's outputs and gradients, which must stay within `bound`; a side
+    without a yardstick gives None. `ours` is the side that the others are divided by. `floors` are theoretical times in ms
+    by name (bytes or operations over what the device can do), printed beside the figures.
+    """
+
+    name: str
+    sizes: str
+    ours: str
+    sides: dict[str, Callable[[], object]]
+    error: Callable[[str], float | None]
+    bound: float
+    least: float | None = None
+    aim: float | None = None
+    floors: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Figure:
+    """Times of one side in ms (median, first and third quartile), its peak memory over the start in MB, its error."""
+
+    case: str
+    sizes: str
+    side: str
+    median: float = float("nan")
+    low: float = float("nan")
+    high: float = float("nan")
+    peak: float = float("nan")
+    error: float | None = None
+    ratio: float = float("nan")
+    fault: str = ""
+
+
+def measure(case: Case, device: torch.device, rounds: int, milliseconds: float) -> list[Figure]:
+    """Check every side, then time the good ones in turn, `rounds` times about `milliseconds` each."""
+    figures = {name: _checked(case, name, device) for name in case.sides}
+    sound = [name for name, figure in figures.items() if not figure.fault]
+    repeats = {name: _repeats(case.sides[name], device, milliseconds) for name in sound}
+    times: dict[str, list[float]] = {name: [] for name in sound}
+    for _ in range(rounds):
+        for name in sound:
+            times[name].append(_time(case.sides[name], device, repeats[name]))
+    for name in sound:
+        figure = figures[name]
+        figure.median = statistics.median(times[name])
+        figure.low, _, figure.high = statistics.quantiles(times[name], n=4) if rounds > 1 else (figure.median,) * 3
+    for figure in figures.values():
+        if case.ours in sound:
+            figure.ratio = figure.median / figures[case.ours].median
+    return list(figures.values())
+
+
+def _checked(case: Case, name: str, device: torch.device) -> Figure:
+    """Run a side once: memory, error; what fails is reported and left out of the timing."""
+    figure = Figure(case.name, case.sizes, name)
+    try:
+        figure.error = case.error(name)
+        case.sides[name]()
+        figure.peak = _peak(case.sides[name], device)
+    except (RuntimeError, ValueError, NotImplementedError, torch._dynamo.exc.TorchDynamoException) as error:
+        figure.fault = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+        return figure
+    if figure.error is not None and not figure.error <= case.bound:
+        figure.fault = f"error {figure.error:.1e} over {case.bound:.0e}"
+    return figure
+
+
+def _peak(run: Callable[[], object], device: torch.device) -> float:
+    """Peak of allocated memory over its start, in MB; NaN off CUDA."""
+    if device.type != "cuda":
+        return float("nan")
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    start = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - start) / 2**20
+
+
+def _repeats(run: Callable[[], object], device: torch.device, milliseconds: float) -> int:
+    """How often to run per round; warms up on the way."""
+    _time(run, device, 2)
+    return max(1, int(milliseconds / max(_time(run, device, 3), 1e-3)))
+
+
+def _time(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Mean milliseconds of one run over `repeats` back to back."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.perf_counter() - start) * 1e3 / repeats
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    first.record()
+    for _ in range(repeats):
+        run()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / repeats
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What this card does now: bf16 matrix product in TFLOP/s and copy bandwidth in TB/s (read plus write)."""
+    if device.type != "cuda":
+        return {}
+    left, right = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
+    block = torch.randn(1 << 29, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(block)
+    for run in (lambda: left @ right, lambda: target.copy_(block)):
+        _time(run, device, 5)
+    product = _time(lambda: left @ right, device, 20)
+    copy = _time(lambda: target.copy_(block), device, 20)
+    return {"matrix_tflops": 2 * 8192**3 / product * 1e-9, "copy_tbs": 4 * len(block) / copy * 1e-9}

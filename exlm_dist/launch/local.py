@@ -1,4 +1,5 @@
-"""Starts the ranks of a run on this machine, passes signals on, and ends all of them when one fails. Never imports torch."""
+"""Starts the ranks of a run on this machine, passes signals on, and ends all of them when one fails. Never imports
+torch."""
 
 from __future__ import annotations
 
@@ -36,15 +37,22 @@ def run_local(arguments: Sequence[str], processes: int, *, grace: float = GRACE)
 
 def rank_environments(processes: int, folder: Path) -> list[dict[str, str]]:
     """What each rank finds in its environment; they meet on a port that was free a moment ago."""
-    shared = {**os.environ, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ.get("MASTER_PORT") or str(free_port())}
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": os.environ.get("MASTER_PORT") or str(free_port()),
+    }
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     if Path("/sys/class/net/lo").exists():
         # The host's name may resolve to an address that is not reachable from here.
         shared.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_FILE: str(folder / f"rank-{rank}")}
-            for rank in range(processes)]
+    return [
+        {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_FILE: str(folder / f"rank-{rank}")}
+        for rank in range(processes)
+    ]
 
 
 def free_port() -> int:
@@ -57,10 +65,14 @@ def free_port() -> int:
 def supervise(command: Sequence[str], environments: Sequence[dict[str, str]], *, grace: float = GRACE) -> int:
     """Start one process per environment and see all of them to their end; see `run_local`."""
     ranks: list[subprocess.Popen] = []
-    former = {number: signal.signal(number, lambda got, _: [rank.send_signal(got) for rank in ranks]) for number in FORWARDED}
+    former = {
+        number: signal.signal(number, lambda got, _: [rank.send_signal(got) for rank in ranks]) for number in FORWARDED
+    }
     try:
         for environment in environments:
-            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_parent))
+            ranks.append(
+                subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_parent)
+            )
         failed = _wait(ranks, grace)
     finally:
         for number, handler in former.items():
@@ -105,7 +117,11 @@ def _verdict(ranks: list[subprocess.Popen], failed: list[int], environments: Seq
         print(f"error: rank {cause} was killed by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
         return EXIT_RETRY
     if message:
-        print(f"error: rank {cause} of {len(ranks)} ended the run (exit code {code}): {message}", file=sys.stderr, flush=True)
+        print(
+            f"error: rank {cause} of {len(ranks)} ended the run (exit code {code}): {message}",
+            file=sys.stderr,
+            flush=True,
+        )
     return code
 
 

@@ -102,7 +102,8 @@ def start(launch: LaunchConfig) -> Process:
         os.environ.setdefault(name, value)
     rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = choose_device(launch.device, local_rank)
-    # DeepSpeed picks its accelerator by itself; without this it warns, and on a GPU machine ignores `launch.device cpu`.
+    # DeepSpeed picks its accelerator by itself; without this it warns, and on a GPU machine ignores `launch.device
+    # cpu`.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     torch.set_num_threads(threads(launch.threads, local_world(world)))
     if device.type == "cuda":
@@ -122,18 +123,26 @@ def _join(backend: str, rank: int, world: int, timeout: timedelta) -> None:
         return
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not address or not port:
-        raise ConfigError(f"WORLD_SIZE is {world} but MASTER_ADDR or MASTER_PORT is not set. Start the ranks with a launcher "
-                          "(launchers/deepspeed.sh, or launch.processes for local ones).")
+        raise ConfigError(
+            f"WORLD_SIZE is {world} but MASTER_ADDR or MASTER_PORT is not set. Start the ranks with a launcher "
+            "(launchers/deepspeed.sh, or launch.processes for local ones)."
+        )
     try:
         dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=timeout)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            raise ConfigError(f"port {port} on {address} is in use by another program. Set MASTER_PORT to a free one.") from error
-        raise PeerLost(f"rank {rank} could not meet the others at {address}:{port} within {timeout.total_seconds():.0f} s "
-                       f"(launch.timeout): {str(error).splitlines()[0]}") from error
+            raise ConfigError(
+                f"port {port} on {address} is in use by another program. Set MASTER_PORT to a free one."
+            ) from error
+        raise PeerLost(
+            f"rank {rank} could not meet the others at {address}:{port} within {timeout.total_seconds():.0f} s "
+            f"(launch.timeout): {str(error).splitlines()[0]}"
+        ) from error
     except dist.DistStoreError as error:
-        raise PeerLost(f"rank {rank}: not all {world} ranks came to {address}:{port} within {timeout.total_seconds():.0f} s "
-                       f"(launch.timeout). Look for the one that did not start.") from error
+        raise PeerLost(
+            f"rank {rank}: not all {world} ranks came to {address}:{port} within {timeout.total_seconds():.0f} s "
+            f"(launch.timeout). Look for the one that did not start."
+        ) from error
 
 
 def finish() -> None:
@@ -152,7 +161,8 @@ def leave() -> None:
 
 
 def must_exit_hard() -> bool:
-    """Whether only the end of the process frees the others: a NCCL group with work under way cannot be left in order."""
+    """Whether only the end of the process frees the others: a NCCL group with work under way cannot be left in
+    order."""
     return dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() == "nccl"
 
 
@@ -161,7 +171,15 @@ def lost_peer(error: BaseException) -> bool:
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
         return True
     text = str(error)
-    signs = ("gloo", "Connection closed by peer", "Application timeout", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+    signs = (
+        "gloo",
+        "Connection closed by peer",
+        "Application timeout",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Timed out waiting",
+        "NCCL",
+    )
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
@@ -171,9 +189,13 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count == 0:
-        raise ConfigError("launch.device is cuda but torch sees no CUDA device. Set launch.device auto, or check the driver.")
+        raise ConfigError(
+            "launch.device is cuda but torch sees no CUDA device. Set launch.device auto, or check the driver."
+        )
     if local_rank >= count:
-        raise ConfigError(f"local rank {local_rank} has no GPU: this machine has {count}. Start at most {count} processes here.")
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: this machine has {count}. Start at most {count} processes here."
+        )
     return torch.device("cuda", local_rank)
 
 
@@ -183,7 +205,8 @@ def local_world(world: int) -> int:
 
 
 def threads(wanted: int, processes: int) -> int:
-    """CPU threads of this process: `wanted`, else OMP_NUM_THREADS, else an equal share of the cores this job may use."""
+    """CPU threads of this process: `wanted`, else OMP_NUM_THREADS, else an equal share of the cores this job may
+    use."""
     if wanted:
         return wanted
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():

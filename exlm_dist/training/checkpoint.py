@@ -40,7 +40,9 @@ def take(engine: Engine) -> tuple[Tensors, Tensors, dict[str, Any]]:
         for key in (None, *MOMENTS):
             value = read(parameter, key).detach().reshape(engine.shapes[name])
             if keep:
-                (model if key is None else optimizer)[name if key is None else f"{key}.{name}"] = value.float().to("cpu", copy=True)
+                (model if key is None else optimizer)[name if key is None else f"{key}.{name}"] = value.float().to(
+                    "cpu", copy=True
+                )
     scalars: dict[str, Any] = {"optimizer_step": _optimizer_step(engine)}
     if engine.dtype == torch.float16:
         scaler = engine.deepspeed.optimizer.loss_scaler
@@ -75,7 +77,10 @@ def put(engine: Engine, model: Tensors, optimizer: Tensors, scalars: dict[str, A
 def _compare(expected: dict[str, tuple], found: dict[str, tuple], what: str) -> None:
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
-        lines = [f"  {name}: {found.get(name, 'absent')} in the checkpoint, {expected.get(name, 'absent')} in the model" for name in wrong[:5]]
+        lines = [
+            f"  {name}: {found.get(name, 'absent')} in the checkpoint, {expected.get(name, 'absent')} in the model"
+            for name in wrong[:5]
+        ]
         raise CheckpointError(f"{len(wrong)} {what} of the checkpoint do not fit the model:\n" + "\n".join(lines))
 
 
@@ -93,7 +98,11 @@ def _masters(engine: Engine) -> dict[nn.Parameter, torch.Tensor] | None:
     if engine.dtype == torch.float32:
         return {parameter: parameter for _, parameter in engine.parameters}
     wrapper = engine.deepspeed.optimizer
-    return {half: full for halves, fulls in zip(wrapper.fp16_groups, wrapper.fp32_groups) for half, full in zip(halves, fulls)}
+    return {
+        half: full
+        for halves, fulls in zip(wrapper.fp16_groups, wrapper.fp32_groups)
+        for half, full in zip(halves, fulls)
+    }
 
 
 def _reader(engine: Engine) -> Callable[[nn.Parameter, str | None], torch.Tensor]:
@@ -103,20 +112,25 @@ def _reader(engine: Engine) -> Callable[[nn.Parameter, str | None], torch.Tensor
         return lambda parameter, key: masters[parameter] if key is None else state[masters[parameter]][key]
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    return lambda parameter, key: safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+    return lambda parameter, key: (
+        safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+    )
 
 
 def _writer(engine: Engine) -> Callable[[nn.Parameter, torch.Tensor, str | None], Any]:
     masters = _masters(engine)
     if masters is not None:
         state = engine.inner_optimizer.state
-        return lambda parameter, value, key: (masters[parameter] if key is None else state[masters[parameter]][key]).copy_(value)
+        return lambda parameter, value, key: (
+            masters[parameter] if key is None else state[masters[parameter]][key]
+        ).copy_(value)
     from deepspeed import utils
 
     if engine.zero == 3:
 
         def write(parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
-            # Not the setter for full values: it fails on the last rank when the size is not a multiple of the world size.
+            # Not the setter for full values: it fails on the last rank when the size is not a multiple of the world
+            # size.
             part = _part(value, parameter.ds_tensor.numel(), engine.process)
             if key is None:
                 utils.safe_set_local_fp32_param(parameter, part)
@@ -142,7 +156,8 @@ def _part(value: torch.Tensor, size: int, process: Process) -> torch.Tensor:
 
 
 def _refresh(engine: Engine, parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """The working copy: DeepSpeed's setters write the master copy alone, and the next step would run on stale weights."""
+    """The working copy: DeepSpeed's setters write the master copy alone, and the next step would run on stale
+    weights."""
     if engine.zero < 3:
         parameter.data.copy_(value)
         return
@@ -168,7 +183,8 @@ def prime(engine: Engine, micro_batch: Any) -> None:
 def select(run_folder: Path, process: Process) -> tuple[Path, dict[str, Any]] | None:
     """(folder, state) of the newest checkpoint that is whole on every rank; None when the run has none. A collective.
 
-    Every rejected one is reported with the reason. CheckpointError, on every rank, when there are some but none is whole.
+    Every rejected one is reported with the reason. CheckpointError, on every rank, when there are some but none is
+    whole.
     """
     candidates = process.share([folder.name for folder in reader.checkpoint_folders(run_folder)])
     rejected = []
@@ -182,13 +198,17 @@ def select(run_folder: Path, process: Process) -> tuple[Path, dict[str, Any]] | 
         if process.is_first:
             logger.warning("checkpoint rejected: %s", reason)
     if rejected:
-        raise CheckpointError(f"none of the {len(rejected)} checkpoints in {run_folder} is whole:\n  " + "\n  ".join(rejected)
-                              + "\nPut a whole one back, or remove the run folder to start anew.")
+        raise CheckpointError(
+            f"none of the {len(rejected)} checkpoints in {run_folder} is whole:\n  "
+            + "\n  ".join(rejected)
+            + "\nPut a whole one back, or remove the run folder to start anew."
+        )
     return None
 
 
 def _rejection(folder: Path, process: Process) -> str | None:
-    """Why this rank cannot use the checkpoint. The first rank of each machine reads all of it; the others look at sizes."""
+    """Why this rank cannot use the checkpoint. The first rank of each machine reads all of it; the others look at
+    sizes."""
     try:
         reader.verify(folder, hashes=process.local_rank == 0)
     except CheckpointError as error:

@@ -1,7 +1,9 @@
 """Checkpoints on disk: written whole or not at all, selected, thinned out. Pure files: knows no rank and no DeepSpeed.
 
-The format is described in docs/checkpoints.md and read by `exlm_dist.model.checkpoint_reader`. Order of a save: temporary
-folder, every file with fsync, manifest with their hashes, COMPLETE with the hash of the manifest, rename, pointer `latest`.
+The format is described in docs/checkpoints.md and read by `exlm_dist.model.checkpoint_reader`. Order of a save:
+temporary
+folder, every file with fsync, manifest with their hashes, COMPLETE with the hash of the manifest, rename, pointer
+`latest`.
 A kill at any moment leaves either the former state or the new checkpoint; `latest` is a hint for people, never read.
 """
 
@@ -42,11 +44,20 @@ def folder_of(run_folder: Path, step: int) -> Path:
     return Path(run_folder) / reader.CHECKPOINTS / f"step-{step:08d}"
 
 
-def write_checkpoint(run_folder: Path, step: int, *, model: Tensors, optimizer: Tensors, state: Mapping[str, Any],
-                     config: str, tokenizer: Path) -> Path:
+def write_checkpoint(
+    run_folder: Path,
+    step: int,
+    *,
+    model: Tensors,
+    optimizer: Tensors,
+    state: Mapping[str, Any],
+    config: str,
+    tokenizer: Path,
+) -> Path:
     """Publish the checkpoint of `step` and return its folder. DiskFull or CheckpointError: nothing of it is left.
 
-    `model`: fp32 parameters by canonical name; `optimizer`: `exp_avg.<name>`, `exp_avg_sq.<name>`; `tokenizer`: its folder.
+    `model`: fp32 parameters by canonical name; `optimizer`: `exp_avg.<name>`, `exp_avg_sq.<name>`; `tokenizer`: its
+    folder.
     """
     target = folder_of(run_folder, step)
     temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
@@ -57,8 +68,10 @@ def write_checkpoint(run_folder: Path, step: int, *, model: Tensors, optimizer: 
         _publish(temporary, target)
     except OSError as error:
         kind = DiskFull if error.errno in _FULL else CheckpointError
-        raise kind(f"checkpoint of step {step} could not be written to {target.parent}: {error.strerror or error}. "
-                   "Older checkpoints are untouched. Free space there, or lower checkpoint.keep.") from error
+        raise kind(
+            f"checkpoint of step {step} could not be written to {target.parent}: {error.strerror or error}. "
+            "Older checkpoints are untouched. Free space there, or lower checkpoint.keep."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
@@ -68,23 +81,32 @@ def ensure_space(folder: Path, needed: int) -> None:
     """DiskFull, with both numbers, unless `needed` bytes and a margin are free in the file system of `folder`."""
     free = shutil.disk_usage(folder).free
     if free < needed + SPACE_MARGIN:
-        raise DiskFull(f"a checkpoint needs {(needed + SPACE_MARGIN) / 1e6:.0f} MB but only {free / 1e6:.0f} MB are free in "
-                       f"{folder}. Older checkpoints are untouched. Free space there, or lower checkpoint.keep.")
+        raise DiskFull(
+            f"a checkpoint needs {(needed + SPACE_MARGIN) / 1e6:.0f} MB but only {free / 1e6:.0f} MB are free in "
+            f"{folder}. Older checkpoints are untouched. Free space there, or lower checkpoint.keep."
+        )
 
 
-def _fill(folder: Path, model: Tensors, optimizer: Tensors, state: Mapping[str, Any], config: str, tokenizer: Path) -> None:
+def _fill(
+    folder: Path, model: Tensors, optimizer: Tensors, state: Mapping[str, Any], config: str, tokenizer: Path
+) -> None:
     files = {
         reader.MODEL_FILE: _write_file(folder / reader.MODEL_FILE, lambda put: put_safetensors(model, put)),
         reader.OPTIMIZER_FILE: _write_file(folder / reader.OPTIMIZER_FILE, lambda put: put_safetensors(optimizer, put)),
     }
-    small = {reader.STATE_FILE: json.dumps(state, indent=2, sort_keys=True).encode() + b"\n", reader.CONFIG_FILE: config.encode()}
+    small = {
+        reader.STATE_FILE: json.dumps(state, indent=2, sort_keys=True).encode() + b"\n",
+        reader.CONFIG_FILE: config.encode(),
+    }
     (folder / reader.TOKENIZER_FOLDER).mkdir()
     for path in sorted(path for path in tokenizer.iterdir() if path.is_file()):
         small[f"{reader.TOKENIZER_FOLDER}/{path.name}"] = path.read_bytes()
     for name, content in small.items():
         files[name] = _write_file(folder / name, lambda put, content=content: put(content))
     manifest = {"format": FORMAT, "step": state["step"], "files": files}
-    entry = _write_file(folder / reader.MANIFEST_FILE, lambda put: put(json.dumps(manifest, indent=2, sort_keys=True).encode()))
+    entry = _write_file(
+        folder / reader.MANIFEST_FILE, lambda put: put(json.dumps(manifest, indent=2, sort_keys=True).encode())
+    )
     sync_directory(folder / reader.TOKENIZER_FOLDER)
     sync_directory(folder)
     _write_file(folder / reader.COMPLETE_FILE, lambda put: put(entry["sha256"].encode() + b"\n"))

@@ -40,16 +40,26 @@ class Engine:
         self.shapes = {name: parameter.shape for name, parameter in self.parameters}
         self.accumulation = config.batch.sequences // (config.batch.micro * process.world)
         objective = Objective(model, config.loss.reduction, partitioned=self.zero == 3)
-        self.optimizer = torch.optim.AdamW([parameter for _, parameter in self.parameters], **adamw(config, process.device))
+        self.optimizer = torch.optim.AdamW(
+            [parameter for _, parameter in self.parameters], **adamw(config, process.device)
+        )
         self._model = model
-        self.deepspeed = _initialise(objective, self.optimizer, deepspeed_config(config, process, self.dtype, self.num_parameters))
-        # DeepSpeed's 16-bit wrapper (ZeRO 0) has taken a step on zero gradients; at rate 0 only its count is to be undone.
+        self.deepspeed = _initialise(
+            objective, self.optimizer, deepspeed_config(config, process, self.dtype, self.num_parameters)
+        )
+        # DeepSpeed's 16-bit wrapper (ZeRO 0) has taken a step on zero gradients; at rate 0 only its count is to be
+        # undone.
         for state in self.inner_optimizer.state.values():
             state["step"].zero_()
 
     def _build(self) -> LanguageModel:
-        return build_model(self.config.model, self.vocab_size, seed=self.config.seed, kernel_backend=self.config.kernels.backend,
-                           activation_checkpointing=self.config.parallel.activation_checkpointing)
+        return build_model(
+            self.config.model,
+            self.vocab_size,
+            seed=self.config.seed,
+            kernel_backend=self.config.kernels.backend,
+            activation_checkpointing=self.config.parallel.activation_checkpointing,
+        )
 
     @property
     def num_parameters(self) -> int:
@@ -67,7 +77,9 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def forward(self, stream: Any, is_masked: torch.Tensor | None, *, last: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, stream: Any, is_masked: torch.Tensor | None, *, last: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """`Objective.forward`; `last` marks the micro-batch whose backward pass reduces the gradients."""
         self.deepspeed.set_gradient_accumulation_boundary(last)
         return self.deepspeed(stream, is_masked)
@@ -83,13 +95,16 @@ class Engine:
         """Clip and update; returns the norm of the global gradient before clipping."""
         norm = None
         if self.zero == 0 and self.dtype == torch.float32:  # DeepSpeed keeps no norm here
-            norm = torch.nn.utils.get_total_norm([parameter.grad for _, parameter in self.parameters if parameter.grad is not None])
+            norm = torch.nn.utils.get_total_norm(
+                [parameter.grad for _, parameter in self.parameters if parameter.grad is not None]
+            )
         self.deepspeed.step()
         return self.deepspeed.get_global_grad_norm() if norm is None else norm
 
     @contextlib.contextmanager
     def plain_model(self):
-        """The current weights as an ordinary model without hooks. At ZeRO 3 a copy (in the working precision) for the time being."""
+        """The current weights as an ordinary model without hooks. At ZeRO 3 a copy (in the working precision) for the
+        time being."""
         if self.zero < 3:
             yield self._model
             return
@@ -113,9 +128,14 @@ def working_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     if wanted == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     if wanted == "fp16" and device.type == "cpu":
-        raise ConfigError("precision.dtype fp16 is not supported on a CPU (DeepSpeed refuses it). Set precision.dtype fp32 or bf16.")
+        raise ConfigError(
+            "precision.dtype fp16 is not supported on a CPU (DeepSpeed refuses it). Set precision.dtype fp32 or bf16."
+        )
     if wanted == "fp16" and config.parallel.zero == 0:
-        raise ConfigError("precision.dtype fp16 needs parallel.zero 1 or higher: at 0 DeepSpeed does not scale the loss. Set parallel.zero 1.")
+        raise ConfigError(
+            "precision.dtype fp16 needs parallel.zero 1 or higher: at 0 DeepSpeed does not scale the loss. "
+            "Set parallel.zero 1."
+        )
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
 
 
@@ -126,15 +146,24 @@ def adamw(config: RunConfig, device: torch.device) -> dict[str, Any]:
     """
     optimizer = config.optimizer
     on_host = device.type == "cpu" or config.parallel.offload
-    return {"lr": 0.0, "betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.eps,
-            "weight_decay": optimizer.weight_decay, "fused": None if on_host else True}
+    return {
+        "lr": 0.0,
+        "betas": (optimizer.beta1, optimizer.beta2),
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+        "fused": None if on_host else True,
+    }
 
 
 def deepspeed_config(config: RunConfig, process: Process, dtype: torch.dtype, num_parameters: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`."""
     bucket = min(BUCKET, -(-num_parameters // 1024) * 1024)
-    zero: dict[str, Any] = {"stage": config.parallel.zero, "overlap_comm": process.device.type == "cuda" and config.parallel.zero > 1,
-                            "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    zero: dict[str, Any] = {
+        "stage": config.parallel.zero,
+        "overlap_comm": process.device.type == "cuda" and config.parallel.zero > 1,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
     if config.parallel.zero == 3:
         zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_max_live_parameters": 4 * bucket}
     if config.parallel.offload:
@@ -170,7 +199,8 @@ def _initialise(objective: Objective, optimizer: torch.optim.Optimizer, config: 
         from deepspeed.utils import logger as noisy
 
         noisy.setLevel(getattr(logging, os.environ["DEEPSPEED_LOG_LEVEL"].upper(), logging.ERROR))
-        # Compiled at start (a minute); a rank killed meanwhile leaves a lock on which every later process waits for ever.
+        # Compiled at start (a minute); a rank killed meanwhile leaves a lock on which every later process waits for
+        # ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         _import_without_compiler("deepspeed.runtime.zero.muon.original_muon")
         engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config, dist_init_required=False)
@@ -178,7 +208,8 @@ def _initialise(objective: Objective, optimizer: torch.optim.Optimizer, config: 
 
 
 def _import_without_compiler(module: str) -> None:
-    """Import a module of DeepSpeed that marks functions for `torch.compile`, without loading the compiler (seconds per rank).
+    """Import a module of DeepSpeed that marks functions for `torch.compile`, without loading the compiler (seconds per
+    rank).
 
     DeepSpeed imports its Muon optimizer to see that ours is a different one; we never run it.
     """

@@ -1,4 +1,5 @@
-"""The training loop, and how a run ends: done, saved on request, or with a message that every rank's launcher gets to see."""
+"""The training loop, and how a run ends: done, saved on request, or with a message that every rank's launcher gets to
+see."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ logger = get_logger(__name__)
 def train(config: RunConfig) -> int:
     """Train, or continue, the run `config` as one rank of the job that the environment describes; the exit code.
 
-    0: the run is finished; 75: saved because a signal asked for it, the same command continues. UserError and whatever else
+    0: the run is finished; 75: saved because a signal asked for it, the same command continues. UserError and whatever
+    else
     went wrong is raised, after the other ranks have been told.
     """
     interruption = Interruption()
@@ -72,10 +74,15 @@ def _told(error: BaseException, session: Session | None) -> BaseException:
     from exlm_dist.parallel import process as processes
 
     if not isinstance(error, UserError) and processes.lost_peer(error):
-        lost = processes.PeerLost(f"another rank ended or did not answer within launch.timeout; its own message says why ({str(error).splitlines()[0]})")
+        lost = processes.PeerLost(
+            f"another rank ended or did not answer within launch.timeout; its own message says why "
+            f"({str(error).splitlines()[0]})"
+        )
         error = lost.with_traceback(error.__traceback__)
     if file := os.environ.get(ERROR_FILE):
-        Path(file).write_text(str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error)))
+        Path(file).write_text(
+            str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+        )
     if processes.must_exit_hard():
         traceback.print_exception(error)
         sys.stderr.flush()

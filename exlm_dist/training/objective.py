@@ -25,7 +25,8 @@ class Objective(nn.Module):
     def forward(self, stream: Stream, is_masked: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """(loss sum, invalid [B] bool, scores or None); see `model.objective.loss_sum`.
 
-        With `is_masked` [N] the scores are [nll sum, correct, count] over the masked tokens, under the dropout of training.
+        With `is_masked` [N] the scores are [nll sum, correct, count] over the masked tokens, under the dropout of
+        training.
         """
         if is_masked is None:
             return *loss_sum(self.run(stream), self.reduction), None
@@ -38,7 +39,9 @@ class Objective(nn.Module):
             return result[0]
 
         scores = evaluate_masked(run, stream, is_masked)
-        return *loss_sum(result[0], self.reduction), torch.stack([scores.nll.float(), scores.correct.float(), scores.count.float()])
+        return *loss_sum(result[0], self.reduction), torch.stack(
+            [scores.nll.float(), scores.correct.float(), scores.count.float()]
+        )
 
     def run(self, stream: Stream) -> Stream:
         """All layers."""
@@ -56,7 +59,8 @@ class Objective(nn.Module):
 class TensorLayer(nn.Module):
     """A `Stream -> Stream` layer that takes its input, and gives what it changed, as plain tensors.
 
-    ZeRO 3 gathers and frees the parameters of a module by hooks on its input and output tensors, and does not look into a
+    ZeRO 3 gathers and frees the parameters of a module by hooks on its input and output tensors, and does not look
+    into a
     dataclass. So the hooks of the layer itself are passed by (`inner.forward`), and the parameters it owns directly are
     registered here too; those of its children, which work on tensors, are gathered by the hooks of the children.
     """

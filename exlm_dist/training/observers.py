@@ -1,4 +1,5 @@
-"""Watches the steps: numbers for the log and `events.jsonl`, sequences without a finite likelihood, and when to give up.
+"""Watches the steps: numbers for the log and `events.jsonl`, sequences without a finite likelihood, and when to give
+up.
 
 Everything is read from the device, and exchanged between ranks, once per logged step.
 """
@@ -68,7 +69,8 @@ class Meter:
         self.progress.seconds += elapsed
 
     def after_step(self, result: StepResult) -> None:
-        """Note one step and, where it is due, report. RunStopped on every rank when too many sequences were left out."""
+        """Note one step and, where it is due, report. RunStopped on every rank when too many sequences were left
+        out."""
         self._window.steps.append(result)
         self._unjudged.append(result)
         self.progress.sequences += result.batches.num_sequences
@@ -77,7 +79,8 @@ class Meter:
             self._report()
 
     def judge(self) -> None:
-        """Look at the steps that no report has looked at yet, as before a save. A collective; RunStopped as in `after_step`."""
+        """Look at the steps that no report has looked at yet, as before a save. A collective; RunStopped as in
+        `after_step`."""
         if self._unjudged:
             self._judge(self.process.gather(self._left_out()).sum(0))
 
@@ -98,7 +101,13 @@ class Meter:
         last = window.steps[-1]
         scores = [0.0, 0.0, 0.0] if last.scores is None else last.scores.tolist()
         wait = sum(step.batches.wait_seconds for step in window.steps)
-        return [float(last.loss), *scores, wait, sum(step.padding_share for step in window.steps), peak_memory(self.process.device)]
+        return [
+            float(last.loss),
+            *scores,
+            wait,
+            sum(step.padding_share for step in window.steps),
+            peak_memory(self.process.device),
+        ]
 
     def _log(self, window: _Window, every: torch.Tensor, invalid: int) -> None:
         """Metrics of the last step of the window, rates of all of it. (Names and units: `exlm_dist.tracking`.)"""
@@ -107,23 +116,40 @@ class Meter:
         last, steps, seconds = window.steps[-1], len(window.steps), max(window.seconds, 1e-9)
         loss, nll, correct, count = every[:, :4].sum(0).tolist()
         values = {
-            "train/loss": loss, "train/lr": last.rate, "train/grad_norm": float(last.grad_norm), "train/invalid_sequences": invalid,
+            "train/loss": loss,
+            "train/lr": last.rate,
+            "train/grad_norm": float(last.grad_norm),
+            "train/invalid_sequences": invalid,
             "perf/tokens_per_second": sum(step.batches.num_original_tokens for step in window.steps) / seconds,
             "perf/expanded_tokens_per_second": sum(step.batches.num_tokens for step in window.steps) / seconds,
-            "perf/step_seconds": seconds / steps, "perf/wait_seconds": float(every[:, 4].max()) / steps,
-            "perf/padding_share": float(every[:, 5].mean()) / steps, "perf/memory_megabytes": float(every[:, 6].max()),
-            "progress/seconds": self.progress.seconds, "progress/sequences": self.progress.sequences, "progress/tokens": self.progress.tokens,
+            "perf/step_seconds": seconds / steps,
+            "perf/wait_seconds": float(every[:, 4].max()) / steps,
+            "perf/padding_share": float(every[:, 5].mean()) / steps,
+            "perf/memory_megabytes": float(every[:, 6].max()),
+            "progress/seconds": self.progress.seconds,
+            "progress/sequences": self.progress.sequences,
+            "progress/tokens": self.progress.tokens,
         }
         if count:
             values |= {"train/nll": nll / count, "train/accuracy": correct / count}
         self.events.metrics(last.step + 1, values)
         shown = f"  nll {values['train/nll']:.4f}  accuracy {values['train/accuracy']:.3f}" if count else ""
-        logger.info("step %d/%d  loss %.4f%s  lr %.2e  norm %.3f  %.0f tokens/s  %.3f s/step  wait %.0f%%", last.step + 1,
-                    self.config.schedule.steps, loss, shown, last.rate, values["train/grad_norm"], values["perf/tokens_per_second"],
-                    values["perf/step_seconds"], 100 * values["perf/wait_seconds"] / values["perf/step_seconds"])
+        logger.info(
+            "step %d/%d  loss %.4f%s  lr %.2e  norm %.3f  %.0f tokens/s  %.3f s/step  wait %.0f%%",
+            last.step + 1,
+            self.config.schedule.steps,
+            loss,
+            shown,
+            last.rate,
+            values["train/grad_norm"],
+            values["perf/tokens_per_second"],
+            values["perf/step_seconds"],
+            100 * values["perf/wait_seconds"] / values["perf/step_seconds"],
+        )
 
     def _judge(self, invalid: torch.Tensor) -> None:
-        """Name the sequences that were left out, `invalid` of each step; RunStopped where a step has too many of them."""
+        """Name the sequences that were left out, `invalid` of each step; RunStopped where a step has too many of
+        them."""
         steps, self._unjudged = self._unjudged, []
         limit = self.config.loss.max_invalid
         for step, count in zip(steps, invalid.tolist()):
@@ -133,13 +159,16 @@ class Meter:
             every = self.process.gather([*mine, *[-1] * (NAMED - len(mine))]).flatten().long()
             named = ", ".join(str(sample) for sample in every[every >= 0].tolist()[:NAMED])
             share = count / step.batches.num_sequences
-            text = f"step {step.step + 1}: {int(count)} of {step.batches.num_sequences} sequences have no finite likelihood: samples {named}"
+            of_all = f"{int(count)} of {step.batches.num_sequences} sequences"
+            text = f"step {step.step + 1}: {of_all} have no finite likelihood: samples {named}"
             if self.events is not None:
                 logger.warning("%s. They were left out.", text)
                 self.events.tags({f"invalid_step_{step.step + 1}": f"samples {named}"})
             if share > limit:
-                raise RunStopped(f"{text}. That is a share of {share:.3g}, more than loss.max_invalid {limit:g}. "
-                                 "Lower optimizer.lr, set optimizer.clip, or look at these samples.")
+                raise RunStopped(
+                    f"{text}. That is a share of {share:.3g}, more than loss.max_invalid {limit:g}. "
+                    "Lower optimizer.lr, set optimizer.clip, or look at these samples."
+                )
 
 
 #: Numbers of `Meter._numbers`.

@@ -16,12 +16,16 @@ PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
 
 def versions() -> dict[str, str]:
     """Versions that may decide the bits of a result."""
-    return {"exlm_dist": exlm_dist.__version__, "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    return {
+        "exlm_dist": exlm_dist.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
 
 
 def git_commit() -> str:
-    """Commit of the checkout this package runs from, `+` appended where it was altered; empty for an installed package."""
+    """Commit of the checkout this package runs from, `+` appended where it was altered; empty for an installed
+    package."""
     root = Path(exlm_dist.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return ""
@@ -33,7 +37,9 @@ def git_commit() -> str:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10
+    ).stdout.strip()
 
 
 def config_hash(config: RunConfig) -> str:

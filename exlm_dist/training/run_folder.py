@@ -31,12 +31,15 @@ class RunFolder:
 
     @staticmethod
     def open(config: RunConfig, *, patience: float = LOCK_PATIENCE) -> RunFolder:
-        """Create or continue `<runs>/<name>`. CheckpointError when another process writes it, or its run is a different one."""
+        """Create or continue `<runs>/<name>`. CheckpointError when another process writes it, or its run is a
+        different one."""
         path = Path(config.runs) / config.name
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CheckpointError(f"the run folder {path} cannot be made: {error.strerror}. Set `runs` to a folder you may write.") from error
+            raise CheckpointError(
+                f"the run folder {path} cannot be made: {error.strerror}. Set `runs` to a folder you may write."
+            ) from error
         folder = RunFolder(path, _lock(path, patience))
         try:
             folder._accept(config)
@@ -50,8 +53,10 @@ class RunFolder:
         if file.exists():
             different = config_difference(load_config(file, []), config)
             if different:
-                raise CheckpointError(f"{self.path} holds a run with other settings:\n{difference_table(different)}\n"
-                                      "Give the new run another `name`, or put these settings back to continue this one.")
+                raise CheckpointError(
+                    f"{self.path} holds a run with other settings:\n{difference_table(different)}\n"
+                    "Give the new run another `name`, or put these settings back to continue this one."
+                )
         text = dump_config(config)
         if not file.exists() or file.read_text() != text:
             write_atomic(file, text)
@@ -80,8 +85,10 @@ def _lock(path: Path, patience: float) -> int:
             if time.monotonic() > deadline:
                 owner = os.pread(handle, 1000, 0).decode(errors="replace").strip()
                 os.close(handle)
-                raise CheckpointError(f"{path} is being written by another process ({owner}). "
-                                      "Wait for it, end it, or give this run another `name`.") from None
+                raise CheckpointError(
+                    f"{path} is being written by another process ({owner}). "
+                    "Wait for it, end it, or give this run another `name`."
+                ) from None
             time.sleep(0.1)
     os.ftruncate(handle, 0)
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}

@@ -10,7 +10,8 @@ from exlm_dist.config.schema import ScheduleConfig
 def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:
     """Rate of optimizer step `step` (0-based): linear warm-up from 0 to `peak`, then the shape `schedule.kind`.
 
-    As in fairseq, which the authors used: step t of the warm-up has `peak * t / warmup`, so the first step of a run with
+    As in fairseq, which the authors used: step t of the warm-up has `peak * t / warmup`, so the first step of a run
+    with
     warm-up changes nothing, and `final * peak` would be reached one step after the last.
     """
     if step < schedule.warmup:

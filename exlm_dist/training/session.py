@@ -29,7 +29,8 @@ logger = get_logger(__name__)
 
 
 class Session:
-    """One launch of a run, from its opened folder to its end. `close` always; all ranks call everything in the same order."""
+    """One launch of a run, from its opened folder to its end. `close` always; all ranks call everything in the same
+    order."""
 
     def __init__(self, config: RunConfig, process: Process) -> None:
         self.config, self.process = config, process
@@ -42,13 +43,18 @@ class Session:
         self.evaluation: dict[str, float] | None = None  # of the current step
 
     def open(self) -> bool:
-        """Lock the folder, find where to go on and build everything. False: the run is finished, there is nothing to do."""
+        """Lock the folder, find where to go on and build everything. False: the run is finished, there is nothing to
+        do."""
         config, process = self.config, self.process
         check_world(config, process.world)
         working_dtype(config, process.device)
         self.path = Path(process.first_only(self._open_folder))
         self.train_data = process.together(lambda: self._dataset("train"))
-        self.valid_data = process.together(lambda: self._dataset("valid")) if self.train_data.manifest["splits"]["valid"]["shards"] else None
+        self.valid_data = (
+            process.together(lambda: self._dataset("valid"))
+            if self.train_data.manifest["splits"]["valid"]["shards"]
+            else None
+        )
         self.tokenizer = load_tokenizer(self.train_data.tokenizer_path)
         found = checkpoint.select(self.path, process)
         state = found[1] if found else {"step": 0, "progress": {}}
@@ -66,10 +72,20 @@ class Session:
             self._events = EventLog(self.path / EVENTS)
             self._tracker = Tracker.start(self.path, config, self._events)
         self.meter = Meter(config, process, self._events, progress)
-        logger.info("%s: %s step %d of %d, %.1f M parameters, %d ranks x %d micro-batches of %d, ZeRO %d, %s on %s", config.name,
-                    "continuing after" if found else "starting at", self.step, config.schedule.steps, self.engine.num_parameters / 1e6,
-                    process.world, self.engine.accumulation, config.batch.micro, self.engine.zero,
-                    str(self.engine.dtype).removeprefix("torch."), process.device.type)
+        logger.info(
+            "%s: %s step %d of %d, %.1f M parameters, %d ranks x %d micro-batches of %d, ZeRO %d, %s on %s",
+            config.name,
+            "continuing after" if found else "starting at",
+            self.step,
+            config.schedule.steps,
+            self.engine.num_parameters / 1e6,
+            process.world,
+            self.engine.accumulation,
+            config.batch.micro,
+            self.engine.zero,
+            str(self.engine.dtype).removeprefix("torch."),
+            process.device.type,
+        )
         return True
 
     def _open_folder(self) -> str:
@@ -84,24 +100,44 @@ class Session:
         """CheckpointError when the checkpoint belongs to other data, another tokenizer or other settings."""
         for what, here in self._fingerprints().items():
             if state[what] != here:
-                raise CheckpointError(f"{folder} was trained with {what.replace('_', ' ')} {state[what]}, but {self.config.data.path} has {here}. "
-                                      "Give the path of the data it was trained on, or give the new run another `name`.")
+                raise CheckpointError(
+                    f"{folder} was trained with {what.replace('_', ' ')} {state[what]}, "
+                    f"but {self.config.data.path} has {here}. "
+                    "Give the path of the data it was trained on, or give the new run another `name`."
+                )
         different = config_difference(reader.read_config(folder), self.config)
         if different:
-            raise CheckpointError(f"{folder} was written with other settings:\n{difference_table(different)}\nGive the new run another `name`.")
+            raise CheckpointError(
+                f"{folder} was written with other settings:\n{difference_table(different)}\n"
+                "Give the new run another `name`."
+            )
 
     def _fingerprints(self) -> dict[str, str]:
         return {"data_fingerprint": self.train_data.fingerprint, "tokenizer_fingerprint": self.tokenizer.fingerprint}
 
     def _make_loader(self) -> Loader:
         config = self.config
-        return Loader(self.train_data, seed=config.seed, global_batch=config.batch.sequences, prefetch=config.data.prefetch, **self._packing())
+        return Loader(
+            self.train_data,
+            seed=config.seed,
+            global_batch=config.batch.sequences,
+            prefetch=config.data.prefetch,
+            **self._packing(),
+        )
 
     def _packing(self) -> dict[str, Any]:
         config, process = self.config, self.process
-        return {"masking": config.masking, "states": config.model.states, "anchors": config.model.anchors, "micro": config.batch.micro,
-                "max_positions": config.model.max_positions, "bucket": config.data.bucket, "vocab_size": self.train_data.vocab_size,
-                "rank": process.rank, "world": process.world}
+        return {
+            "masking": config.masking,
+            "states": config.model.states,
+            "anchors": config.model.anchors,
+            "micro": config.batch.micro,
+            "max_positions": config.model.max_positions,
+            "bucket": config.data.bucket,
+            "vocab_size": self.train_data.vocab_size,
+            "rank": process.rank,
+            "world": process.world,
+        }
 
     def _resume(self, folder: Path, state: dict[str, Any]) -> None:
         model, optimizer = reader.load_weights(folder, verified=True), reader.load_optimizer(folder, verified=True)
@@ -138,11 +174,14 @@ class Session:
             nll, accuracy = self.evaluation["nll"], self.evaluation["accuracy"]
             values = {"valid/nll": nll, "valid/accuracy": accuracy, "valid/perplexity": float(torch.tensor(nll).exp())}
             self._events.metrics(self.step, values)
-            self._events.child_run("evaluation", self.step, values, {"split": "valid", "tokens": int(self.evaluation["tokens"])})
+            self._events.child_run(
+                "evaluation", self.step, values, {"split": "valid", "tokens": int(self.evaluation["tokens"])}
+            )
             logger.info("step %d  held-out nll %.4f  accuracy %.4f per masked token", self.step, nll, accuracy)
 
     def save(self, *, needed: bool = False) -> None:
-        """Write a checkpoint. A full disk is only an alarm while an older checkpoint is there, unless this one is `needed`."""
+        """Write a checkpoint. A full disk is only an alarm while an older checkpoint is there, unless this one is
+        `needed`."""
         self.meter.judge()
         with self.meter.pause():
             model, optimizer, scalars = checkpoint.take(self.engine)
@@ -151,31 +190,58 @@ class Session:
             logger.error("%s Training goes on.", failure)
             self._events.tags({f"save_failed_step_{self.step}": failure})
 
-    def _write(self, model: checkpoint.Tensors, optimizer: checkpoint.Tensors, scalars: dict[str, Any], needed: bool) -> str | None:
+    def _write(
+        self, model: checkpoint.Tensors, optimizer: checkpoint.Tensors, scalars: dict[str, Any], needed: bool
+    ) -> str | None:
         """On rank 0. None, or why nothing was written."""
         broken = next(checkpoint.not_finite(model), None)
         if broken is not None:
-            raise RunStopped(f"parameter {broken} is not finite after step {self.step}; it was not saved. "
-                             "Lower optimizer.lr or set optimizer.clip, and go on from an older checkpoint.")
+            raise RunStopped(
+                f"parameter {broken} is not finite after step {self.step}; it was not saved. "
+                "Lower optimizer.lr or set optimizer.clip, and go on from an older checkpoint."
+            )
         self._events.flush()
         try:
-            checkpoint_files.write_checkpoint(self.path, self.step, model=model, optimizer=optimizer, state=self._state(scalars),
-                                              config=dump_config(self.config), tokenizer=self.train_data.tokenizer_path)
+            checkpoint_files.write_checkpoint(
+                self.path,
+                self.step,
+                model=model,
+                optimizer=optimizer,
+                state=self._state(scalars),
+                config=dump_config(self.config),
+                tokenizer=self.train_data.tokenizer_path,
+            )
         except checkpoint_files.DiskFull as error:
             if needed or not checkpoint_files.has_whole(self.path):
                 raise
             return str(error)
         removed = checkpoint_files.retain(self.path, self.config.checkpoint.keep, self.config.checkpoint.best)
-        logger.info("step %d saved%s", self.step, f"; removed {', '.join(folder.name for folder in removed)}" if removed else "")
+        logger.info(
+            "step %d saved%s", self.step, f"; removed {', '.join(folder.name for folder in removed)}" if removed else ""
+        )
         return None
 
     def _state(self, scalars: dict[str, Any]) -> dict[str, Any]:
         config, engine = self.config, self.engine
-        return {"step": self.step, "seed": config.seed, "evaluation": self.evaluation, "progress": vars(self.meter.progress), **scalars,
-                **self._fingerprints(), "config_hash": provenance.config_hash(config), "versions": provenance.versions(),
-                "git_commit": provenance.git_commit(), "parameters": engine.num_parameters,
-                "layout": {"world": self.process.world, "zero": engine.zero, "dtype": str(engine.dtype).removeprefix("torch."),
-                           "micro": config.batch.micro, "device": self.process.device.type}}
+        return {
+            "step": self.step,
+            "seed": config.seed,
+            "evaluation": self.evaluation,
+            "progress": vars(self.meter.progress),
+            **scalars,
+            **self._fingerprints(),
+            "config_hash": provenance.config_hash(config),
+            "versions": provenance.versions(),
+            "git_commit": provenance.git_commit(),
+            "parameters": engine.num_parameters,
+            "layout": {
+                "world": self.process.world,
+                "zero": engine.zero,
+                "dtype": str(engine.dtype).removeprefix("torch."),
+                "micro": config.batch.micro,
+                "device": self.process.device.type,
+            },
+        }
 
     def disband(self) -> None:
         """Take the engine apart, while the other ranks are still there."""
@@ -183,7 +249,8 @@ class Session:
             self.engine.close()
 
     def close(self, status: str) -> None:
-        """Let go of everything else; `status` as in `EventLog.status`. Sending what is left to MLflow takes a bounded time."""
+        """Let go of everything else; `status` as in `EventLog.status`. Sending what is left to MLflow takes a bounded
+        time."""
         if self._loader is not None:
             self._loader.close()
         if self._tracker is not None:

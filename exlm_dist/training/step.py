@@ -31,12 +31,14 @@ class StepResult:
 
 
 def to_stream(batch: PackedBatch, config: RunConfig, device: torch.device) -> Stream:
-    """A micro-batch on the device, with the key of its dropout masks: a pure function of the seed and its place in the run."""
+    """A micro-batch on the device, with the key of its dropout masks: a pure function of the seed and its place in the
+    run."""
     return Stream.from_batch(batch, device, dropout_seed=seed_from(config.seed, "dropout", batch.step, batch.index))
 
 
 def optimizer_step(engine: Engine, batches: StepBatches, config: RunConfig, *, scored: bool) -> StepResult:
-    """Run one step. The loss is divided by the sequences (or targets) of the global batch, so that any split of it into ranks
+    """Run one step. The loss is divided by the sequences (or targets) of the global batch, so that any split of it
+    into ranks
     and micro-batches gives the same gradient. `scored`: also measure nll and accuracy on the last micro-batch."""
     device = engine.process.device
     denominator = batches.num_sequences if config.loss.reduction == "sequence" else batches.num_targets
@@ -52,4 +54,6 @@ def optimizer_step(engine: Engine, batches: StepBatches, config: RunConfig, *, s
         total += loss.detach() / denominator
         invalid.append((batch.sample_ids, left_out))
     norm = engine.step()
-    return StepResult(batches.step, total, invalid, scores, norm, rate, replace(batches, micro_batches=[]), batches.padding_share)
+    return StepResult(
+        batches.step, total, invalid, scores, norm, rate, replace(batches, micro_batches=[]), batches.padding_share
+    )

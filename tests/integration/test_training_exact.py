@@ -28,9 +28,21 @@ def first_step(process, settings):
 
     config = RunConfig.model_validate(settings)
     dataset = ShardDataset.open(config.data.path, "train")
-    loader = Loader(dataset, masking=config.masking, states=config.model.states, anchors=config.model.anchors, seed=config.seed,
-                    global_batch=config.batch.sequences, micro=config.batch.micro, max_positions=config.model.max_positions,
-                    bucket=config.data.bucket, vocab_size=dataset.vocab_size, rank=process.rank, world=process.world, prefetch=0)
+    loader = Loader(
+        dataset,
+        masking=config.masking,
+        states=config.model.states,
+        anchors=config.model.anchors,
+        seed=config.seed,
+        global_batch=config.batch.sequences,
+        micro=config.batch.micro,
+        max_positions=config.model.max_positions,
+        bucket=config.data.bucket,
+        vocab_size=dataset.vocab_size,
+        rank=process.rank,
+        world=process.world,
+        prefetch=0,
+    )
     engine = Engine(config, process, dataset.vocab_size)
     batches = loader.step(0)
     samples = sorted(int(sample) for batch in batches.micro_batches for sample in batch.sample_ids)
@@ -39,7 +51,11 @@ def first_step(process, settings):
     _, moments, _ = checkpoint.take(engine)
     norm = float(result.grad_norm)
     engine.close()
-    gradients = {name: value.numpy() / (1 - config.optimizer.beta1) for name, value in moments.items() if name.startswith("exp_avg.")}
+    gradients = {
+        name: value.numpy() / (1 - config.optimizer.beta1)
+        for name, value in moments.items()
+        if name.startswith("exp_avg.")
+    }
     return gradients, loss, samples, norm
 
 
@@ -53,22 +69,37 @@ def measured(config: RunConfig, world: int):
 def test_ranks_times_micro_batches(reduction, dropout, data, tmp_path):
     """1x8, 2x4, 4x2 micro-batches, dropout on: its masks belong to the micro-batch, not to the rank."""
     model = {"dropout": dropout, "attention_dropout": dropout}
-    config = tiny(tmp_path, "exact", data, batch={"sequences": 16, "micro": 2}, loss={"reduction": reduction}, optimizer={"clip": 0.0}, model=model)
+    config = tiny(
+        tmp_path,
+        "exact",
+        data,
+        batch={"sequences": 16, "micro": 2},
+        loss={"reduction": reduction},
+        optimizer={"clip": 0.0},
+        model=model,
+    )
     reference, loss, samples, norm = measured(config, 1)
     total = np.sqrt(sum((value.astype(np.float64) ** 2).sum() for value in reference.values()))
     assert norm == pytest.approx(total, rel=1e-5) and total > 0.1
     for world in (2, 4):
         gradients, other_loss, other_samples, other_norm = measured(config, world)
-        assert other_samples == samples and other_loss == pytest.approx(loss, rel=1e-6) and other_norm == pytest.approx(norm, rel=1e-6)
+        assert (
+            other_samples == samples
+            and other_loss == pytest.approx(loss, rel=1e-6)
+            and other_norm == pytest.approx(norm, rel=1e-6)
+        )
         assert max(np.abs(gradients[name] - reference[name]).max() for name in reference) < 1e-6
 
 
 @pytest.mark.parametrize("zero, micro", [(0, 8), (1, 4), (2, 2), (3, 1)])
 def test_micro_batch_size_and_zero_stage(zero, micro, data, tmp_path):
-    """Without dropout the size of a micro-batch does not matter either; two ranks against one with the whole batch at once."""
+    """Without dropout the size of a micro-batch does not matter either; two ranks against one with the whole batch at
+    once."""
     model = {"dropout": 0.0, "attention_dropout": 0.0}
     sections = {"optimizer": {"clip": 0.0}, "model": model}
-    reference, loss, samples, _ = measured(tiny(tmp_path, "whole", data, batch={"sequences": 16, "micro": 16}, **sections), 1)
+    reference, loss, samples, _ = measured(
+        tiny(tmp_path, "whole", data, batch={"sequences": 16, "micro": 16}, **sections), 1
+    )
     config = tiny(tmp_path, "split", data, batch={"sequences": 16, "micro": micro}, parallel={"zero": zero}, **sections)
     gradients, other_loss, other_samples, _ = measured(config, 2)
     assert other_samples == samples and other_loss == pytest.approx(loss, rel=1e-6)
@@ -76,7 +107,8 @@ def test_micro_batch_size_and_zero_stage(zero, micro, data, tmp_path):
 
 
 def zero3_model_equals(process, settings):
-    """At ZeRO 3 with no parameter small enough to stay whole, recomputing activations: loss, and the copy for evaluation."""
+    """At ZeRO 3 with no parameter small enough to stay whole, recomputing activations: loss, and the copy for
+    evaluation."""
     from exlm_dist.training import engine as engines
 
     plain = engines.deepspeed_config

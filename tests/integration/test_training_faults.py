@@ -1,4 +1,5 @@
-"""Bad checkpoints, bad data, wrong settings, lost ranks: a message that says what and where, on every rank, within seconds."""
+"""Bad checkpoints, bad data, wrong settings, lost ranks: a message that says what and where, on every rank, within
+seconds."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def copy_of(finished: RunConfig, runs: Path, **changes) -> RunConfig:
 
 def failure_of(config: RunConfig, world: int = 2, function=_train, *arguments) -> tuple[str, list[int]]:
     with pytest.raises(RankFailed) as caught:
-        run_processes(function, world, config.model_dump(), *(arguments or ([None] if function is _train else [])), timeout=60)
+        run_processes(
+            function, world, config.model_dump(), *(arguments or ([None] if function is _train else [])), timeout=60
+        )
     return str(caught.value), caught.value.codes
 
 
@@ -76,7 +79,12 @@ def test_other_data_names_both_fingerprints(finished, tmp_path):
     config = copy_of(finished, tmp_path, data=finished.data.model_copy(update={"path": str(other)}))
     text, codes = failure_of(config)
     state = reader.read_state(reader.newest_checkpoint(Path(finished.runs) / "finished"))
-    assert codes == [EXIT_STOP] * 2 and "data fingerprint" in text and state["data_fingerprint"] in text and str(other) in text
+    assert (
+        codes == [EXIT_STOP] * 2
+        and "data fingerprint" in text
+        and state["data_fingerprint"] in text
+        and str(other) in text
+    )
 
 
 def test_other_settings_give_a_table(finished, tmp_path):
@@ -163,7 +171,11 @@ def left_out(rank, settings, which):
 
 def test_sequences_without_a_likelihood_are_named_and_stop_the_run(data, tmp_path):
     text, codes = failure_of(tiny(tmp_path, "invalid", data), 2, left_out, 4)
-    assert codes == [EXIT_STOP] * 2 and "step 5: 2 of 8 sequences have no finite likelihood: samples " in text and "loss.max_invalid" in text
+    assert (
+        codes == [EXIT_STOP] * 2
+        and "step 5: 2 of 8 sequences have no finite likelihood: samples " in text
+        and "loss.max_invalid" in text
+    )
 
 
 def test_few_of_them_are_left_out_and_counted(data, tmp_path):
@@ -171,7 +183,11 @@ def test_few_of_them_are_left_out_and_counted(data, tmp_path):
     assert run_processes(left_out, 2, config.model_dump(), 5) == [EXIT_DONE] * 2
     events = list(read_events(tmp_path / "few/events.jsonl"))
     name = "train/invalid_sequences"
-    counts = {event["step"]: event["values"][name] for event in events if name in event.get("values", {}) and event["kind"] == "metrics"}
+    counts = {
+        event["step"]: event["values"][name]
+        for event in events
+        if name in event.get("values", {}) and event["kind"] == "metrics"
+    }
     assert counts[6] == 2 and counts[9] == 0
     assert any("invalid_step_6" in event["values"] for event in events if event["kind"] == "tags")
     assert "They were left out" in log_of(config)

@@ -36,7 +36,9 @@ def whole(data, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("zero, dtype", [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize(
+    "zero, dtype", [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (3, "bf16")]
+)
 def test_sigkill_then_the_same_bits(zero, dtype, data, whole, tmp_path):
     config = tiny(tmp_path, "killed", data, parallel={"zero": zero}, precision={"dtype": dtype})
     codes = train_on(config, 2, ("step", 1, 7))
@@ -78,14 +80,18 @@ def test_events_have_each_point_once_and_the_same_as_uninterrupted(data, whole, 
         events = [event for event in read_events(run / "events.jsonl") if event["kind"] == "metrics"]
         pairs = [(event["step"], name) for event in events for name in event["values"]]
         assert max(Counter(pairs).values()) == 1
-        return {(event["step"], name): value for event in events for name, value in event["values"].items() if name in kept}
+        return {
+            (event["step"], name): value for event in events for name, value in event["values"].items() if name in kept
+        }
 
     other = whole(1, "fp32")
     assert points(tmp_path / "killed") == points(Path(other.runs) / other.name)
 
 
 def losses(config) -> list[float]:
-    events = [event for event in read_events(Path(config.runs) / config.name / "events.jsonl") if event["kind"] == "metrics"]
+    events = [
+        event for event in read_events(Path(config.runs) / config.name / "events.jsonl") if event["kind"] == "metrics"
+    ]
     return [event["values"]["train/loss"] for event in events if "train/loss" in event["values"]]
 
 

@@ -18,10 +18,24 @@ from exlm_dist.model import checkpoint_reader as reader
 def tiny(runs: Path, name: str, data: Path, **sections: Any) -> RunConfig:
     """12 steps of 8 sequences with dropout on, saved every 4."""
     settings: dict[str, Any] = {
-        "schedule": {"steps": 12, "warmup": 2}, "batch": {"sequences": 8, "micro": 2}, "checkpoint": {"every": 4, "keep": 2},
-        "evaluation": {"every": 6, "sequences": 10}, "optimizer": {"lr": 1e-2, "clip": 1.0},
-        "tracking": {"mlflow": False, "system": False, "every": 3}, "launch": {"timeout": 20, "device": "cpu", "threads": 1}}
-    model = {"layers": 2, "width": 16, "heads": 2, "ffn": 32, "states": 2, "max_positions": 128, "dropout": 0.1, "attention_dropout": 0.1}
+        "schedule": {"steps": 12, "warmup": 2},
+        "batch": {"sequences": 8, "micro": 2},
+        "checkpoint": {"every": 4, "keep": 2},
+        "evaluation": {"every": 6, "sequences": 10},
+        "optimizer": {"lr": 1e-2, "clip": 1.0},
+        "tracking": {"mlflow": False, "system": False, "every": 3},
+        "launch": {"timeout": 20, "device": "cpu", "threads": 1},
+    }
+    model = {
+        "layers": 2,
+        "width": 16,
+        "heads": 2,
+        "ffn": 32,
+        "states": 2,
+        "max_positions": 128,
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+    }
     for section, values in sections.items():
         if section == "model":
             model |= values
@@ -31,8 +45,10 @@ def tiny(runs: Path, name: str, data: Path, **sections: Any) -> RunConfig:
 
 
 def train_on(config: RunConfig, world: int, death: tuple | None = None, *, timeout: float = 90.0) -> list[int]:
-    """Exit codes of `train(config)` on `world` real processes. `death`: ("step", rank, n) kills a rank before its step n with
-    SIGKILL, ("call", rank, name, n) at the n-th time it calls os.`name` while saving; ("signal", rank, n, number) sends a signal."""
+    """Exit codes of `train(config)` on `world` real processes. `death`: ("step", rank, n) kills a rank before its step
+    n with
+    SIGKILL, ("call", rank, name, n) at the n-th time it calls os.`name` while saving; ("signal", rank, n, number)
+    sends a signal."""
     try:
         return run_processes(_train, world, config.model_dump(), death, timeout=timeout)
     except RankFailed as failure:

@@ -1,7 +1,9 @@
 """Runs a function on n real processes, under a time limit, and gives back what each returned.
 
-The processes are forked from a clean server that has imported torch and the package once, so that a start costs a second, not
-ten, and nothing of the test process (threads, autograd, process groups) is inherited. Functions must be importable: defined at
+The processes are forked from a clean server that has imported torch and the package once, so that a start costs a
+second, not
+ten, and nothing of the test process (threads, autograd, process groups) is inherited. Functions must be importable:
+defined at
 the top of a test module. Results and arguments travel as pickles: plain values and numpy arrays, no tensors.
 """
 
@@ -30,10 +32,14 @@ class RankFailed(AssertionError):
         self.codes = codes
 
 
-def on_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout: float = 60.0, **keywords: Any) -> list[Any]:
-    """`function(process, *arguments)` on `world` gloo ranks that have joined one group; the results in the order of the ranks.
+def on_ranks(
+    function: Callable[..., Any], world: int, *arguments: Any, timeout: float = 60.0, **keywords: Any
+) -> list[Any]:
+    """`function(process, *arguments)` on `world` gloo ranks that have joined one group; the results in the order of
+    the ranks.
 
-    `process` is an `exlm_dist.parallel.process.Process`. RankFailed, with the traceback, when any rank does not succeed.
+    `process` is an `exlm_dist.parallel.process.Process`. RankFailed, with the traceback, when any rank does not
+    succeed.
     """
     return run_processes(_joined, world, function, timeout, *arguments, timeout=timeout, **keywords)
 
@@ -48,18 +54,33 @@ def _joined(rank: int, function: Callable[..., Any], timeout: float, *arguments:
     return result
 
 
-def run_processes(function: Callable[..., Any], world: int, *arguments: Any, timeout: float = 60.0,
-                  environment: Mapping[str, str] | None = None) -> list[Any]:
-    """`function(rank, *arguments)` in `world` processes with the environment of a launcher; joining a group is left to it."""
+def run_processes(
+    function: Callable[..., Any],
+    world: int,
+    *arguments: Any,
+    timeout: float = 60.0,
+    environment: Mapping[str, str] | None = None,
+) -> list[Any]:
+    """`function(rank, *arguments)` in `world` processes with the environment of a launcher; joining a group is left to
+    it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     port = str(free_port())
     pipes, ranks = [], []
     for rank in range(world):
         receive, send = context.Pipe(duplex=False)
-        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-                     "GLOO_SOCKET_IFNAME": "lo", **(environment or {})}
+        variables = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "GLOO_SOCKET_IFNAME": "lo",
+            **(environment or {}),
+        }
         process = context.Process(target=_child, args=(send, variables, function, rank, arguments), daemon=True)
         process.start()
         send.close()
@@ -74,7 +95,9 @@ def run_processes(function: Callable[..., Any], world: int, *arguments: Any, tim
             process.join()
 
 
-def _child(send: Connection, variables: Mapping[str, str], function: Callable[..., Any], rank: int, arguments: tuple) -> None:
+def _child(
+    send: Connection, variables: Mapping[str, str], function: Callable[..., Any], rank: int, arguments: tuple
+) -> None:
     os.environ.update(variables)
     import torch
 

@@ -10,8 +10,14 @@ from exlm_dist.utils.errors import EXIT_DATA, EXIT_RETRY, EXIT_STOP, EXIT_USAGE,
 
 
 def agreements(process):
-    return (process.gather([process.rank, 7.0]).tolist(), process.any(process.rank == 1), process.any(False),
-            process.share({"text": "wörld", "empty": []} if process.is_first else None), process.first_only(lambda: process.rank), process.share(""))
+    return (
+        process.gather([process.rank, 7.0]).tolist(),
+        process.any(process.rank == 1),
+        process.any(False),
+        process.share({"text": "wörld", "empty": []} if process.is_first else None),
+        process.first_only(lambda: process.rank),
+        process.share(""),
+    )
 
 
 def test_agreements():
@@ -67,7 +73,9 @@ def test_a_port_in_use(monkeypatch):
         taken.listen()
         with pytest.raises(RankFailed) as caught:
             run_processes(meet, 2, taken.getsockname()[1])
-    assert caught.value.codes[0] == EXIT_USAGE and "is in use" in str(caught.value) and "MASTER_PORT" in str(caught.value)
+    assert (
+        caught.value.codes[0] == EXIT_USAGE and "is in use" in str(caught.value) and "MASTER_PORT" in str(caught.value)
+    )
 
 
 def lonely(rank):

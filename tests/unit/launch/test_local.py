@@ -18,14 +18,22 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def launch(code: str, folder: Path, ranks: int = 3, grace: float = 1.0) -> int:
-    return supervise([sys.executable, "-c", "import os, sys, time; rank = int(os.environ['RANK'])\n" + code], rank_environments(ranks, folder), grace=grace)
+    return supervise(
+        [sys.executable, "-c", "import os, sys, time; rank = int(os.environ['RANK'])\n" + code],
+        rank_environments(ranks, folder),
+        grace=grace,
+    )
 
 
 def test_all_well(tmp_path):
-    code = f"open(r'{tmp_path}/' + os.environ['RANK'], 'w').write(' '.join(os.environ[n] for n in ('WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')))"
+    code = f"""
+names = ('WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+open(r'{tmp_path}/' + os.environ['RANK'], 'w').write(' '.join(os.environ[name] for name in names))"""
     assert launch(code, tmp_path) == 0
     found = [(tmp_path / str(rank)).read_text().split() for rank in range(3)]
-    assert [row[:3] for row in found] == [["3", str(rank), "127.0.0.1"] for rank in range(3)] and len({row[3] for row in found}) == 1
+    assert [row[:3] for row in found] == [["3", str(rank), "127.0.0.1"] for rank in range(3)] and len(
+        {row[3] for row in found}
+    ) == 1
 
 
 def test_the_cause_is_told_not_its_consequences(tmp_path, capfd):
@@ -52,7 +60,8 @@ def test_signals_reach_every_rank(number, tmp_path):
 import sys; sys.path.insert(0, r'{ROOT}')
 from exlm_dist.launch.local import rank_environments, supervise
 from pathlib import Path
-rank = "import signal, sys, time, os; signal.signal({int(number)}, lambda *_: sys.exit({EXIT_SAVED})); open(os.environ['RANK'], 'w').close(); time.sleep(60)"
+rank = ("import signal, sys, time, os; signal.signal({int(number)}, lambda *_: sys.exit({EXIT_SAVED}));"
+        "open(os.environ['RANK'], 'w').close(); time.sleep(60)")
 sys.exit(supervise([sys.executable, '-c', rank], rank_environments(2, Path('.'))))"""
     supervisor = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
     wait_for(lambda: all((tmp_path / name).exists() for name in "01"))

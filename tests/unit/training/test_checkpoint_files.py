@@ -18,8 +18,13 @@ from exlm_dist.utils.errors import CheckpointError
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {"b.weight": torch.randn(3, 5, generator=generator), "a": torch.randn(7, generator=generator), "empty": torch.zeros(0, 2),
-            "scalar": torch.tensor(-0.0), "t": torch.randn(4, 6, generator=generator).t()}
+    return {
+        "b.weight": torch.randn(3, 5, generator=generator),
+        "a": torch.randn(7, generator=generator),
+        "empty": torch.zeros(0, 2),
+        "scalar": torch.tensor(-0.0),
+        "t": torch.randn(4, 6, generator=generator).t(),
+    }
 
 
 @pytest.fixture
@@ -32,19 +37,32 @@ def run(tmp_path: Path) -> Path:
 
 def save(run: Path, step: int, nll: float | None = None, seed: int = 0) -> Path:
     evaluation = None if nll is None else {"nll": nll}
-    return files.write_checkpoint(run, step, model=tensors(seed), optimizer=tensors(seed + 1), state={"step": step, "evaluation": evaluation},
-                                  config="name: x\n", tokenizer=run.parent / "tokenizer")
+    return files.write_checkpoint(
+        run,
+        step,
+        model=tensors(seed),
+        optimizer=tensors(seed + 1),
+        state={"step": step, "evaluation": evaluation},
+        config="name: x\n",
+        tokenizer=run.parent / "tokenizer",
+    )
 
 
 def test_what_is_written_is_read(run):
     folder = save(run, 12)
     assert folder.name == "step-00000012" and reader.verify(folder)["step"] == 12
     for name, value in reader.load_weights(folder).items():
-        assert value.dtype == torch.float32 and torch.equal(value, tensors()[name]) and value.shape == tensors()[name].shape
+        assert (
+            value.dtype == torch.float32
+            and torch.equal(value, tensors()[name])
+            and value.shape == tensors()[name].shape
+        )
     assert torch.signbit(reader.load_weights(folder)["scalar"])
     assert set(load_file(folder / "optimizer.safetensors")) == set(tensors())
     assert (run / "checkpoints/latest").read_text() == "step-00000012\n"
-    assert (folder / "tokenizer/tokenizer.json").read_text() == "{}" and (folder / "config.yaml").read_text() == "name: x\n"
+    assert (folder / "tokenizer/tokenizer.json").read_text() == "{}" and (
+        folder / "config.yaml"
+    ).read_text() == "name: x\n"
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-00000012"]
 
 

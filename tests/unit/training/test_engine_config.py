@@ -20,7 +20,11 @@ def config(tmp_path, **sections):
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_batch_sizes_agree_and_buckets_fit_the_model(tmp_path, zero):
     made = deepspeed_config(config(tmp_path, parallel={"zero": zero, "offload": True}), CPU, torch.float32, 5000)
-    assert made["train_batch_size"] == 2 * made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"] == 16
+    assert (
+        made["train_batch_size"]
+        == 2 * made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"]
+        == 16
+    )
     assert made["zero_optimization"]["stage"] == zero and made["zero_optimization"]["reduce_bucket_size"] == 5120
     assert made["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert "bf16" not in made and "fp16" not in made and "optimizer" not in made
@@ -28,7 +32,11 @@ def test_batch_sizes_agree_and_buckets_fit_the_model(tmp_path, zero):
 
 def test_bf16_accumulates_in_fp32(tmp_path):
     made = deepspeed_config(config(tmp_path), CPU, torch.bfloat16, 10**9)
-    assert made["communication_data_type"] == "fp32" and made["bf16"] == {"enabled": True} and made["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert (
+        made["communication_data_type"] == "fp32"
+        and made["bf16"] == {"enabled": True}
+        and made["data_types"] == {"grad_accum_dtype": "fp32"}
+    )
     assert made["zero_optimization"]["reduce_bucket_size"] == 50_000_000
 
 

@@ -35,7 +35,9 @@ def test_what_is_computed_may_not(config):
     with pytest.raises(CheckpointError) as caught:
         RunFolder.open(changed)
     lines = str(caught.value).splitlines()
-    assert any(line.split() == ["seed", "0", "3"] for line in lines) and any(line.split() == ["model.width", "16", "32"] for line in lines)
+    assert any(line.split() == ["seed", "0", "3"] for line in lines) and any(
+        line.split() == ["model.width", "16", "32"] for line in lines
+    )
     RunFolder.open(config).close()  # the refused launch has let go of the lock
 
 
@@ -48,11 +50,15 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(config):
 
 
 def test_a_killed_writer_blocks_nobody(config, tmp_path):
-    code = ("import sys, time; from pathlib import Path; from exlm_dist.training.run_folder import _lock;"
-            "_lock(Path(sys.argv[1]), 1.0); print('locked', flush=True); time.sleep(60)")
+    code = (
+        "import sys, time; from pathlib import Path; from exlm_dist.training.run_folder import _lock;"
+        "_lock(Path(sys.argv[1]), 1.0); print('locked', flush=True); time.sleep(60)"
+    )
     RunFolder.open(config).close()
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "runs/one")], stdout=subprocess.PIPE, env=environment)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "runs/one")], stdout=subprocess.PIPE, env=environment
+    )
     try:
         assert holder.stdout.readline() == b"locked\n"
         with pytest.raises(CheckpointError):

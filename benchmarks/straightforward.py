@@ -1,5 +1,5 @@
 """The same ExLM written the obvious way: padded, every intermediate materialised, autograd throughout. The yardstick of
-`train_cpu.py`; it shares no computation with the package.
+`train_cpu.py` and `step.py`; it shares no computation with the package.
 
 Letters: B sequences, n longest expanded length, D width, H heads, P head width, N longest target count, V vocabulary.
 """
@@ -54,6 +54,9 @@ class PaddedBatch:
             last=torch.where(clone > 0, places, -1).amax(1),
         )
 
+    def to(self, device: torch.device) -> PaddedBatch:
+        return PaddedBatch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
 
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float) -> None:
@@ -65,15 +68,20 @@ class Attention(nn.Module):
         count, length, width = x.shape
         q, k, v = self.qkv(x).view(count, length, self.heads, 3, -1).permute(3, 0, 2, 1, 4)  # [B, H, n, P] each
         cos, sin = rotary_table(batch, q.shape[-1])
-        scores = (q * cos + rotate_half(q) * sin) @ (k * cos + rotate_half(k) * sin).transpose(2, 3)
-        scores = (scores / math.sqrt(q.shape[-1])).masked_fill(~batch.inside[:, None, None, :], -math.inf)
-        weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
-        return self.out((weights @ v).transpose(1, 2).reshape(count, length, width))
+        q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+        inside = batch.inside[:, None, None, :]
+        dropout = self.dropout if self.training else 0.0
+        if x.is_cuda:  # torch's fused attention; with dropout it has none for a CPU
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=inside, dropout_p=dropout)
+        else:
+            scores = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).masked_fill(~inside, -math.inf)
+            mixed = F.dropout(scores.softmax(-1), dropout) @ v
+        return self.out(mixed.transpose(1, 2).reshape(count, length, width))
 
 
 def rotary_table(batch: PaddedBatch, width: int) -> tuple[Tensor, Tensor]:
     """cos and sin [B, 1, n, P] of the two-dimensional rotary positions."""
-    turning = 10000.0 ** (-torch.arange(0, width // 2, 2) / (width // 2))
+    turning = 10000.0 ** (-torch.arange(0, width // 2, 2, device=batch.ids.device) / (width // 2))
     angles = torch.cat([batch.position[..., None] * turning, batch.clone[..., None] * turning], dim=-1)
     angles = torch.cat([angles, angles], dim=-1)[:, None]
     return angles.cos(), angles.sin()
@@ -111,12 +119,12 @@ class TransitionHead(nn.Module):
     def forward(self, features: Tensor, batch: PaddedBatch) -> Tensor:
         """Log-probabilities [B, n, n] from every place to every later state."""
         count, length, width = features.shape
-        place = self.positions(torch.arange(length)).expand(count, -1, -1)
+        place = self.positions(torch.arange(length, device=features.device)).expand(count, -1, -1)
         x = torch.cat([features, place], dim=-1)
         query = self.query(x).view(count, length, self.heads, -1)
         key = self.key(x).view(count, length, self.heads, -1)
         scores = torch.einsum("bihp,bjhp->bijh", query, key) / math.sqrt(width // self.heads)  # [B, n, n, H]
-        later = torch.ones(length, length, dtype=torch.bool).triu(1)
+        later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         allowed = later & batch.is_state[:, :, None] & batch.is_state[:, None, :]
         scores = scores.masked_fill(~allowed[..., None], IMPOSSIBLE).log_softmax(dim=2)
         gates = self.gate(x).log_softmax(-1)[:, :, None, :]
@@ -145,7 +153,7 @@ def path_sum(match: Tensor, links: Tensor, batch: PaddedBatch) -> Tensor:
     rows = [alpha]
     for i in range(1, match.shape[1]):
         rows.append(torch.logsumexp(rows[-1][:, :, None] + links, dim=1) + match[:, i])
-    sequence = torch.arange(len(match))
+    sequence = torch.arange(len(match), device=match.device)
     return torch.stack(rows, dim=1)[sequence, batch.num_targets - 1, batch.last]
 
 

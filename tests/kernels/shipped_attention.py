@@ -7,18 +7,17 @@ from collections.abc import Callable
 
 import torch
 
-from exlm_dist.kernels.attention import attention
+from exlm_dist.kernels.attention import attention_packed
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-LONGEST = 1024  # needs every form
+LONGEST = 1024  # needs every range of lengths
 
 
 def _run(width: int, dtype: torch.dtype, dropout: float) -> None:
     qkv = torch.empty(4096, 4, 3, width, dtype=dtype, device="meta", requires_grad=True)
     angles = torch.empty(4096, width // 2, device="meta")
     cu_tokens = torch.empty(17, dtype=torch.int64, device="meta")
-    q, k, v = qkv.unbind(2)
-    out = attention(q, k, v, angles, cu_tokens, LONGEST, dropout=dropout, seed=2**40 + 3, backend="triton")
+    out = attention_packed(qkv, angles, cu_tokens, LONGEST, dropout=dropout, seed=2**40 + 3, backend="triton")
     out.backward(torch.empty_like(out))
 
 

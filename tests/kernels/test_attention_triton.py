@@ -14,14 +14,14 @@ pytest.importorskip("triton")
 
 from cases import naive_rotate, starts_of  # noqa: E402
 
-from exlm_dist.kernels.attention import attention, rotary_angles  # noqa: E402
+from exlm_dist.kernels.attention import attention, attention_packed, rotary_angles  # noqa: E402
 from exlm_dist.kernels.attention import triton as kernels  # noqa: E402
-from exlm_dist.kernels.attention.schedule import UNLIMITED, Form, Tiles, forms  # noqa: E402
+from exlm_dist.kernels.attention.schedule import UNLIMITED, Plan, Range, Tiles, plan  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter multiplies bf16 wrongly, so bf16 is for the GPU only.
 BOUNDS = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-SMALL = Tiles(16, 16, 1, 4, 1)
+SMALL = Tiles(16, 16, 1, 4)
 
 
 class Problem:
@@ -72,10 +72,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
 
 
-def use(monkeypatch: pytest.MonkeyPatch, *chosen: Form) -> None:
+def use(monkeypatch: pytest.MonkeyPatch, chosen: Plan) -> None:
     """Replace the table of tile sizes."""
-    pick = lambda width, size, longest, *_: [form for form in chosen if form.lower < longest]  # noqa: E731
-    monkeypatch.setattr(kernels, "forms", pick)
+    monkeypatch.setattr(kernels, "plan", lambda *_: chosen)
 
 
 @pytest.mark.parametrize("lengths", [[1], [2, 1, 17], [15, 16, 33]])
@@ -93,15 +92,24 @@ def test_wide_heads_and_a_width_that_is_no_power_of_two(width: int) -> None:
     Problem([3, 20], width=width).check()
 
 
-def test_every_form_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lengths on both sides of the edges between three forms, several query tiles held by a program in the middle one."""
-    use(
-        monkeypatch,
-        Form(0, 8, SMALL, SMALL, SMALL),
-        Form(8, 48, Tiles(16, 16, 3, 4, 1), Tiles(32, 16, 1, 4, 1), SMALL),
-        Form(48, UNLIMITED, Tiles(32, 16, 1, 4, 1), SMALL, Tiles(16, 32, 1, 4, 1)),
-    )
+def test_every_kind_of_tile_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths on both sides of the edges between ranges; a program of the forward kernel holds three tiles of queries."""
+    forward = [Range(0, 8, SMALL), Range(8, 48, Tiles(16, 16, 3, 4)), Range(48, UNLIMITED, Tiles(32, 16, 1, 4))]
+    queries = [Range(0, 9, Tiles(32, 16, 1, 4)), Range(9, UNLIMITED, SMALL)]
+    keys = [Range(0, 48, SMALL), Range(48, UNLIMITED, Tiles(16, 32, 1, 4))]
+    use(monkeypatch, Plan(forward, queries, keys))
     Problem([8, 9, 48, 49], width=32, padding=40).check()
+
+
+def test_one_packed_operand_gives_the_same_bits() -> None:
+    case = Problem([9, 12], width=32, heads=2)
+    joined = case.qkv.detach().requires_grad_()
+    out = attention_packed(joined, case.angles, case.cu_tokens, 12, dropout=0.2, seed=3, backend="triton")
+    (grad,) = torch.autograd.grad(out, joined, case.grad)
+    assert bool((grad[21:] == 0).all())
+    found = [out.detach(), *grad.unbind(2)]
+    for got, want in zip(found, case.run("triton", dropout=0.2, seed=3)):
+        assert torch.equal(got[:21].double(), want)
 
 
 def test_sequences_without_tokens_and_a_batch_without_padding() -> None:
@@ -149,14 +157,14 @@ def test_batch_mates_never_change_a_sequence() -> None:
     mates_do_not_matter(Problem([5, 18, 70], width=32), 23)
 
 
-def test_which_form_computes_a_sequence_is_a_matter_of_its_own_length() -> None:
+def test_the_ranges_of_every_table_cover_every_length() -> None:
     for capability in ((8, 0), (9, 0), (10, 0)):
         for width in (32, 64, 96, 128):
-            for size in (2, 4):
-                found = forms(width, size, 10**6, False, capability)
-                assert [form.lower for form in found] == [0, *[form.upper for form in found[:-1]]]
-                assert found[-1].upper == UNLIMITED
-                assert forms(width, size, 100, False, capability) == [form for form in found if form.lower < 100]
+            for size, dropout in ((2, False), (2, True), (4, False)):
+                found = plan(width, size, dropout, capability)
+                for ranges in (found.forward, found.queries, found.keys):
+                    assert [part.lower for part in ranges] == [0, *[part.upper for part in ranges[:-1]]]
+                    assert ranges[-1].upper == UNLIMITED
 
 
 def kept_weights(seed: int, sequence: int, head: int, count: int, share: float) -> Tensor:
@@ -196,8 +204,8 @@ def masked_attention(case: Problem, share: float, seed: int) -> list[Tensor]:
 def test_dropout_forward_and_backward_agree_and_tiles_do_not_matter(
     monkeypatch: pytest.MonkeyPatch, tiles: tuple[int, int]
 ) -> None:
-    chosen = Tiles(*tiles, 1, 4, 1)
-    use(monkeypatch, Form(0, UNLIMITED, chosen, chosen, chosen))
+    chosen = [Range(0, UNLIMITED, Tiles(*tiles, 1, 4))]
+    use(monkeypatch, Plan(chosen, chosen, chosen))
     case, seed = Problem([7, 35], width=32, heads=2), (1 << 63) + 12345
     for got, want in zip(case.run("triton", dropout=0.3, seed=seed), masked_attention(case, 0.3, seed)):
         assert float((got - want).norm() / want.norm()) < BOUNDS[torch.float32]

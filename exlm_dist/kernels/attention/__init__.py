@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from exlm_dist.kernels.attention.angles import rotary_angles
-from exlm_dist.kernels.backend import implementation
+from exlm_dist.kernels.backend import implementation, resolve_backend
 from exlm_dist.kernels.checks import check_segments, check_shape
 
-__all__ = ["attention", "rotary_angles"]
+__all__ = ["attention", "attention_packed", "rotary_angles"]
 
 
 def attention(
@@ -31,6 +31,36 @@ def attention(
     Returns [T, H, P] in the type of q; tokens past cu_tokens[-1] give 0. ValueError on shapes that do not fit.
     Source: Su et al. 2021 (rotary), ExLM (arXiv 2501.13397) section 3 (two-dimensional form).
     """
+    _check(q, k, v, angles, cu_tokens, max_tokens, dropout)
+    chosen = implementation("attention", backend, q.device)
+    return chosen.attention(q, k, v, angles, cu_tokens, max_tokens, dropout=dropout, seed=seed)
+
+
+def attention_packed(
+    qkv: Tensor,
+    angles: Tensor,
+    cu_tokens: Tensor,
+    max_tokens: int,
+    *,
+    dropout: float = 0.0,
+    seed: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """`attention` of `qkv.unbind(2)`, qkv [T, H, 3, P]; its gradient is written as one tensor, without a copy."""
+    check_shape("qkv", qkv, (None, None, 3, None))
+    q, k, v = qkv.unbind(2)
+    resolved = resolve_backend("attention", backend, qkv.device)
+    if resolved == "reference":
+        return attention(q, k, v, angles, cu_tokens, max_tokens, dropout=dropout, seed=seed, backend=resolved)
+    _check(q, k, v, angles, cu_tokens, max_tokens, dropout)
+    chosen = implementation("attention", resolved, qkv.device)
+    return chosen.attention_packed(qkv, angles, cu_tokens, max_tokens, dropout=dropout, seed=seed)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, dropout: float
+) -> None:
+    """ValueError on shapes and shares that do not fit."""
     check_shape("q", q, (None, None, None))
     tokens, heads, width = q.shape
     if width % 2:
@@ -41,5 +71,3 @@ def attention(
     check_segments("cu_tokens", cu_tokens, tokens, max_tokens)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}, expected at least 0 and below 1")
-    chosen = implementation("attention", backend, q.device)
-    return chosen.attention(q, k, v, angles, cu_tokens, max_tokens, dropout=dropout, seed=seed)

@@ -102,11 +102,11 @@ def _blocks(cu_tokens: Tensor, max_tokens: int, heads: int) -> Iterator[_Block]:
 
 
 def _padded_block(cu_tokens: Tensor, length: int) -> _Block:
-    """All sequences padded to `length`; places past the own end read the first token of the own sequence."""
+    """All sequences padded to `length`; places past the own end read the first row."""
     starts, stops = cu_tokens[:-1, None], cu_tokens[1:, None]
     index = starts + torch.arange(length, device=cu_tokens.device)
     valid = index < stops
-    return _Block(0, 0, len(starts), length, torch.where(valid, index, starts), valid)
+    return _Block(0, 0, len(starts), length, torch.where(valid, index, 0), valid)
 
 
 def _read(rows: Tensor, block: _Block) -> Tensor:

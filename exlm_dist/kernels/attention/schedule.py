@@ -1,7 +1,7 @@
 """Tile sizes of the attention kernels: a fixed table, chosen by head width, type and GPU; nothing is timed at run time.
 
-A form covers the sequences whose length is in (lower, upper]. Which form computes a sequence depends on nothing but its own
-length (and the table), so a sequence's values do not change with its batch-mates.
+Which tiles compute a sequence depends on nothing but its own length (and the table), so a sequence's values do not change
+with its batch-mates.
 """
 
 from __future__ import annotations
@@ -13,59 +13,62 @@ UNLIMITED = 2**31 - 1
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile of one kernel: `queries` x `keys`; `resident` query tiles are held by a program; warps, pipeline stages, cap on registers."""
+    """Tile of one kernel: `queries` x `keys`; `resident` query tiles are held by a program (forward kernel)."""
 
     queries: int
     keys: int
     resident: int
     warps: int
-    stages: int
+    stages: int = 1
     registers: int | None = None
 
 
 @dataclass(frozen=True)
-class Form:
-    """How sequences with lower < tokens <= upper are computed: `backward` in one kernel, else `queries` and `keys`."""
+class Range:
+    """Tiles for the sequences with lower < tokens <= upper."""
 
     lower: int
     upper: int
-    forward: Tiles
-    queries: Tiles
-    keys: Tiles
+    tiles: Tiles
 
 
-def forms(width: int, itemsize: int, max_tokens: int, dropout: bool, capability: tuple[int, int]) -> list[Form]:
-    """The forms that a batch with sequences of at most `max_tokens` tokens needs, shortest first."""
+@dataclass(frozen=True)
+class Plan:
+    """For each kernel its ranges, which cover every length from 1."""
+
+    forward: list[Range]
+    queries: list[Range]
+    keys: list[Range]
+
+
+def _all(tiles: Tiles) -> list[Range]:
+    return [Range(0, UNLIMITED, tiles)]
+
+
+def plan(width: int, itemsize: int, dropout: bool, capability: tuple[int, int]) -> Plan:
+    """The tiles for heads of `width`, elements of `itemsize` bytes and a GPU of this compute capability."""
     if itemsize == 4:
-        found = _exact(width)
-    elif width > 64:
-        found = _wide(capability)
-    else:
-        found = _narrow(dropout, capability)
-    return [form for form in found if form.lower < max(max_tokens, 1)]
+        # no tensor cores: for checks, not for speed
+        exact = _all(Tiles(16, 16, 1, 4 if width <= 64 else 8))
+        return Plan(exact, exact, exact)
+    if width > 64:
+        return _wide(capability)
+    return _narrow(dropout, capability)
 
 
-def _exact(width: int) -> list[Form]:
-    """fp32 without tensor cores: for checks, not for speed."""
-    tiles = Tiles(16, 16, 1, 4 if width <= 64 else 8, 1)
-    return [Form(0, UNLIMITED, tiles, tiles, tiles)]
-
-
-def _narrow(dropout: bool, capability: tuple[int, int]) -> list[Form]:
+def _narrow(dropout: bool, capability: tuple[int, int]) -> Plan:
     """Half precision, heads of at most 64: measured on an H100 (benchmarks/results)."""
-    square = Tiles(64, 64, 1, 4, 1)
+    square = Tiles(64, 64, 1, 4)
     if capability < (9, 0):
-        return [Form(0, UNLIMITED, square, Tiles(64, 32, 1, 4, 1), Tiles(32, 64, 1, 4, 1))]
-    three = Tiles(64, 64, 3, 4, 1)
-    return [
-        Form(0, 128, Tiles(64, 64, 2, 4, 1), square, square),
-        Form(128, 192, three, square, square),
-        Form(192, UNLIMITED, three, square if dropout else Tiles(128, 64, 1, 4, 1), square),
-    ]
+        return Plan(_all(square), _all(Tiles(64, 32, 1, 4)), _all(Tiles(32, 64, 1, 4)))
+    forward = [Range(0, 128, Tiles(64, 64, 2, 4)), Range(128, UNLIMITED, Tiles(64, 64, 3, 4))]
+    queries = [Range(0, 192, square), Range(192, UNLIMITED, Tiles(128, 64, 1, 4))]
+    # the words of dropout leave no registers for the larger tile
+    return Plan(forward, _all(square) if dropout else queries, _all(square))
 
 
-def _wide(capability: tuple[int, int]) -> list[Form]:
+def _wide(capability: tuple[int, int]) -> Plan:
     """Half precision, heads of 96 and 128: chosen so that nothing spills, not measured."""
     if capability < (9, 0):
-        return [Form(0, UNLIMITED, Tiles(64, 32, 1, 8, 1), Tiles(64, 32, 1, 8, 1), Tiles(32, 64, 1, 8, 1))]
-    return [Form(0, UNLIMITED, Tiles(128, 64, 1, 8, 1), Tiles(64, 64, 1, 8, 1), Tiles(32, 128, 1, 8, 1))]
+        return Plan(_all(Tiles(64, 32, 1, 8)), _all(Tiles(64, 32, 1, 8)), _all(Tiles(32, 64, 1, 8)))
+    return Plan(_all(Tiles(128, 64, 1, 8)), _all(Tiles(64, 64, 1, 8)), _all(Tiles(32, 128, 1, 8)))

@@ -1,0 +1,174 @@
+"""Attention in Triton: packed sequences, rotary positions turned in the kernel, reproducible dropout (README.md).
+
+Which tiles compute a sequence is a matter of its own length (`schedule.py`), so batch-mates never change its values: where
+a batch needs two kinds of tiles, both kernels run and each leaves the other's sequences alone. No atomics anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from exlm_dist.kernels.attention.schedule import Range, plan
+from exlm_dist.kernels.attention.triton.backward import backward_keys, backward_queries
+from exlm_dist.kernels.attention.triton.forward import forward
+from exlm_dist.kernels.launch import capability, launch
+
+LOG2_E = math.log2(math.e)
+DROP_BITS = 24
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, *, dropout: float, seed: int
+) -> Tensor:
+    """See `exlm_dist.kernels.attention.attention`. Head widths 32, 64, 96, 128; fp32, bf16, fp16; else ValueError."""
+    _check(q)
+    return _Attention.apply(*_alike(q, k, v), angles, cu_tokens, max_tokens, dropout, seed)
+
+
+def attention_packed(
+    qkv: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, *, dropout: float, seed: int
+) -> Tensor:
+    """See `exlm_dist.kernels.attention.attention_packed`; limits as for `attention`."""
+    _check(qkv)
+    return _Packed.apply(qkv if qkv.stride(-1) == 1 else qkv.contiguous(), angles, cu_tokens, max_tokens, dropout, seed)
+
+
+def _check(operand: Tensor) -> None:
+    width = operand.shape[-1]
+    if width % 32 or not 32 <= width <= 128:
+        raise ValueError(f"the attention kernels take head widths 32, 64, 96 and 128, not {width}; use backend 'reference'")
+    if operand.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"the attention kernels take float32, bfloat16 and float16, not {operand.dtype}")
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, angles, cu_tokens, max_tokens, dropout, seed):
+        ctx.call = _Call(q, angles, cu_tokens, max_tokens, dropout, seed)
+        out, statistic = ctx.call.forward(q, k, v)
+        ctx.save_for_backward(q, k, v, out, statistic)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        grads = torch.empty((3, *grad_out.shape), dtype=grad_out.dtype, device=grad_out.device)
+        ctx.call.backward(*ctx.saved_tensors, grad_out, *grads)
+        return *grads, None, None, None, None, None
+
+
+class _Packed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, angles, cu_tokens, max_tokens, dropout, seed):
+        q, k, v = qkv.unbind(2)
+        ctx.call = _Call(q, angles, cu_tokens, max_tokens, dropout, seed)
+        out, statistic = ctx.call.forward(q, k, v)
+        ctx.save_for_backward(qkv, out, statistic)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        qkv, out, statistic = ctx.saved_tensors
+        grads = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+        ctx.call.backward(*qkv.unbind(2), out, statistic, grad_out, *grads.unbind(2))
+        return grads, None, None, None, None, None
+
+
+class _Call:
+    """What forward and backward of one call share: sizes, turning table, dropout, tiles."""
+
+    def __init__(self, q: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, dropout: float, seed: int) -> None:
+        self.tokens, self.heads, self.width = q.shape
+        self.max_tokens = max(max_tokens, 1)
+        self.sequences = len(cu_tokens) - 1
+        self.dropped = round(dropout * 2**DROP_BITS)
+        self.plan = plan(self.width, q.dtype.itemsize, self.dropped > 0, capability(q.device))
+        self.arguments = {
+            "table": _turns(angles), "cu": cu_tokens.contiguous(), "tokens": self.tokens, "sequences": self.sequences,
+            "heads": self.heads, "stride": q.stride(0), "stride_head": q.stride(1),
+            "scale": self.width**-0.5 * LOG2_E, "seed_low": _signed(seed), "seed_high": _signed(seed >> 32),
+            "dropped": self.dropped, "dropout_scale": 2**DROP_BITS / (2**DROP_BITS - self.dropped),
+        }  # fmt: skip
+        half = self.width // 2
+        self.constants = {
+            "P": self.width, "HALF": half, "BP": triton.next_power_of_2(self.width),
+            "BH": triton.next_power_of_2(half), "DROPOUT": self.dropped > 0,
+        }  # fmt: skip
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(out [T, H, P], statistic [H, T])."""
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        statistic = torch.empty((self.heads, self.tokens), dtype=torch.float32, device=q.device)
+        self._start(forward, self.plan.forward, "queries", q=q, k=k, v=v, out=out, statistic=statistic)
+        return out, statistic
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistic: Tensor, grad_out: Tensor,
+        grad_q: Tensor, grad_k: Tensor, grad_v: Tensor,
+    ) -> None:  # fmt: skip
+        """Fill the three gradients [T, H, P], which have one stride."""
+        turned = torch.empty((self.tokens, self.heads, self.constants["BP"]), dtype=q.dtype, device=q.device)
+        shared = {
+            "k": k, "v": v, "grad_out": grad_out.contiguous(), "statistic": statistic, "turned": turned,
+            "delta": torch.empty_like(statistic), "grad_scale": self.width**-0.5,
+            "stride_grad": grad_q.stride(0), "stride_grad_head": grad_q.stride(1),
+        }  # fmt: skip
+        self._start(backward_queries, self.plan.queries, "queries", q=q, out=out, grad_q=grad_q, **shared)
+        self._start(backward_keys, self.plan.keys, "keys", grad_k=grad_k, grad_v=grad_v, **shared)
+
+    def _start(self, kernel, ranges: list[Range], over: str, **arguments) -> None:
+        """Launch `kernel` once per range of lengths that the batch can have; the first launch also zeroes the padding."""
+        for place, found in enumerate(part for part in ranges if part.lower < self.max_tokens):
+            tiles, tail = found.tiles, place == 0
+            rows = tiles.queries * tiles.resident if over == "queries" else tiles.keys
+            chunks = triton.cdiv(min(self.max_tokens, found.upper), rows)
+            bounds = {"chunks": chunks, "lower": found.lower, "upper": found.upper}
+            constants = {**self.constants, "BQ": tiles.queries, "BK": tiles.keys, "TAIL": tail}
+            if kernel is forward:
+                constants["TILES"] = tiles.resident
+            grid = ((self.sequences + tail) * self.heads * chunks,)
+            settings = {"warps": tiles.warps, "stages": tiles.stages, "registers": tiles.registers}
+            launch(kernel, grid, {**self.arguments, **arguments, **bounds}, constants, **settings)
+
+
+def _signed(word: int) -> int:
+    """The low 32 bits as a signed number, so that the kernel's argument has one type for every seed."""
+    word &= 0xFFFFFFFF
+    return word - (1 << 32) if word >> 31 else word
+
+
+def _alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three with equal strides and contiguous heads: as they come if they are slices of one matrix, else copies."""
+    if q.stride() == k.stride() == v.stride() and q.stride(2) == 1:
+        return q, k, v
+    return q.contiguous(), k.contiguous(), v.contiguous()
+
+
+_latest: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+
+
+def _turns(angles: Tensor) -> Tensor:
+    """Cosines and sines [T, P] of `angles`, kept until other angles come: all layers of a step share one table.
+
+    While a CUDA graph is captured nothing is kept, so that a replay computes the table from the angles of then.
+    """
+    global _latest
+    capturing = angles.is_cuda and torch.cuda.is_current_stream_capturing()
+    latest = _latest
+    if not capturing and latest is not None and latest[0]() is angles and latest[1] == angles._version:
+        return latest[2]
+    half = angles.shape[1]
+    table = torch.empty((len(angles), 2 * half), dtype=torch.float32, device=angles.device)
+    source = angles.detach().float()
+    torch.cos(source, out=table[:, :half])
+    torch.sin(source, out=table[:, half:])
+    if not capturing:
+        _latest = weakref.ref(angles), angles._version, table
+    return table

@@ -1,0 +1,141 @@
+"""Backward kernels of attention: one for grad q, then one for grad k and v; each program owns what it writes.
+
+The statistic that the forward pass kept is log2 of the sum of 2^(score * log2(e)), fp32 [H, T].
+"""
+
+import triton
+import triton.language as tl
+
+from exlm_dist.kernels.attention.triton.tiles import (
+    keeps,
+    load_rows,
+    load_turned,
+    place,
+    product,
+    row_keys,
+    store_rows,
+    store_turned_back,
+    zero_tail,
+)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "dropped", "lower", "upper"])
+def backward_queries(
+    q, k, v, table, cu, out, grad_out, statistic,  # as in `forward`; grad_out contiguous
+    delta,  # [H, T] fp32 out: sum of grad_out * out per row
+    turned,  # [T, H, BP] out: q turned, for `backward_keys`
+    grad_q,  # [T, H, P] out, strides (stride_grad, stride_grad_head, 1)
+    tokens, sequences, heads, chunks, lower, upper, stride, stride_head, stride_grad, stride_grad_head,
+    scale, grad_scale, seed_low, seed_high, dropped, dropout_scale,
+    P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """One program: grad q of BQ queries of one sequence and head."""
+    sequence, head, chunk, first = place(cu, sequences, heads, chunks)
+    if TAIL:
+        if sequence == sequences:
+            zero_tail(grad_q + head * stride_grad_head, first, tokens, chunk, chunks, stride_grad, P, BP, BQ)
+            return
+    count = (tl.load(cu + sequence + 1) - first).to(tl.int32)
+    if count <= lower or count > upper or chunk * BQ >= count:
+        return
+    o_query = tl.arange(0, BQ)
+    o_key = tl.arange(0, BK)
+    stride_out = heads * P
+    begin = first + chunk * BQ
+    left = count - chunk * BQ
+    p_turn = table + begin * P
+    b_q = load_turned(q + begin * stride + head * stride_head, p_turn, o_query, left, stride, BQ, HALF, BH)
+    b_go = load_rows(grad_out + begin * stride_out + head * P, o_query, left, stride_out, P, BP)
+    b_out = load_rows(out + begin * stride_out + head * P, o_query, left, stride_out, P, BP)
+    b_delta = tl.sum(b_go.to(tl.float32) * b_out.to(tl.float32), 1)
+    store_rows(turned + (begin * heads + head) * BP, b_q, o_query, left, heads * BP, BP, BP)
+    row = head.to(tl.int64) * tokens + begin
+    tl.store(delta + row + o_query, b_delta, mask=o_query < left)
+    b_stat = tl.load(statistic + row + o_query, mask=o_query < left, other=float("inf"))
+    b_row_key = o_query
+    if DROPOUT:
+        b_row_key = row_keys(seed_low, seed_high, sequence, head, chunk * BQ + o_query)
+    b_gq = tl.zeros([BQ, BP], tl.float32)
+    p_k = k + first * stride + head * stride_head
+    p_v = v + first * stride + head * stride_head
+    p_key_turn = table + first * P
+    for key in range(0, count, BK):
+        b_k = load_turned(p_k, p_key_turn, o_key, count - key, stride, BK, HALF, BH)
+        b_v = load_rows(p_v, o_key, count - key, stride, P, BP)
+        b_score = product(b_q, tl.trans(b_k), tl.zeros([BQ, BK], tl.float32))
+        b_weight = tl.exp2(b_score * scale - b_stat[:, None])
+        if key + BK > count:
+            b_weight = tl.where((o_key < count - key)[None, :], b_weight, 0.0)
+        b_grad = product(b_go, tl.trans(b_v), tl.zeros([BQ, BK], tl.float32))
+        if DROPOUT:
+            kept = keeps(b_row_key[:, None], (key + o_key)[None, :], dropped)
+            b_grad = tl.where(kept, b_grad * dropout_scale, 0.0)
+        b_grad = (b_weight * (b_grad - b_delta[:, None])).to(b_v.dtype)
+        b_gq = product(b_grad, b_k, b_gq)
+        p_k += BK * stride
+        p_v += BK * stride
+        p_key_turn += BK * P
+    p_gq = grad_q + begin * stride_grad + head * stride_grad_head
+    store_turned_back(p_gq, p_turn, b_gq * grad_scale, o_query, left, stride_grad, BQ, HALF, BH)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "dropped", "lower", "upper"])
+def backward_keys(
+    turned, k, v, table, cu, grad_out, statistic, delta,  # turned and delta as `backward_queries` left them
+    grad_k, grad_v,
+    tokens, sequences, heads, chunks, lower, upper, stride, stride_head, stride_grad, stride_grad_head,
+    scale, grad_scale, seed_low, seed_high, dropped, dropout_scale,
+    P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """One program: grad k and grad v of BK keys of one sequence and head."""
+    sequence, head, chunk, first = place(cu, sequences, heads, chunks)
+    grad_head = head * stride_grad_head
+    if TAIL:
+        if sequence == sequences:
+            zero_tail(grad_k + grad_head, first, tokens, chunk, chunks, stride_grad, P, BP, BK)
+            zero_tail(grad_v + grad_head, first, tokens, chunk, chunks, stride_grad, P, BP, BK)
+            return
+    count = (tl.load(cu + sequence + 1) - first).to(tl.int32)
+    if count <= lower or count > upper or chunk * BK >= count:
+        return
+    o_query = tl.arange(0, BQ)
+    o_key = tl.arange(0, BK)
+    stride_out = heads * P
+    begin = first + chunk * BK
+    left = count - chunk * BK
+    p_key_turn = table + begin * P
+    b_k = load_turned(k + begin * stride + head * stride_head, p_key_turn, o_key, left, stride, BK, HALF, BH)
+    b_v = load_rows(v + begin * stride + head * stride_head, o_key, left, stride, P, BP)
+    b_gk = tl.zeros([BK, BP], tl.float32)
+    b_gv = tl.zeros([BK, BP], tl.float32)
+    p_q = turned + (first * heads + head) * BP
+    p_go = grad_out + first * stride_out + head * P
+    p_stat = statistic + head.to(tl.int64) * tokens + first
+    p_delta = delta + head.to(tl.int64) * tokens + first
+    for query in range(0, count, BQ):
+        b_q = load_rows(p_q, o_query, count - query, heads * BP, BP, BP)
+        b_go = load_rows(p_go, o_query, count - query, stride_out, P, BP)
+        b_stat = tl.load(p_stat + o_query, mask=o_query < count - query, other=float("inf"))
+        b_delta = tl.load(p_delta + o_query, mask=o_query < count - query, other=0.0)
+        b_score = product(b_k, tl.trans(b_q), tl.zeros([BK, BQ], tl.float32))
+        b_weight = tl.exp2(b_score * scale - b_stat[None, :])
+        b_grad = product(b_v, tl.trans(b_go), tl.zeros([BK, BQ], tl.float32))
+        b_used = b_weight
+        if DROPOUT:
+            b_row_key = row_keys(seed_low, seed_high, sequence, head, query + o_query)
+            kept = keeps(b_row_key[None, :], (chunk * BK + o_key)[:, None], dropped)
+            b_used = tl.where(kept, b_weight, 0.0)
+            b_grad = tl.where(kept, b_grad * dropout_scale, 0.0)
+        b_grad = (b_weight * (b_grad - b_delta[None, :])).to(b_v.dtype)
+        b_gv = product(b_used.to(b_v.dtype), b_go, b_gv)
+        b_gk = product(b_grad, b_q, b_gk)
+        p_q += BQ * heads * BP
+        p_go += BQ * stride_out
+        p_stat += BQ
+        p_delta += BQ
+    p_gk = grad_k + begin * stride_grad + grad_head
+    p_gv = grad_v + begin * stride_grad + grad_head
+    store_rows(p_gv, b_gv * dropout_scale, o_key, left, stride_grad, P, BP)
+    store_turned_back(p_gk, p_key_turn, b_gk * grad_scale, o_key, left, stride_grad, BK, HALF, BH)

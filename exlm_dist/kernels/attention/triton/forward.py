@@ -1,0 +1,85 @@
+"""Forward kernel of attention: tiles of queries, online softmax over the keys."""
+
+import triton
+import triton.language as tl
+
+from exlm_dist.kernels.attention.triton.tiles import (
+    keeps,
+    load_rows,
+    load_turned,
+    place,
+    product,
+    row_keys,
+    store_rows,
+    zero_tail,
+)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "dropped", "lower", "upper"])
+def forward(
+    q, k, v,  # [T, H, P] in, strides (stride, stride_head, 1)
+    table,  # [T, P] fp32 in: cosines and sines
+    cu,  # [sequences + 1] int64 in
+    out,  # [T, H, P] out, contiguous
+    statistic,  # [H, T] fp32 out
+    tokens, sequences, heads, chunks, lower, upper, stride, stride_head,
+    scale, seed_low, seed_high, dropped, dropout_scale,
+    P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """One program: TILES * BQ queries of one sequence and head, if its length is in (lower, upper]."""
+    sequence, head, chunk, first = place(cu, sequences, heads, chunks)
+    stride_out = heads * P
+    if TAIL:
+        if sequence == sequences:
+            zero_tail(out + head * P, first, tokens, chunk, chunks, stride_out, P, BP, BQ)
+            return
+    count = (tl.load(cu + sequence + 1) - first).to(tl.int32)
+    if count <= lower or count > upper or chunk * (TILES * BQ) >= count:
+        return
+    o_query = tl.arange(0, BQ)
+    o_key = tl.arange(0, BK)
+    begin = first + chunk * (TILES * BQ)
+    left = count - chunk * (TILES * BQ)
+    p_q = q + begin * stride + head * stride_head
+    p_turn = table + begin * P
+    b_q, b_sum, b_total, b_top, b_keys = (), (), (), (), ()
+    for tile in tl.static_range(TILES):
+        b_q += (load_turned(
+            p_q + tile * BQ * stride, p_turn + tile * BQ * P, o_query, left - tile * BQ, stride, BQ, HALF, BH),)
+        b_sum = b_sum + (tl.zeros([BQ, BP], tl.float32),)
+        b_total = b_total + (tl.zeros([BQ], tl.float32),)
+        b_top = b_top + (tl.full([BQ], float("-inf"), tl.float32),)
+        if DROPOUT:
+            o_row = chunk * (TILES * BQ) + tile * BQ + o_query
+            b_keys = b_keys + (row_keys(seed_low, seed_high, sequence, head, o_row),)
+    p_k = k + first * stride + head * stride_head
+    p_v = v + first * stride + head * stride_head
+    p_turn = table + first * P
+    for key in range(0, count, BK):
+        b_k = load_turned(p_k, p_turn, o_key, count - key, stride, BK, HALF, BH)
+        b_v = load_rows(p_v, o_key, count - key, stride, P, BP)
+        n_sum, n_total, n_top = (), (), ()
+        for tile in tl.static_range(TILES):
+            b_score = product(b_q[tile], tl.trans(b_k), tl.zeros([BQ, BK], tl.float32))
+            if key + BK > count:
+                b_score = tl.where((o_key < count - key)[None, :], b_score, float("-inf"))
+            b_max = tl.maximum(b_top[tile], tl.max(b_score, 1) * scale)
+            b_weight = tl.exp2(b_score * scale - b_max[:, None])
+            b_shrink = tl.exp2(b_top[tile] - b_max)
+            n_top = n_top + (b_max,)
+            n_total = n_total + (b_total[tile] * b_shrink + tl.sum(b_weight, 1),)
+            if DROPOUT:
+                b_weight = tl.where(keeps(b_keys[tile][:, None], (key + o_key)[None, :], dropped), b_weight, 0.0)
+            n_sum = n_sum + (product(b_weight.to(b_v.dtype), b_v, b_sum[tile] * b_shrink[:, None]),)
+        b_sum, b_total, b_top = n_sum, n_total, n_top
+        p_k += BK * stride
+        p_v += BK * stride
+        p_turn += BK * P
+    p_out = out + begin * stride_out + head * P
+    p_statistic = statistic + head.to(tl.int64) * tokens + begin
+    for tile in tl.static_range(TILES):
+        b_out = b_sum[tile] * (dropout_scale / b_total[tile])[:, None]
+        store_rows(p_out + tile * BQ * stride_out, b_out, o_query, left - tile * BQ, stride_out, P, BP)
+        o_row = tile * BQ + o_query
+        tl.store(p_statistic + o_row, b_top[tile] + tl.log2(b_total[tile]), mask=o_row < left)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exlm_dist.kernels.attention import attention
+from exlm_dist.kernels.attention import attention_packed
 from exlm_dist.model.dropout import site_seed
 from exlm_dist.model.stream import Stream
 
@@ -29,11 +29,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, stream: Stream, rows: Tensor | None = None) -> Tensor:
         """hidden [T, D] -> [T, D], or only `rows` of it; needs `stream.angles`."""
-        q, k, v = self.qkv(hidden).view(len(hidden), -1, 3, self.head_width).unbind(2)
-        mixed = attention(
-            q,
-            k,
-            v,
+        mixed = attention_packed(
+            self.qkv(hidden).view(len(hidden), -1, 3, self.head_width),
             stream.angles,
             stream.cu_tokens,
             stream.max_tokens,

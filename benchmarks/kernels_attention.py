@@ -2,7 +2,7 @@
 
 "full": all sequences equally long, the padded forms' best case (no mask, nothing padded). "ragged": lengths spread evenly over
 the upper half, so that the padded forms need a mask. The other sides get q, k, v where and how they like them best (padding and
-packing are not charged) and rotary positions through torch.compile; ours reads slices of the one q-k-v matrix.
+packing are not charged) and rotary positions through torch.compile; ours reads and fills one q-k-v matrix, as in the model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from timing import Case
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from exlm_dist.kernels.attention import attention, rotary_angles
+from exlm_dist.kernels.attention import attention, attention_packed, rotary_angles
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 COPY, PRODUCT = 3.0e12, 790e12  # bytes/s and FLOP/s of an H100, for the floors
@@ -61,14 +61,15 @@ class _Batch:
         self.inside = torch.arange(self.longest, device=device) < sizes[:, None]
         place = torch.cat([torch.arange(length) for length in lengths]).to(device)
         self.angles = rotary_angles(place, (place % 5 - 1).clamp(min=0), width)
-        packed = torch.randn(self.tokens, heads, 3, width, device=device).to(dtype)
-        self.packed = [part.requires_grad_() for part in packed.unbind(2)]
+        self.packed = torch.randn(self.tokens, heads, 3, width, device=device).to(dtype).requires_grad_()
+        parts = self.packed.detach().unbind(2)
         self.grad = torch.randn(self.tokens, heads, width, device=device).to(dtype)
-        self.loose = [part.detach().contiguous().requires_grad_() for part in self.packed]
-        self.padded = [self._pad(part.detach()).requires_grad_() for part in self.packed]
+        self.loose = [part.contiguous().requires_grad_() for part in parts]
+        self.padded = [self._pad(part).requires_grad_() for part in parts]
         self.padded_grad = self._pad(self.grad).transpose(1, 2)
         self.tables = [entry[:, None] for entry in (self.angles.cos(), self.angles.sin())]
         self.padded_tables = [self._pad(entry) for entry in self.tables]
+        torch.compiler.reset()  # each shape compiled for itself: too many of one function fall back to eager
         self.turn = torch.compile(_turn, dynamic=False) if compiled else _turn
         self.compiled = compiled
         self.mask = None if bool(self.inside.all()) else self.inside[:, None, None]
@@ -105,7 +106,7 @@ class _Batch:
     def _whole(self, name: str, side: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
         """Forward and backward of a side: [out, grad q, grad k, grad v]."""
         if name == "ours":
-            inputs, grad = self.packed, self.grad
+            inputs, grad = [self.packed], self.grad
         elif name == "varlen_attn":
             inputs, grad = self.loose, self.grad
         else:
@@ -118,7 +119,7 @@ class _Batch:
         return run
 
     def _ours(self) -> Tensor:
-        return attention(*self.packed, self.angles, self.cu_tokens, self.longest, dropout=self.dropout, seed=1)
+        return attention_packed(self.packed, self.angles, self.cu_tokens, self.longest, dropout=self.dropout, seed=1)
 
     def _varlen(self) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
@@ -153,12 +154,14 @@ class _Batch:
         if self.dropout:
             return None if all(bool(tensor.isfinite().all()) for tensor in found) else float("nan")
         if self.wanted is None:
-            parts = [part.detach().float().requires_grad_() for part in self.packed]
+            parts = [part.float().requires_grad_() for part in self.packed.detach().unbind(2)]
             out = attention(*parts, self.angles, self.cu_tokens, self.longest, backend="reference")
             self.wanted = [out.detach(), *torch.autograd.grad(out, parts, self.grad.float())]
+        if len(found) == 2:
+            found = [found[0], *found[1].unbind(2)]
         errors = []
         for place, (got, want) in enumerate(zip(found, self.wanted)):
             if got.dim() == 4:
                 got = (got.transpose(1, 2) if place == 0 else got)[self.inside]
-            errors.append(float((got.float() - want).norm() / want.norm()))
+            errors.append(float((got.detach().float() - want).norm() / want.norm()))
         return max(errors)

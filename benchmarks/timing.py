@@ -59,7 +59,7 @@ def measure(case: Case, device: torch.device, rounds: int, milliseconds: float) 
     for name in sound:
         figure = figures[name]
         figure.median = statistics.median(times[name])
-        figure.low, _, figure.high = statistics.quantiles(times[name], n=4) if rounds > 1 else (figure.median,) * 3
+        figure.low, _, figure.high = statistics.quantiles(times[name], n=4, method="inclusive") if rounds > 1 else (figure.median,) * 3
     for figure in figures.values():
         if case.ours in sound:
             figure.ratio = figure.median / figures[case.ours].median

@@ -49,7 +49,7 @@ def plan(width: int, itemsize: int, dropout: bool, capability: tuple[int, int]) 
     """The tiles for heads of `width`, elements of `itemsize` bytes and a GPU of this compute capability."""
     if itemsize == 4:
         # no tensor cores: for checks, not for speed
-        exact = _all(Tiles(16, 16, 1, 4 if width <= 64 else 8))
+        exact = _all(Tiles(16, 16, 1, 4 if width < 64 else 8))
         return Plan(exact, exact, exact)
     if width > 64:
         return _wide(capability)

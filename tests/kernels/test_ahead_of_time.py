@@ -1,0 +1,33 @@
+"""Kernels compile without a GPU for three generations, spill nothing and fit in shared memory.
+
+The quick selection of each operation runs here; the whole table is `python tests/kernels/ahead_of_time.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).parent / "ahead_of_time.py"
+QUICK = {"attention": "P64 bf16 dropout 0.1"}
+OPERATIONS = sorted(path.stem.removeprefix("shipped_") for path in SCRIPT.parent.glob("shipped_*.py"))
+
+
+def compiled(operation: str, target: str) -> subprocess.CompletedProcess[str]:
+    """Run the script in a process of its own: the interpreter of other tests and the compiler exclude each other."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    argv = [sys.executable, str(SCRIPT), operation, "--targets", target, "--select", QUICK.get(operation, "")]
+    return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize("target", ["80", "90", "100"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_shipped_configurations_compile_without_spills(operation: str, target: str) -> None:
+    found = compiled(operation, target)
+    assert found.returncode == 0, found.stdout + found.stderr[-2000:]
+    assert f" sm_{target} " in found.stdout and " ok " in found.stdout

@@ -15,7 +15,9 @@ from exlm_dist.utils.logs import configure_logging
 
 Command = Callable[[argparse.Namespace, list[str]], int]
 
-OVERRIDES = "Settings of the file are overridden by --section.key VALUE, say --model.layers 6 (see `exlm config schema`)."
+OVERRIDES = (
+    "Settings of the file are overridden by --section.key VALUE, say --model.layers 6 (see `exlm config schema`)."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def entry() -> None:
     """Console entry: `exlm`, and what the launchers start with `-m exlm_dist.cli`.
 
-    A rank of a job ends without the interpreter's clean-up: threads of a process group that was left early make it abort
-    now and then, which would hide the exit code. Everything that must be closed was closed by then.
+    A rank of a job ends without the interpreter's clean-up: threads of a process group that was left early make it
+    abort now and then, which would hide the exit code. Everything that must be closed was closed by then.
     """
     if "RANK" not in os.environ:
         sys.exit(main())
@@ -57,7 +59,9 @@ def entry() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="exlm", description="Pretrain ExLM and plain masked language models for text and molecules.")
+    parser = argparse.ArgumentParser(
+        prog="exlm", description="Pretrain ExLM and plain masked language models for text and molecules."
+    )
     parser.add_argument("--version", action="version", version=f"exlm_dist {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_prepare(commands)
@@ -68,26 +72,65 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands, name: str, run: Command, summary: str, *, overrides: bool = False, epilog: str = "") -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=summary, description=summary, epilog=epilog, allow_abbrev=False,
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def _command(
+    commands, name: str, run: Command, summary: str, *, overrides: bool = False, epilog: str = ""
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.set_defaults(run=run, takes_overrides=overrides)
     return parser
 
 
 def _add_prepare(commands) -> None:
-    prepare = commands.add_parser("prepare", help="turn SMILES or text into tokenized shards", description="Turn SMILES or text into tokenized shards.")
+    prepare = commands.add_parser(
+        "prepare",
+        help="turn SMILES or text into tokenized shards",
+        description="Turn SMILES or text into tokenized shards.",
+    )
     kinds = prepare.add_subparsers(dest="kind", required=True, metavar="KIND")
-    smiles = _command(kinds, "smiles", _prepare_smiles, "molecules as SMILES: .smi .txt .csv .tsv .jsonl .parquet, plain, .gz or .zst")
-    text = _command(kinds, "text", _prepare_text, "text: .txt (documents divided by blank lines) .csv .tsv .jsonl .parquet, plain, .gz or .zst")
+    smiles = _command(
+        kinds, "smiles", _prepare_smiles, "molecules as SMILES: .smi .txt .csv .tsv .jsonl .parquet, plain, .gz or .zst"
+    )
+    text = _command(
+        kinds,
+        "text",
+        _prepare_text,
+        "text: .txt (documents divided by blank lines) .csv .tsv .jsonl .parquet, plain, .gz or .zst",
+    )
     for parser in (smiles, text):
         parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="input files or glob patterns")
-        parser.add_argument("--column", help="column (csv, tsv, parquet) or field (jsonl) that holds the SMILES or the text")
-        parser.add_argument("--valid-input", nargs="+", default=[], metavar="FILE", help="held-out files; without them a share of --input is held out")
+        parser.add_argument(
+            "--column", help="column (csv, tsv, parquet) or field (jsonl) that holds the SMILES or the text"
+        )
+        parser.add_argument(
+            "--valid-input",
+            nargs="+",
+            default=[],
+            metavar="FILE",
+            help="held-out files; without them a share of --input is held out",
+        )
         parser.add_argument("--valid-fraction", type=float, default=0.02, help="share of the records held out")
-        parser.add_argument("--tokenizer", metavar="FOLDER", help="use this tokenizer folder (of an earlier prepare, or of a checkpoint)")
-    smiles.add_argument("--stereo", choices=["keep", "drop"], help="stereo marks in the canonical SMILES (keep, or what --tokenizer says)")
-    smiles.add_argument("--salts", choices=["keep", "largest_fragment"], help="what becomes of molecules of several parts (keep, or what --tokenizer says)")
+        parser.add_argument(
+            "--tokenizer",
+            metavar="FOLDER",
+            help="use this tokenizer folder (of an earlier prepare, or of a checkpoint)",
+        )
+    smiles.add_argument(
+        "--stereo",
+        choices=["keep", "drop"],
+        help="stereo marks in the canonical SMILES (keep, or what --tokenizer says)",
+    )
+    smiles.add_argument(
+        "--salts",
+        choices=["keep", "largest_fragment"],
+        help="what becomes of molecules of several parts (keep, or what --tokenizer says)",
+    )
     text.add_argument("--vocab-size", type=int, default=32000, help="sentencepiece vocabulary")
     demo_smiles = _command(kinds, "demo-smiles", _prepare_demo_smiles, "the embedded demonstration corpus of molecules")
     demo_smiles.add_argument("--molecules", type=int, default=24000, help="distinct molecules to build")
@@ -101,28 +144,52 @@ def _add_prepare(commands) -> None:
 
 
 def _add_pretrain(commands) -> None:
-    pretrain = _command(commands, "pretrain", _pretrain, "train, or continue, the run that a configuration describes", overrides=True, epilog=OVERRIDES)
+    pretrain = _command(
+        commands,
+        "pretrain",
+        _pretrain,
+        "train, or continue, the run that a configuration describes",
+        overrides=True,
+        epilog=OVERRIDES,
+    )
     pretrain.add_argument("config", help="YAML file, say configs/pretrain/demo_smiles_exlm.yaml")
     pretrain.add_argument("--local_rank", help=argparse.SUPPRESS)
 
 
 def _add_launch(commands) -> None:
-    launch = commands.add_parser("launch", help="start a run through a launcher", description="Start a run through a launcher.")
+    launch = commands.add_parser(
+        "launch", help="start a run through a launcher", description="Start a run through a launcher."
+    )
     launchers = launch.add_subparsers(dest="launcher", required=True, metavar="LAUNCHER")
-    deepspeed = _command(launchers, "deepspeed", _launch_deepspeed, "train under the DeepSpeed launcher", overrides=True, epilog=OVERRIDES)
+    deepspeed = _command(
+        launchers,
+        "deepspeed",
+        _launch_deepspeed,
+        "train under the DeepSpeed launcher",
+        overrides=True,
+        epilog=OVERRIDES,
+    )
     deepspeed.add_argument("config", help="YAML file")
-    deepspeed.add_argument("--hostfile", type=Path, help="hosts and slots; default: launch.processes processes on this machine")
+    deepspeed.add_argument(
+        "--hostfile", type=Path, help="hosts and slots; default: launch.processes processes on this machine"
+    )
     deepspeed.add_argument("--dry-run", action="store_true", help="print the command and stop")
 
 
 def _add_after_training(commands) -> None:
-    evaluate = _command(commands, "evaluate", _evaluate, "nll and accuracy per masked token of a checkpoint on held-out data")
+    evaluate = _command(
+        commands, "evaluate", _evaluate, "nll and accuracy per masked token of a checkpoint on held-out data"
+    )
     evaluate.add_argument("checkpoint", type=Path, help="run folder (its newest checkpoint) or checkpoint folder")
     evaluate.add_argument("--data", type=Path, help="prepared folder; default: the one the run was trained on")
     evaluate.add_argument("--split", choices=["valid", "train"], default="valid", help="split of the data")
     evaluate.add_argument("--sequences", type=int, help="first sequences used; default: all")
-    evaluate.add_argument("--mask-ratio", type=float, help="share of masked tokens; default: masking.eval_ratio of the run")
-    report = _command(commands, "report", _report, "plots, and a table that compares runs at equal steps and equal seconds")
+    evaluate.add_argument(
+        "--mask-ratio", type=float, help="share of masked tokens; default: masking.eval_ratio of the run"
+    )
+    report = _command(
+        commands, "report", _report, "plots, and a table that compares runs at equal steps and equal seconds"
+    )
     report.add_argument("runs", nargs="+", type=Path, help="run folders")
     sync = _command(commands, "sync", _sync, "send what the tracking server has not received yet")
     sync.add_argument("runs", nargs="+", type=Path, help="run folders")
@@ -133,10 +200,19 @@ def _add_after_training(commands) -> None:
 
 
 def _add_config(commands) -> None:
-    config = commands.add_parser("config", help="show, explain or check settings", description="Show, explain or check settings.")
+    config = commands.add_parser(
+        "config", help="show, explain or check settings", description="Show, explain or check settings."
+    )
     actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
     show = _command(actions, "show", _config_show, "print the resolved configuration", overrides=True, epilog=OVERRIDES)
-    check = _command(actions, "check", _config_check, "validate, and print parameters, FLOPs, expanded length and memory", overrides=True, epilog=OVERRIDES)
+    check = _command(
+        actions,
+        "check",
+        _config_check,
+        "validate, and print parameters, FLOPs, expanded length and memory",
+        overrides=True,
+        epilog=OVERRIDES,
+    )
     for parser in (show, check):
         parser.add_argument("config", help="YAML file")
     check.add_argument("--world", type=int, default=1, help="number of ranks")
@@ -150,32 +226,71 @@ def _add_config(commands) -> None:
 def _prepare_smiles(options: argparse.Namespace, _: list[str]) -> int:
     from exlm_dist.data.prepare import prepare_smiles
 
-    print(prepare_smiles(options.input, options.out, column=options.column, max_length=options.max_length, stereo=options.stereo, salts=options.salts,
-                         tokenizer=options.tokenizer, valid_inputs=options.valid_input, valid_fraction=options.valid_fraction,
-                         workers=options.workers, overwrite=options.overwrite))
+    print(
+        prepare_smiles(
+            options.input,
+            options.out,
+            column=options.column,
+            max_length=options.max_length,
+            stereo=options.stereo,
+            salts=options.salts,
+            tokenizer=options.tokenizer,
+            valid_inputs=options.valid_input,
+            valid_fraction=options.valid_fraction,
+            workers=options.workers,
+            overwrite=options.overwrite,
+        )
+    )
     return 0
 
 
 def _prepare_text(options: argparse.Namespace, _: list[str]) -> int:
     from exlm_dist.data.prepare import prepare_text
 
-    print(prepare_text(options.input, options.out, column=options.column, max_length=options.max_length, vocab_size=options.vocab_size,
-                       tokenizer=options.tokenizer, valid_inputs=options.valid_input, valid_fraction=options.valid_fraction,
-                       workers=options.workers, overwrite=options.overwrite))
+    print(
+        prepare_text(
+            options.input,
+            options.out,
+            column=options.column,
+            max_length=options.max_length,
+            vocab_size=options.vocab_size,
+            tokenizer=options.tokenizer,
+            valid_inputs=options.valid_input,
+            valid_fraction=options.valid_fraction,
+            workers=options.workers,
+            overwrite=options.overwrite,
+        )
+    )
     return 0
 
 
 def _prepare_demo_smiles(options: argparse.Namespace, _: list[str]) -> int:
     from exlm_dist.data.demo_molecules import prepare_demo_smiles
 
-    print(prepare_demo_smiles(options.out, count=options.molecules, max_length=options.max_length, workers=options.workers, overwrite=options.overwrite))
+    print(
+        prepare_demo_smiles(
+            options.out,
+            count=options.molecules,
+            max_length=options.max_length,
+            workers=options.workers,
+            overwrite=options.overwrite,
+        )
+    )
     return 0
 
 
 def _prepare_demo_text(options: argparse.Namespace, _: list[str]) -> int:
     from exlm_dist.data.demo_text import prepare_demo_text
 
-    print(prepare_demo_text(options.out, vocab_size=options.vocab_size, max_length=options.max_length, workers=options.workers, overwrite=options.overwrite))
+    print(
+        prepare_demo_text(
+            options.out,
+            vocab_size=options.vocab_size,
+            max_length=options.max_length,
+            workers=options.workers,
+            overwrite=options.overwrite,
+        )
+    )
     return 0
 
 
@@ -209,7 +324,15 @@ def _launch_deepspeed(options: argparse.Namespace, overrides: list[str]) -> int:
 def _evaluate(options: argparse.Namespace, _: list[str]) -> int:
     from exlm_dist.evaluation.masked_lm import evaluate_checkpoint
 
-    print(evaluate_checkpoint(options.checkpoint, data=options.data, split=options.split, sequences=options.sequences, mask_ratio=options.mask_ratio))
+    print(
+        evaluate_checkpoint(
+            options.checkpoint,
+            data=options.data,
+            split=options.split,
+            sequences=options.sequences,
+            mask_ratio=options.mask_ratio,
+        )
+    )
     return 0
 
 

@@ -1,7 +1,18 @@
-"""Every setting of a run: typed schema, YAML with dotted overrides, cross-checks, generated reference. No torch here."""
+"""Every setting of a run: typed schema, YAML with overrides, cross-checks, generated reference. No torch here."""
 
 from exlm_dist.config.check import check_config, check_division, check_length, check_world, largest_num_masks
 from exlm_dist.config.load import config_difference, dump_config, flatten, load_config
 from exlm_dist.config.schema import RunConfig
 
-__all__ = ["RunConfig", "check_config", "check_division", "check_length", "check_world", "config_difference", "dump_config", "flatten", "largest_num_masks", "load_config"]
+__all__ = [
+    "RunConfig",
+    "check_config",
+    "check_division",
+    "check_length",
+    "check_world",
+    "config_difference",
+    "dump_config",
+    "flatten",
+    "largest_num_masks",
+    "load_config",
+]

@@ -28,8 +28,10 @@ def check_division(sequences: int, micro: int, world: int) -> None:
     nearest = " or ".join(str(size) for size in (sequences // group * group, (sequences // group + 1) * group) if size)
     micros = [size for size in range(1, sequences // world + 1) if sequences % (world * size) == 0]
     fits = f"; or batch.micro {min(micros, key=lambda size: abs(size - micro))}" if micros else ""
-    raise ConfigError(f"batch.sequences {sequences} is not a multiple of {world} ranks x batch.micro {micro} = {group}. "
-                      f"Nearest that fit: batch.sequences {nearest}{fits}.")
+    raise ConfigError(
+        f"batch.sequences {sequences} is not a multiple of {world} ranks x batch.micro {micro} = {group}. "
+        f"Nearest that fit: batch.sequences {nearest}{fits}."
+    )
 
 
 def largest_num_masks(length: int, ratio: float) -> int:
@@ -42,23 +44,35 @@ def check_length(length: int, *, ratio: float, states: int, anchors: bool, max_p
     expanded = largest_num_masks(max(length - 2, 1), ratio) + (2 if anchors else 0)
     longest = length + (states - 1) * expanded
     if longest > max_positions:
-        raise ConfigError(f"sequences of up to {length} tokens expand to up to {longest} positions with a masking ratio of {ratio:g} and "
-                          f"model.states {states}, more than model.max_positions {max_positions}. Set model.max_positions to {longest} "
-                          "or more, or prepare the data with a smaller --max-length.")
+        raise ConfigError(
+            f"sequences of up to {length} tokens expand to up to {longest} positions with a masking ratio of "
+            f"{ratio:g} and model.states {states}, more than model.max_positions {max_positions}. Set "
+            f"model.max_positions to {longest} or more, or prepare the data with a smaller --max-length."
+        )
 
 
 def _model(model: ModelConfig) -> list[str]:
     problems = []
     if model.width % model.heads:
-        fits = [heads for heads in range(1, model.width + 1) if model.width % heads == 0 and model.width // heads % 4 == 0]
+        fits = [
+            heads for heads in range(1, model.width + 1) if model.width % heads == 0 and model.width // heads % 4 == 0
+        ]
         near = min(fits, key=lambda heads: abs(heads - model.heads), default=None)
-        problems.append(f"model.width {model.width} is not a multiple of model.heads {model.heads}. Nearest that fits: model.heads {near}.")
+        problems.append(
+            f"model.width {model.width} is not a multiple of model.heads {model.heads}. "
+            f"Nearest that fits: model.heads {near}."
+        )
     elif model.width // model.heads % 4:
-        problems.append(f"model.width {model.width} / model.heads {model.heads} = head width {model.width // model.heads}, which must be divisible "
-                        f"by 4 (2-D rotary turns two halves in pairs). Nearest: model.width {_nearest(model.width, 4 * model.heads)}.")
+        problems.append(
+            f"model.width {model.width} / model.heads {model.heads} = head width {model.width // model.heads}, which must "
+            f"be divisible by 4 (2-D rotary turns two halves in pairs). "
+            f"Nearest: model.width {_nearest(model.width, 4 * model.heads)}."
+        )
     if model.objective == "mlm" and (model.states != 1 or model.anchors):
-        problems.append(f"model.objective mlm has one state per mask and no anchors, but model.states is {model.states} and model.anchors "
-                        f"{str(model.anchors).lower()}. Set model.states 1 and model.anchors false.")
+        problems.append(
+            f"model.objective mlm has one state per mask and no anchors, but model.states is {model.states} and "
+            f"model.anchors {str(model.anchors).lower()}. Set model.states 1 and model.anchors false."
+        )
     return problems
 
 
@@ -70,15 +84,20 @@ def _training(config: RunConfig) -> list[str]:
     if schedule.warmup >= schedule.steps:
         problems.append(f"schedule.warmup {schedule.warmup} must be smaller than schedule.steps {schedule.steps}.")
     if batch.sequences % batch.micro:
-        problems.append(f"batch.sequences {batch.sequences} is not a multiple of batch.micro {batch.micro}. "
-                        f"Nearest: batch.sequences {_nearest(batch.sequences, batch.micro)}.")
+        problems.append(
+            f"batch.sequences {batch.sequences} is not a multiple of batch.micro {batch.micro}. "
+            f"Nearest: batch.sequences {_nearest(batch.sequences, batch.micro)}."
+        )
     return problems
 
 
 def _parallel(config: RunConfig) -> list[str]:
     degrees = {"tensor": config.parallel.tensor, "pipeline": config.parallel.pipeline}
-    return [f"parallel.{name} {degree}: this version trains with data parallelism and ZeRO only. Set parallel.{name} 1."
-            for name, degree in degrees.items() if degree > 1]
+    return [
+        f"parallel.{name} {degree}: this version trains with data parallelism and ZeRO only. Set parallel.{name} 1."
+        for name, degree in degrees.items()
+        if degree > 1
+    ]
 
 
 def _nearest(value: int, step: int) -> int:

@@ -25,7 +25,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the run configuration at `path`, lay `--section.key value` overrides on top, validate and cross-check.
 
     Raises:
-        ConfigError: file missing or not YAML; unknown key, wrong type or range (all of them at once, with file and line);
+        ConfigError: file missing or not YAML; unknown key, wrong type or range (all of them, with file and line);
             settings that contradict each other.
     """
     tree, origins = read_yaml(Path(path))
@@ -59,7 +59,7 @@ def flatten(config: BaseModel) -> dict[str, Any]:
 
 
 def config_difference(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
-    """Settings that differ and decide what is computed: (key, old value, new value). Those in RESUMABLE are left out."""
+    """Settings that differ and decide what is computed (not those in RESUMABLE): (key, old value, new value)."""
     before, after = flatten(old), flatten(new)
     fixed = [key for key in after if not any(key == free or key.startswith(free + ".") for free in RESUMABLE)]
     return [(key, before.get(key), after[key]) for key in fixed if before.get(key) != after[key]]
@@ -97,7 +97,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if node is None:
-        raise ConfigError(f"{path}: the file is empty; `exlm config show configs/pretrain/demo_smiles_exlm.yaml` prints a whole one")
+        raise ConfigError(
+            f"{path}: the file is empty; `exlm config show configs/pretrain/demo_smiles_exlm.yaml` prints a whole one"
+        )
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}: expected `key: value` lines at the top level")
     origins: Origins = {}

@@ -20,38 +20,86 @@ class DataConfig(Section):
     """Where the prepared shards are and how they are read."""
 
     path: str = Field(description="Folder written by `exlm prepare`: shards, index, tokenizer, manifest.")
-    bucket: int = Field(1, ge=1, description="Packed sizes T, S and N are rounded up to a multiple of this (1: exact sizes); repeating shapes let a GPU replay one graph.")
-    prefetch: int = Field(2, ge=0, le=64, description="Global steps packed ahead by a background thread; 0 packs in the training thread.")
-    max_bad_records: float = Field(1e-4, ge=0, le=1, description="Share of damaged records (checksum mismatch) above which the run stops; below it each is replaced by a fixed other record and reported.")
+    bucket: int = Field(
+        1,
+        ge=1,
+        description="Packed sizes T, S and N are rounded up to a multiple of this (1: exact sizes); repeating shapes let a GPU replay one graph.",
+    )
+    prefetch: int = Field(
+        2, ge=0, le=64, description="Global steps packed ahead by a background thread; 0 packs in the training thread."
+    )
+    max_bad_records: float = Field(
+        1e-4,
+        ge=0,
+        le=1,
+        description="Share of damaged records (checksum mismatch) above which the run stops; below it each is replaced by a fixed other record and reported.",
+    )
 
 
 class MaskingConfig(Section):
     """Which tokens are hidden. A pure function of (seed, epoch, sample id)."""
 
-    ratio: float = Field(0.15, gt=0, lt=1, description="Share of the ordinary tokens of a sequence that is masked in training; at least one.")
-    eval_ratio: float = Field(0.15, gt=0, lt=1, description="The same for evaluation, so that runs with other training ratios stay comparable.")
+    ratio: float = Field(
+        0.15,
+        gt=0,
+        lt=1,
+        description="Share of the ordinary tokens of a sequence that is masked in training; at least one.",
+    )
+    eval_ratio: float = Field(
+        0.15,
+        gt=0,
+        lt=1,
+        description="The same for evaluation, so that runs with other training ratios stay comparable.",
+    )
     keep: float = Field(0.0, ge=0, le=1, description="Share of the masked positions that keep their token (BERT: 0.1).")
-    random: float = Field(0.0, ge=0, le=1, description="Share of the masked positions that get a random ordinary token (BERT: 0.1).")
+    random: float = Field(
+        0.0, ge=0, le=1, description="Share of the masked positions that get a random ordinary token (BERT: 0.1)."
+    )
 
 
 class ModelConfig(Section):
     """Architecture and objective."""
 
-    objective: Literal["exlm", "mlm"] = Field("exlm", description="exlm: likelihood of the masked tokens summed over all paths through the states; mlm: cross-entropy at each masked position (needs states 1, anchors false).")
+    objective: Literal["exlm", "mlm"] = Field(
+        "exlm",
+        description="exlm: likelihood of the masked tokens summed over all paths through the states; mlm: cross-entropy at each masked position (needs states 1, anchors false).",
+    )
     layers: int = Field(12, ge=1, description="Transformer blocks.")
     width: int = Field(768, ge=4, description="Model width D.")
-    heads: int = Field(12, ge=1, description="Attention heads; also the heads of the transition head. width / heads must be divisible by 4.")
+    heads: int = Field(
+        12,
+        ge=1,
+        description="Attention heads; also the heads of the transition head. width / heads must be divisible by 4.",
+    )
     ffn: int = Field(3072, ge=1, description="Inner width of the feed-forward.")
     states: int = Field(4, ge=1, le=16, description="States k per masked position (paper: 4 is best, 2 to 8 tried).")
-    transitions: Literal["dense", "sparse", "uniform"] = Field("dense", description="dense: learned, to any later state; sparse: learned, only to the states of the next expanded position; uniform: not learned (ablation without transitions).")
-    transition_positions: bool = Field(True, description="Give the transition head a learned embedding of the place in the expanded sequence beside the features.")
-    rotary: Literal["2d", "1d"] = Field("2d", description="2d: half the head width turns with the position, half with the clone index; 1d: all of it turns with the place in the expanded sequence (ablation).")
-    anchors: bool = Field(True, description="Expand BOS and EOS too and make them the first and last target, so that every path starts and ends at a known state.")
-    norm: Literal["pre", "post"] = Field("pre", description="LayerNorm before each sub-layer or after each residual sum.")
+    transitions: Literal["dense", "sparse", "uniform"] = Field(
+        "dense",
+        description="dense: learned, to any later state; sparse: learned, only to the states of the next expanded position; uniform: not learned (ablation without transitions).",
+    )
+    transition_positions: bool = Field(
+        True,
+        description="Give the transition head a learned embedding of the place in the expanded sequence beside the features.",
+    )
+    rotary: Literal["2d", "1d"] = Field(
+        "2d",
+        description="2d: half the head width turns with the position, half with the clone index; 1d: all of it turns with the place in the expanded sequence (ablation).",
+    )
+    anchors: bool = Field(
+        True,
+        description="Expand BOS and EOS too and make them the first and last target, so that every path starts and ends at a known state.",
+    )
+    norm: Literal["pre", "post"] = Field(
+        "pre", description="LayerNorm before each sub-layer or after each residual sum."
+    )
     tie_head: bool = Field(True, description="The token head uses the embedding matrix.")
-    dropout: float = Field(0.1, ge=0, lt=1, description="On embeddings and on the output of attention and feed-forward.")
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="On embeddings and on the output of attention and feed-forward."
+    )
     attention_dropout: float = Field(0.1, ge=0, lt=1, description="On the attention weights.")
-    max_positions: int = Field(2048, ge=8, description="Largest expanded length; rows of the learned position table of the transition head.")
+    max_positions: int = Field(
+        2048, ge=8, description="Largest expanded length; rows of the learned position table of the transition head."
+    )
     init_std: float = Field(0.02, gt=0, description="Standard deviation of the initial linear and embedding weights.")
 
 
@@ -59,14 +107,26 @@ class BatchConfig(Section):
     """Sizes in sequences. What is in a global batch does not depend on the number of ranks."""
 
     sequences: int = Field(256, ge=1, description="Sequences per optimizer step over all ranks (the global batch).")
-    micro: int = Field(32, ge=1, description="Sequences per micro-batch; ranks x micro must divide the global batch, the rest is accumulated.")
+    micro: int = Field(
+        32,
+        ge=1,
+        description="Sequences per micro-batch; ranks x micro must divide the global batch, the rest is accumulated.",
+    )
 
 
 class LossConfig(Section):
     """Normalisation over the global batch."""
 
-    reduction: Literal["sequence", "token"] = Field("sequence", description="sequence: mean over sequences of -log P / number of targets (the authors'); token: sum of -log P / sum of targets.")
-    max_invalid: float = Field(0.01, ge=0, le=1, description="Share of sequences without a finite likelihood in a step above which the run stops; below it they are counted, named and left out.")
+    reduction: Literal["sequence", "token"] = Field(
+        "sequence",
+        description="sequence: mean over sequences of -log P / number of targets (the authors'); token: sum of -log P / sum of targets.",
+    )
+    max_invalid: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Share of sequences without a finite likelihood in a step above which the run stops; below it they are counted, named and left out.",
+    )
 
 
 class OptimizerConfig(Section):
@@ -85,7 +145,10 @@ class ScheduleConfig(Section):
 
     steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
     warmup: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
-    kind: Literal["linear", "cosine", "inverse_sqrt", "wsd", "constant"] = Field("linear", description="Shape after the warm-up; wsd: constant, then a decay to `final` over the last `decay` share of the run.")
+    kind: Literal["linear", "cosine", "inverse_sqrt", "wsd", "constant"] = Field(
+        "linear",
+        description="Shape after the warm-up; wsd: constant, then a decay to `final` over the last `decay` share of the run.",
+    )
     final: float = Field(0.0, ge=0, le=1, description="Rate at the end as a share of the peak (linear, cosine, wsd).")
     decay: float = Field(0.1, gt=0, le=1, description="Share of the run that wsd spends decaying.")
 
@@ -93,7 +156,9 @@ class ScheduleConfig(Section):
 class PrecisionConfig(Section):
     """Working precision. Softmax, log-sum-exp, rotary angles and the dynamic programme are fp32 always."""
 
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 on a GPU that has it, fp32 on a CPU.")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 on a GPU that has it, fp32 on a CPU."
+    )
 
 
 class ParallelConfig(Section):
@@ -101,15 +166,21 @@ class ParallelConfig(Section):
 
     tensor: int = Field(1, ge=1, description="Tensor-parallel degree.")
     pipeline: int = Field(1, ge=1, description="Pipeline stages.")
-    zero: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters.")
+    zero: Literal[0, 1, 2, 3] = Field(
+        1, description="DeepSpeed ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters."
+    )
     offload: bool = Field(False, description="Keep optimizer states in host memory.")
-    activation_checkpointing: bool = Field(False, description="Recompute each block in the backward pass instead of keeping its activations.")
+    activation_checkpointing: bool = Field(
+        False, description="Recompute each block in the backward pass instead of keeping its activations."
+    )
 
 
 class KernelConfig(Section):
     """Implementation of the four operations of `exlm_dist.kernels`."""
 
-    backend: Literal["auto", "triton", "reference"] = Field("auto", description="auto: Triton on a GPU, the torch definition elsewhere.")
+    backend: Literal["auto", "triton", "reference"] = Field(
+        "auto", description="auto: Triton on a GPU, the torch definition elsewhere."
+    )
 
 
 class CheckpointConfig(Section):
@@ -124,14 +195,19 @@ class EvaluationConfig(Section):
     """Evaluation on the held-out split while training."""
 
     every: int = Field(1000, ge=0, description="Steps between evaluations; 0: only after the last step.")
-    sequences: int = Field(1024, ge=1, description="Held-out sequences used (the first ones; fewer where the split is smaller).")
+    sequences: int = Field(
+        1024, ge=1, description="Held-out sequences used (the first ones; fewer where the split is smaller)."
+    )
 
 
 class TrackingConfig(Section):
     """Metrics, plots and where they go. `events.jsonl` in the run folder is always written."""
 
     mlflow: bool = Field(True, description="Send the events to MLflow.")
-    uri: str = Field("", description="MLflow tracking URI; empty: MLFLOW_TRACKING_URI, else SQLite `mlflow.db` in the folder of runs.")
+    uri: str = Field(
+        "",
+        description="MLflow tracking URI; empty: MLFLOW_TRACKING_URI, else SQLite `mlflow.db` in the folder of runs.",
+    )
     experiment: str = Field("exlm", description="MLflow experiment.")
     every: int = Field(10, ge=1, description="Steps between logged points.")
     system: bool = Field(True, description="Log CPU, memory and GPU load of the machine.")
@@ -140,7 +216,9 @@ class TrackingConfig(Section):
 class LaunchConfig(Section):
     """How processes are started and how long they may wait. Never part of what a run is."""
 
-    processes: int = Field(1, ge=1, description="Local processes that `exlm pretrain` starts when no launcher has set RANK.")
+    processes: int = Field(
+        1, ge=1, description="Local processes that `exlm pretrain` starts when no launcher has set RANK."
+    )
     timeout: int = Field(600, ge=5, description="Seconds after which a collective that waits for another rank fails.")
     threads: int = Field(0, ge=0, description="CPU threads per process; 0: cores / local processes.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one.")
@@ -152,7 +230,9 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
     runs: str = Field("runs", description="Folder that holds the run folders.")
     seed: int = Field(0, ge=0, lt=2**63, description="Decides initial weights, sample order, masks and dropout.")
-    budget: str = Field("", description="Label of the compute budget that every printed result carries (say `dinky-23k`).")
+    budget: str = Field(
+        "", description="Label of the compute budget that every printed result carries (say `dinky-23k`)."
+    )
     data: DataConfig
     masking: MaskingConfig = MaskingConfig()
     model: ModelConfig = ModelConfig()
@@ -170,5 +250,20 @@ class RunConfig(Section):
 
 
 #: Settings that may change when a run is resumed: they decide where and how fast, not what is computed.
-RESUMABLE = ("runs", "budget", "data.path", "data.bucket", "data.prefetch", "data.max_bad_records", "batch.micro", "loss.max_invalid",
-             "precision", "parallel", "kernels", "checkpoint", "evaluation", "tracking", "launch")
+RESUMABLE = (
+    "runs",
+    "budget",
+    "data.path",
+    "data.bucket",
+    "data.prefetch",
+    "data.max_bad_records",
+    "batch.micro",
+    "loss.max_invalid",
+    "precision",
+    "parallel",
+    "kernels",
+    "checkpoint",
+    "evaluation",
+    "tracking",
+    "launch",
+)

@@ -78,10 +78,13 @@ class Recipe:
             )
 
     def check_lengths(self, lengths: np.ndarray) -> None:
-        """DataError if a sequence is empty, ConfigError if one could exceed `max_positions` when expanded, whatever is masked."""
+        """DataError if a sequence is empty, ConfigError if one could exceed `max_positions` when expanded."""
         if len(lengths) == 0 or lengths.min() < 1:
             raise DataError("the data has no sequences, or empty ones: prepare it again")
-        check_length(int(lengths.max()) + 2, ratio=self.ratio, states=self.states, anchors=self.anchors, max_positions=self.max_positions)
+        check_length(
+            int(lengths.max()) + 2, ratio=self.ratio, states=self.states, anchors=self.anchors,
+            max_positions=self.max_positions,
+        )
 
     def batches(
         self, dataset: Dataset, plan: list[np.ndarray], samples: np.ndarray, epochs: np.ndarray, keys: np.ndarray, *,

@@ -1,7 +1,7 @@
 """A run under the DeepSpeed launcher: the command, its environment, and a supervisor that passes signals to the ranks.
 
-The launcher itself turns SIGTERM into exit code 1 and does not know SIGUSR1; the ranks know both (save at the step edge,
-exit 75). So signals go straight to the ranks and the launcher only reports how they ended. Nothing here imports torch.
+The launcher itself turns SIGTERM into exit code 1 and does not know SIGUSR1; the ranks know both (save at the step
+edge, exit 75). So signals go straight to the ranks and the launcher only reports how they ended. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from exlm_dist.utils.errors import EXIT_RETRY, ConfigError
 RANK_MODULE = "exlm_dist.cli"
 
 
-def deepspeed_command(arguments: Sequence[str], *, processes: int, port: int, hostfile: Path | None = None) -> list[str]:
+def deepspeed_command(
+    arguments: Sequence[str], *, processes: int, port: int, hostfile: Path | None = None
+) -> list[str]:
     """Command line that starts `exlm pretrain ARGUMENTS` on `processes` local ranks, or on every slot of `hostfile`.
 
     Raises:
@@ -30,8 +32,22 @@ def deepspeed_command(arguments: Sequence[str], *, processes: int, port: int, ho
     if hostfile is not None and not hostfile.is_file():
         raise ConfigError(f"no host file at {hostfile}. It lists one `hostname slots=8` per line.")
     where = ["--hostfile", str(hostfile)] if hostfile else ["--hostfile", os.devnull, "--num_gpus", str(processes)]
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--log_level", "error", *where, "--master_port", str(port), "--no_local_rank",
-            "--module", RANK_MODULE, "pretrain", *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--quiet",
+        "--log_level",
+        "error",
+        *where,
+        "--master_port",
+        str(port),
+        "--no_local_rank",
+        "--module",
+        RANK_MODULE,
+        "pretrain",
+        *arguments,
+    ]
 
 
 def deepspeed_environment(device: str) -> dict[str, str]:
@@ -45,7 +61,9 @@ def deepspeed_environment(device: str) -> dict[str, str]:
     return environment
 
 
-def run_deepspeed(arguments: Sequence[str], *, processes: int, device: str = "auto", hostfile: Path | None = None) -> int:
+def run_deepspeed(
+    arguments: Sequence[str], *, processes: int, device: str = "auto", hostfile: Path | None = None
+) -> int:
     """Start the launcher, pass SIGTERM and SIGUSR1 to the ranks, and return the exit code of the run."""
     command = deepspeed_command(arguments, processes=processes, port=free_port(), hostfile=hostfile)
     launcher = subprocess.Popen(command, env=deepspeed_environment(device), start_new_session=True)

@@ -3,7 +3,8 @@ analysis and export; it knows no rank and imports no DeepSpeed.
 
 A checkpoint is a folder `checkpoints/step-00001000/` with `model.safetensors` (fp32 parameters by canonical name),
 `optimizer.safetensors`, `state.json`, `config.yaml`, `tokenizer/`, `manifest.json`
-(`{"files": {relative path: {"sha256": hex, "bytes": int}}, ...}`) and `COMPLETE` (the SHA-256 of `manifest.json` and a line end).
+(`{"files": {relative path: {"sha256": hex, "bytes": int}}, ...}`) and
+`COMPLETE` (the SHA-256 of `manifest.json` and a line end).
 No pickle is read.
 """
 

@@ -32,8 +32,13 @@ launch: {{processes: 2, timeout: 30, device: cpu, threads: 1}}
 
 def exlm(*arguments: str | Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own."""
-    return subprocess.run([sys.executable, "-m", "exlm_dist.cli", *map(str, arguments)], capture_output=True, text=True,
-                          timeout=timeout, env={**os.environ, **environment})
+    return subprocess.run(
+        [sys.executable, "-m", "exlm_dist.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +46,26 @@ def prepared(tmp_path_factory) -> Path:
     """Shards of a gzipped csv with one broken row, made by the command."""
     folder = tmp_path_factory.mktemp("prepared")
     carbons = ["C" * length + "O" for length in range(1, 31)]
-    rows = ["name,smiles", "broken,C1CC", *(f"m{number},{smiles}" for number, smiles in enumerate([*MOLECULES, *carbons]))]
+    rows = [
+        "name,smiles",
+        "broken,C1CC",
+        *(f"m{number},{smiles}" for number, smiles in enumerate([*MOLECULES, *carbons])),
+    ]
     (folder / "molecules.csv.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
-    result = exlm("prepare", "smiles", "--input", folder / "molecules.csv.gz", "--column", "smiles", "--out", folder / "data",
-                  "--valid-fraction", "0.2", "--workers", "1")
+    result = exlm(
+        "prepare",
+        "smiles",
+        "--input",
+        folder / "molecules.csv.gz",
+        "--column",
+        "smiles",
+        "--out",
+        folder / "data",
+        "--valid-fraction",
+        "0.2",
+        "--workers",
+        "1",
+    )
     assert result.returncode == 0, result.stderr
     assert "set aside    1 (1 not SMILES)" in result.stdout
     return folder / "data"
@@ -91,13 +112,17 @@ def test_run_folder_holds_the_resolved_configuration_and_the_events(run):
     assert {"metrics", "status", "child_run"} <= kinds
 
 
-@pytest.mark.parametrize("arguments, code, words", [
-    (["--optimizer.lrr", "1"], 2, "Did you mean optimizer.lr?"),
-    (["--schedule.steps", "7"], 78, "schedule.steps  6                  7"),
-    (["--model.max_positions", "8", "--name", "short"], 2, "model.max_positions 8"),
-    (["--batch.sequences", "6", "--name", "odd"], 2, "6 is not a multiple of 2 ranks x batch.micro 2 = 4"),
-    (["--data.path", "nowhere", "--name", "empty"], 77, "exlm prepare"),
-], ids=["unknown key", "other settings", "too long", "does not divide", "no shards"])
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (["--optimizer.lrr", "1"], 2, "Did you mean optimizer.lr?"),
+        (["--schedule.steps", "7"], 78, "schedule.steps  6                  7"),
+        (["--model.max_positions", "8", "--name", "short"], 2, "model.max_positions 8"),
+        (["--batch.sequences", "6", "--name", "odd"], 2, "6 is not a multiple of 2 ranks x batch.micro 2 = 4"),
+        (["--data.path", "nowhere", "--name", "empty"], 77, "exlm prepare"),
+    ],
+    ids=["unknown key", "other settings", "too long", "does not divide", "no shards"],
+)
 def test_a_wrong_run_ends_every_rank_at_once(configuration, run, arguments, code, words):
     started = time.monotonic()
     result = exlm("pretrain", configuration, *arguments)
@@ -116,14 +141,30 @@ def test_a_port_in_use_is_named(configuration, run):
     assert f"port {port}" in result.stderr and "in use" in result.stderr
 
 
-@pytest.mark.parametrize("content, arguments, words", [
-    ("name,smiles\na,CCO\n", ["--column", "smile"], "did you mean 'smiles'"),
-    ("", [], "empty"),
-    ("smiles\nxx\nyy\nhello world\n", ["--column", "smiles"], "exlm prepare text"),
-], ids=["wrong column", "empty file", "text given as molecules"])
+@pytest.mark.parametrize(
+    "content, arguments, words",
+    [
+        ("name,smiles\na,CCO\n", ["--column", "smile"], "did you mean 'smiles'"),
+        ("", [], "empty"),
+        ("smiles\nxx\nyy\nhello world\n", ["--column", "smiles"], "exlm prepare text"),
+    ],
+    ids=["wrong column", "empty file", "text given as molecules"],
+)
 def test_input_that_cannot_be_prepared(tmp_path, capsys, content, arguments, words):
     (tmp_path / "input.csv").write_text(content)
-    code = main(["prepare", "smiles", "--input", str(tmp_path / "input.csv"), "--out", str(tmp_path / "out"), "--workers", "1", *arguments])
+    code = main(
+        [
+            "prepare",
+            "smiles",
+            "--input",
+            str(tmp_path / "input.csv"),
+            "--out",
+            str(tmp_path / "out"),
+            "--workers",
+            "1",
+            *arguments,
+        ]
+    )
     assert code == 77 and words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -139,7 +180,10 @@ def test_unknown_argument_of_a_command_without_overrides(capsys):
     assert ended.value.code == 2 and "--colour" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["prepare", "--help"], ["prepare", "smiles", "--help"], ["pretrain", "--help"], ["config", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["prepare", "--help"], ["prepare", "smiles", "--help"], ["pretrain", "--help"], ["config", "--help"]],
+)
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)

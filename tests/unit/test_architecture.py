@@ -69,7 +69,9 @@ def test_imports_point_one_way_and_frameworks_stay_behind_their_seam(path):
             assert inside.startswith(SEAMS[parts[0]]), f"{path}:{line}: {parts[0]} belongs in {SEAMS[parts[0]]}"
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path not in KERNELS], ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path not in KERNELS], ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_files_and_functions_stay_small(path):
     text = path.read_text()
     assert text.count("\n") <= LONGEST_FILE, f"{path} has more than {LONGEST_FILE} lines"
@@ -79,7 +81,9 @@ def test_files_and_functions_stay_small(path):
             assert length <= LONGEST_FUNCTION, f"{path}:{node.lineno}: {node.name} has {length} lines"
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path not in KERNELS], ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path not in KERNELS], ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_public_functions_are_documented_and_typed(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
@@ -95,6 +99,10 @@ def test_no_pickle_is_read(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
             keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            safe = keywords.get("weights_only") == "True" if "torch" in ast.unparse(node.func) else keywords.get("allow_pickle", "False") == "False"
+            safe = (
+                keywords.get("weights_only") == "True"
+                if "torch" in ast.unparse(node.func)
+                else keywords.get("allow_pickle", "False") == "False"
+            )
             assert safe, f"{path}:{node.lineno}: may read a pickle"
     assert not any(module.split(".")[0] in ("pickle", "dill", "cloudpickle") for _, module in imported(path))

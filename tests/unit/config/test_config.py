@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from exlm_dist.config import check_length, check_world, config_difference, dump_config, flatten, load_config
-from exlm_dist.config import reference
+from exlm_dist.config import check_length, check_world, config_difference, dump_config, flatten, load_config, reference
 from exlm_dist.config.load import known_keys
 from exlm_dist.utils.errors import ConfigError
 
@@ -35,7 +34,9 @@ def failure(path: Path, *overrides: str) -> str:
 
 
 def test_dump_and_load_give_an_equal_object(write):
-    config = load_config(write(MINIMAL), ["--model.layers", "3", "--tracking.uri=http://127.0.0.1:5000", "--budget", "a: b"])
+    config = load_config(
+        write(MINIMAL), ["--model.layers", "3", "--tracking.uri=http://127.0.0.1:5000", "--budget", "a: b"]
+    )
     assert config.model.layers == 3 and config.tracking.uri == "http://127.0.0.1:5000" and config.budget == "a: b"
     assert load_config(write(dump_config(config), "again.yaml")) == config
 
@@ -46,7 +47,9 @@ def test_number_in_scientific_notation_without_a_dot_is_a_number(write):
 
 def test_unknown_key_names_file_line_and_suggestion(write):
     path = write(MINIMAL + "optimizer:\n  lr: 1.0\n  weigth_decay: 0.1\n")
-    assert failure(path).startswith(f"{path}:6: optimizer.weigth_decay: unknown setting. Did you mean optimizer.weight_decay?")
+    assert failure(path).startswith(
+        f"{path}:6: optimizer.weigth_decay: unknown setting. Did you mean optimizer.weight_decay?"
+    )
 
 
 def test_unknown_key_on_the_command_line(write):
@@ -57,17 +60,24 @@ def test_unknown_key_on_the_command_line(write):
 def test_all_errors_are_told_at_once(write):
     message = failure(write("name: run\nmodel: {layers: none, width: -4}\nschedule: {steps: 10}\n"))
     assert len(message.splitlines()) == 3
-    assert "data: must be given" in message and "model.layers = 'none'" in message and "greater than or equal to 4" in message
+    assert (
+        "data: must be given" in message
+        and "model.layers = 'none'" in message
+        and "greater than or equal to 4" in message
+    )
 
 
-@pytest.mark.parametrize("text, words", [
-    ("", "empty"),
-    ("a: [", "not valid YAML"),
-    ("- 1", "key: value"),
-    ("name: a\nname: b\n", "given twice"),
-    ("base: run.yaml\n", "leads back"),
-    (MINIMAL + "model: 3\n", "model = 3"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "empty"),
+        ("a: [", "not valid YAML"),
+        ("- 1", "key: value"),
+        ("name: a\nname: b\n", "given twice"),
+        ("base: run.yaml\n", "leads back"),
+        (MINIMAL + "model: 3\n", "model = 3"),
+    ],
+)
 def test_files_that_are_not_configurations(write, text, words):
     assert words in failure(write(text))
 
@@ -83,21 +93,27 @@ def test_base_is_laid_under(write):
     assert (config.name, config.model.layers, config.model.width) == ("other", 2, 64)
 
 
-@pytest.mark.parametrize("overrides, words", [
-    (["--model.heads", "7"], ["768", "model.heads 7", "Nearest that fits: model.heads 6"]),
-    (["--model.width", "72", "--model.heads", "12"], ["head width 6", "divisible by 4", "model.width 96"]),
-    (["--model.objective", "mlm"], ["model.states 1", "model.anchors false"]),
-    (["--masking.keep", "0.6", "--masking.random", "0.5"], ["more than 1"]),
-    (["--schedule.warmup", "10"], ["schedule.warmup 10", "schedule.steps 10"]),
-    (["--batch.sequences", "100", "--batch.micro", "32"], ["100", "32", "Nearest: batch.sequences 96"]),
-    (["--parallel.tensor", "2"], ["parallel.tensor 2", "Set parallel.tensor 1"]),
-])
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["--model.heads", "7"], ["768", "model.heads 7", "Nearest that fits: model.heads 6"]),
+        (["--model.width", "72", "--model.heads", "12"], ["head width 6", "divisible by 4", "model.width 96"]),
+        (["--model.objective", "mlm"], ["model.states 1", "model.anchors false"]),
+        (["--masking.keep", "0.6", "--masking.random", "0.5"], ["more than 1"]),
+        (["--schedule.warmup", "10"], ["schedule.warmup 10", "schedule.steps 10"]),
+        (["--batch.sequences", "100", "--batch.micro", "32"], ["100", "32", "Nearest: batch.sequences 96"]),
+        (["--parallel.tensor", "2"], ["parallel.tensor 2", "Set parallel.tensor 1"]),
+    ],
+)
 def test_settings_that_contradict_each_other(write, overrides, words):
     message = failure(write(MINIMAL), *overrides)
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("arguments, words", [(["model.layers", "2"], "--section.key"), (["--seed"], "no value"), (["--seed", "--name"], "no value")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [(["model.layers", "2"], "--section.key"), (["--seed"], "no value"), (["--seed", "--name"], "no value")],
+)
 def test_malformed_overrides(write, arguments, words):
     assert words in failure(write(MINIMAL), *arguments)
 
@@ -105,19 +121,26 @@ def test_malformed_overrides(write, arguments, words):
 def test_world_that_does_not_divide_the_batch(write):
     config = load_config(write(MINIMAL), ["--batch.sequences", "96", "--batch.micro", "32"])
     check_world(config, 3)
-    with pytest.raises(ConfigError, match=r"96 is not a multiple of 2 ranks x batch.micro 32 = 64.*64 or 128; or batch.micro 24"):
+    with pytest.raises(
+        ConfigError, match=r"96 is not a multiple of 2 ranks x batch.micro 32 = 64.*64 or 128; or batch.micro 24"
+    ):
         check_world(config, 2)
 
 
 def test_expanded_length_over_the_limit():
     check_length(128, ratio=0.15, states=4, anchors=True, max_positions=512)
-    with pytest.raises(ConfigError, match=r"512 tokens expand to up to 749 positions.*max_positions 512. Set model.max_positions to 749"):
+    with pytest.raises(
+        ConfigError,
+        match=r"512 tokens expand to up to 749 positions.*max_positions 512. Set model.max_positions to 749",
+    ):
         check_length(512, ratio=0.15, states=4, anchors=True, max_positions=512)
 
 
 def test_difference_names_only_what_decides_the_result(write):
     old = load_config(write(MINIMAL))
-    new = load_config(write(MINIMAL), ["--model.layers", "3", "--launch.processes", "2", "--data.prefetch", "0", "--seed", "4"])
+    new = load_config(
+        write(MINIMAL), ["--model.layers", "3", "--launch.processes", "2", "--data.prefetch", "0", "--seed", "4"]
+    )
     assert config_difference(old, new) == [("seed", 0, 4), ("model.layers", 12, 3)]
 
 
@@ -132,18 +155,37 @@ def test_shipped_configurations_load(path):
 def test_twins_differ_only_in_the_objective(kind):
     exlm, mlm = (flatten(load_config(ROOT / f"configs/pretrain/{model}_{kind}.yaml")) for model in ("exlm", "mlm"))
     assert {key for key in exlm if exlm[key] != mlm[key]} == {
-        "name", "model.objective", "model.states", "model.anchors", "model.rotary", "model.transitions"}
+        "name",
+        "model.objective",
+        "model.states",
+        "model.anchors",
+        "model.rotary",
+        "model.transitions",
+    }
 
 
 def test_published_hyper_parameters_of_the_base_recipe():
     config = load_config(ROOT / "configs/pretrain/exlm_base_text.yaml")
-    assert (config.batch.sequences, config.schedule.steps, config.schedule.warmup, config.optimizer.lr) == (4096, 23000, 1380, 2e-3)
-    assert (config.model.layers, config.model.width, config.model.heads, config.model.ffn, config.model.states) == (12, 768, 12, 3072, 4)
+    assert (config.batch.sequences, config.schedule.steps, config.schedule.warmup, config.optimizer.lr) == (
+        4096,
+        23000,
+        1380,
+        2e-3,
+    )
+    assert (config.model.layers, config.model.width, config.model.heads, config.model.ffn, config.model.states) == (
+        12,
+        768,
+        12,
+        3072,
+        4,
+    )
     assert config.budget == "dinky-23k"
 
 
 def test_reference_in_docs_is_the_generated_one():
-    assert (ROOT / "docs/configuration.md").read_text() == reference.markdown() + "\n", "run: exlm config schema --markdown > docs/configuration.md"
+    assert (ROOT / "docs/configuration.md").read_text() == reference.markdown() + "\n", (
+        "run: exlm config schema --markdown > docs/configuration.md"
+    )
 
 
 def test_every_setting_is_explained():
@@ -154,5 +196,6 @@ def test_every_setting_is_explained():
 
 
 def test_reading_settings_imports_no_torch():
-    code = "import sys, exlm_dist.cli, exlm_dist.config; sys.exit(any(name in sys.modules for name in ('torch', 'mlflow', 'rdkit', 'deepspeed')))"
+    heavy = ("torch", "mlflow", "rdkit", "deepspeed")
+    code = f"import sys, exlm_dist.cli, exlm_dist.config; sys.exit(any(name in sys.modules for name in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -64,8 +64,8 @@ def _model(model: ModelConfig) -> list[str]:
         )
     elif model.width // model.heads % 4:
         problems.append(
-            f"model.width {model.width} / model.heads {model.heads} = head width {model.width // model.heads}, which must "
-            f"be divisible by 4 (2-D rotary turns two halves in pairs). "
+            f"model.width {model.width} / model.heads {model.heads} = head width {model.width // model.heads}, "
+            "which must be divisible by 4 (2-D rotary turns two halves in pairs). "
             f"Nearest: model.width {_nearest(model.width, 4 * model.heads)}."
         )
     if model.objective == "mlm" and (model.states != 1 or model.anchors):

@@ -1,7 +1,8 @@
 """A run under the DeepSpeed launcher: the command, its environment, and a supervisor that passes signals to the ranks.
 
 The launcher itself turns SIGTERM into exit code 1 and does not know SIGUSR1; the ranks know both (save at the step
-edge, exit 75). So signals go straight to the ranks and the launcher only reports how they ended. Nothing here imports torch.
+edge, exit 75). So signals go straight to the ranks and the launcher only reports how they ended. Nothing
+here imports torch.
 """
 
 from __future__ import annotations

@@ -49,6 +49,10 @@ if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
         fi
     fi
 fi
+if [ "$extra" = test ] && ! "$venv/bin/python" -c 'import triton' 2>/dev/null; then
+    # CPU builds of torch come without it; the kernels are tested in its interpreter and compiled ahead of time.
+    pip install -q "triton==3.9.0"
+fi
 say "installing the other packages"
 pip install -q -c "$constraints" "setuptools>=68" wheel
 DS_BUILD_OPS=0 pip install -q -c "$constraints" --no-build-isolation -e ".${extra:+[$extra]}"

@@ -2,7 +2,7 @@
 
 Each side is checked against the definition first, then all sides of a case are timed in turn in one process; figures are
 the median and the quartiles over the rounds. A table goes to the screen and, with the hardware, versions and commit, to
-`<out>/kernels_<device>_<date>.csv` and `.md`. `--toy` runs tiny sizes anywhere, for the tests: its times mean nothing.
+`<out>/kernels_[<operations>_]<device>_<date>.csv` and `.md`. `--toy` runs tiny sizes anywhere, for the tests: its times mean nothing.
 Cases of an operation live in `kernels_<operation>.py` beside this file: `cases(device, toy)` yields `timing.Case`.
 """
 
@@ -87,17 +87,14 @@ def rows(case: Case, figures: list[Figure], around: dict[str, str]) -> list[dict
     ]  # fmt: skip
 
 
-def write(folder: Path, around: dict[str, str], head: str, tables: list[str], lines: list[dict[str, object]]) -> Path:
-    """Both files; returns the path of the CSV."""
-    folder.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", around["device"].lower()).strip("-")
-    path = folder / f"kernels_{slug}_{around['date']}.csv"
+def write(path: Path, head: str, tables: list[str], lines: list[dict[str, object]]) -> None:
+    """Both files, `path` with .csv and with .md."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(lines)
     path.with_suffix(".md").write_text(head + "\n" + "\n".join(tables))
-    return path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,6 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     now = ", ".join(f"{name} {value:.4g}" for name, value in ceilings(device).items())
     head = f"# Kernels\n\n{', '.join(f'{name} {value}' for name, value in around.items())}. Card at start: {now or '-'}.\n"
     print(head)
+    slug = re.sub(r"[^a-z0-9]+", "-", around["device"].lower()).strip("-")
+    path = options.out / f"{'_'.join(['kernels', *options.operations, slug, around['date']])}.csv"
     for operation in options.operations or operations():
         for case in importlib.import_module(f"kernels_{operation}").cases(device, options.toy):
             if options.select not in f"{case.name} {case.sizes}":
@@ -127,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
             tables.append(table(case, figures))
             lines += rows(case, figures, around)
             print(tables[-1], flush=True)
-            write(options.out, around, head, tables, lines)
+            write(path, head, tables, lines)
             del case
             gc.collect()
     return int(failed > 0)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from exlm_dist.config.schema import ModelConfig
 from exlm_dist.kernels.attention import rotary_angles
+from exlm_dist.kernels.elementwise import add_norm
 from exlm_dist.model.attention import SelfAttention
 from exlm_dist.model.dropout import dropout_add, site_seed
 from exlm_dist.model.feedforward import FeedForward
@@ -24,16 +25,17 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, backend: str, *, last: bool = False) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.attention_norm = AddNorm(config.width, backend)
         self.attention = SelfAttention(
             config.width, config.heads, config.attention_dropout, layer=layer, backend=backend
         )
-        self.ffn_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.ffn_norm = AddNorm(config.width, backend)
         self.ffn = FeedForward(config.width, config.ffn)
         self.pre_norm = config.norm == "pre"
         self.rotary = config.rotary
         self.probability = config.dropout
         self.layer = layer
+        self.backend = backend
         self.last = last
 
     def forward(self, stream: Stream) -> Stream:
@@ -43,19 +45,37 @@ class Block(nn.Module):
             stream = stream.replace(angles=angles)
         rows = stream.state_index if self.last and stream.select else None
         hidden = stream.hidden
-        branch = self.attention(self.attention_norm(hidden) if self.pre_norm else hidden, stream, rows)
-        hidden = hidden if rows is None else F.embedding(rows, hidden)
         if self.pre_norm:
-            hidden = self._add(branch, hidden, stream, "attention")
-            hidden = self._add(self.ffn(self.ffn_norm(hidden)), hidden, stream, "ffn")
+            hidden, normed = self.attention_norm(hidden)
+            branch = self.attention(normed, stream, rows)
+            hidden = hidden if rows is None else F.embedding(rows, hidden)
+            hidden, normed = self.ffn_norm(hidden, branch, *self._dropout(stream, "attention"))
+            hidden = dropout_add(self.ffn(normed), hidden, *self._dropout(stream, "ffn"), backend=self.backend)
         else:
-            hidden = self.attention_norm(self._add(branch, hidden, stream, "attention"))
-            hidden = self.ffn_norm(self._add(self.ffn(hidden), hidden, stream, "ffn"))
+            branch = self.attention(hidden, stream, rows)
+            hidden = hidden if rows is None else F.embedding(rows, hidden)
+            _, hidden = self.attention_norm(hidden, branch, *self._dropout(stream, "attention"))
+            _, hidden = self.ffn_norm(hidden, self.ffn(hidden), *self._dropout(stream, "ffn"))
         return stream.replace(hidden=hidden, selected=rows is not None)
 
-    def _add(self, branch: Tensor, residual: Tensor, stream: Stream, site: str) -> Tensor:
-        probability = self.probability if self.training else 0.0
-        return dropout_add(branch, residual, probability, site_seed(stream.dropout_seed, self.layer, site))
+    def _dropout(self, stream: Stream, site: str) -> tuple[float, int]:
+        """Share and key of the dropout at `site`."""
+        return self.probability if self.training else 0.0, site_seed(stream.dropout_seed, self.layer, site)
+
+
+class AddNorm(nn.LayerNorm):
+    """LayerNorm of `residual + dropout(branch)`."""
+
+    def __init__(self, width: int, backend: str) -> None:
+        super().__init__(width, eps=NORM_EPS)
+        self.backend = backend
+
+    def forward(
+        self, residual: Tensor, branch: Tensor | None = None, probability: float = 0.0, seed: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """(the sum, its norm), [T, D] each; see `kernels.elementwise.add_norm`."""
+        key = {"dropout": probability, "seed": seed, "backend": self.backend}
+        return add_norm(branch, residual, self.weight, self.bias, eps=self.eps, **key)
 
 
 class FinalNorm(nn.LayerNorm):

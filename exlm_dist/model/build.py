@@ -27,7 +27,9 @@ class LanguageModel(nn.Module):
         token_dropout: int | None = None,
     ) -> None:
         super().__init__()
-        self.embedding = Embedding(vocab_size, config.width, config.dropout, token_dropout)
+        self.embedding = Embedding(
+            vocab_size, config.width, config.dropout, token_dropout, backend=kernel_backend
+        )
         self.blocks = nn.ModuleList(
             Block(config, layer, kernel_backend, last=layer == config.layers - 1) for layer in range(config.layers)
         )

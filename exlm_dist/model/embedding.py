@@ -20,11 +20,20 @@ class Embedding(nn.Module):
     `<mask>` become 0 and the others are scaled by (1 - 0.12) / (1 - share of `<mask>` in the expanded sequence).
     """
 
-    def __init__(self, vocab_size: int, width: int, probability: float, token_dropout: int | None = None) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        probability: float,
+        token_dropout: int | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
         self.probability = probability
         self.token_dropout = token_dropout
+        self.backend = backend
 
     def forward(self, stream: Stream) -> Stream:
         """Fill `hidden` [T, D]."""
@@ -32,7 +41,8 @@ class Embedding(nn.Module):
         if self.training and self.token_dropout is not None:
             hidden = hidden * self._token_scale(stream)[:, None]
         if self.training:
-            hidden = dropout(hidden, self.probability, site_seed(stream.dropout_seed, -1, "embedding"))
+            key = site_seed(stream.dropout_seed, -1, "embedding")
+            hidden = dropout(hidden, self.probability, key, backend=self.backend)
         return stream.replace(hidden=hidden)
 
     def _token_scale(self, stream: Stream) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from exlm_dist.kernels.elementwise import gelu_gradient_
+
 #: Inner activations [rows, F] worked on at a time on a CPU, in elements: few enough to stay in its cache.
 _BLOCK_ELEMENTS = 1 << 19
 
@@ -48,6 +50,9 @@ class _GeluLinear(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
+        if x.device.type != "cpu":
+            grad_x = grad @ weight
+            return grad_x, grad.t() @ gelu_gradient_(grad_x, x), grad.sum(0)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         for rows in _blocks(x):
             grad_weight.addmm_(grad[rows].t(), F.gelu(x[rows]))

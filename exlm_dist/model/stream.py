@@ -49,21 +49,10 @@ class Stream:
     @staticmethod
     def from_batch(batch: Any, device: torch.device | str = "cpu", dropout_seed: int = 0) -> Stream:
         """Stream of a `data.batch.PackedBatch` (numpy) on `device`; `dropout_seed` decides every dropout mask."""
-        arrays = {
-            name: torch.from_numpy(getattr(batch, name)).to(device, non_blocking=True)
-            for name in (
-                "input_ids",
-                "position",
-                "clone",
-                "cu_tokens",
-                "state_index",
-                "cu_states",
-                "target_ids",
-                "cu_targets",
-            )
-        }
+        arrays = [torch.from_numpy(getattr(batch, name)) for name in _ARRAYS]
+        moved = _through_pinned(arrays, device) if torch.device(device).type == "cuda" else arrays
         sizes = {name: int(getattr(batch, name)) for name in ("max_tokens", "max_states", "max_targets", "states")}
-        return Stream(**arrays, **sizes, dropout_seed=dropout_seed)
+        return Stream(**dict(zip(_ARRAYS, moved)), **sizes, dropout_seed=dropout_seed).to(device)
 
     def replace(self, **changes: Any) -> Stream:
         """A copy with some fields changed."""
@@ -103,3 +92,28 @@ class Stream:
         inside = index < boundaries[1:, None]
         inside = inside.reshape(*inside.shape, *[1] * (values.dim() - 1))
         return values[index.clamp(max=len(values) - 1)].masked_fill(~inside, fill)
+
+
+#: Arrays of a packed batch that a model reads.
+_ARRAYS = (
+    "input_ids",
+    "position",
+    "clone",
+    "cu_tokens",
+    "state_index",
+    "cu_states",
+    "target_ids",
+    "cu_targets",
+)
+#: Elements to which each array is aligned in the common buffer (64 bytes).
+_ALIGNMENT = 8
+
+
+def _through_pinned(arrays: list[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Copies of int64 `arrays` on a GPU by one transfer; from pageable memory the host would wait for the work before."""
+    spans = [-(-len(array) // _ALIGNMENT) * _ALIGNMENT for array in arrays]
+    staging = torch.empty(sum(spans), dtype=torch.int64, pin_memory=True)
+    for place, array in zip(staging.split(spans), arrays):
+        place[: len(array)].copy_(array)
+    whole = staging.to(device, non_blocking=True)
+    return [part[: len(array)] for part, array in zip(whole.split(spans), arrays)]

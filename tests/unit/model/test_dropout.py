@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exlm_dist.model.dropout import dropout, dropout_add, keep_mask, site_seed
+from exlm_dist.kernels.elementwise.reference import keep_mask
+from exlm_dist.model.dropout import dropout, dropout_add, site_seed
 
 
 def test_mask_depends_on_the_key_alone():

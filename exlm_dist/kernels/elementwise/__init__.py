@@ -1,0 +1,65 @@
+"""What lies between the matrix products: dropout, residual sums, LayerNorm, gelu (maths: README.md beside this file)."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from exlm_dist.kernels.backend import implementation
+from exlm_dist.kernels.checks import check_shape
+
+__all__ = ["add_norm", "dropout_add", "gelu_gradient_"]
+
+
+def dropout_add(
+    branch: Tensor, residual: Tensor | None, *, dropout: float, seed: int, backend: str = "auto"
+) -> Tensor:
+    """residual + dropout(branch), both [R, W]; without a residual dropout(branch).
+
+    `dropout` is the share of elements that is zeroed; the others are scaled up. The mask depends on `seed` (python int),
+    the shape, and the implementation; the same call gives the same mask. ValueError on shapes that do not fit.
+    """
+    if residual is not None:
+        check_shape("residual", residual, tuple(branch.shape))
+    if dropout == 0.0 and residual is None:
+        return branch
+    return _implementation(branch, backend).dropout_add(branch, residual, dropout=dropout, seed=seed)
+
+
+def add_norm(
+    branch: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    dropout: float = 0.0,
+    seed: int = 0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(hidden, normed), both [R, W]: hidden = residual + dropout(branch), and its LayerNorm with weight and bias [W].
+
+    Without a branch hidden is the residual. Take hidden, not the residual, for what follows: its gradient and that of
+    the norm are then summed in one pass. The norm is computed in fp32 from hidden as it is stored. `dropout` and `seed`
+    as in `dropout_add`. ValueError on shapes that do not fit.
+    """
+    check_shape("residual", residual, (None, None))
+    if branch is not None:
+        check_shape("branch", branch, tuple(residual.shape))
+    check_shape("weight", weight, (residual.shape[1],))
+    check_shape("bias", bias, (residual.shape[1],))
+    chosen = _implementation(residual, backend)
+    return chosen.add_norm(branch, residual, weight, bias, eps=eps, dropout=dropout, seed=seed)
+
+
+def gelu_gradient_(grad: Tensor, x: Tensor, *, backend: str = "auto") -> Tensor:
+    """Multiply `grad` in place by the derivative of the exact (erf) gelu at x; returns gelu(x). Both contiguous."""
+    check_shape("grad", grad, tuple(x.shape))
+    return _implementation(x, backend).gelu_gradient_(grad, x)
+
+
+def _implementation(tensor: Tensor, backend: str) -> ModuleType:
+    """The Triton form has no fp64."""
+    return implementation("elementwise", "reference" if tensor.dtype == torch.float64 else backend, tensor.device)

@@ -1,0 +1,69 @@
+"""Dropout, residual sum and LayerNorm in torch operations: the definition, and what runs on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+_LANES = 1 << 16
+
+
+def keep_mask(shape: torch.Size, probability: float, seed: int, device: torch.device) -> tuple[Tensor, float]:
+    """Boolean mask (True: keep) and the factor that makes what is kept unbiased.
+
+    Each 64-bit random number serves four elements; the probability is thereby rounded to 1/65536, and the factor is the
+    inverse of the rounded one, so that the expectation is exact. On a CPU this is about five times faster than drawing
+    one Bernoulli variable per element.
+    """
+    dropped = min(round(probability * _LANES), _LANES - 1)
+    generator = torch.Generator(device).manual_seed(seed)
+    count = shape.numel()
+    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    keep = words.view(torch.int16)[:count].view(shape) >= dropped - _LANES // 2
+    return keep, _LANES / (_LANES - dropped)
+
+
+class _DropoutAdd(Function):
+    """residual + keep * scale * x, keeping one byte per element for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, keep: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        ctx.has_residual = residual is not None
+        factor = keep.to(x.dtype)
+        if residual is None:
+            return factor.mul_(x).mul_(scale)
+        return torch.addcmul(residual, x, factor, value=scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        (keep,) = ctx.saved_tensors
+        grad_x = keep.to(grad.dtype).mul_(grad).mul_(ctx.scale)
+        return grad_x, grad if ctx.has_residual else None, None, None
+
+
+def dropout_add(branch: Tensor, residual: Tensor | None, *, dropout: float, seed: int) -> Tensor:
+    """See `exlm_dist.kernels.elementwise.dropout_add`."""
+    if dropout == 0.0:
+        return branch if residual is None else residual + branch
+    keep, scale = keep_mask(branch.shape, dropout, seed, branch.device)
+    return _DropoutAdd.apply(branch, residual, keep, scale)
+
+
+def add_norm(
+    branch: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor, *, eps: float, dropout: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """See `exlm_dist.kernels.elementwise.add_norm`."""
+    hidden = residual if branch is None else dropout_add(branch, residual, dropout=dropout, seed=seed)
+    return hidden, F.layer_norm(hidden, (hidden.shape[-1],), weight, bias, eps)
+
+
+def gelu_gradient_(grad: Tensor, x: Tensor) -> Tensor:
+    """See `exlm_dist.kernels.elementwise.gelu_gradient_`."""
+    torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
+    return F.gelu(x)

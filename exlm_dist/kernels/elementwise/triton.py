@@ -1,0 +1,245 @@
+"""Triton form of what lies between the matrix products: each tensor is read once and written once, no dropout mask is kept.
+
+Whether an element of a dropped tensor stays is a hash of (seed, row, column): the backward pass, or a second forward pass,
+makes the same mask again. Letters: R rows (tokens), W width. Names: o_ offsets, b_ loaded tile, m_ mask.
+Gradients of the norm's weight and bias are summed by a fixed number of programs, then over these in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from exlm_dist.kernels.launch import launch
+
+#: Programs of a backward pass with parameter gradients: about eight for each multiprocessor of a large GPU.
+PROGRAMS = 1024
+#: Elements of one program of the gelu's backward pass.
+GELU_BLOCK = 2048
+DROP_BITS = 24
+
+
+@triton.jit
+def _mixed(x):
+    """A 32-bit integer hash (Wellons' lowbias32)."""
+    x = (x ^ (x >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)
+    x = (x ^ (x >> 15)) * tl.full([], 0x846CA68B, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _kept(seed_low, seed_high, row, o_column, dropped):
+    """Whether elements (row, o_column) stay: 24 bits of a hash against dropped / 2^24."""
+    gamma = tl.full([], 0x9E3779B9, tl.uint32)
+    key = _mixed(tl.cast(seed_low, tl.uint32, bitcast=True) + gamma)
+    key = _mixed(key ^ tl.cast(seed_high, tl.uint32, bitcast=True))
+    key = _mixed(key + row.to(tl.uint32) * gamma)
+    word = _mixed(key + o_column.to(tl.uint32) * gamma)
+    return (word >> 8).to(tl.int32) >= dropped
+
+
+@triton.jit(do_not_specialize=["rows", "seed_low", "seed_high", "dropped"])
+def add_norm_kernel(
+    branch, residual,  # [R, W] in; either may be absent
+    weight, bias,  # [W] in
+    hidden, normed,  # [R, W] out: residual + dropout(branch), and its LayerNorm
+    mean, scale,  # [R] fp32 out: of the LayerNorm
+    rows, seed_low, seed_high, dropped, dropout_scale, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    BRANCH: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """One program: one row."""
+    row = tl.program_id(0)
+    o_column = tl.arange(0, BLOCK)
+    inside = o_column < WIDTH
+    o_out = row.to(tl.int64) * WIDTH + o_column
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    if RESIDUAL:
+        b_sum = tl.load(residual + o_out, mask=inside, other=0.0).to(tl.float32)
+    if BRANCH:
+        b_branch = tl.load(branch + o_out, mask=inside, other=0.0).to(tl.float32)
+        if DROPOUT:
+            b_branch = tl.where(_kept(seed_low, seed_high, row, o_column, dropped), b_branch * dropout_scale, 0.0)
+        b_sum = (b_sum + b_branch).to(hidden.dtype.element_ty)
+        tl.store(hidden + o_out, b_sum, mask=inside)
+        b_sum = b_sum.to(tl.float32)
+    if NORM:
+        b_mean = tl.sum(b_sum, 0) / WIDTH
+        b_centred = tl.where(inside, b_sum - b_mean, 0.0)
+        b_scale = 1 / tl.sqrt(tl.sum(b_centred * b_centred, 0) / WIDTH + eps)
+        b_weight = tl.load(weight + o_column, mask=inside, other=0.0).to(tl.float32)
+        b_bias = tl.load(bias + o_column, mask=inside, other=0.0).to(tl.float32)
+        b_out = b_centred * b_scale * b_weight + b_bias
+        tl.store(normed + o_out, b_out.to(normed.dtype.element_ty), mask=inside)
+        tl.store(mean + row, b_mean)
+        tl.store(scale + row, b_scale)
+
+
+@triton.jit(do_not_specialize=["rows", "seed_low", "seed_high", "dropped"])
+def add_norm_gradient_kernel(
+    hidden, weight, mean, scale,  # as `add_norm_kernel` left them
+    grad_normed, grad_hidden,  # [R, W] in; the second may be absent
+    grad_residual, grad_branch,  # [R, W] out
+    weight_sums, bias_sums,  # [programs, W] fp32 out
+    rows, seed_low, seed_high, dropped, dropout_scale,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BRANCH: tl.constexpr, PASSED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """One program: rows program, program + programs, ...; grad_residual is written where it differs from grad_branch."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    o_column = tl.arange(0, BLOCK)
+    inside = o_column < WIDTH
+    b_weight = tl.load(weight + o_column, mask=inside, other=0.0).to(tl.float32)
+    b_weight_sum = tl.zeros([BLOCK], tl.float32)
+    b_bias_sum = tl.zeros([BLOCK], tl.float32)
+    for row in range(program, rows, programs):
+        o_row = tl.cast(row, tl.int64) * WIDTH + o_column
+        b_grad = tl.load(grad_normed + o_row, mask=inside, other=0.0).to(tl.float32)
+        b_hidden = tl.load(hidden + o_row, mask=inside, other=0.0).to(tl.float32)
+        b_scale = tl.load(scale + row)
+        b_unit = tl.where(inside, (b_hidden - tl.load(mean + row)) * b_scale, 0.0)
+        b_weight_sum += b_grad * b_unit
+        b_bias_sum += b_grad
+        b_grad = b_grad * b_weight
+        b_along = tl.sum(b_grad * b_unit, 0) / WIDTH
+        b_grad = (b_grad - tl.sum(b_grad, 0) / WIDTH - b_unit * b_along) * b_scale
+        if PASSED:
+            b_grad += tl.load(grad_hidden + o_row, mask=inside, other=0.0).to(tl.float32)
+        b_grad = b_grad.to(grad_residual.dtype.element_ty)
+        tl.store(grad_residual + o_row, b_grad, mask=inside)
+        if BRANCH and DROPOUT:
+            kept = _kept(seed_low, seed_high, tl.cast(row, tl.int32), o_column, dropped)
+            b_branch = tl.where(kept, b_grad.to(tl.float32) * dropout_scale, 0.0)
+            tl.store(grad_branch + o_row, b_branch.to(grad_branch.dtype.element_ty), mask=inside)
+    o_sum = program * WIDTH + o_column
+    tl.store(weight_sums + o_sum, b_weight_sum, mask=inside)
+    tl.store(bias_sums + o_sum, b_bias_sum, mask=inside)
+
+
+@triton.jit
+def gelu_gradient_kernel(grad, x, activated, elements, BLOCK: tl.constexpr):
+    """grad becomes the gradient of x, where it was that of the exact (erf) gelu(x), which is made once more."""
+    o_out = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = o_out < elements
+    b_x = tl.load(x + o_out, mask=inside, other=0.0).to(tl.float32)
+    b_grad = tl.load(grad + o_out, mask=inside, other=0.0).to(tl.float32)
+    b_share = 0.5 + 0.5 * tl.erf(b_x * 0.7071067811865476)
+    b_slope = b_share + b_x * tl.exp(-0.5 * b_x * b_x) * 0.3989422804014327
+    tl.store(activated + o_out, (b_x * b_share).to(activated.dtype.element_ty), mask=inside)
+    tl.store(grad + o_out, (b_grad * b_slope).to(grad.dtype.element_ty), mask=inside)
+
+
+def dropout_add(branch: Tensor, residual: Tensor | None, *, dropout: float, seed: int) -> Tensor:
+    """See `exlm_dist.kernels.elementwise.dropout_add`."""
+    return _DropoutAdd.apply(branch, residual, dropout, seed)
+
+
+def add_norm(
+    branch: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor, *, eps: float, dropout: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """See `exlm_dist.kernels.elementwise.add_norm`."""
+    return _AddNorm.apply(branch, residual, weight, bias, eps, dropout, seed)
+
+
+def gelu_gradient_(grad: Tensor, x: Tensor) -> Tensor:
+    """See `exlm_dist.kernels.elementwise.gelu_gradient_`."""
+    activated = torch.empty_like(x)
+    arguments = {"grad": grad, "x": x, "activated": activated, "elements": x.numel()}
+    launch(gelu_gradient_kernel, (triton.cdiv(x.numel(), GELU_BLOCK),), arguments, {"BLOCK": GELU_BLOCK})
+    return activated
+
+
+class _DropoutAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, branch, residual, dropout, seed):
+        ctx.key, ctx.has_residual = (dropout, seed), residual is not None
+        return _dropped(branch, residual, dropout, seed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _dropped(grad, None, *ctx.key), grad if ctx.has_residual else None, None, None
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, branch, residual, weight, bias, eps, dropout, seed):
+        residual = residual.contiguous()
+        rows, width = residual.shape
+        hidden = residual if branch is None else torch.empty_like(residual)
+        normed = torch.empty_like(residual)
+        mean, scale = torch.empty((2, rows), dtype=torch.float32, device=residual.device)
+        if branch is not None:
+            branch = branch.contiguous()
+        _forward(branch, residual, weight, bias, hidden, normed, mean, scale, eps, dropout, seed)
+        ctx.save_for_backward(hidden, weight, mean, scale)
+        ctx.settings = (branch is not None, dropout, seed)
+        ctx.set_materialize_grads(False)
+        # Without a branch the residual itself goes on, so that both its gradients meet in one pass over the memory.
+        return hidden, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_hidden, grad_normed):
+        hidden, weight, mean, scale = ctx.saved_tensors
+        has_branch, dropout, seed = ctx.settings
+        rows, width = hidden.shape
+        if grad_normed is None:
+            grad_normed = torch.zeros_like(hidden)
+        programs = max(1, min(PROGRAMS, rows))
+        sums = torch.empty((2, programs, width), dtype=torch.float32, device=hidden.device)
+        grad_residual = torch.empty_like(hidden)
+        dropped = has_branch and dropout > 0
+        grad_branch = torch.empty_like(hidden) if dropped else grad_residual
+        launch(
+            add_norm_gradient_kernel,
+            (programs,),
+            {"hidden": hidden, "weight": weight, "mean": mean, "scale": scale, "grad_normed": grad_normed.contiguous(),
+             "grad_hidden": None if grad_hidden is None else grad_hidden.contiguous(), "grad_residual": grad_residual,
+             "grad_branch": grad_branch, "weight_sums": sums[0], "bias_sums": sums[1], "rows": rows, **_key(dropout, seed)},
+            {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "BRANCH": has_branch,
+             "PASSED": grad_hidden is not None, "DROPOUT": dropout > 0},
+            warps=_warps(width),
+        )  # fmt: skip
+        grad_weight, grad_bias = sums.sum(1).to(weight.dtype)
+        return grad_branch if has_branch else None, grad_residual, grad_weight, grad_bias, None, None, None
+
+
+def _dropped(branch: Tensor, residual: Tensor | None, dropout: float, seed: int) -> Tensor:
+    branch = branch.contiguous()
+    out = torch.empty_like(branch)
+    residual = None if residual is None else residual.contiguous()
+    _forward(branch, residual, None, None, out, None, None, None, 0.0, dropout, seed)
+    return out
+
+
+def _forward(branch, residual, weight, bias, hidden, normed, mean, scale, eps, dropout, seed) -> None:
+    rows, width = hidden.shape
+    launch(
+        add_norm_kernel,
+        (rows,),
+        {"branch": branch, "residual": residual, "weight": weight, "bias": bias, "hidden": hidden, "normed": normed,
+         "mean": mean, "scale": scale, "rows": rows, **_key(dropout, seed), "eps": eps},
+        {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "BRANCH": branch is not None,
+         "RESIDUAL": residual is not None, "NORM": normed is not None, "DROPOUT": dropout > 0},
+        warps=_warps(width),
+    )  # fmt: skip
+
+
+def _key(dropout: float, seed: int) -> dict[str, int | float]:
+    """Arguments that decide the mask. The share that is dropped is rounded to 2^-24, and the scale made to fit."""
+    dropped = round(dropout * 2**DROP_BITS)
+    return {"seed_low": _signed(seed), "seed_high": _signed(seed >> 32), "dropped": dropped,
+            "dropout_scale": 2**DROP_BITS / (2**DROP_BITS - dropped)}  # fmt: skip
+
+
+def _signed(word: int) -> int:
+    """The low 32 bits as a signed number, so that the kernel's argument has one type for every seed."""
+    word &= 0xFFFFFFFF
+    return word - (1 << 32) if word >> 31 else word
+
+
+def _warps(width: int) -> int:
+    return 4 if width <= 1024 else 8

@@ -19,7 +19,6 @@ from exlm_dist.kernels.transitions import reference
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1.0e30)
-SIZES = ["heads", "width", "longest"]  # vary from batch to batch: no new machine code for a new value
 
 
 def transition_log_probs(
@@ -71,17 +70,19 @@ def _before(first, count, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _rows(pointer, first, o_row, length, h, heads, width, P_BLOCK: tl.constexpr):
+def _rows(pointer, first, o_row, length, h, heads: tl.constexpr, width: tl.constexpr, P_BLOCK: tl.constexpr):
     """[rows, P_BLOCK] of head h of packed [S, H, P]."""
     o_p = tl.arange(0, P_BLOCK)
-    m_row = (o_row < length)[:, None] & (o_p < width)[None, :]
+    m_row = (o_row < length)[:, None]
+    if P_BLOCK != width:
+        m_row = m_row & (o_p < width)[None, :]
     return tl.load(pointer + ((first + o_row)[:, None] * heads + h) * width + o_p[None, :], mask=m_row, other=0.0)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit
 def normaliser_kernel(
-    query, key, gate, cu_states, log_sum, log_gate, scale, heads, width, longest,
-    GROUP: tl.constexpr, P_BLOCK: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    query, key, gate, cu_states, log_sum, log_gate, scale,
+    heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """log2 of the sum over u of 2^score of one head, and log2 of the head's gate, for ROWS states v."""
@@ -115,10 +116,10 @@ def normaliser_kernel(
         tl.store(log_gate + o_out, b_own - b_total, mask=o_v < length)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=["longest"])
 def mixture_kernel(
-    query, key, cu_states, log_sum, log_gate, out, scale, heads, width, longest,
-    GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, cu_states, log_sum, log_gate, out, scale, longest,
+    heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """log E of a tile [ROWS, COLUMNS]: log-sum over the heads of gate times probability; -inf where not allowed."""
     b = tl.program_id(2).to(tl.int64)
@@ -148,24 +149,59 @@ def mixture_kernel(
 
 
 @triton.jit
-def _shares(out, grad_out, b, o_v, o_u, length, longest, b_score, b_log_sum, b_log_gate, GROUP: tl.constexpr):
-    """(share of the head in each move times the move's gradient, probability of the move in this head), both [v, u]."""
+def _tile(out, grad_out, b, o_v, o_u, length, longest, GROUP: tl.constexpr):
+    """(log2 E, gradient) of a tile of moves: 0 and 0 for a move that is not allowed or has no probability at all."""
     m_move = _allowed(o_v, o_u, length, GROUP)
-    o_move = (b * longest + o_v)[:, None] * longest + o_u[None, :]
+    o_move = b * longest * longest + (o_v[:, None] * longest + o_u[None, :])
     b_log = tl.load(out + o_move, mask=m_move, other=float("-inf")) * LOG2E
     b_grad = tl.load(grad_out + o_move, mask=m_move, other=0.0)
+    m_known = b_log > float("-inf")
+    # Far above any score: the share of a move without probability is then 0 times its gradient, and 0 it is.
+    return tl.where(m_known, b_log, -LOWEST), tl.where(m_known, b_grad, 0.0)
+
+
+@triton.jit
+def _score_gradient(b_score, b_log, b_grad, b_log_sum, b_log_gate, b_leaving, m_move):
+    """share G - p leaving, [v, u], from the scores in base 2."""
     b_score -= b_log_sum[:, None]
-    b_known = tl.where(b_log > float("-inf"), b_log, 0.0)
-    b_share = tl.where(b_log > float("-inf"), tl.exp2(b_score + b_log_gate[:, None] - b_known) * b_grad, 0.0)
-    return b_share, tl.where(m_move, tl.exp2(b_score), 0.0)
+    b_share = tl.exp2(b_score + b_log_gate[:, None] - b_log) * b_grad
+    return b_share - tl.where(m_move, tl.exp2(b_score), 0.0) * b_leaving[:, None]
 
 
-@triton.jit(do_not_specialize=SIZES)
-def query_gradient_kernel(
-    query, key, cu_states, log_sum, log_gate, out, grad_out, leaving, grad_query, scale, root, heads, width, longest,
-    GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["longest", "rows"])
+def leaving_kernel(
+    query, key, cu_states, log_sum, log_gate, out, grad_out, leaving, scale, longest, rows,
+    heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Gradient of ROWS queries of one head, and `leaving`: the sum over u of share times gradient."""
+    """Sum over the u of a tile of share times gradient, [tiles of u, S, H]: all heads of a tile, read once."""
+    b = tl.program_id(2).to(tl.int64)
+    first = tl.load(cu_states + b)
+    length = (tl.load(cu_states + b + 1) - first).to(tl.int32)
+    o_v = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    o_u = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    start, stop = _after(tl.program_id(1) * ROWS, ROWS, length, GROUP)
+    column = tl.program_id(0) * COLUMNS
+    if (column < stop) & (column + COLUMNS > start) & (tl.program_id(1) * ROWS < length):
+        b_log, b_grad = _tile(out, grad_out, b, o_v, o_u, length, longest, GROUP)
+        for h in range(0, heads):
+            b_query = _rows(query, first, o_v, length, h, heads, width, P_BLOCK)
+            b_key = _rows(key, first, o_u, length, h, heads, width, P_BLOCK)
+            o_head = (first + o_v) * heads + h
+            b_base = tl.load(log_gate + o_head, mask=o_v < length, other=0.0)
+            b_base -= tl.load(log_sum + o_head, mask=o_v < length, other=0.0)
+            b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
+            b_share = tl.exp2(b_score + b_base[:, None] - b_log) * b_grad
+            o_out = tl.program_id(0).to(tl.int64) * rows * heads + o_head
+            tl.store(leaving + o_out, tl.sum(b_share, 1), mask=o_v < length)
+
+
+@triton.jit(do_not_specialize=["longest", "rows"])
+def query_gradient_kernel(
+    query, key, cu_states, log_sum, log_gate, out, grad_out, leaving, left, grad_query, scale, root, longest, rows,
+    heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Gradient of ROWS queries of one head, and `left`: the sum of `leaving` over its tiles."""
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     first = tl.load(cu_states + b)
@@ -178,35 +214,31 @@ def query_gradient_kernel(
         b_log_gate = tl.load(log_gate + o_head, mask=o_v < length, other=0.0)
         start, stop = _after(tl.program_id(0) * ROWS, ROWS, length, GROUP)
         start = start // COLUMNS * COLUMNS
-        # Two passes: a sum of differences keeps its digits in bf16, a difference of two rounded sums would not.
         b_leaving = tl.zeros([ROWS], tl.float32)
-        for column in range(start, stop, COLUMNS):
-            o_u = column + tl.arange(0, COLUMNS)
-            b_key = _rows(key, first, o_u, length, h, heads, width, P_BLOCK)
-            b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
-            b_share, _ = _shares(out, grad_out, b, o_v, o_u, length, longest, b_score, b_log_sum, b_log_gate, GROUP)
-            b_leaving += tl.sum(b_share, 1)
+        p_leaving = leaving + ((start // COLUMNS).to(tl.int64) * rows * heads + o_head)
+        for _ in range(start, stop, COLUMNS):
+            b_leaving += tl.load(p_leaving, mask=o_v < length, other=0.0)
+            p_leaving += rows * heads
         b_grad = tl.zeros([ROWS, P_BLOCK], tl.float32)
         for column in range(start, stop, COLUMNS):
             o_u = column + tl.arange(0, COLUMNS)
             b_key = _rows(key, first, o_u, length, h, heads, width, P_BLOCK)
+            b_log, b_out = _tile(out, grad_out, b, o_v, o_u, length, longest, GROUP)
             b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
-            b_share, b_prob = _shares(
-                out, grad_out, b, o_v, o_u, length, longest, b_score, b_log_sum, b_log_gate, GROUP
-            )
-            b_score = (b_share - b_prob * b_leaving[:, None]).to(b_key.dtype)
-            b_grad = tl.dot(b_score, b_key, b_grad, input_precision=PRECISION)
+            m_move = _allowed(o_v, o_u, length, GROUP)
+            b_score = _score_gradient(b_score, b_log, b_out, b_log_sum, b_log_gate, b_leaving, m_move)
+            b_grad = tl.dot(b_score.to(b_key.dtype), b_key, b_grad, input_precision=PRECISION)
         b_grad *= root
-        tl.store(leaving + o_head, b_leaving, mask=o_v < length)
+        tl.store(left + o_head, b_leaving, mask=o_v < length)
         o_p = tl.arange(0, P_BLOCK)
         m_out = (o_v < length)[:, None] & (o_p < width)[None, :]
         tl.store(grad_query + o_head[:, None] * width + o_p[None, :], b_grad.to(b_query.dtype), mask=m_out)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=["longest"])
 def key_gradient_kernel(
-    query, key, cu_states, log_sum, log_gate, out, grad_out, leaving, grad_key, scale, root, heads, width, longest,
-    GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, cu_states, log_sum, log_gate, out, grad_out, left, grad_key, scale, root, longest,
+    heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Gradient of COLUMNS keys of one head."""
     h = tl.program_id(1)
@@ -224,12 +256,11 @@ def key_gradient_kernel(
             o_head = (first + o_v) * heads + h
             b_log_sum = tl.load(log_sum + o_head, mask=o_v < length, other=0.0)
             b_log_gate = tl.load(log_gate + o_head, mask=o_v < length, other=0.0)
-            b_leaving = tl.load(leaving + o_head, mask=o_v < length, other=0.0)
+            b_leaving = tl.load(left + o_head, mask=o_v < length, other=0.0)
+            b_log, b_out = _tile(out, grad_out, b, o_v, o_u, length, longest, GROUP)
             b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
-            b_share, b_prob = _shares(
-                out, grad_out, b, o_v, o_u, length, longest, b_score, b_log_sum, b_log_gate, GROUP
-            )
-            b_score = (b_share - b_prob * b_leaving[:, None]).to(b_query.dtype)
+            m_move = _allowed(o_v, o_u, length, GROUP)
+            b_score = _score_gradient(b_score, b_log, b_out, b_log_sum, b_log_gate, b_leaving, m_move).to(b_query.dtype)
             b_total = tl.dot(tl.trans(b_score), b_query, b_total, input_precision=PRECISION)
         o_p = tl.arange(0, P_BLOCK)
         m_out = (o_u < length)[:, None] & (o_p < width)[None, :]
@@ -237,14 +268,16 @@ def key_gradient_kernel(
         tl.store(grad_key + o_out, (b_total * root).to(b_key.dtype), mask=m_out)
 
 
-@triton.jit(do_not_specialize=["heads"])
-def gate_gradient_kernel(cu_states, log_gate, leaving, grad_gate, sequences, heads, HEADS: tl.constexpr, ROWS: tl.constexpr):
-    """leaving_h - gate_h times the sum of `leaving` over the heads, for ROWS states; rows that no sequence owns keep 0."""
+@triton.jit(do_not_specialize=["sequences"])
+def gate_gradient_kernel(
+    cu_states, log_gate, left, grad_gate, sequences, heads: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+):
+    """left_h - gate_h times the sum of `left` over the heads, for ROWS states; rows that no sequence owns keep 0."""
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_h = tl.arange(0, HEADS)
     m_row = (o_row < tl.load(cu_states + sequences))[:, None] & (o_h < heads)[None, :]
     o_out = o_row[:, None] * heads + o_h[None, :]
-    b_leaving = tl.load(leaving + o_out, mask=m_row, other=0.0)
+    b_leaving = tl.load(left + o_out, mask=m_row, other=0.0)
     b_gate = tl.exp2(tl.load(log_gate + o_out, mask=m_row, other=float("-inf")))
     b_grad = b_leaving - b_gate * tl.sum(b_leaving, 1)[:, None]
     tl.store(grad_gate + o_out, b_grad.to(grad_gate.dtype.element_ty), mask=m_row)
@@ -259,18 +292,18 @@ class _Transitions(torch.autograd.Function):
         log_sum = torch.empty(gate.shape, dtype=torch.float32, device=gate.device)
         log_gate = torch.empty_like(log_sum)
         out = torch.empty((count, max_states, max_states), dtype=torch.float32, device=gate.device)
-        sizes = {"scale": width**-0.5 * LOG2E.value, "heads": heads, "width": width, "longest": max_states}
         packed = {"query": query, "key": key, "cu_states": cu_states, "log_sum": log_sum, "log_gate": log_gate}
+        packed["scale"] = width**-0.5 * LOG2E.value
         settings, warps = _settings(query, group)
         launch(
             normaliser_kernel,
             (triton.cdiv(max_states, settings["ROWS"]), heads, count),
-            {**packed, "gate": gate, **sizes},
+            {**packed, "gate": gate},
             {**settings, "HEADS": triton.next_power_of_2(heads)},
             warps=warps,
         )
         tiles = [triton.cdiv(max_states, settings[side]) for side in ("COLUMNS", "ROWS")]
-        launch(mixture_kernel, (*tiles, count), {**packed, "out": out, **sizes}, settings, warps=warps)
+        launch(mixture_kernel, (*tiles, count), {**packed, "out": out, "longest": max_states}, settings, warps=warps)
         ctx.save_for_backward(query, key, gate, cu_states, log_sum, log_gate, out)
         ctx.settings = (max_states, group)
         return out
@@ -282,25 +315,27 @@ class _Transitions(torch.autograd.Function):
         max_states, group = ctx.settings
         rows, heads, width = query.shape
         count = len(cu_states) - 1
-        leaving = torch.empty_like(log_sum)
+        settings, warps = _settings(query, group)
+        down, across = (triton.cdiv(max_states, settings[side]) for side in ("ROWS", "COLUMNS"))
+        leaving = torch.empty((across, rows, heads), dtype=torch.float32, device=query.device)
+        left = torch.empty_like(log_sum)
         grad_query, grad_key, grad_gate = (torch.zeros_like(tensor) for tensor in (query, key, gate))
         arguments = {
             "query": query, "key": key, "cu_states": cu_states, "log_sum": log_sum, "log_gate": log_gate, "out": out,
-            "grad_out": grad_out.contiguous(), "leaving": leaving, "scale": width**-0.5 * LOG2E.value,
-            "root": width**-0.5, "heads": heads, "width": width, "longest": max_states,
+            "grad_out": grad_out.contiguous(), "scale": width**-0.5 * LOG2E.value, "longest": max_states,
         }  # fmt: skip
-        settings, warps = _settings(query, group)
-        grid = (triton.cdiv(max_states, settings["ROWS"]), heads, count)
-        launch(query_gradient_kernel, grid, {**arguments, "grad_query": grad_query}, settings, warps=warps)
-        grid = (triton.cdiv(max_states, settings["COLUMNS"]), heads, count)
-        launch(key_gradient_kernel, grid, {**arguments, "grad_key": grad_key}, settings, warps=warps)
+        all_heads = {**arguments, "leaving": leaving, "rows": rows}
+        launch(leaving_kernel, (across, down, count), all_heads, settings, warps=warps)
+        gradient = {**all_heads, "left": left, "grad_query": grad_query, "root": width**-0.5}
+        launch(query_gradient_kernel, (down, heads, count), gradient, settings, warps=warps)
+        gradient = {**arguments, "left": left, "grad_key": grad_key, "root": width**-0.5}
+        launch(key_gradient_kernel, (across, heads, count), gradient, settings, warps=warps)
         launch(
             gate_gradient_kernel,
             (triton.cdiv(rows, 32),),
-            {"cu_states": cu_states, "log_gate": log_gate, "leaving": leaving, "grad_gate": grad_gate,
-             "sequences": count, "heads": heads},
-            {"HEADS": triton.next_power_of_2(heads), "ROWS": 32},
-        )  # fmt: skip
+            {"cu_states": cu_states, "log_gate": log_gate, "left": left, "grad_gate": grad_gate, "sequences": count},
+            {"heads": heads, "HEADS": triton.next_power_of_2(heads), "ROWS": 32},
+        )
         return grad_query, grad_key, grad_gate, None, None, None
 
 
@@ -310,6 +345,8 @@ def _settings(query: Tensor, group: int | None) -> tuple[dict[str, object], int]
     width = max(16, triton.next_power_of_2(query.shape[2]))
     tile = 32 if precise else 64
     return {
+        "heads": query.shape[1],
+        "width": query.shape[2],
         "GROUP": group or 0,
         "P_BLOCK": width,
         "ROWS": tile,

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.dag import reference
 from exlm_dist.kernels.dag.triton.fallback import fallback_kernel
-from exlm_dist.kernels.dag.triton.gradient import moves_gradient_kernel, posterior_kernel
+from exlm_dist.kernels.dag.triton.gradient import gradient_kernel, posterior_kernel
 from exlm_dist.kernels.dag.triton.recursion import scan_kernel
 from exlm_dist.kernels.launch import launch
 
@@ -64,16 +64,15 @@ class Block:
 
     states: int
     part: int
+    rows: int
     warps: int
 
     @classmethod
     def of(cls, states: int) -> Block:
         """The measured best for sequences of up to `states` states (benchmarks/results)."""
-        if states <= 32:
-            return cls(32, 32, 2)
         if states <= 64:
-            return cls(64, 32, 4)
-        return cls(128, 32, 8)
+            return cls(64, 16, 32, 4)
+        return cls(128, 16, 16, 8)
 
 
 @dataclass(frozen=True)
@@ -103,16 +102,9 @@ class _LogLikelihood(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        scan = ctx.scan
         transitions, num_targets, num_states = ctx.saved_tensors
-        grad_out = grad_out.float().contiguous()
-        grad_match = grad_moves = None
-        if ctx.needs_input_grad[0]:
-            grad_match = torch.where(torch.isfinite(scan.log_likelihood), grad_out, 0)[:, None, None] * scan.gamma
-            grad_match = grad_match.to(transitions.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_moves = _moves_gradient(scan, transitions, num_targets, num_states, grad_out)
-        return grad_match, grad_moves, None, None, None
+        grads = _gradients(ctx.scan, transitions, num_targets, num_states, grad_out.float().contiguous())
+        return *(grad.to(transitions.dtype) for grad in grads), None, None, None
 
 
 def _scan(
@@ -145,7 +137,7 @@ def _scan(
         {
             "BLOCK": block.states,
             "PART": block.part,
-            "ROWS": max(16, min(32, triton.next_power_of_2(targets))),
+            "ROWS": block.rows,
             "ENDS": ends_block,
             "PRECISION": "tf32x3",
         },
@@ -174,26 +166,25 @@ def _scan(
     )
 
 
-def _moves_gradient(
+def _gradients(
     scan: _Scan, transitions: Tensor, num_targets: Tensor, num_states: Tensor, grad_out: Tensor
-) -> Tensor:
-    """Expected number of times each move is made, times grad_out [B]: [B, L, L]."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients of match [B, N, L] and transitions [B, L, L], each sequence times its grad_out [B]."""
     count, targets, states = scan.alpha.shape
     moves = transitions.float().contiguous()
-    grad = torch.empty_like(moves)
+    grad_match, grad_moves = torch.empty_like(scan.gamma), torch.empty_like(moves)
     tile = min(GRADIENT_TILE, scan.block.states)
     tiles = triton.cdiv(states, tile)
     launch(
-        moves_gradient_kernel,
-        (tiles * tiles, count),
+        gradient_kernel,
+        (tiles * tiles + triton.cdiv(targets, POSTERIOR_ROWS), count),
         {
             "moves": moves, "num_targets": num_targets, "num_states": num_states,
             "alpha": scan.alpha, "alpha_scale": scan.alpha_scale, "omega": scan.omega, "omega_scale": scan.omega_scale,
-            "total": scan.total, "total_scale": scan.total_scale, "in_logs": scan.in_logs,
-            "grad_out": grad_out, "grad": grad,
+            "gamma": scan.gamma, "total": scan.total, "total_scale": scan.total_scale, "in_logs": scan.in_logs,
+            "grad_out": grad_out, "grad_match": grad_match, "grad_moves": grad_moves,
             "targets": targets, "states": states, "blocks": scan.alpha_scale.shape[2], "tiles": tiles,
         },
-        {"BLOCK": scan.block.states, "TILE": tile, "ROWS": 16, "PRECISION": "tf32x3"},
-        warps=8,
-    )
-    return grad.to(transitions.dtype)
+        {"BLOCK": scan.block.states, "TILE": tile, "ROWS": POSTERIOR_ROWS},
+    )  # fmt: skip
+    return grad_match, grad_moves

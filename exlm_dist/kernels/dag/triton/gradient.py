@@ -1,4 +1,4 @@
-"""Posteriors of (target, state), their check, and the expected number of times each move is made."""
+"""Posteriors of (target, state), their check, and the gradients."""
 
 from __future__ import annotations
 
@@ -41,61 +41,82 @@ def posterior_kernel(
     tl.store(bad + b * chunks + tl.program_id(0), 1 - tl.min(b_good.to(tl.int32), 0))
 
 
+@triton.jit
+def _match_rows(gamma, grad_out, total_scale, grad_match, b, first, targets, states, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """grad_match = grad_out gamma of ROWS targets; 0 for a sequence without a path, whatever comes in."""
+    scale = tl.where(tl.load(total_scale + b) > NEVER, tl.load(grad_out + b), 0.0)
+    o_row = first + tl.arange(0, ROWS)
+    for column in range(0, states, COLUMNS):
+        o_u = column + tl.arange(0, COLUMNS)
+        o_out = (b * targets + o_row)[:, None] * states + o_u[None, :]
+        m_out = (o_row < targets)[:, None] & (o_u < states)[None, :]
+        tl.store(grad_match + o_out, tl.load(gamma + o_out, mask=m_out, other=0.0) * scale, mask=m_out)
+
+
 @triton.jit(do_not_specialize=["targets", "states", "blocks", "tiles"])
-def moves_gradient_kernel(
-    moves, num_targets, num_states, alpha, alpha_scale, omega, omega_scale, total, total_scale, in_logs, grad_out, grad,
-    targets, states, blocks, tiles,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+def gradient_kernel(
+    moves, num_targets, num_states, alpha, alpha_scale, omega, omega_scale, gamma, total, total_scale, in_logs, grad_out,
+    grad_match, grad_moves, targets, states, blocks, tiles,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """grad[v, u] = grad_out E[v, u] sum_i alpha[i-1, v] omega[i, u] / likelihood: a product over the targets i."""
+    """Gradients of match and moves, times grad_out. Programs up to tiles^2 do a tile of moves each, the rest ROWS targets.
+
+    grad_moves[v, u] = E[v, u] sum_i alpha[i-1, v] omega[i, u] / likelihood: the expected number of times a move is made.
+    """
     b = tl.program_id(1).to(tl.int64)
-    j = tl.program_id(0) // tiles
-    k = tl.program_id(0) % tiles
-    o_v = j * TILE + tl.arange(0, TILE)
-    o_u = k * TILE + tl.arange(0, TILE)
-    p_out = (b * states + o_v[:, None].to(tl.int64)) * states + o_u[None, :]
-    m_out = (o_v < states)[:, None] & (o_u < states)[None, :]
-    n = tl.load(num_targets + b).to(tl.int32)
-    length = tl.load(num_states + b).to(tl.int32)
-    slack = length - n
-    whole = tl.load(total_scale + b)
-    b_total = tl.zeros([TILE, TILE], tl.float32)
-    if (k >= j) & (k * TILE < length) & (whole > NEVER):
+    if tl.program_id(0) >= tiles * tiles:
+        first = (tl.program_id(0) - tiles * tiles) * ROWS
+        _match_rows(gamma, grad_out, total_scale, grad_match, b, first, targets, states, ROWS, 128)
+    else:
+        j = tl.program_id(0) // tiles
+        k = tl.program_id(0) % tiles
+        o_v = j * TILE + tl.arange(0, TILE)
+        o_u = k * TILE + tl.arange(0, TILE)
+        o_out = o_v[:, None] * states + o_u[None, :]
+        moves += b * states * states
+        n = tl.load(num_targets + b).to(tl.int32)
+        length = tl.load(num_states + b).to(tl.int32)
+        slack = length - n
+        whole = tl.load(total_scale + b)
         fraction = tl.load(total + b)
-        m_move = (o_v[:, None] < o_u[None, :]) & (o_u < length)[None, :]
-        b_log = tl.load(moves + p_out, mask=m_move, other=float("-inf")) * LOG2E
         alpha += b * targets * states
         omega += b * targets * states
         alpha_scale += b * targets * blocks + (j * TILE) // BLOCK
         omega_scale += b * targets * blocks + (k * TILE) // BLOCK
-        # Rows i whose band, and that of i - 1 before it, touch the two tiles.
+        b_total = tl.zeros([TILE, TILE], tl.float32)
+        # Rows i whose band, and that of i - 1 before it, touch the two tiles; none below the diagonal.
         start = tl.maximum(tl.maximum(k * TILE - slack, j * TILE - slack + 1), 1)
         stop = tl.minimum(tl.minimum((k + 1) * TILE, (j + 1) * TILE + 1), n)
+        stop = tl.where((k >= j) & (k * TILE < length) & (whole > NEVER), stop, start)
         if tl.load(in_logs + b) == 0:
-            for first in range(start, stop, ROWS):
-                o_i = first + tl.arange(0, ROWS)
-                m_i = o_i < stop
-                b_shift = tl.load(alpha_scale + (o_i - 1) * blocks, mask=m_i, other=NEVER)
-                b_shift += tl.load(omega_scale + o_i * blocks, mask=m_i, other=NEVER) - (whole + SHIFT)
-                b_shift = tl.minimum(tl.maximum(b_shift, -250.0), 250.0)
-                b_half = tl.floor(b_shift * 0.5)
-                m_v = m_i[:, None] & (o_v[None, :] >= o_i[:, None] - 1) & (o_v[None, :] <= slack + o_i[:, None] - 1)
-                b_alpha = tl.load(alpha + (o_i - 1)[:, None].to(tl.int64) * states + o_v[None, :], mask=m_v, other=0.0)
-                m_u = m_i[:, None] & (o_u[None, :] >= o_i[:, None]) & (o_u[None, :] <= slack + o_i[:, None])
-                b_omega = tl.load(omega + o_i[:, None].to(tl.int64) * states + o_u[None, :], mask=m_u, other=0.0)
-                b_alpha *= tl.exp2(b_half)[:, None]
-                b_omega *= tl.exp2(b_shift - b_half)[:, None]
-                b_total = tl.dot(tl.trans(b_alpha), b_omega, b_total, input_precision=PRECISION)
-            b_move = tl.exp2(b_log + SHIFT)
-            b_total = tl.where(b_move > 0, b_move * b_total, 0.0) * tl.exp2(-fraction)
+            for row in range(0, stop - start):
+                i = start + row
+                shift = tl.load(alpha_scale + (i - 1) * blocks) + tl.load(omega_scale + i * blocks) - (whole + SHIFT)
+                shift = tl.minimum(tl.maximum(shift, -250.0), 250.0)
+                half = tl.floor(shift * 0.5)
+                m_v = (o_v >= i - 1) & (o_v <= slack + i - 1)
+                m_u = (o_u >= i) & (o_u <= slack + i)
+                b_alpha = tl.load(alpha + ((i - 1) * states + o_v), mask=m_v, other=0.0) * tl.exp2(half)
+                b_omega = tl.load(omega + (i * states + o_u), mask=m_u, other=0.0) * tl.exp2(shift - half)
+                b_total += b_alpha[:, None] * b_omega[None, :]
+            b_move = _log_moves(moves, o_out, o_v, o_u, length) + SHIFT
+            b_total = tl.where(b_move > -120.0, tl.exp2(b_move) * b_total, 0.0) * tl.exp2(-fraction)
         else:
+            b_move = _log_moves(moves, o_out, o_v, o_u, length)
             for row in range(0, stop - start):
                 i = start + row
                 shift = tl.load(alpha_scale + (i - 1) * blocks) + tl.load(omega_scale + i * blocks) - whole
                 m_v = (o_v >= i - 1) & (o_v <= slack + i - 1)
                 m_u = (o_u >= i) & (o_u <= slack + i)
-                b_alpha = tl.load(alpha + (i - 1).to(tl.int64) * states + o_v, mask=m_v, other=float("-inf"))
-                b_omega = tl.load(omega + i.to(tl.int64) * states + o_u, mask=m_u, other=float("-inf"))
-                b_total += tl.exp2((b_alpha[:, None] + b_omega[None, :]) + (shift - fraction) + b_log)
-        b_total *= tl.load(grad_out + b)
-    tl.store(grad + p_out, b_total, mask=m_out)
+                b_alpha = tl.load(alpha + ((i - 1) * states + o_v), mask=m_v, other=float("-inf"))
+                b_omega = tl.load(omega + (i * states + o_u), mask=m_u, other=float("-inf"))
+                b_total += tl.exp2((b_alpha[:, None] + b_omega[None, :]) + (shift - fraction) + b_move)
+        b_total *= tl.where(whole > NEVER, tl.load(grad_out + b), 0.0)
+        m_out = (o_v < states)[:, None] & (o_u < states)[None, :]
+        tl.store(grad_moves + b * states * states + o_out, b_total, mask=m_out)
+
+
+@triton.jit
+def _log_moves(moves, o_move, o_v, o_u, length):
+    m_move = (o_v[:, None] < o_u[None, :]) & (o_u < length)[None, :]
+    return tl.load(moves + o_move, mask=m_move, other=float("-inf")) * LOG2E

@@ -41,14 +41,22 @@ def _emit(b_total, scale, b_match, b_inside):
 
 
 @triton.jit
-def _moves(moves, o_u, o_v, step_v, step_u, length):
+def _moves(moves, o_u, o_v, step_v, step_u, length, turned):
     """Probabilities [u, v] of moves from v to u times 2^SHIFT, 0 where not allowed; and whether one is too faint for that.
 
-    Destinations come first: threads are laid along the first axis of a tile whose strides are not known, so that the sum
-    over v stays within a thread.
+    The hints lay threads along the first axis. On the way back it is the sources that lie side by side in memory: `turned`
+    reads such a tile the other way round. The tile inside a block must not be, or the sum over its sources would no longer
+    stay within a thread; its hint then promises a contiguity that is not there, which changes who reads what and no more:
+    loads stay one element wide because nothing is promised about alignment.
     """
-    m_move = (o_v >= 0)[None, :] & (o_v[None, :] < o_u[:, None]) & (o_u < length)[:, None]
-    b_log = tl.load(moves + (o_u[:, None] * step_u + o_v[None, :] * step_v), mask=m_move, other=float("-inf")) * LOG2E
+    if turned == 0:
+        m_move = (o_v >= 0)[None, :] & (o_v[None, :] < o_u[:, None]) & (o_u < length)[:, None]
+        o_move = tl.max_contiguous(o_u[:, None] * step_u + o_v[None, :] * step_v, [32, 1])
+        b_log = tl.load(moves + o_move, mask=m_move, other=float("-inf")) * LOG2E
+    else:
+        m_turned = (o_v >= 0)[:, None] & (o_v[:, None] < o_u[None, :]) & (o_u < length)[None, :]
+        o_turned = tl.max_contiguous(o_u[None, :] * step_u + o_v[:, None] * step_v, [16, 1])
+        b_log = tl.trans(tl.load(moves + o_turned, mask=m_turned, other=float("-inf")) * LOG2E)
     faint = tl.max(tl.max(((b_log > float("-inf")) & (b_log < FAINT)).to(tl.int32), 1), 0)
     return tl.exp2(b_log + SHIFT), faint
 
@@ -76,7 +84,7 @@ def _arrivals(
             m_values = m_from[None, :] & ((o_p >= 0) & (o_p < length))[:, None]
             p_values = values + (o_from[None, :] * states + o_p[:, None]) * sign
             b_values = tl.load(p_values, mask=m_values, other=0.0) * b_factor[None, :]
-            b_move, weak = _moves(moves, o_k, o_p, step_v, step_u, length)
+            b_move, weak = _moves(moves, o_k, o_p, step_v, step_u, length, tl.where(sign < 0, 1, 0))
             b_total = tl.dot(b_move, b_values, b_total, input_precision=PRECISION)
             faint = tl.maximum(faint, weak)
         b_scale = b_new
@@ -90,7 +98,7 @@ def _inside(
 ):
     """Rows start..stop-1 of block k, one after the other; what comes from other blocks stands in `values` and `scales`."""
     o_k = k * BLOCK - pad + tl.arange(0, BLOCK)
-    b_move, faint = _moves(moves, o_k, o_k, step_v, step_u, length)
+    b_move, faint = _moves(moves, o_k, o_k, step_v, step_u, length, 0)
     m_k = (o_k >= 0) & (o_k < length)
     b_start = tl.where(m_k & (o_k < ends), first_weight, 0.0)
     b_values = tl.zeros([BLOCK], tl.float32)

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from exlm_dist.kernels.launch import capability, launch
 from exlm_dist.kernels.vocab import reference
@@ -60,6 +61,7 @@ class Tiles:
     stages: int
     chunk: int
     precision: str
+    descriptors: bool = False
 
     @classmethod
     def of(cls, hidden: Tensor) -> Tiles:
@@ -74,8 +76,17 @@ class Tiles:
         """Compile-time constants of the kernels that make logits."""
         return {
             "ROWS": self.rows, "WORDS": self.words, "DEPTH": self.depth, "GROUP": self.group,
-            "EVEN": width % self.depth == 0, "PRECISION": self.precision,
+            "EVEN": width % self.depth == 0, "DESCRIPTORS": self.descriptors, "PRECISION": self.precision,
         }  # fmt: skip
+
+    def operands(self, hidden: Tensor, weight: Tensor) -> dict[str, Any]:
+        """hidden and weight as the kernels take them."""
+        if not self.descriptors:
+            return {"hidden": hidden, "weight": weight}
+        return {
+            "hidden": TensorDescriptor.from_tensor(hidden, [self.rows, self.depth]),
+            "weight": TensorDescriptor.from_tensor(weight, [self.words, self.depth]),
+        }
 
 
 class _MatchScores(torch.autograd.Function):
@@ -135,7 +146,7 @@ def _log_sum(hidden: Tensor, weight: Tensor, bias: Tensor, tiles: Tiles | None =
     launch(
         partial_sum_kernel,
         (triton.cdiv(rows, tiles.rows) * across,),
-        {"hidden": hidden, "weight": weight, "bias": bias, **parts, "vocab": len(weight), "width": width},
+        {**tiles.operands(hidden, weight), "bias": bias, **parts, "vocab": len(weight), "width": width},
         tiles.constants(width),
         warps=tiles.warps,
         stages=tiles.stages,
@@ -193,24 +204,23 @@ def _through_softmax(
     rows, width = hidden.shape
     down = triton.cdiv(rows, tiles.rows)
     buffer = torch.empty(rows * min(tiles.chunk, len(weight)), dtype=hidden.dtype, device=hidden.device)
-    sums = torch.empty(down * min(tiles.chunk, len(weight)), dtype=torch.float32, device=hidden.device)
+    sums = torch.empty((down, len(weight)), dtype=torch.float32, device=hidden.device)
+    operands = tiles.operands(hidden, weight)
     for start in range(0, len(weight), tiles.chunk):
         words = slice(start, min(start + tiles.chunk, len(weight)))
         chunk = words.stop - start
         grad = buffer[: rows * chunk].view(rows, chunk)
-        column_sums = sums[: down * chunk].view(down, chunk)
         launch(
             logit_gradient_kernel,
             (down * triton.cdiv(chunk, tiles.words),),
-            {"hidden": hidden, "weight": weight, "bias": bias, "log_sum": log_sum, "mass": mass, "grad": grad,
-             "grad_bias": column_sums, "rows": rows, "vocab": len(weight), "chunk": chunk, "start": start, "width": width},
+            {**operands, "bias": bias, "log_sum": log_sum, "mass": mass, "grad": grad, "grad_bias": sums, "rows": rows, "vocab": len(weight), "chunk": chunk, "start": start, "width": width},
             tiles.constants(width),
             warps=tiles.warps,
             stages=tiles.stages,
         )  # fmt: skip
-        torch.sum(column_sums, 0, out=grad_bias[words])
         torch.mm(grad.t(), hidden, out=grad_weight[words])
         _add_product(grad_hidden, grad, weight[words])
+    torch.sum(sums, 0, out=grad_bias)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -8,18 +8,19 @@ import triton.language as tl
 from exlm_dist.kernels.vocab.triton.forward import logits, place
 
 
-@triton.jit(do_not_specialize=["rows", "vocab", "chunk", "start"])
+@triton.jit(do_not_specialize=["rows", "vocab", "start"])
 def logit_gradient_kernel(
     hidden, weight, bias, log_sum, mass, grad, grad_bias, rows, vocab, chunk, start, width,
     ROWS: tl.constexpr, WORDS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """-mass p of a tile of words start..start+chunk-1, [rows, chunk]; and its column sums, one row per tile of states."""
     row, word = place(tl.cdiv(rows, ROWS), tl.cdiv(chunk, WORDS), GROUP)
     o_row = row * ROWS + tl.arange(0, ROWS)
     o_place = word * WORDS + tl.arange(0, WORDS)
     b_logit = logits(
-        hidden, weight, bias, o_row, start + o_place, rows, vocab, width, ROWS, WORDS, DEPTH, EVEN, PRECISION
+        hidden, weight, bias, row * ROWS, start + word * WORDS, rows, vocab, width,
+        ROWS, WORDS, DEPTH, EVEN, DESCRIPTORS, PRECISION,
     )
     m_row = o_row < rows
     b_log_sum = tl.load(log_sum + o_row, mask=m_row, other=0.0)
@@ -28,7 +29,8 @@ def logit_gradient_kernel(
     b_grad = tl.where((b_mass != 0)[:, None], -tl.exp2(b_logit - b_log_sum[:, None]) * b_mass[:, None], 0.0)
     p_out = grad + o_row[:, None].to(tl.int64) * chunk + o_place[None, :]
     tl.store(p_out, b_grad.to(grad.dtype.element_ty), mask=m_row[:, None] & (o_place < chunk)[None, :])
-    tl.store(grad_bias + row.to(tl.int64) * chunk + o_place, tl.sum(b_grad, 0), mask=o_place < chunk)
+    p_out = grad_bias + row.to(tl.int64) * vocab + start + o_place
+    tl.store(p_out, tl.sum(b_grad, 0), mask=o_place < chunk)
 
 
 @triton.jit(do_not_specialize=["rows", "count", "vocab", "first_token", "max_states", "max_targets"])

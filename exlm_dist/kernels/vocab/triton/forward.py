@@ -12,26 +12,34 @@ LOWEST = tl.constexpr(-1.0e30)
 
 @triton.jit
 def logits(
-    hidden, weight, bias, o_row, o_word, rows, vocab, width,
-    ROWS: tl.constexpr, WORDS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    hidden, weight, bias, first_row, first_word, rows, vocab, width,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """log2(e) times the logits [ROWS, WORDS]; rows and words past the end read the last one."""
-    o_row = tl.minimum(o_row, rows - 1).to(tl.int64)
-    o_word = tl.minimum(o_word, vocab - 1).to(tl.int64)
-    o_d = tl.arange(0, DEPTH)
-    p_hidden = hidden + o_row[:, None] * width + o_d[None, :]
-    p_weight = weight + o_word[None, :] * width + o_d[:, None]
+    """log2(e) times the logits [ROWS, WORDS]; DESCRIPTORS: hidden and weight are tensor descriptors (Hopper's bulk copies)."""
+    o_word = tl.minimum(first_word + tl.arange(0, WORDS), vocab - 1)
     b_total = tl.zeros([ROWS, WORDS], tl.float32)
-    for depth in range(0, width, DEPTH):
-        if EVEN:
-            b_hidden = tl.load(p_hidden)
-            b_weight = tl.load(p_weight)
-        else:
-            b_hidden = tl.load(p_hidden, mask=(depth + o_d < width)[None, :], other=0.0)
-            b_weight = tl.load(p_weight, mask=(depth + o_d < width)[:, None], other=0.0)
-        b_total = tl.dot(b_hidden, b_weight, b_total, input_precision=PRECISION)
-        p_hidden += DEPTH
-        p_weight += DEPTH
+    if DESCRIPTORS:
+        for depth in range(0, width, DEPTH):
+            b_hidden = hidden.load([first_row, depth])
+            b_weight = weight.load([first_word, depth])
+            b_total = tl.dot(b_hidden, tl.trans(b_weight), b_total, input_precision=PRECISION)
+    else:
+        # Rows and words past the end read the last one: no masks in the loop.
+        o_row = tl.minimum(first_row + tl.arange(0, ROWS), rows - 1)
+        o_d = tl.arange(0, DEPTH)
+        p_hidden = hidden + o_row.to(tl.int64)[:, None] * width + o_d[None, :]
+        p_weight = weight + o_word.to(tl.int64)[None, :] * width + o_d[:, None]
+        for depth in range(0, width, DEPTH):
+            if EVEN:
+                b_hidden = tl.load(p_hidden)
+                b_weight = tl.load(p_weight)
+            else:
+                b_hidden = tl.load(p_hidden, mask=(depth + o_d < width)[None, :], other=0.0)
+                b_weight = tl.load(p_weight, mask=(depth + o_d < width)[:, None], other=0.0)
+            b_total = tl.dot(b_hidden, b_weight, b_total, input_precision=PRECISION)
+            p_hidden += DEPTH
+            p_weight += DEPTH
     return (b_total + tl.load(bias + o_word).to(tl.float32)[None, :]) * LOG2E
 
 
@@ -49,14 +57,15 @@ def place(tiles_down, tiles_across, GROUP: tl.constexpr):
 def partial_sum_kernel(
     hidden, weight, bias, top, total, rows, vocab, tiles, width,
     ROWS: tl.constexpr, WORDS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Largest logit and sum of 2^(logit - largest) of ROWS states over one tile of WORDS words, [tiles, rows]."""
     row, word = place(tl.cdiv(rows, ROWS), tiles, GROUP)
     o_row = row * ROWS + tl.arange(0, ROWS)
     o_word = word * WORDS + tl.arange(0, WORDS)
     b_logit = logits(
-        hidden, weight, bias, o_row, o_word, rows, vocab, width, ROWS, WORDS, DEPTH, EVEN, PRECISION
+        hidden, weight, bias, row * ROWS, word * WORDS, rows, vocab, width,
+        ROWS, WORDS, DEPTH, EVEN, DESCRIPTORS, PRECISION,
     )
     b_logit = tl.where((o_word < vocab)[None, :], b_logit, LOWEST)
     b_top = tl.max(b_logit, 1)

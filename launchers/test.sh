@@ -14,7 +14,7 @@ if [ $# -gt 0 ]; then exec "$venv/bin/python" -m pytest "$@"; fi
 # own, so they run one after the other.
 export OMP_NUM_THREADS=1
 code=0
-"$venv/bin/python" -m pytest -q -n 2 --dist loadfile tests/unit tests/kernels || code=$?
+"$venv/bin/python" -m pytest -q -n 2 --dist loadfile --durations=10 tests/unit tests/kernels || code=$?
 unset OMP_NUM_THREADS
-"$venv/bin/python" -m pytest -q tests/integration tests/parallel || code=$?
+"$venv/bin/python" -m pytest -q --durations=10 tests/integration tests/parallel || code=$?
 exit $code

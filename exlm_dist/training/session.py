@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from exlm_dist.config import RunConfig, check_world, config_difference, dump_config
 from exlm_dist.data.loader import Loader, eval_batches
@@ -70,6 +69,9 @@ class Session:
         progress = Progress(**state["progress"])
         if process.is_first:
             self._events = EventLog(self.path / EVENTS)
+            if found:
+                # The launch that wrote it may have been killed before it could say so.
+                self._log_checkpoint(found[0], self.step, self.evaluation)
             self._tracker = Tracker.start(self.path, config, self._events)
         self.meter = Meter(config, process, self._events, progress)
         logger.info(
@@ -171,13 +173,10 @@ class Session:
             sums = self.process.gather([mine.nll, mine.correct, mine.count]).sum(0).tolist()
             self.evaluation = Totals(*sums).means()
         if self._events is not None:
-            nll, accuracy = self.evaluation["nll"], self.evaluation["accuracy"]
-            values = {"valid/nll": nll, "valid/accuracy": accuracy, "valid/perplexity": float(torch.tensor(nll).exp())}
+            values = _valid_metrics(self.evaluation)
             self._events.metrics(self.step, values)
-            self._events.child_run(
-                "evaluation", self.step, values, {"split": "valid", "tokens": int(self.evaluation["tokens"])}
-            )
-            logger.info("step %d  held-out nll %.4f  accuracy %.4f per masked token", self.step, nll, accuracy)
+            logger.info("step %d  held-out nll %.4f  accuracy %.4f per masked token", self.step, values["valid/nll"],
+                        values["valid/accuracy"])
 
     def save(self, *, needed: bool = False) -> None:
         """Write a checkpoint. A full disk is only an alarm while an older checkpoint is there, unless this one is
@@ -202,7 +201,7 @@ class Session:
             )
         self._events.flush()
         try:
-            checkpoint_files.write_checkpoint(
+            folder = checkpoint_files.write_checkpoint(
                 self.path,
                 self.step,
                 model=model,
@@ -215,11 +214,18 @@ class Session:
             if needed or not checkpoint_files.has_whole(self.path):
                 raise
             return str(error)
+        self._log_checkpoint(folder, self.step, self.evaluation)
         removed = checkpoint_files.retain(self.path, self.config.checkpoint.keep, self.config.checkpoint.best)
         logger.info(
             "step %d saved%s", self.step, f"; removed {', '.join(folder.name for folder in removed)}" if removed else ""
         )
         return None
+
+    def _log_checkpoint(self, folder: Path, step: int, evaluation: dict[str, float] | None) -> None:
+        """Log the evaluation of a checkpoint as a child run that names the checkpoint; a second time does nothing."""
+        if evaluation is not None:
+            tags = {"split": "valid", "tokens": int(evaluation["tokens"]), **reader.reference(folder)}
+            self._events.child_run("evaluation", step, _valid_metrics(evaluation), tags)
 
     def _state(self, scalars: dict[str, Any]) -> dict[str, Any]:
         config, engine = self.config, self.engine
@@ -259,3 +265,8 @@ class Session:
             self._events.close()
         if self._folder is not None:
             self._folder.close()
+
+
+def _valid_metrics(evaluation: dict[str, float]) -> dict[str, float]:
+    nll = evaluation["nll"]
+    return {"valid/nll": nll, "valid/accuracy": evaluation["accuracy"], "valid/perplexity": math.exp(min(nll, 700.0))}

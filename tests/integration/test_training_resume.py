@@ -86,6 +86,8 @@ def test_events_have_each_point_once_and_the_same_as_uninterrupted(data, whole, 
 
     other = whole(1, "fp32")
     assert points(tmp_path / "killed") == points(Path(other.runs) / other.name)
+    children = [event for event in read_events(tmp_path / "killed" / "events.jsonl") if event["kind"] == "child_run"]
+    assert [(child["step"], child["tags"]["checkpoint.step"]) for child in children] == [(12, "12")]
 
 
 def losses(config) -> list[float]:

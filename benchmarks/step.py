@@ -109,7 +109,7 @@ def memory(device: torch.device) -> int:
 def build_sides(shape: Shape, length: int, device: torch.device) -> dict[str, Side]:
     """exlm and mlm at the full micro-batch; exlm-small and straightforward at the one that the latter can hold."""
     sequences = max(2, shape.tokens // length)
-    few = max(1, sequences // 8)
+    few = max(1, sequences // 4)
     exlm, mlm = (model_config(shape, objective, DROPOUT) for objective in ("exlm", "mlm"))
 
     def ours(config) -> Callable[[object], torch.Tensor]:
@@ -202,12 +202,14 @@ def replay_ms(side: Side, device: torch.device, rounds: int) -> tuple[list[float
     """
     ours: Ours = side.step.__self__
     stream = Stream.from_batch(side.batches[0], device, dropout_seed=1)
+    gc.collect()  # an old graph of autograd that is still around ties its parameters to another stream
     aside = torch.cuda.Stream(device)
     aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside):
         for _ in range(2):
             ours.step_on(stream)
     torch.cuda.current_stream(device).wait_stream(aside)
+    gc.collect()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         loss = ours.step_on(stream)

@@ -98,19 +98,17 @@ class MasterAdamW:
     def __init__(self, parameters: list[torch.nn.Parameter], *, capturable: bool = False) -> None:
         self.parameters = parameters
         self.master = [parameter.detach().float() for parameter in parameters]
-        for copy in self.master:
-            copy.grad = torch.zeros_like(copy)
         on_gpu = parameters[0].is_cuda
         self.inner = torch.optim.AdamW(self.master, **ADAMW, fused=True, capturable=capturable and on_gpu)
 
     @torch.no_grad()
     def step(self) -> None:
         """Update from the gradients of the parameters, and let go of these."""
-        torch._foreach_copy_([copy.grad for copy in self.master], [parameter.grad for parameter in self.parameters])
+        for copy, parameter in zip(self.master, self.parameters):
+            copy.grad, parameter.grad = parameter.grad.float(), None
         self.inner.step()
+        self.inner.zero_grad()
         torch._foreach_copy_(self.parameters, self.master)
-        for parameter in self.parameters:
-            parameter.grad = None
 
 
 class Ours:

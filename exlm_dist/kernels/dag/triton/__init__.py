@@ -97,7 +97,8 @@ class _LogLikelihood(torch.autograd.Function):
         scan = _scan(match, transitions, num_targets, num_states, ends)
         ctx.scan = scan
         ctx.save_for_backward(transitions, num_targets, num_states)
-        return scan.log_likelihood
+        # A copy: what autograd ties to this context must not be held by it, or it all lives until the next collection.
+        return scan.log_likelihood.clone()
 
     @staticmethod
     @once_differentiable

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from exlm_dist import __version__
 from exlm_dist.utils.errors import EXIT_RETRY, UserError
@@ -110,6 +111,7 @@ def _add_prepare(commands) -> None:
         )
         parser.add_argument(
             "--valid-input",
+            dest="valid_inputs",
             nargs="+",
             default=[],
             metavar="FILE",
@@ -226,72 +228,35 @@ def _add_config(commands) -> None:
 def _prepare_smiles(options: argparse.Namespace, _: list[str]) -> int:
     from exlm_dist.data.prepare import prepare_smiles
 
-    print(
-        prepare_smiles(
-            options.input,
-            options.out,
-            column=options.column,
-            max_length=options.max_length,
-            stereo=options.stereo,
-            salts=options.salts,
-            tokenizer=options.tokenizer,
-            valid_inputs=options.valid_input,
-            valid_fraction=options.valid_fraction,
-            workers=options.workers,
-            overwrite=options.overwrite,
-        )
-    )
+    print(prepare_smiles(**_settings(options, input="inputs")))
     return 0
 
 
 def _prepare_text(options: argparse.Namespace, _: list[str]) -> int:
     from exlm_dist.data.prepare import prepare_text
 
-    print(
-        prepare_text(
-            options.input,
-            options.out,
-            column=options.column,
-            max_length=options.max_length,
-            vocab_size=options.vocab_size,
-            tokenizer=options.tokenizer,
-            valid_inputs=options.valid_input,
-            valid_fraction=options.valid_fraction,
-            workers=options.workers,
-            overwrite=options.overwrite,
-        )
-    )
+    print(prepare_text(**_settings(options, input="inputs")))
     return 0
 
 
 def _prepare_demo_smiles(options: argparse.Namespace, _: list[str]) -> int:
     from exlm_dist.data.demo_molecules import prepare_demo_smiles
 
-    print(
-        prepare_demo_smiles(
-            options.out,
-            count=options.molecules,
-            max_length=options.max_length,
-            workers=options.workers,
-            overwrite=options.overwrite,
-        )
-    )
+    print(prepare_demo_smiles(**_settings(options, molecules="count")))
     return 0
 
 
 def _prepare_demo_text(options: argparse.Namespace, _: list[str]) -> int:
     from exlm_dist.data.demo_text import prepare_demo_text
 
-    print(
-        prepare_demo_text(
-            options.out,
-            vocab_size=options.vocab_size,
-            max_length=options.max_length,
-            workers=options.workers,
-            overwrite=options.overwrite,
-        )
-    )
+    print(prepare_demo_text(**_settings(options)))
     return 0
+
+
+def _settings(options: argparse.Namespace, **renamed: str) -> dict[str, Any]:
+    """What the command's own options say, by the names of the function they go to."""
+    own = {"command", "kind", "run", "takes_overrides"}
+    return {renamed.get(name, name): value for name, value in vars(options).items() if name not in own}
 
 
 def _pretrain(options: argparse.Namespace, overrides: list[str]) -> int:

@@ -1,9 +1,10 @@
-"""The kernels beside other ways to compute the same: `python benchmarks/kernels.py [attention|transitions|vocab|dag ...]`.
+"""The kernels beside other ways to compute the same: `python benchmarks/kernels.py [attention|vocab|dag ...]`.
 
-Each side is checked against the definition first, then all sides of a case are timed in turn in one process; figures are
-the median and the quartiles over the rounds. A table goes to the screen and, with the hardware, versions and commit, to
-`<out>/kernels_[<operations>_]<device>_<date>.csv` and `.md`. `--toy` runs tiny sizes anywhere, for the tests: its times mean nothing.
-Cases of an operation live in `kernels_<operation>.py` beside this file: `cases(device, toy)` yields `timing.Case`.
+Each side is checked against the definition first, then all sides of a case are timed in turn in one process; figures
+are the median and the quartiles over the rounds. A table goes to the screen and, with the hardware, versions and
+commit, to `<out>/kernels_[<operations>_]<device>_<date>.csv` and `.md`. `--toy` runs tiny sizes anywhere, for the
+tests: its times mean nothing. Cases of an operation live in `kernels_<operation>.py` beside this file: `cases(device,
+toy)` yields `timing.Case`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import torch  # noqa: E402
 from timing import Case, Figure, ceilings, measure  # noqa: E402
 
-COLUMNS = ("date", "commit", "device", "torch", "cuda", "triton", "case", "sizes", "side", "median_ms", "low_ms", "high_ms",
-           "peak_mb", "error", "ratio_to_ours", "fault")  # fmt: skip
+COLUMNS = (
+    "date", "commit", "device", "torch", "cuda", "triton", "case", "sizes", "side",
+    "median_ms", "low_ms", "high_ms", "peak_mb", "error", "ratio_to_ours", "fault",
+)  # fmt: skip
 
 
 def operations() -> list[str]:
@@ -80,8 +83,9 @@ def rows(case: Case, figures: list[Figure], around: dict[str, str]) -> list[dict
     return [
         around
         | {
-            "case": one.case, "sizes": one.sizes, "side": one.side, "median_ms": one.median, "low_ms": one.low,
-            "high_ms": one.high, "peak_mb": one.peak, "error": one.error, "ratio_to_ours": one.ratio, "fault": one.fault,
+            "case": one.case, "sizes": one.sizes, "side": one.side, "fault": one.fault,
+            "median_ms": one.median, "low_ms": one.low, "high_ms": one.high, "peak_mb": one.peak,
+            "error": one.error, "ratio_to_ours": one.ratio,
         }
         for one in figures
     ]  # fmt: skip
@@ -113,7 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     around, tables, lines, failed = surroundings(options.commit, device), [], [], 0
     now = ", ".join(f"{name} {value:.4g}" for name, value in ceilings(device).items())
-    head = f"# Kernels\n\n{', '.join(f'{name} {value}' for name, value in around.items())}. Card at start: {now or '-'}.\n"
+    facts = ", ".join(f"{name} {value}" for name, value in around.items())
+    head = f"# Kernels\n\n{facts}. Card at start: {now or '-'}.\n"
     print(head)
     slug = re.sub(r"[^a-z0-9]+", "-", around["device"].lower()).strip("-")
     path = options.out / f"{'_'.join(['kernels', *options.operations, slug, around['date']])}.csv"

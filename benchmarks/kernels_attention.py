@@ -1,8 +1,9 @@
 """Attention, forward and backward with rotary positions, beside what torch offers.
 
-"full": all sequences equally long, the padded forms' best case (no mask, nothing padded). "ragged": lengths spread evenly over
-the upper half, so that the padded forms need a mask. The other sides get q, k, v where and how they like them best (padding and
-packing are not charged) and rotary positions through torch.compile; ours reads and fills one q-k-v matrix, as in the model.
+"full": all sequences equally long, the padded forms' best case (no mask, nothing padded). "ragged": lengths spread
+evenly over the upper half, so that the padded forms need a mask. The other sides get q, k, v where and how they like
+them best (padding and packing are not charged) and rotary positions through torch.compile; ours reads and fills one
+q-k-v matrix, as in the model.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from exlm_dist.kernels.attention import attention, attention_packed, rotary_angles
 
-BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 COPY, PRODUCT = 3.0e12, 790e12  # bytes/s and FLOP/s of an H100, for the floors
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,9 +14,9 @@ import torch
 class Case:
     """One comparison: `sides[name]()` does the whole work once and returns nothing that matters.
 
-    `error(name)` is the largest relative error of a side's outputs and gradients, which must stay within `bound`; a side
-    without a yardstick gives None. `ours` is the side that the others are divided by. `floors` are theoretical times in ms
-    by name (bytes or operations over what the device can do), printed beside the figures.
+    `error(name)` is the largest relative error of a side's outputs and gradients, which must stay within `bound`; a
+    side without a yardstick gives None. `ours` is the side that the others are divided by. `floors` are theoretical
+    times in ms by name (bytes or operations over what the device can do), printed beside the figures.
     """
 
     name: str
@@ -58,8 +57,8 @@ def measure(case: Case, device: torch.device, rounds: int, milliseconds: float) 
             times[name].append(_time(case.sides[name], device, repeats[name]))
     for name in sound:
         figure = figures[name]
-        figure.median = statistics.median(times[name])
-        figure.low, _, figure.high = statistics.quantiles(times[name], n=4, method="inclusive") if rounds > 1 else (figure.median,) * 3
+        spread = torch.tensor(times[name]).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        figure.low, figure.median, figure.high = spread
     for figure in figures.values():
         if case.ours in sound:
             figure.ratio = figure.median / figures[case.ours].median

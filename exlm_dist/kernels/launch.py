@@ -1,8 +1,8 @@
 """One way to start a Triton kernel, so that every launch can also be recorded and compiled without a GPU.
 
-`record_launches` runs an operation's own code on tensors of the meta device and collects what it would have launched, with the
-types it would have passed; `tests/kernels/ahead_of_time.py` compiles those. A shipped configuration can therefore not
-differ from the compiled one.
+`record_launches` runs an operation's own code on tensors of the meta device and collects what it would have launched,
+with the types it would have passed; `tests/kernels/ahead_of_time.py` compiles those. A shipped configuration can
+therefore not differ from the compiled one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def launch(
 ) -> None:
     """Start `kernel` on `grid` (nothing happens where a side of it is 0), or record it inside `record_launches`.
 
-    `registers` caps the registers of a thread, so that more programs share a multiprocessor (None: the compiler's choice).
+    `registers` caps the registers of a thread, so that more programs share a multiprocessor (None: no cap).
     """
     if _recording is not None:
         _recording.launches.append(Launch(kernel, arguments, constants, warps, stages, registers))

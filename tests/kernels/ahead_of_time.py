@@ -1,8 +1,9 @@
-"""Compile the shipped kernels without a GPU and report what they need: `python tests/kernels/ahead_of_time.py [operation...]`.
+"""Compile the shipped kernels without a GPU and say what they need: `python tests/kernels/ahead_of_time.py`.
 
-Each operation runs its own code, forward and backward, on tensors of the meta device inside `record_launches`; every launch
-it would have made is compiled with the types it would have passed. A configuration fails when it spills registers (a stack
-frame or local memory in the machine code) or needs more shared memory than a block of that GPU may have.
+Each operation runs its own code, forward and backward, on tensors of the meta device inside `record_launches`; every
+launch it would have made is compiled with the types it would have passed. A configuration fails when it spills
+registers (a stack frame or local memory in the machine code) or needs more shared memory than a block of that GPU may
+have.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from exlm_dist.kernels.launch import Launch, record_launches  # noqa: E402
 SHARED_LIMIT = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
 OPERATIONS = ("attention", "transitions", "vocab", "dag")
 POINTERS = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64", torch.int64: "*i64",
-    torch.int32: "*i32", torch.int8: "*i8", torch.bool: "*i1",
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
+    torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8", torch.bool: "*i1",
 }  # fmt: skip
 
 
@@ -58,12 +59,14 @@ class Report:
         """A line of the table."""
         target = f"sm_{self.target[0]}{self.target[1]}"
         return (
-            f"{self.case:34} {self.kernel:20} {target:7} {self.warps:5} {self.registers:9} {self.local:6} {self.shared:7}  "
-            f"{self.fault or 'ok':5} {self.constants}"
+            f"{self.case:34} {self.kernel:20} {target:7} {self.warps:5} {self.registers:9} "
+            f"{self.local:6} {self.shared:7}  {self.fault or 'ok':5} {self.constants}"
         )
 
 
-HEADER = f"{'case':34} {'kernel':20} {'target':7} {'warps':>5} {'registers':>9} {'local':>6} {'shared':>7}  result, constants"
+HEADER = (
+    f"{'case':34} {'kernel':20} {'target':7} {'warps':>5} {'registers':>9} {'local':>6} {'shared':>7}  result"
+)
 
 
 def compile_launch(case: str, item: Launch, target: tuple[int, int]) -> Report:
@@ -126,7 +129,8 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True, timeout=60).stdout
+        argv = [tool, "-res-usage", file.name]
+        text = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
     assert found is not None, f"cuobjdump printed no resources: {text}"
     return int(found[1]), int(found[2]) + int(found[3])
@@ -161,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table; 1 if a configuration must not ship."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("operations", nargs="*", default=[])
-    parser.add_argument("--targets", nargs="+", default=["80", "90", "100"], help="compute capabilities without the dot")
+    parser.add_argument("--targets", nargs="+", default=["80", "90", "100"], help="compute capabilities, no dot")
     parser.add_argument("--select", default="", help="only cases whose name contains this")
     options = parser.parse_args(argv)
     targets = [(int(name[:-1]), int(name[-1])) for name in options.targets]

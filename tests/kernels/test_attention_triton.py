@@ -1,4 +1,4 @@
-"""The Triton form of attention against its definition in fp64: interpreted at toy sizes, on a GPU at full size and in bf16."""
+"""The Triton form of attention against its definition in fp64: interpreted at toy sizes, on a GPU at full ones."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_wide_heads_and_a_width_that_is_no_power_of_two(width: int) -> None:
 
 
 def test_every_kind_of_tile_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lengths on both sides of the edges between ranges; a program of the forward kernel holds three tiles of queries."""
+    """Lengths on both sides of the edges between ranges; a forward program holds three tiles of queries."""
     forward = [Range(0, 8, SMALL), Range(8, 48, Tiles(16, 16, 3, 4)), Range(48, UNLIMITED, Tiles(32, 16, 1, 4))]
     queries = [Range(0, 9, Tiles(32, 16, 1, 4)), Range(9, UNLIMITED, SMALL)]
     keys = [Range(0, 48, SMALL), Range(48, UNLIMITED, Tiles(16, 32, 1, 4))]
@@ -218,8 +218,8 @@ def test_dropout_masks_are_fair_and_keyed() -> None:
     assert abs(float(mask.mean()) - (1 - share)) < 4 * spread / count**0.5
     for axis in (0, 1):
         assert float((mask.mean(axis) - (1 - share)).abs().max()) < 5 * spread
-    others = [kept_weights(8, 0, 0, count, share), kept_weights(7, 1, 0, count, share), kept_weights(7, 0, 1, count, share)]
-    others += [mask.roll(1, 0), mask.roll(1, 1), mask.T, kept_weights(7 + (1 << 40), 0, 0, count, share)]
+    keys = [(8, 0, 0), (7, 1, 0), (7, 0, 1), (7 + (1 << 40), 0, 0)]
+    others = [*(kept_weights(*key, count, share) for key in keys), mask.roll(1, 0), mask.roll(1, 1), mask.T]
     for other in others:
         both = float(((1 - mask) * (1 - other.double())).mean())
         assert abs(both - share**2) < 5 * share / count

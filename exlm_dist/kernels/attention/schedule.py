@@ -1,7 +1,7 @@
 """Tile sizes of the attention kernels: a fixed table, chosen by head width, type and GPU; nothing is timed at run time.
 
-Which tiles compute a sequence depends on nothing but its own length (and the table), so a sequence's values do not change
-with its batch-mates.
+Which tiles compute a sequence depends on nothing but its own length (and the table), so a sequence's values do not
+change with its batch-mates.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Attention in Triton: packed sequences, rotary positions turned in the kernel, reproducible dropout (README.md).
 
-Which tiles compute a sequence is a matter of its own length (`schedule.py`), so batch-mates never change its values: where
-a batch needs two kinds of tiles, both kernels run and each leaves the other's sequences alone. No atomics anywhere.
+Which tiles compute a sequence is a matter of its own length (`schedule.py`), so batch-mates never change its values:
+where a batch needs two kinds of tiles, both kernels run and each leaves the other's sequences alone. No atomics
+anywhere.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def attention_packed(
 def _check(operand: Tensor) -> None:
     width = operand.shape[-1]
     if width % 32 or not 32 <= width <= 128:
-        raise ValueError(f"the attention kernels take head widths 32, 64, 96 and 128, not {width}; use backend 'reference'")
+        raise ValueError(f"the attention kernels take head widths 32, 64, 96 and 128, not {width}; take 'reference'")
     if operand.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"the attention kernels take float32, bfloat16 and float16, not {operand.dtype}")
 
@@ -84,7 +85,9 @@ class _Packed(torch.autograd.Function):
 class _Call:
     """What forward and backward of one call share: sizes, turning table, dropout, tiles."""
 
-    def __init__(self, q: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, dropout: float, seed: int) -> None:
+    def __init__(
+        self, q: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, dropout: float, seed: int
+    ) -> None:
         self.tokens, self.heads, self.width = q.shape
         self.max_tokens = max(max_tokens, 1)
         self.sequences = len(cu_tokens) - 1
@@ -124,7 +127,7 @@ class _Call:
         self._start(backward_keys, self.plan.keys, "keys", grad_k=grad_k, grad_v=grad_v, **shared)
 
     def _start(self, kernel, ranges: list[Range], over: str, **arguments) -> None:
-        """Launch `kernel` once per range of lengths that the batch can have; the first launch also zeroes the padding."""
+        """Launch `kernel` once per range of lengths that the batch can have; the first also zeroes the padding."""
         for place, found in enumerate(part for part in ranges if part.lower < self.max_tokens):
             tiles, tail = found.tiles, place == 0
             rows = tiles.queries * tiles.resident if over == "queries" else tiles.keys

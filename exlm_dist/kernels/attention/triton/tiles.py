@@ -1,7 +1,7 @@
 """What the attention kernels share: tiles of rows, rotary turning, places in the batch, dropout words.
 
-Letters: T tokens, H heads, P head width; a tile has BQ queries or BK keys. Names: o_ offsets, p_ pointers, b_ loaded tile.
-q and k are read as two halves of P/2, so that turning them needs no shuffle.
+Letters: T tokens, H heads, P head width; a tile has BQ queries or BK keys. Names: o_ offsets, p_ pointers, b_ loaded
+tile. q and k are read as two halves of P/2, so that turning them needs no shuffle.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def mixed(x):
-    """A 32-bit integer hash (two multiplications, Wellons' lowbias32): every input bit flips each output bit half the time."""
+    """A 32-bit hash (two multiplications, Wellons' lowbias32): each input bit flips each output bit half the time."""
     x = (x ^ (x >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)
     x = (x ^ (x >> 15)) * tl.full([], 0x846CA68B, tl.uint32)
     return x ^ (x >> 16)
@@ -96,7 +96,9 @@ def place(cu, sequences, heads, chunks):
 
 
 @triton.jit
-def zero_tail(p_out, first, tokens, chunk, chunks, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def zero_tail(
+    p_out, first, tokens, chunk, chunks, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
     """Zero rows `first`.. of one head; the programs of the head share them by chunk."""
     o_row = tl.arange(0, ROWS)
     for row in range(chunk * ROWS, (tokens - first).to(tl.int32), chunks * ROWS):

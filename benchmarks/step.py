@@ -4,9 +4,9 @@ kernels, and beside ExLM written the obvious way (straightforward.py).
     python benchmarks/step.py                          # base shape, blocks of 128 tokens
     python benchmarks/step.py --shape base --length 512 --profile 25
 
-The losses of both ExLMs must agree in fp32 at toy size before anything is timed. Then all sides take turns in one process;
-figures are the median and the quartiles over the rounds. Prints a table and adds rows to a CSV with hardware, versions and
-commit. `--shape toy` runs anywhere, for the test: its times mean nothing.
+The losses of both ExLMs must agree in fp32 at toy size before anything is timed. Then all sides take turns in one
+process; figures are the median and the quartiles over the rounds. Prints a table and adds rows to a CSV with hardware,
+versions and commit. `--shape toy` runs anywhere, for the test: its times mean nothing.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def synchronisations(side: Side, device: torch.device) -> list[str]:
 
 
 def host_ms(side: Side, device: torch.device) -> float:
-    """Time until a step's work is queued, the GPU idle before: what the host needs (an upper bound when queues fill)."""
+    """Time until a step's work is queued, the GPU idle before (an upper bound when queues fill)."""
     times = []
     for _ in range(5):
         if device.type == "cuda":
@@ -198,7 +198,7 @@ def host_ms(side: Side, device: torch.device) -> float:
 def replay_ms(side: Side, device: torch.device, rounds: int) -> tuple[list[float], list[float]]:
     """(ms of a step, ms of a replay of its CUDA graph), in turn, both from a batch on the device on.
 
-    The dropout key is an argument of the kernels, so that every replay draws the same masks: a measurement, not training.
+    The dropout key is an argument of the kernels, so every replay draws the same masks: a measurement, not training.
     """
     ours: Ours = side.step.__self__
     stream = Stream.from_batch(side.batches[0], device, dropout_seed=1)
@@ -267,7 +267,8 @@ def figures(sides: dict[str, Side], matrix: list[float], shape: Shape, length: i
     rows.append(spread("speed over straightforward, own batch", "x", [r / share for r in ratios(other, exlm)]))
     peaks = {side.name: peak_mib(side, device) for side in sides.values()}
     rows += [Row(f"{name} peak memory", "MiB", value) for name, value in peaks.items()]
-    rows.append(Row("peak memory over straightforward", "", peaks[small.name] / peaks[other.name], least=0.30, aim=0.15))
+    share = peaks[small.name] / peaks[other.name]
+    rows.append(Row("peak memory over straightforward", "", share, least=0.30, aim=0.15))
     waits = synchronisations(exlm, device)
     print("host waits:", waits or "none")
     rows.append(Row("host synchronisations in a step", "", len(waits), least=0, aim=0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +67,7 @@ def model_config(shape: Shape, objective: str, dropout: float) -> ModelConfig:
 
 
 def make_batch(config: ModelConfig, shape: Shape, length: int, sequences: int, seed: int) -> PackedBatch:
-    """Random tokens in equal blocks of `length` (BOS and EOS counted), through the package's own masking and packing."""
+    """Random tokens in equal blocks of `length` (BOS and EOS counted), by the package's own masking and packing."""
     random = np.random.default_rng(seed)
     lengths = np.full(sequences, length - 2)
     tokens = random.integers(NUM_SPECIAL, shape.vocabulary, lengths.sum())

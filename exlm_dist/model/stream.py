@@ -110,7 +110,7 @@ _ALIGNMENT = 8
 
 
 def _through_pinned(arrays: list[Tensor], device: torch.device | str) -> list[Tensor]:
-    """Copies of int64 `arrays` on a GPU by one transfer; from pageable memory the host would wait for the work before."""
+    """Copies of int64 `arrays` on a GPU by one transfer; from pageable memory the host would wait for earlier work."""
     spans = [-(-len(array) // _ALIGNMENT) * _ALIGNMENT for array in arrays]
     staging = torch.empty(sum(spans), dtype=torch.int64, pin_memory=True)
     for place, array in zip(staging.split(spans), arrays):

@@ -1,4 +1,4 @@
-"""The Triton form of the elementwise operations against the definition: interpreted at toy sizes, on a GPU as compiled."""
+"""The Triton form of the elementwise operations against the definition: interpreted, or compiled on a GPU."""
 
 from __future__ import annotations
 

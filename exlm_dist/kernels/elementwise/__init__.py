@@ -1,4 +1,4 @@
-"""What lies between the matrix products: dropout, residual sums, LayerNorm, gelu (maths: README.md beside this file)."""
+"""Between the matrix products: dropout, residual sums, LayerNorm, gelu (maths: README.md beside this file)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def dropout_add(
 ) -> Tensor:
     """residual + dropout(branch), both [R, W]; without a residual dropout(branch).
 
-    `dropout` is the share of elements that is zeroed; the others are scaled up. The mask depends on `seed` (python int),
-    the shape, and the implementation; the same call gives the same mask. ValueError on shapes that do not fit.
+    `dropout` is the share of elements that is zeroed; the others are scaled up. The mask depends on `seed` (a python
+    int), the shape, and the implementation; the same call gives the same mask. ValueError on shapes that do not fit.
     """
     if residual is not None:
         check_shape("residual", residual, tuple(branch.shape))

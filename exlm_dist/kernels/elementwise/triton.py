@@ -1,7 +1,7 @@
-"""Triton form of what lies between the matrix products: each tensor is read once and written once, no dropout mask is kept.
+"""Triton form of what lies between the matrix products: tensors are read once and written once, no mask is kept.
 
-Whether an element of a dropped tensor stays is a hash of (seed, row, column): the backward pass, or a second forward pass,
-makes the same mask again. Letters: R rows (tokens), W width. Names: o_ offsets, b_ loaded tile, m_ mask.
+Whether an element of a dropped tensor stays is a hash of (seed, row, column): the backward pass, or a second forward
+pass, makes the same mask again. Letters: R rows (tokens), W width. Names: o_ offsets, b_ loaded tile, m_ mask.
 Gradients of the norm's weight and bias are summed by a fixed number of programs, then over these in a fixed order.
 """
 
@@ -87,7 +87,7 @@ def add_norm_gradient_kernel(
     rows, seed_low, seed_high, dropped, dropout_scale,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BRANCH: tl.constexpr, PASSED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """One program: rows program, program + programs, ...; grad_residual is written where it differs from grad_branch."""
+    """One program: rows program, program + programs, ...; grad_branch is written only if it differs from grad_residual."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     o_column = tl.arange(0, BLOCK)
     inside = o_column < WIDTH
@@ -198,7 +198,8 @@ class _AddNorm(torch.autograd.Function):
             (programs,),
             {"hidden": hidden, "weight": weight, "mean": mean, "scale": scale, "grad_normed": grad_normed.contiguous(),
              "grad_hidden": None if grad_hidden is None else grad_hidden.contiguous(), "grad_residual": grad_residual,
-             "grad_branch": grad_branch, "weight_sums": sums[0], "bias_sums": sums[1], "rows": rows, **_key(dropout, seed)},
+             "grad_branch": grad_branch, "weight_sums": sums[0], "bias_sums": sums[1], "rows": rows,
+             **_key(dropout, seed)},
             {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "BRANCH": has_branch,
              "PASSED": grad_hidden is not None, "DROPOUT": dropout > 0},
             warps=_warps(width),

@@ -87,7 +87,7 @@ def add_norm_gradient_kernel(
     rows, seed_low, seed_high, dropped, dropout_scale,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BRANCH: tl.constexpr, PASSED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """One program: rows program, program + programs, ...; grad_branch is written only if it differs from grad_residual."""
+    """One program: rows program, program + programs, ...; grad_branch only if it differs from grad_residual."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     o_column = tl.arange(0, BLOCK)
     inside = o_column < WIDTH

@@ -28,7 +28,7 @@ from exlm_dist.kernels.launch import Launch, record_launches  # noqa: E402
 
 # Compute capability -> bytes of shared memory a block may ask for (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
-OPERATIONS = ("attention", "transitions", "vocab", "dag")
+OPERATIONS = ("attention", "transitions", "vocab", "dag", "elementwise")
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
     torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8", torch.bool: "*i1",

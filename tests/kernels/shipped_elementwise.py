@@ -1,0 +1,30 @@
+"""What of the elementwise operations is compiled ahead of time: the shipped widths, with and without branch and dropout."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from exlm_dist.kernels.elementwise import add_norm, dropout_add, gelu_gradient_
+
+
+def _run(width: int, dropout: float, dtype: torch.dtype) -> None:
+    def rows() -> torch.Tensor:
+        return torch.empty(4096, width, dtype=dtype, device="meta", requires_grad=True)
+
+    weight, bias = (torch.empty(width, dtype=dtype, device="meta", requires_grad=True) for _ in range(2))
+    key = {"dropout": dropout, "seed": 1 << 40, "backend": "triton"}
+    hidden, normed = add_norm(None, rows(), weight, bias, eps=1e-5, backend="triton")
+    hidden, normed = add_norm(normed, hidden, weight, bias, eps=1e-5, **key)
+    dropout_add(normed, hidden, **key).sum().backward()
+    gelu_gradient_(rows().detach(), rows().detach(), backend="triton")
+
+
+CASES: dict[str, Callable[[], None]] = {
+    f"W{width} {str(dtype).removeprefix('torch.')} dropout {dropout}": functools.partial(_run, width, dropout, dtype)
+    for width in (256, 1024)
+    for dropout in (0.0, 0.1)
+    for dtype in (torch.bfloat16, torch.float32)
+}

@@ -50,7 +50,7 @@ def plan(width: int, itemsize: int, dropout: bool, capability: tuple[int, int]) 
     if itemsize == 4:
         # no tensor cores: for checks, not for speed
         exact = _all(Tiles(16, 16, 1, 4 if width < 64 else 8))
-        return Plan(exact, exact, exact)
+        return Plan(exact, exact, exact if width <= 64 else _all(Tiles(16, 16, 1, 4)))
     if width > 64:
         return _wide(capability)
     return _narrow(dropout, capability)
@@ -70,5 +70,5 @@ def _narrow(dropout: bool, capability: tuple[int, int]) -> Plan:
 def _wide(capability: tuple[int, int]) -> Plan:
     """Half precision, heads of 96 and 128: chosen so that nothing spills, not measured."""
     if capability < (9, 0):
-        return Plan(_all(Tiles(64, 32, 1, 8)), _all(Tiles(64, 32, 1, 8)), _all(Tiles(32, 64, 1, 8)))
+        return Plan(_all(Tiles(64, 32, 1, 8)), _all(Tiles(32, 32, 1, 8)), _all(Tiles(32, 64, 1, 8)))
     return Plan(_all(Tiles(128, 64, 1, 8)), _all(Tiles(64, 64, 1, 8)), _all(Tiles(32, 128, 1, 8)))

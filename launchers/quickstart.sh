@@ -21,7 +21,7 @@ step() { printf '\n== %s (%d s)\n' "$*" "$((SECONDS - started))"; }
 kill_half_way() { # waits for the checkpoint half-way, then kills one rank with SIGKILL
     local launcher=$1 limit=$((SECONDS + 240))
     while [ $SECONDS -lt $limit ] && kill -0 "$launcher" 2>/dev/null; do
-        if [ -e "$exlm_run/checkpoints/step-00000120/COMPLETE" ]; then
+        if [ -e "$exlm_run/checkpoints/step-00000100/COMPLETE" ]; then
             "$venv/bin/python" - "$exlm_config" <<'PY'
 import sys, psutil
 for process in psutil.process_iter(["cmdline"]):

@@ -104,6 +104,8 @@ def _type(item: Launch, name: str) -> str:
     value = item.arguments[name]
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype]
+    if hasattr(value, "block_shape"):  # a tensor descriptor
+        return f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
     if value is None or (value == 1 and isinstance(value, int) and _specialised(item, name)):
         return "constexpr"
     if isinstance(value, float):

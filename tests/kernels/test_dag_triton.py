@@ -1,4 +1,6 @@
-"""The Triton form of the state-graph likelihood against its definition in fp64: interpreted at toy sizes, on a GPU at full."""
+"""The Triton form of the state-graph likelihood against its definition in fp64: interpreted at toy sizes, on a GPU at
+full.
+"""
 
 from __future__ import annotations
 
@@ -48,18 +50,18 @@ def agree(graph: Graph, ends: int = 1, tolerance: float = 2e-5) -> list[Tensor]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 32 states, so that short sequences have several."""
-    monkeypatch.setattr(kernels.Block, "of", classmethod(lambda cls, states: cls(32, 16, 16, 2)))
+    monkeypatch.setattr(kernels.Block, "of", classmethod(lambda cls, states, device: cls(32, 16, 16, 2)))
 
 
 @pytest.mark.parametrize("ends", [1, 4])
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_agrees_with_the_definition(small_blocks: None, kind: str, ends: int) -> None:
-    agree(random_graph([1, 5, 9, 16, 20], [4, 20, 36, 64, 80], seed=1, kind=kind), ends)
+    agree(random_graph([1, 5, 9, 17], [4, 20, 36, 68], seed=1, kind=kind), ends)
 
 
 def test_one_state_per_target_and_lengths_around_a_block(small_blocks: None) -> None:
-    agree(random_graph([1, 2, 12, 20, 21], [1, 2, 31, 32, 33], seed=2))
-    agree(random_graph([33, 7], [33, 65], seed=3))
+    agree(random_graph([1, 2, 9, 20, 11], [1, 2, 31, 32, 33], seed=2))
+    agree(random_graph([33, 3], [33, 65], seed=3))
 
 
 def test_impossible_alignments_are_minus_infinity_without_gradient(small_blocks: None) -> None:
@@ -75,7 +77,7 @@ def test_sharp_scores_go_to_the_log_domain_and_are_counted(small_blocks: None) -
     before = counter.item()
     agree(random_graph([12, 9], [48, 36], seed=5), tolerance=2e-5)
     assert counter.item() == before
-    agree(random_graph([12, 9, 1], [48, 36, 4], seed=5, scale=200.0), tolerance=2e-4)
+    agree(random_graph([9, 6, 1], [36, 24, 4], seed=5, scale=200.0), tolerance=2e-4)
     assert before < counter.item() <= before + 6  # twice: likelihood and posteriors
 
 
@@ -122,7 +124,7 @@ def test_batch_mates_and_order_change_nothing(small_blocks: None) -> None:
 def test_golden(case: str) -> None:
     golden = Golden("dag.npz").case(case)
     match, moves = golden.tensor("in/match_all"), golden.tensor("in/links")
-    if match.shape[2] > 40 and DEVICE.type == "cpu":
+    if match.shape[2] > 16 and DEVICE.type == "cpu":
         pytest.skip("too large for the interpreter")
     sizes = [golden.tensor(f"in/{name}_length").long() for name in ("target", "output")]
     graph = (match, moves, *sizes)

@@ -19,7 +19,9 @@ from exlm_dist.kernels import transition_log_probs  # noqa: E402
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def make(lengths: list[int], heads: int, width: int, *, seed: int = 0, scale: float = 1.0, padding: int = 3) -> list[Tensor]:
+def make(
+    lengths: list[int], heads: int, width: int, *, seed: int = 0, scale: float = 1.0, padding: int = 3
+) -> list[Tensor]:
     """[query, key, gate] of the sequences, and `padding` rows that belong to none and hold NaN."""
     generator = torch.Generator().manual_seed(seed)
     rows = sum(lengths) + padding
@@ -30,7 +32,9 @@ def make(lengths: list[int], heads: int, width: int, *, seed: int = 0, scale: fl
     return inputs
 
 
-def evaluate(inputs: list[Tensor], lengths: list[int], k: int, kind: str, backend: str, dtype: torch.dtype) -> list[Tensor]:
+def evaluate(
+    inputs: list[Tensor], lengths: list[int], k: int, kind: str, backend: str, dtype: torch.dtype
+) -> list[Tensor]:
     """[log E, gradients of query, key, gate]; the gradient that comes in is NaN where a move is not allowed."""
     leaves = [tensor.to(DEVICE, dtype).requires_grad_() for tensor in inputs]
     longest = max(lengths) + 1
@@ -43,7 +47,9 @@ def evaluate(inputs: list[Tensor], lengths: list[int], k: int, kind: str, backen
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def agree(inputs: list[Tensor], lengths: list[int], k: int, kind: str, dtype: torch.dtype, tolerance: float) -> list[Tensor]:
+def agree(
+    inputs: list[Tensor], lengths: list[int], k: int, kind: str, dtype: torch.dtype, tolerance: float
+) -> list[Tensor]:
     """Relative error of each output within `tolerance` of the definition on the same (rounded) inputs in fp64."""
     rounded = [tensor.to(dtype).double().nan_to_num() for tensor in inputs]
     exact = evaluate(rounded, lengths, k, kind, "reference", torch.float64)

@@ -1,4 +1,6 @@
-"""The Triton form of the vocabulary match against its definition in fp64: interpreted at toy sizes, on a GPU at full."""
+"""The Triton form of the vocabulary match against its definition in fp64: interpreted at toy sizes, on a GPU at
+full.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ class Case:
 
     @classmethod
     def make(
-        cls, targets: list[int], k: int, width: int, vocabulary: int, *, seed: int = 0, scale: float = 1.0, padding: int = 3
+        cls, targets: list[int], k: int, width: int, vocabulary: int, *, seed: int = 0, scale: float = 1.0,
+        padding: int = 3,
     ) -> Case:
         """Random; the first tokens repeat, and `padding` states and targets belong to no sequence."""
         generator = torch.Generator().manual_seed(seed)
@@ -43,7 +46,9 @@ class Case:
         grad = torch.rand(len(targets), max(targets) + 1, k * max(targets) + 1, generator=generator)
         return cls(targets, k, [hidden, weight, torch.randn(vocabulary, generator=generator)], ids, grad)
 
-    def evaluate(self, backend: str, dtype: torch.dtype, shard: VocabShard | None = None, words: slice = slice(None)) -> list[Tensor]:
+    def evaluate(
+        self, backend: str, dtype: torch.dtype, shard: VocabShard | None = None, words: slice = slice(None)
+    ) -> list[Tensor]:
         """[match, gradients of hidden, weight, bias]; the gradient that comes in is NaN where match is -inf."""
         hidden, weight, bias = (tensor.to(DEVICE, dtype) for tensor in self.inputs)
         leaves = [tensor.detach().requires_grad_() for tensor in (hidden, weight[words].clone(), bias[words].clone())]
@@ -69,7 +74,9 @@ def agree(case: Case, dtype: torch.dtype, tolerance: float) -> None:
         assert (got.double() - want).norm() <= tolerance * want.norm()
 
 
-@pytest.mark.parametrize("targets, k, width, vocabulary", [([3, 1, 5], 4, 24, 77), ([1], 1, 16, 5), ([33, 2], 2, 64, 130)])
+@pytest.mark.parametrize(
+    "targets, k, width, vocabulary", [([3, 1, 5], 4, 24, 77), ([1], 1, 16, 5), ([33, 2], 2, 64, 130)]
+)
 def test_agrees_with_the_definition(targets: list[int], k: int, width: int, vocabulary: int) -> None:
     agree(Case.make(targets, k, width, vocabulary), torch.float32, 2e-6)
 
@@ -111,7 +118,9 @@ def test_shards_of_the_vocabulary_equal_the_whole(backend: str) -> None:
         case.evaluate(backend, dtype, VocabShard(words.start, collect("log_sum"), collect("total")), words)
     # The second sum is that of local scores, which do not depend on what the first exchange brought.
     shards = [
-        VocabShard(words.start, lambda _: torch.stack(sent["log_sum"]).logsumexp(0), lambda _: sum(sent["total"]).clone())
+        VocabShard(
+            words.start, lambda _: torch.stack(sent["log_sum"]).logsumexp(0), lambda _: sum(sent["total"]).clone()
+        )
         for words in parts
     ]
     results = [case.evaluate(backend, dtype, shard, words) for shard, words in zip(shards, parts)]

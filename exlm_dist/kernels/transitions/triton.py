@@ -1,8 +1,9 @@
 """Triton kernels of the transition log-probabilities: tiles of the allowed triangle only, nothing of [L, L, H] stored.
 
-Scores are kept in base 2. Forward: one kernel leaves the log-sum of each (state, head), a second adds the heads up tile by
-tile. Backward: with share_h = p(head h | move v -> u) in [0, 1] and G the gradient of log E, the gradient of a score is
-share_h G - p_h sum_u(share_h G); no probability is divided by, so none can underflow into a wrong gradient (README.md).
+Scores are kept in base 2. Forward: one kernel leaves the log-sum of each (state, head), a second adds the heads up
+tile by tile. Backward: with share_h = p(head h | move v -> u) in [0, 1] and G the gradient of log E, the gradient of
+a score is share_h G - p_h sum_u(share_h G); no probability is divided by, so none can underflow into a wrong gradient
+(README.md).
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ def _rows(pointer, first, o_row, length, h, heads: tl.constexpr, width: tl.const
 @triton.jit
 def normaliser_kernel(
     query, key, gate, cu_states, log_sum, log_gate, scale,
-    heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, HEADS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """log2 of the sum over u of 2^score of one head, and log2 of the head's gate, for ROWS states v."""
     h = tl.program_id(1)
@@ -119,7 +120,8 @@ def normaliser_kernel(
 @triton.jit(do_not_specialize=["longest"])
 def mixture_kernel(
     query, key, cu_states, log_sum, log_gate, out, scale, longest,
-    heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """log E of a tile [ROWS, COLUMNS]: log-sum over the heads of gate times probability; -inf where not allowed."""
     b = tl.program_id(2).to(tl.int64)
@@ -199,7 +201,8 @@ def leaving_kernel(
 @triton.jit(do_not_specialize=["longest", "rows"])
 def query_gradient_kernel(
     query, key, cu_states, log_sum, log_gate, out, grad_out, leaving, left, grad_query, scale, root, longest, rows,
-    heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Gradient of ROWS queries of one head, and `left`: the sum of `leaving` over its tiles."""
     h = tl.program_id(1)
@@ -238,7 +241,8 @@ def query_gradient_kernel(
 @triton.jit(do_not_specialize=["longest"])
 def key_gradient_kernel(
     query, key, cu_states, log_sum, log_gate, out, grad_out, left, grad_key, scale, root, longest,
-    heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Gradient of COLUMNS keys of one head."""
     h = tl.program_id(1)
@@ -268,19 +272,32 @@ def key_gradient_kernel(
         tl.store(grad_key + o_out, (b_total * root).to(b_key.dtype), mask=m_out)
 
 
-@triton.jit(do_not_specialize=["sequences"])
+@triton.jit(do_not_specialize=["sequences", "rows"])
 def gate_gradient_kernel(
-    cu_states, log_gate, left, grad_gate, sequences, heads: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    cu_states, log_gate, left, grad_gate, grad_query, grad_key, sequences, rows,
+    heads: tl.constexpr, width: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """left_h - gate_h times the sum of `left` over the heads, for ROWS states; rows that no sequence owns keep 0."""
+    """left_h - gate_h times the sum of `left` over the heads, for ROWS states; rows that no sequence owns get 0
+    everywhere.
+    """
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_h = tl.arange(0, HEADS)
-    m_row = (o_row < tl.load(cu_states + sequences))[:, None] & (o_h < heads)[None, :]
+    owned = tl.load(cu_states + sequences)
+    m_row = (o_row < owned)[:, None] & (o_h < heads)[None, :]
     o_out = o_row[:, None] * heads + o_h[None, :]
-    b_leaving = tl.load(left + o_out, mask=m_row, other=0.0)
+    b_left = tl.load(left + o_out, mask=m_row, other=0.0)
     b_gate = tl.exp2(tl.load(log_gate + o_out, mask=m_row, other=float("-inf")))
-    b_grad = b_leaving - b_gate * tl.sum(b_leaving, 1)[:, None]
-    tl.store(grad_gate + o_out, b_grad.to(grad_gate.dtype.element_ty), mask=m_row)
+    b_grad = b_left - b_gate * tl.sum(b_left, 1)[:, None]
+    m_out = (o_row < rows)[:, None] & (o_h < heads)[None, :]
+    tl.store(grad_gate + o_out, b_grad.to(grad_gate.dtype.element_ty), mask=m_out)
+    if (tl.program_id(0) + 1) * ROWS > owned:
+        o_part = tl.arange(0, 64)
+        for first in range(0, heads * width, 64):
+            o_tail = o_row[:, None] * (heads * width) + (first + o_part)[None, :]
+            m_tail = ((o_row >= owned) & (o_row < rows))[:, None] & (first + o_part < heads * width)[None, :]
+            b_none = tl.zeros([ROWS, 64], grad_query.dtype.element_ty)
+            tl.store(grad_query + o_tail, b_none, mask=m_tail)
+            tl.store(grad_key + o_tail, b_none, mask=m_tail)
 
 
 class _Transitions(torch.autograd.Function):
@@ -294,7 +311,7 @@ class _Transitions(torch.autograd.Function):
         out = torch.empty((count, max_states, max_states), dtype=torch.float32, device=gate.device)
         packed = {"query": query, "key": key, "cu_states": cu_states, "log_sum": log_sum, "log_gate": log_gate}
         packed["scale"] = width**-0.5 * LOG2E.value
-        settings, warps = _settings(query, group)
+        settings, warps = _settings(query, max_states, group)
         launch(
             normaliser_kernel,
             (triton.cdiv(max_states, settings["ROWS"]), heads, count),
@@ -315,11 +332,11 @@ class _Transitions(torch.autograd.Function):
         max_states, group = ctx.settings
         rows, heads, width = query.shape
         count = len(cu_states) - 1
-        settings, warps = _settings(query, group)
+        settings, warps = _settings(query, max_states, group)
         down, across = (triton.cdiv(max_states, settings[side]) for side in ("ROWS", "COLUMNS"))
         leaving = torch.empty((across, rows, heads), dtype=torch.float32, device=query.device)
         left = torch.empty_like(log_sum)
-        grad_query, grad_key, grad_gate = (torch.zeros_like(tensor) for tensor in (query, key, gate))
+        grad_query, grad_key, grad_gate = (torch.empty_like(tensor) for tensor in (query, key, gate))
         arguments = {
             "query": query, "key": key, "cu_states": cu_states, "log_sum": log_sum, "log_gate": log_gate, "out": out,
             "grad_out": grad_out.contiguous(), "scale": width**-0.5 * LOG2E.value, "longest": max_states,
@@ -333,23 +350,29 @@ class _Transitions(torch.autograd.Function):
         launch(
             gate_gradient_kernel,
             (triton.cdiv(rows, 32),),
-            {"cu_states": cu_states, "log_gate": log_gate, "left": left, "grad_gate": grad_gate, "sequences": count},
-            {"heads": heads, "HEADS": triton.next_power_of_2(heads), "ROWS": 32},
-        )
+            {"cu_states": cu_states, "log_gate": log_gate, "left": left, "grad_gate": grad_gate,
+             "grad_query": grad_query, "grad_key": grad_key, "sequences": count, "rows": rows},
+            {"heads": heads, "width": width, "HEADS": triton.next_power_of_2(heads), "ROWS": 32},
+        )  # fmt: skip
         return grad_query, grad_key, grad_gate, None, None, None
 
 
-def _settings(query: Tensor, group: int | None) -> tuple[dict[str, object], int]:
+def _settings(query: Tensor, max_states: int, group: int | None) -> tuple[dict[str, object], int]:
     """Compile-time constants shared by the tiled kernels, and warps: the measured best (benchmarks/results)."""
+    _, heads, width = query.shape
     precise = query.dtype == torch.float32
-    width = max(16, triton.next_power_of_2(query.shape[2]))
-    tile = 32 if precise else 64
-    return {
-        "heads": query.shape[1],
-        "width": query.shape[2],
+    block = max(16, triton.next_power_of_2(width))
+    if precise:
+        rows = columns = 32 if block <= 32 else 16
+    else:
+        rows, columns = (32 if max_states <= 128 else 64), 32
+    settings = {
+        "heads": heads,
+        "width": width,
         "GROUP": group or 0,
-        "P_BLOCK": width,
-        "ROWS": tile,
-        "COLUMNS": tile,
+        "P_BLOCK": block,
+        "ROWS": rows,
+        "COLUMNS": columns,
         "PRECISION": "ieee" if precise else "tf32",
-    }, 8 if width > 64 else 4
+    }
+    return settings, 8 if precise or block > 64 else 4

@@ -1,8 +1,9 @@
 """Triton form of the state-graph likelihood: three launches forward, one backward, no host synchronisation.
 
-The recursions run in the probability domain (`recursion.py`). Posteriors of each target must sum to 1 (`gradient.py`): a
-sequence where they do not, or with a move too faint for fp32, is done again in the log domain by its own program
-(`fallback.py`), which leaves at once otherwise. The best path, needed for analysis only, is that of the definition.
+The recursions run in the probability domain (`recursion.py`). Posteriors of each target must sum to 1
+(`gradient.py`): a sequence where they do not, or with a move too faint for fp32, is done again in the log domain by
+its own program (`fallback.py`), which leaves at once otherwise. The best path, needed for analysis only, is that of
+the definition.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from exlm_dist.kernels.dag import reference
 from exlm_dist.kernels.dag.triton.fallback import fallback_kernel
 from exlm_dist.kernels.dag.triton.gradient import gradient_kernel, posterior_kernel
 from exlm_dist.kernels.dag.triton.recursion import scan_kernel
-from exlm_dist.kernels.launch import launch
+from exlm_dist.kernels.launch import capability, launch
 
 POSTERIOR_ROWS = 8
 GRADIENT_TILE = 64
@@ -28,6 +29,8 @@ _fallbacks: dict[torch.device, Tensor] = {}
 
 def fallback_count(device: torch.device) -> Tensor:
     """How many sequences went to the log-domain form on `device` since the start, int64 [1]; stays on the device."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if device not in _fallbacks:
         _fallbacks[device] = torch.zeros(1, dtype=torch.int64, device=device)
     return _fallbacks[device]
@@ -68,16 +71,18 @@ class Block:
     warps: int
 
     @classmethod
-    def of(cls, states: int) -> Block:
-        """The measured best for sequences of up to `states` states (benchmarks/results)."""
-        if states <= 64:
-            return cls(64, 16, 32, 4)
+    def of(cls, states: int, device: torch.device) -> Block:
+        """The measured best for sequences of up to `states` states (benchmarks/results); none spills registers."""
+        if states <= 64 or capability(device) < (9, 0):
+            return cls(64, 32, 32, 4)
         return cls(128, 16, 16, 8)
 
 
 @dataclass(frozen=True)
 class _Scan:
-    """What the recursions leave: alpha, omega = beta times the match [B, N, L] with scales [B, N, blocks], and totals."""
+    """What the recursions leave: alpha, omega = beta times the match [B, N, L] with scales [B, N, blocks], and
+    totals.
+    """
 
     alpha: Tensor
     alpha_scale: Tensor
@@ -115,10 +120,10 @@ def _scan(
     match, moves = match.float().contiguous(), transitions.float().contiguous()
     count, targets, states = match.shape
     assert targets * states < 2**31 and states * states < 2**31, "addresses within a sequence are 32 bits wide"
-    block = block or Block.of(states)
+    block = block or Block.of(states, match.device)
     blocks = triton.cdiv(states, block.states)
     chunks = triton.cdiv(targets, POSTERIOR_ROWS)
-    ends_block = triton.next_power_of_2(ends)
+    ends_block = max(32, triton.next_power_of_2(ends))
 
     def rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty((count, *shape), dtype=dtype, device=match.device)
@@ -157,8 +162,10 @@ def _scan(
         fallback_kernel,
         (count + 1,),
         {**inputs, **lengths, **paths, **sums, "gamma": gamma, "bad": bad, "faint": faint, "in_logs": in_logs,
-         "counter": fallback_count(match.device), "count": count, **shape, "chunks": chunks, "ends": ends, "first_weight": 1.0 / ends},
+         "counter": fallback_count(match.device), "count": count, **shape, "chunks": chunks, "ends": ends,
+         "first_weight": 1.0 / ends},
         {"SPAN": 32, "ENDS": ends_block, "SEQUENCES": 128},
+        warps=8,
         stages=1,
     )
     return _Scan(
@@ -186,6 +193,7 @@ def _gradients(
             "grad_out": grad_out, "grad_match": grad_match, "grad_moves": grad_moves,
             "targets": targets, "states": states, "blocks": scan.alpha_scale.shape[2], "tiles": tiles,
         },
-        {"BLOCK": scan.block.states, "TILE": tile, "ROWS": POSTERIOR_ROWS},
+        {"BLOCK": scan.block.states, "TILE": tile, "DEPTH": 16, "ROWS": POSTERIOR_ROWS, "PRECISION": "tf32x3"},
+        warps=8,
     )  # fmt: skip
     return grad_match, grad_moves

@@ -1,4 +1,6 @@
-"""The recursions in the log domain, for the sequences whose probabilities fp32 cannot hold; the others leave at once."""
+"""The recursions in the log domain, for the sequences whose probabilities fp32 cannot hold; the others leave at
+once.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import triton
 import triton.language as tl
 
 from exlm_dist.kernels.dag.triton.recursion import LOG2E, NEVER, finish, split
+
 
 @triton.jit
 def _log_arrivals(moves, values, i_from, o_u, n, length, states, FORWARD: tl.constexpr, SPAN: tl.constexpr):
@@ -88,7 +91,9 @@ def fallback_kernel(
     count, targets, states, blocks, chunks, ends, first_weight,
     SPAN: tl.constexpr, ENDS: tl.constexpr, SEQUENCES: tl.constexpr,
 ):
-    """Program b does sequence b again in the log domain if it failed; the program after the last counts those that did."""
+    """Program b does sequence b again in the log domain if it failed; the program after the last counts those that
+    did.
+    """
     b = tl.program_id(0).to(tl.int64)
     failed = 0
     if b < count:

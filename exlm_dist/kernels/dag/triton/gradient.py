@@ -42,7 +42,9 @@ def posterior_kernel(
 
 
 @triton.jit
-def _match_rows(gamma, grad_out, total_scale, grad_match, b, first, targets, states, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _match_rows(
+    gamma, grad_out, total_scale, grad_match, b, first, targets, states, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """grad_match = grad_out gamma of ROWS targets; 0 for a sequence without a path, whatever comes in."""
     scale = tl.where(tl.load(total_scale + b) > NEVER, tl.load(grad_out + b), 0.0)
     o_row = first + tl.arange(0, ROWS)
@@ -55,13 +57,15 @@ def _match_rows(gamma, grad_out, total_scale, grad_match, b, first, targets, sta
 
 @triton.jit(do_not_specialize=["targets", "states", "blocks", "tiles"])
 def gradient_kernel(
-    moves, num_targets, num_states, alpha, alpha_scale, omega, omega_scale, gamma, total, total_scale, in_logs, grad_out,
-    grad_match, grad_moves, targets, states, blocks, tiles,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    moves, num_targets, num_states, alpha, alpha_scale, omega, omega_scale, gamma, total, total_scale, in_logs,
+    grad_out, grad_match, grad_moves, targets, states, blocks, tiles,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Gradients of match and moves, times grad_out. Programs up to tiles^2 do a tile of moves each, the rest ROWS targets.
+    """Gradients of match and moves, times grad_out. Programs up to tiles^2 do a tile of moves each, the rest ROWS
+    targets.
 
-    grad_moves[v, u] = E[v, u] sum_i alpha[i-1, v] omega[i, u] / likelihood: the expected number of times a move is made.
+    grad_moves[v, u] = E[v, u] sum_i alpha[i-1, v] omega[i, u] / likelihood: the expected number of times a move is
+    made.
     """
     b = tl.program_id(1).to(tl.int64)
     if tl.program_id(0) >= tiles * tiles:
@@ -89,16 +93,20 @@ def gradient_kernel(
         stop = tl.minimum(tl.minimum((k + 1) * TILE, (j + 1) * TILE + 1), n)
         stop = tl.where((k >= j) & (k * TILE < length) & (whole > NEVER), stop, start)
         if tl.load(in_logs + b) == 0:
-            for row in range(0, stop - start):
-                i = start + row
-                shift = tl.load(alpha_scale + (i - 1) * blocks) + tl.load(omega_scale + i * blocks) - (whole + SHIFT)
-                shift = tl.minimum(tl.maximum(shift, -250.0), 250.0)
-                half = tl.floor(shift * 0.5)
-                m_v = (o_v >= i - 1) & (o_v <= slack + i - 1)
-                m_u = (o_u >= i) & (o_u <= slack + i)
-                b_alpha = tl.load(alpha + ((i - 1) * states + o_v), mask=m_v, other=0.0) * tl.exp2(half)
-                b_omega = tl.load(omega + (i * states + o_u), mask=m_u, other=0.0) * tl.exp2(shift - half)
-                b_total += b_alpha[:, None] * b_omega[None, :]
+            for first in range(start, stop, DEPTH):
+                o_i = first + tl.arange(0, DEPTH)
+                m_i = o_i < stop
+                b_shift = tl.load(alpha_scale + (o_i - 1) * blocks, mask=m_i, other=NEVER)
+                b_shift += tl.load(omega_scale + o_i * blocks, mask=m_i, other=NEVER) - (whole + SHIFT)
+                b_shift = tl.minimum(tl.maximum(b_shift, -250.0), 250.0)
+                b_half = tl.floor(b_shift * 0.5)
+                m_v = m_i[:, None] & (o_v[None, :] >= o_i[:, None] - 1) & (o_v[None, :] <= slack + o_i[:, None] - 1)
+                b_alpha = tl.load(alpha + ((o_i - 1)[:, None] * states + o_v[None, :]), mask=m_v, other=0.0)
+                m_u = m_i[:, None] & (o_u[None, :] >= o_i[:, None]) & (o_u[None, :] <= slack + o_i[:, None])
+                b_omega = tl.load(omega + (o_i[:, None] * states + o_u[None, :]), mask=m_u, other=0.0)
+                b_alpha *= tl.exp2(b_half)[:, None]
+                b_omega *= tl.exp2(b_shift - b_half)[:, None]
+                b_total = tl.dot(tl.trans(b_alpha), b_omega, b_total, input_precision=PRECISION)
             b_move = _log_moves(moves, o_out, o_v, o_u, length) + SHIFT
             b_total = tl.where(b_move > -120.0, tl.exp2(b_move) * b_total, 0.0) * tl.exp2(-fraction)
         else:

@@ -1,8 +1,8 @@
 """The recursions in the probability domain: blocks of states, matrix products between them, row by row inside.
 
 A row i of alpha over a block of states is stored as values <= 4 times two to a whole `scale`, so offsets are exact and
-only differences of neighbours are rounded. What comes into a block from all earlier blocks is one matrix product over all
-rows; only moves inside the block, which stay in registers, are taken row by row. alpha and beta run side by side.
+only differences of neighbours are rounded. What comes into a block from all earlier blocks is one matrix product over
+all rows; only moves inside the block, which stay in registers, are taken row by row. alpha and beta run side by side.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ def _emit(b_total, scale, b_match, b_inside):
 
 @triton.jit
 def _moves(moves, o_u, o_v, step_v, step_u, length, turned):
-    """Probabilities [u, v] of moves from v to u times 2^SHIFT, 0 where not allowed; and whether one is too faint for that.
+    """Probabilities [u, v] of moves from v to u times 2^SHIFT, 0 where not allowed; and whether one is too faint for
+    that.
 
-    The hints lay threads along the first axis. On the way back it is the sources that lie side by side in memory: `turned`
-    reads such a tile the other way round. The tile inside a block must not be, or the sum over its sources would no longer
-    stay within a thread; its hint then promises a contiguity that is not there, which changes who reads what and no more:
-    loads stay one element wide because nothing is promised about alignment.
+    The hints lay threads along the first axis. On the way back it is the sources that lie side by side in memory:
+    `turned` reads such a tile the other way round. The tile inside a block must not be, or the sum over its sources
+    would no longer stay within a thread; its hint then promises a contiguity that is not there, which changes who
+    reads what and no more: loads stay one element wide because nothing is promised about alignment.
     """
     if turned == 0:
         m_move = (o_v >= 0)[None, :] & (o_v[None, :] < o_u[:, None]) & (o_u < length)[:, None]
@@ -57,8 +58,8 @@ def _moves(moves, o_u, o_v, step_v, step_u, length, turned):
         m_turned = (o_v >= 0)[:, None] & (o_v[:, None] < o_u[None, :]) & (o_u < length)[None, :]
         o_turned = tl.max_contiguous(o_u[None, :] * step_u + o_v[:, None] * step_v, [16, 1])
         b_log = tl.trans(tl.load(moves + o_turned, mask=m_turned, other=float("-inf")) * LOG2E)
-    faint = tl.max(tl.max(((b_log > float("-inf")) & (b_log < FAINT)).to(tl.int32), 1), 0)
-    return tl.exp2(b_log + SHIFT), faint
+    lowest = tl.min(tl.min(tl.where(b_log > float("-inf"), b_log, 0.0), 1), 0)
+    return tl.exp2(b_log + SHIFT), tl.where(lowest < FAINT, 1, 0)
 
 
 @triton.jit
@@ -96,7 +97,9 @@ def _inside(
     match, moves, values, scales, tails, tail_scales, k, start, stop, n, length, pad, sign, step_v, step_u,
     states, blocks, ends, first_weight, BLOCK: tl.constexpr,
 ):
-    """Rows start..stop-1 of block k, one after the other; what comes from other blocks stands in `values` and `scales`."""
+    """Rows start..stop-1 of block k, one after the other; what comes from other blocks stands in `values` and
+    `scales`.
+    """
     o_k = k * BLOCK - pad + tl.arange(0, BLOCK)
     b_move, faint = _moves(moves, o_k, o_k, step_v, step_u, length, 0)
     m_k = (o_k >= 0) & (o_k < length)
@@ -143,8 +146,8 @@ def _recursion(
 ):
     """One direction of the recursion, block by block, into `values` and `scales`; whether a move was too faint.
 
-    Pointers stand at the first target and state in the direction of travel; `sign` is -1 for travel from the last. Blocks
-    have the same edges either way, so the first block of the way back starts `pad` states before the first one.
+    Pointers stand at the first target and state in the direction of travel; `sign` is -1 for travel from the last.
+    Blocks have the same edges either way, so the first block of the way back starts `pad` states before the first one.
     """
     faint = 0
     for k in range(0, tl.cdiv(length, BLOCK)):
@@ -182,6 +185,27 @@ def finish(log_likelihood, total, total_scale, b, log_sum, top):
     tl.store(log_likelihood + b, tl.where(some, nats, float("-inf")).to(tl.float32))
 
 
+@triton.jit
+def _likelihood(
+    num_targets, num_states, alpha, alpha_scale, log_likelihood, total, total_scale, targets, states, blocks, ends,
+    BLOCK: tl.constexpr, ENDS: tl.constexpr,
+):
+    """The sum of alpha of the last target over the final states. Reads its sizes again: kept, they cost the recursion
+    a register.
+    """
+    b = (tl.program_id(0) // 2).to(tl.int64)
+    n = tl.load(num_targets + b).to(tl.int32)
+    o_u = tl.load(num_states + b).to(tl.int32) - 1 - tl.arange(0, ENDS)
+    m_u = (tl.arange(0, ENDS) < ends) & (o_u >= n - 1)
+    row = b * targets + n - 1
+    b_last = tl.load(alpha + (row * states + o_u), mask=m_u, other=0.0)
+    b_scale = tl.load(alpha_scale + (row * blocks + o_u // BLOCK), mask=m_u, other=NEVER)
+    b_scale = tl.where(b_last > 0, b_scale, NEVER)
+    top = tl.max(b_scale, 0)
+    amount = tl.sum(b_last * tl.exp2(b_scale - top), 0)
+    finish(log_likelihood, total, total_scale, b, tl.log2(tl.where(amount > 0, amount, 1.0)), top)
+
+
 @triton.jit(do_not_specialize=["targets", "states", "blocks", "ends"])
 def scan_kernel(
     match, moves, num_targets, num_states, alpha, alpha_scale, omega, omega_scale, beta, beta_scale,
@@ -210,12 +234,8 @@ def scan_kernel(
         tl.where(back == 1, 1.0, first_weight), BLOCK, PART, ROWS, PRECISION,
     )
     if back == 0:
-        tl.store(faint + b, weak)
-        o_u = length - 1 - tl.arange(0, ENDS)
-        m_u = (tl.arange(0, ENDS) < ends) & (o_u >= n - 1)
-        b_last = tl.load(values + ((n - 1) * states + o_u), mask=m_u, other=0.0)
-        b_scale = tl.load(scales + ((n - 1) * blocks + o_u // BLOCK), mask=m_u, other=NEVER)
-        b_scale = tl.where(b_last > 0, b_scale, NEVER)
-        top = tl.max(b_scale, 0)
-        amount = tl.sum(b_last * tl.exp2(b_scale - top), 0)
-        finish(log_likelihood, total, total_scale, b, tl.log2(tl.where(amount > 0, amount, 1.0)), top)
+        tl.store(faint + tl.program_id(0) // 2, weak)
+        _likelihood(
+            num_targets, num_states, alpha, alpha_scale, log_likelihood, total, total_scale, targets, states, blocks,
+            ends, BLOCK, ENDS,
+        )

@@ -1,10 +1,11 @@
 """Triton form of the vocabulary match: the logits live in registers, or as gradients of one chunk of words at a time.
 
-Forward: each (rows, tile of words) leaves its largest logit and sum of exponentials, added up in a fixed order by a second
-kernel; the scores of a sequence's own targets are a small product. Backward: for a chunk of words the logits are made
-again and turned into gradients -Gamma_u p before they leave the registers (Gamma_u: the incoming gradient summed over the
-targets), and cuBLAS multiplies them with the weights and the states. At the targets themselves the gradients are sums over
-one sequence (for the states) and over equal tokens, sorted (for the weights). No atomics, no host synchronisation.
+Forward: each (rows, tile of words) leaves its largest logit and sum of exponentials, added up in a fixed order by a
+second kernel; the scores of a sequence's own targets are a small product. Backward: for a chunk of words the logits
+are made again and turned into gradients -Gamma_u p before they leave the registers (Gamma_u: the incoming gradient
+summed over the targets), and cuBLAS multiplies them with the weights and the states. At the targets themselves the
+gradients are sums over one sequence (for the states) and over equal tokens, sorted (for the weights). No atomics, no
+host synchronisation.
 """
 
 from __future__ import annotations
@@ -64,13 +65,19 @@ class Tiles:
     descriptors: bool = False
 
     @classmethod
-    def of(cls, hidden: Tensor) -> Tiles:
+    def of(cls, hidden: Tensor, weight: Tensor) -> Tiles:
         """The measured best for the type and the GPU (benchmarks/results)."""
+        # Few rows: fewer chunks, or launching them takes longer than they do.
+        chunk = 4096 if len(hidden) > 1 << 13 else 6400
         if hidden.dtype == torch.float32:
-            return cls(64, 64, 32, 8, 4, 2, 4096, "ieee")
+            return cls(64, 64, 32, 8, 4, 2, chunk, _precision(hidden))
         if capability(hidden.device) >= (9, 0):
-            return cls(128, 256, 64, 8, 8, 3, 4096, "tf32")
-        return cls(128, 128, 32, 8, 8, 3, 4096, "tf32")
+            # A descriptor asks for 16-byte rows and starts; parameters that are slices of one flat buffer may lack
+            # the latter.
+            aligned = hidden.shape[1] * hidden.element_size() % 16 == 0
+            aligned = aligned and (hidden.data_ptr() | weight.data_ptr()) % 16 == 0
+            return cls(128, 128, 64, 8, 4, 3, chunk, _precision(hidden), descriptors=aligned)
+        return cls(128, 128, 32, 8, 8, 3, chunk, _precision(hidden))
 
     def constants(self, width: int) -> dict[str, Any]:
         """Compile-time constants of the kernels that make logits."""
@@ -102,12 +109,12 @@ class _MatchScores(torch.autograd.Function):
         depth = 32 if hidden.dtype == torch.float32 else 64
         launch(
             match_kernel,
-            (triton.cdiv(max_states, 64), triton.cdiv(max_targets, 32), len(cu_states) - 1),
+            (triton.cdiv(max_states, depth), triton.cdiv(max_targets, 32), len(cu_states) - 1),
             {"hidden": hidden, "weight": matrix, "bias": bias, **sequences, "log_sum": log_sum, "match": match,
              "vocab": len(matrix), "width": hidden.shape[1], "first_token": first_token,
              "max_states": max_states, "max_targets": max_targets, "rest": 0.0 if shard else float("-inf")},
-            {"TARGETS": 32, "STATES": 64, "DEPTH": depth, "EVEN": hidden.shape[1] % depth == 0, "WHOLE": shard is None,
-             "PRECISION": Tiles.of(hidden).precision},
+            {"TARGETS": 32, "STATES": depth, "DEPTH": depth, "EVEN": hidden.shape[1] % depth == 0,
+             "WHOLE": shard is None, "PRECISION": _precision(hidden)},
         )  # fmt: skip
         if shard:
             match = _less_log_sum(shard.total(match), log_sum, cu_states, cu_targets)
@@ -134,9 +141,23 @@ class _MatchScores(torch.autograd.Function):
         )  # fmt: skip
 
 
+def _precision(hidden: Tensor) -> str:
+    """How fp32 operands are multiplied: exactly if the input is fp32, else gradients of match need no more than
+    tf32.
+    """
+    return "ieee" if hidden.dtype == torch.float32 else "tf32"
+
+
+def _tile(hidden: Tensor) -> tuple[int, int]:
+    """States and columns of the width that a program of the gradients at the targets holds."""
+    if hidden.dtype == torch.float32:
+        return 32, 32
+    return 64, 64 if hidden.shape[1] % 64 == 0 else 32
+
+
 def _log_sum(hidden: Tensor, weight: Tensor, bias: Tensor, tiles: Tiles | None = None) -> Tensor:
     """log2 of the sum over the words of e^logit, fp32 [S]."""
-    tiles = tiles or Tiles.of(hidden)
+    tiles = tiles or Tiles.of(hidden, weight)
     rows, width = hidden.shape
     across = triton.cdiv(len(weight), tiles.words)
     top = torch.empty((across, rows), dtype=torch.float32, device=hidden.device)
@@ -156,7 +177,9 @@ def _log_sum(hidden: Tensor, weight: Tensor, bias: Tensor, tiles: Tiles | None =
 
 
 def _less_log_sum(scores: Tensor, log_sum: Tensor, cu_states: Tensor, cu_targets: Tensor) -> Tensor:
-    """scores [B, N, L] summed over the shards, less the log-sum of their states; -inf outside own targets and states."""
+    """scores [B, N, L] summed over the shards, less the log-sum of their states; -inf outside own targets and
+    states.
+    """
     targets = torch.arange(scores.shape[1], device=scores.device) < cu_targets.diff()[:, None]
     states = torch.arange(scores.shape[2], device=scores.device) < cu_states.diff()[:, None]
     rows = (cu_states[:-1, None] + torch.arange(scores.shape[2], device=scores.device)).clamp(max=len(log_sum) - 1)
@@ -175,15 +198,16 @@ def _at_states(
 ) -> tuple[Tensor, Tensor]:
     """What the targets' own scores give to the states, fp32 [S, D], and the sum of grad_match over the targets, [S]."""
     rows, width = hidden.shape
+    tile, depth = _tile(hidden)
     grad_hidden = torch.empty((rows, width), dtype=torch.float32, device=hidden.device)
     mass = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     launch(
         state_gradient_kernel,
-        (triton.cdiv(sizes["max_states"], 64), triton.cdiv(width, 64), sizes["count"] + 1),
+        (triton.cdiv(sizes["max_states"], tile), triton.cdiv(width, depth), sizes["count"] + 1),
         {"weight": weight, "target_ids": target_ids, **sequences, "grad_match": grad_match, "mass": mass,
          "grad_hidden": grad_hidden, "rows": rows, "vocab": len(weight), "width": width, "first_token": first_token,
          **sizes},
-        {"TARGETS": 32, "STATES": 64, "DEPTH": 64, "PRECISION": Tiles.of(hidden).precision},
+        {"TARGETS": 32, "STATES": tile, "DEPTH": depth, "PRECISION": _precision(hidden)},
     )  # fmt: skip
     return grad_hidden, mass
 
@@ -199,8 +223,10 @@ def _through_softmax(
     grad_bias: Tensor,
     tiles: Tiles | None = None,
 ) -> None:
-    """Add what the log-sum gives to grad_hidden (fp32), and write grad_weight and grad_bias, a chunk of words at a time."""
-    tiles = tiles or Tiles.of(hidden)
+    """Add what the log-sum gives to grad_hidden (fp32), and write grad_weight and grad_bias, a chunk of words at a
+    time.
+    """
+    tiles = tiles or Tiles.of(hidden, weight)
     rows, width = hidden.shape
     down = triton.cdiv(rows, tiles.rows)
     buffer = torch.empty(rows * min(tiles.chunk, len(weight)), dtype=hidden.dtype, device=hidden.device)
@@ -213,7 +239,8 @@ def _through_softmax(
         launch(
             logit_gradient_kernel,
             (down * triton.cdiv(chunk, tiles.words),),
-            {**operands, "bias": bias, "log_sum": log_sum, "mass": mass, "grad": grad, "grad_bias": sums, "rows": rows, "vocab": len(weight), "chunk": chunk, "start": start, "width": width},
+            {**operands, "bias": bias, "log_sum": log_sum, "mass": mass, "grad": grad, "grad_bias": sums,
+             "rows": rows, "vocab": len(weight), "chunk": chunk, "start": start, "width": width},
             tiles.constants(width),
             warps=tiles.warps,
             stages=tiles.stages,
@@ -241,23 +268,27 @@ def _at_words(
     grad_weight: Tensor,
     grad_bias: Tensor,
 ) -> None:
-    """Add what the targets' own scores give to the rows of their tokens; each row has one owner, its sum a fixed order."""
+    """Add what the targets' own scores give to the rows of their tokens; each row has one owner, its sum a fixed
+    order.
+    """
     width = hidden.shape[1]
+    tile, depth = _tile(hidden)
     pulled = torch.empty((len(target_ids), width), dtype=torch.float32, device=hidden.device)
     pulled_bias = torch.empty(len(target_ids), dtype=torch.float32, device=hidden.device)
     launch(
         target_gradient_kernel,
-        (triton.cdiv(width, 64), triton.cdiv(sizes["max_targets"], 32), sizes["count"]),
+        (triton.cdiv(width, depth), triton.cdiv(sizes["max_targets"], 32), sizes["count"]),
         {"hidden": hidden, **sequences, "grad_match": grad_match, "pulled": pulled, "pulled_bias": pulled_bias,
          "width": width, **sizes},
-        {"TARGETS": 32, "STATES": 64, "DEPTH": 64, "PRECISION": Tiles.of(hidden).precision},
+        {"TARGETS": 32, "STATES": tile, "DEPTH": depth, "PRECISION": _precision(hidden)},
     )  # fmt: skip
     ids, order = torch.sort(target_ids, stable=True)
     launch(
         scatter_kernel,
         (triton.cdiv(width, 256), len(ids)),
-        {"ids": ids, "order": order, "begin": torch.searchsorted(ids, ids), "end": torch.searchsorted(ids, ids, right=True),
-         "cu_targets": sequences["cu_targets"], "pulled": pulled, "pulled_bias": pulled_bias, "grad_weight": grad_weight,
+        {"ids": ids, "order": order, "begin": torch.searchsorted(ids, ids),
+         "end": torch.searchsorted(ids, ids, right=True), "cu_targets": sequences["cu_targets"], "pulled": pulled,
+         "pulled_bias": pulled_bias, "grad_weight": grad_weight,
          "grad_bias": grad_bias, "vocab": len(grad_weight), "width": width, "first_token": first_token,
          "count": sizes["count"]},
         {"ROWS": 16, "DEPTH": 256},

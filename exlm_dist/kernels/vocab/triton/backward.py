@@ -14,7 +14,9 @@ def logit_gradient_kernel(
     ROWS: tl.constexpr, WORDS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """-mass p of a tile of words start..start+chunk-1, [rows, chunk]; and its column sums, one row per tile of states."""
+    """-mass p of a tile of words start..start+chunk-1, [rows, chunk]; and its column sums, one row per tile of
+    states.
+    """
     row, word = place(tl.cdiv(rows, ROWS), tl.cdiv(chunk, WORDS), GROUP)
     o_row = row * ROWS + tl.arange(0, ROWS)
     o_place = word * WORDS + tl.arange(0, WORDS)

@@ -16,7 +16,9 @@ def logits(
     ROWS: tl.constexpr, WORDS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """log2(e) times the logits [ROWS, WORDS]; DESCRIPTORS: hidden and weight are tensor descriptors (Hopper's bulk copies)."""
+    """log2(e) times the logits [ROWS, WORDS]; DESCRIPTORS: hidden and weight are tensor descriptors (Hopper's bulk
+    copies).
+    """
     o_word = tl.minimum(first_word + tl.arange(0, WORDS), vocab - 1)
     b_total = tl.zeros([ROWS, WORDS], tl.float32)
     if DESCRIPTORS:
@@ -45,7 +47,9 @@ def logits(
 
 @triton.jit
 def place(tiles_down, tiles_across, GROUP: tl.constexpr):
-    """(tile down, tile across) of this program: GROUP tiles down are done together, so that both operands stay in the cache."""
+    """(tile down, tile across) of this program: GROUP tiles down are done together, so that both operands stay in the
+    cache.
+    """
     program = tl.program_id(0)
     group = program // (GROUP * tiles_across)
     height = tl.minimum(tiles_down - group * GROUP, GROUP)

@@ -1,0 +1,26 @@
+"""What of the state-graph likelihood is compiled ahead of time: lengths that need each block size, one and several
+ends.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from exlm_dist.kernels.dag import dag_log_likelihood
+
+
+def _run(targets: int, states: int, ends: int) -> None:
+    match = torch.empty(8, targets, states, device="meta", requires_grad=True)
+    moves = torch.empty(8, states, states, device="meta", requires_grad=True)
+    sizes = torch.empty(8, dtype=torch.int64, device="meta")
+    dag_log_likelihood(match, moves, sizes, sizes, ends=ends, backend="triton").sum().backward()
+
+
+CASES: dict[str, Callable[[], None]] = {
+    f"N{targets} L{4 * targets} ends {ends}": functools.partial(_run, targets, 4 * targets, ends)
+    for targets in (8, 21, 78, 400)
+    for ends in (1, 4)
+}

@@ -1,0 +1,28 @@
+"""What of the transitions is compiled ahead of time: head widths, types, dense and sparse moves."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from exlm_dist.kernels.transitions import transition_log_probs
+
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _run(width: int, dtype: torch.dtype, kind: str) -> None:
+    query, key = (torch.empty(2496, 12, width, dtype=dtype, device="meta", requires_grad=True) for _ in range(2))
+    gate = torch.empty(2496, 12, dtype=dtype, device="meta", requires_grad=True)
+    starts = torch.empty(9, dtype=torch.int64, device="meta")
+    out = transition_log_probs(query, key, gate, starts, 312, states_per_target=4, kind=kind, backend="triton")
+    out.sum().backward()
+
+
+CASES: dict[str, Callable[[], None]] = {
+    f"P{width} {name} {kind}": functools.partial(_run, width, dtype, kind)
+    for name, dtype in TYPES.items()
+    for width in (32, 64, 96, 128)
+    for kind in ("dense", "sparse")
+}

@@ -16,7 +16,8 @@ def test_toy_run_checks_every_side_and_writes_both_tables(tmp_path: Path) -> Non
         sys.executable, str(ROOT / "benchmarks" / "kernels.py"), "dag", "transitions", "vocab", "--toy",
         "--rounds", "1", "--milliseconds", "1", "--commit", "test", "--out", str(tmp_path),
     ]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
     (table,) = tmp_path.glob("*.csv")
     lines = list(csv.DictReader(table.open()))

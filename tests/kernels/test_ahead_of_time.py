@@ -14,7 +14,12 @@ import pytest
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).parent / "ahead_of_time.py"
-QUICK = {"attention": "P64 bf16 dropout 0.1"}
+QUICK = {
+    "attention": "P64 bf16 dropout 0.1",
+    "dag": "N21 L84 ends 1",
+    "transitions": "P64 bf16 dense",
+    "vocab": "D768 bf16",
+}
 OPERATIONS = sorted(path.stem.removeprefix("shipped_") for path in SCRIPT.parent.glob("shipped_*.py"))
 
 

@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from locations import shared_path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -15,11 +14,6 @@ os.environ.setdefault("WDS_SECURE", "1")
 if not Path("/dev/nvidiactl").exists():
     # Read when triton is first imported, by whichever test that is.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-
-def shared_path() -> Path:
-    """Folder of golden values and real data: EXLM_SHARED, else `../shared` beside the repository."""
-    return Path(os.environ.get("EXLM_SHARED", ROOT.parent / "shared")).resolve()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import shared_path
+from locations import shared_path
 
 
 @functools.lru_cache(maxsize=4)

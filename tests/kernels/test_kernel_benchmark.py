@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT
+from locations import ROOT
 
 
 def test_toy_run_checks_every_side_and_writes_both_tables(tmp_path: Path) -> None:

@@ -36,13 +36,12 @@ def take(engine: Engine) -> tuple[Tensors, Tensors, dict[str, Any]]:
     keep = engine.process.is_first
     model: Tensors = {}
     optimizer: Tensors = {}
-    for name, parameter in engine.parameters:
+    for held in engine.parameters:
         for key in (None, *MOMENTS):
-            value = read(parameter, key).detach().reshape(engine.shapes[name])
+            value = read(held.parameter, key).detach().reshape(held.shape)
             if keep:
-                (model if key is None else optimizer)[name if key is None else f"{key}.{name}"] = value.float().to(
-                    "cpu", copy=True
-                )
+                full_name = held.name if key is None else f"{key}.{held.name}"
+                (model if key is None else optimizer)[full_name] = value.float().to("cpu", copy=True)
     scalars: dict[str, Any] = {"optimizer_step": _optimizer_step(engine)}
     if engine.dtype == torch.float16:
         scaler = engine.deepspeed.optimizer.loss_scaler
@@ -52,7 +51,7 @@ def take(engine: Engine) -> tuple[Tensors, Tensors, dict[str, Any]]:
 
 def check(engine: Engine, model: Tensors, optimizer: Tensors) -> None:
     """CheckpointError when names or shapes are not those of the model."""
-    expected = {name: tuple(shape) for name, shape in engine.shapes.items()}
+    expected = {held.name: held.shape for held in engine.parameters}
     _compare(expected, {name: tuple(value.shape) for name, value in model.items()}, "parameters")
     moments = {f"{key}.{name}": shape for name, shape in expected.items() for key in MOMENTS}
     _compare(moments, {name: tuple(value.shape) for name, value in optimizer.items()}, "optimizer states")
@@ -62,11 +61,11 @@ def put(engine: Engine, model: Tensors, optimizer: Tensors, scalars: dict[str, A
     """The reverse of `take`, on every rank with all tensors. A collective. The moments must exist: `prime` first."""
     write = _writer(engine)
     with torch.no_grad():
-        for name, parameter in engine.parameters:
-            write(parameter, model[name], None)
+        for held in engine.parameters:
+            write(held.parameter, model[held.name], None)
             for key in MOMENTS:
-                write(parameter, optimizer[f"{key}.{name}"], key)
-            _refresh(engine, parameter, model[name])
+                write(held.parameter, optimizer[f"{key}.{held.name}"], key)
+            _refresh(engine, held.parameter, model[held.name])
     for state in engine.inner_optimizer.state.values():
         state["step"].fill_(scalars["optimizer_step"])
     if "loss_scale" in scalars and engine.dtype == torch.float16:
@@ -96,7 +95,7 @@ def _masters(engine: Engine) -> dict[nn.Parameter, torch.Tensor] | None:
     if engine.zero > 0:
         return None
     if engine.dtype == torch.float32:
-        return {parameter: parameter for _, parameter in engine.parameters}
+        return {held.parameter: held.parameter for held in engine.parameters}
     wrapper = engine.deepspeed.optimizer
     return {
         half: full

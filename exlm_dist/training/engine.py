@@ -11,10 +11,10 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
 
 from exlm_dist.config import RunConfig
 from exlm_dist.model.build import LanguageModel, build_model
+from exlm_dist.parallel.held import Held
 from exlm_dist.parallel.process import Process
 from exlm_dist.training.objective import Objective
 from exlm_dist.utils.errors import ConfigError
@@ -34,14 +34,12 @@ class Engine:
         self.dtype = working_dtype(config, process.device)
         self.zero = config.parallel.zero
         model = self._build()
-        #: (canonical name, parameter), in the same order on every rank.
-        self.parameters: list[tuple[str, nn.Parameter]] = list(model.named_parameters())
-        #: Shapes before ZeRO 3 empties the parameters.
-        self.shapes = {name: parameter.shape for name, parameter in self.parameters}
+        #: What this rank holds, in the same order on every rank; the shapes are those before ZeRO 3 empties the tensors.
+        self.parameters = [Held(name, value, tuple(value.shape)) for name, value in model.named_parameters()]
         self.accumulation = config.batch.sequences // (config.batch.micro * process.world)
         objective = Objective(model, config.loss.reduction, partitioned=self.zero == 3)
         self.optimizer = torch.optim.AdamW(
-            [parameter for _, parameter in self.parameters], **adamw(config, process.device)
+            [held.parameter for held in self.parameters], **adamw(config, process.device)
         )
         self._model = model
         self.deepspeed = _initialise(
@@ -64,7 +62,7 @@ class Engine:
     @property
     def num_parameters(self) -> int:
         """Trained numbers, tied ones counted once."""
-        return sum(shape.numel() for shape in self.shapes.values())
+        return sum(held.numel for held in self.parameters)
 
     @property
     def inner_optimizer(self) -> torch.optim.Optimizer:
@@ -96,7 +94,7 @@ class Engine:
         norm = None
         if self.zero == 0 and self.dtype == torch.float32:  # DeepSpeed keeps no norm here
             norm = torch.nn.utils.get_total_norm(
-                [parameter.grad for _, parameter in self.parameters if parameter.grad is not None]
+                [held.parameter.grad for held in self.parameters if held.parameter.grad is not None]
             )
         self.deepspeed.step()
         return self.deepspeed.get_global_grad_norm() if norm is None else norm
@@ -112,9 +110,9 @@ class Engine:
 
         copy = self._build().to(self.process.device, self.dtype)
         with torch.no_grad():
-            for (_, partitioned), target in zip(self.parameters, copy.parameters()):
-                with deepspeed.zero.GatheredParameters([partitioned]):
-                    target.copy_(partitioned)
+            for held, target in zip(self.parameters, copy.parameters()):
+                with deepspeed.zero.GatheredParameters([held.parameter]):
+                    target.copy_(held.parameter)
         yield copy
 
     def close(self) -> None:

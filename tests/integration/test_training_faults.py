@@ -229,7 +229,7 @@ def poisoned(rank, settings):
         norm = plain(engine)
         count["steps"] += 1
         if count["steps"] == 4:
-            engine.parameters[2][1].data.fill_(float("inf"))
+            engine.parameters[2].parameter.data.fill_(float("inf"))
         return norm
 
     Engine.step = step

@@ -1,0 +1,53 @@
+"""What a rank holds of a model, in terms that do not depend on the layout: the seam between parameters and checkpoints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows (`dim` 0), columns (1), ... `start` to `stop` of a full tensor: what a tensor-parallel rank holds of it.
+
+    A local tensor longer than `stop - start` along `dim` ends in padding (a vocabulary filled up to the degree).
+    """
+
+    dim: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter of this rank.
+
+    `name`: canonical, the same in every layout (that of `build_model(...).named_parameters()`). `shape`: of the full
+    parameter, neither sliced nor padded. `slice`: the part this rank holds; None: all of it. `saved`: False where a
+    rank with another place in the pipeline or among the tensor-parallel ranks saves the very same part (a tied copy,
+    a parameter that tensor-parallel ranks hold in common); it is loaded all the same. Data-parallel replicas share the
+    saving among themselves and are all True.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    shape: tuple[int, ...]
+    slice: Slice | None = None
+    saved: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Numbers in the full parameter."""
+        return math.prod(self.shape)
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Shape of the part this rank holds, without padding."""
+        if self.slice is None:
+            return self.shape
+        length = self.slice.stop - self.slice.start
+        return (*self.shape[: self.slice.dim], length, *self.shape[self.slice.dim + 1 :])

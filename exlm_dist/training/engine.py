@@ -65,6 +65,11 @@ class Engine:
         return sum(held.numel for held in self.parameters)
 
     @property
+    def replica(self) -> tuple[int, int]:
+        """(number, count) of this data-parallel replica."""
+        return self.process.rank, self.process.world
+
+    @property
     def inner_optimizer(self) -> torch.optim.Optimizer:
         """The torch optimizer that holds the state, below DeepSpeed's wrapper where there is one."""
         wrapper = self.deepspeed.optimizer

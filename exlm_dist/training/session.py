@@ -128,7 +128,7 @@ class Session:
         )
 
     def _packing(self) -> dict[str, Any]:
-        config, process = self.config, self.process
+        config, data = self.config, self.process.grid.data
         return {
             "masking": config.masking,
             "states": config.model.states,
@@ -137,8 +137,8 @@ class Session:
             "max_positions": config.model.max_positions,
             "bucket": config.data.bucket,
             "vocab_size": self.train_data.vocab_size,
-            "rank": process.rank,
-            "world": process.world,
+            "rank": data.rank,
+            "world": data.size,
         }
 
     def _resume(self, folder: Path, state: dict[str, Any]) -> None:

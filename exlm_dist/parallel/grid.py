@@ -12,10 +12,7 @@ from exlm_dist.parallel.layout import Axis, Layout
 
 @dataclass(frozen=True)
 class Line:
-    """The ranks that differ from this one only along some axes: its place among them, their number and their group.
-
-    `group` is None where this rank is alone, so that nothing is sent.
-    """
+    """The ranks that differ from this one only along some axes: its place among them, their number and their group."""
 
     rank: int
     size: int
@@ -62,9 +59,49 @@ def _line(layout: Layout, rank: int, *along: Axis) -> Line:
     groups = layout.groups(*along)
     mine = next(members for members in groups if rank in members)
     place, size = mine.index(rank), len(mine)
-    if size == 1:
-        return Line(place, size, None)
     if size == layout.world:
         return Line(place, size, dist.group.WORLD)
+    if size == 1:
+        return Line(place, size, dist.new_group(mine, use_local_synchronization=True))
     made = [dist.new_group(members) for members in groups]
     return Line(place, size, made[groups.index(mine)])
+
+
+class Mpu:
+    """A grid under the names by which DeepSpeed asks for it (its own pipeline engine brings its own)."""
+
+    def __init__(self, grid: Grid, ranks: list[int]) -> None:
+        self._grid, self._data_ranks = grid, ranks
+
+    def get_data_parallel_rank(self) -> int:
+        """Place among the copies of the model."""
+        return self._grid.data.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """Copies of the model."""
+        return self._grid.data.size
+
+    def get_data_parallel_group(self) -> Any:
+        """The ranks that hold the same weights."""
+        return self._grid.data.group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Their global numbers."""
+        return self._data_ranks
+
+    def get_model_parallel_rank(self) -> int:
+        """Place among the ranks of one copy; DeepSpeed takes the norms of parameters that are not split from the
+        first."""
+        return self._grid.model.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        """Ranks of one copy."""
+        return self._grid.model.size
+
+    def get_model_parallel_group(self) -> Any:
+        """The ranks of one copy."""
+        return self._grid.model.group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group

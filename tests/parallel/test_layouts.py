@@ -64,9 +64,8 @@ def sums(process, degrees):
     for name in ("tensor", "pipeline", "data", "model"):
         line = getattr(grid, name)
         value = torch.tensor(process.rank)
-        if line.group is not None:
-            dist.all_reduce(value, group=line.group)
-            limits.add(line.group._get_backend(value.device).options._timeout.total_seconds())
+        dist.all_reduce(value, group=line.group)
+        limits.add(line.group._get_backend(value.device).options._timeout.total_seconds())
         found[name] = (line.rank, line.size, int(value))
     return found, grid.speaks, limits
 

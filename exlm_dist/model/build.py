@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -25,33 +27,60 @@ class LanguageModel(nn.Module):
         kernel_backend: str = "auto",
         activation_checkpointing: bool = False,
         token_dropout: int | None = None,
+        held: range | None = None,
     ) -> None:
+        """`held`: places of the layers that a pipeline stage has, counted embedding, blocks, norm, output; the others
+        are None."""
         super().__init__()
-        self.embedding = Embedding(
-            vocab_size, config.width, config.dropout, token_dropout, backend=kernel_backend
-        )
-        self.blocks = nn.ModuleList(
-            Block(config, layer, kernel_backend, last=layer == config.layers - 1) for layer in range(config.layers)
-        )
-        self.norm = FinalNorm(config.width)
-        weight = self.embedding.weight if config.tie_head else nn.Parameter(torch.empty(vocab_size, config.width))
-        self.output = Output(config, weight, kernel_backend)
+        places = range(config.layers + 3)
+        self.held = places if held is None else held
+        self.tied = config.tie_head
         self.activation_checkpointing = activation_checkpointing
+        self.embedding = None
+        if 0 in self.held:
+            self.embedding = Embedding(
+                vocab_size, config.width, config.dropout, token_dropout, backend=kernel_backend
+            )
+        self.blocks = nn.ModuleList(
+            Block(config, layer, kernel_backend, last=layer == config.layers - 1) if layer + 1 in self.held else None
+            for layer in range(config.layers)
+        )
+        self.norm = FinalNorm(config.width) if places[-2] in self.held else None
+        self.output = None
+        if places[-1] in self.held:
+            shared = self.tied and self.embedding is not None
+            weight = self.embedding.weight if shared else nn.Parameter(torch.empty(vocab_size, config.width))
+            self.output = Output(config, weight, kernel_backend)
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The layers in order, each `Stream -> Stream`."""
+        """The layers held here, in order, each `Stream -> Stream`."""
+        return [layer for layer in self.places if layer is not None]
+
+    @property
+    def places(self) -> list[nn.Module | None]:
+        """The layers of the whole model in order, None for those that another stage holds."""
         return [self.embedding, *self.blocks, self.norm, self.output]
+
+    def canonical_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) held here, under the name it has in the whole model: a tied matrix is the embedding's."""
+        names = {"output.weight": "embedding.weight"} if self.tied else {}
+        return [(names.get(name, name), parameter) for name, parameter in self.named_parameters()]
 
     def forward(self, stream: Stream) -> Stream:
         """Run all layers; the result carries `match`, `transitions`, `log_likelihood`, and `predictions` on demand."""
-        for layer in self.layers:
-            recompute = self.activation_checkpointing and self.training and isinstance(layer, Block)
+        return run_layers(self.layers, stream, recompute=self.activation_checkpointing and self.training)
+
+
+def run_layers(layers: Iterable[nn.Module], stream: Stream, *, recompute: bool) -> Stream:
+    """The loop over the layers; with `recompute` the blocks keep their input alone for the backward pass."""
+    for layer in layers:
+        if recompute and isinstance(layer, Block):
             # Dropout is keyed by the stream, so there is no random state to keep.
-            stream = (
-                checkpoint(layer, stream, use_reentrant=False, preserve_rng_state=False) if recompute else layer(stream)
-            )
-        return stream
+            stream = checkpoint(layer, stream, use_reentrant=False, preserve_rng_state=False)
+        else:
+            stream = layer(stream)
+    return stream
 
 
 def build_model(
@@ -62,14 +91,17 @@ def build_model(
     kernel_backend: str = "auto",
     activation_checkpointing: bool = False,
     token_dropout: int | None = None,
+    held: range | None = None,
 ) -> LanguageModel:
-    """Model on the CPU in fp32 with its initial weights; they depend on `seed` and each parameter's name alone."""
+    """Model, or the layers `held` of it, on the CPU in fp32 with its initial weights; they depend on `seed` and each
+    parameter's name alone."""
     model = LanguageModel(
         config,
         vocab_size,
         kernel_backend=kernel_backend,
         activation_checkpointing=activation_checkpointing,
         token_dropout=token_dropout,
+        held=held,
     )
-    initialise(model, seed=seed, std=config.init_std)
+    initialise(model.canonical_parameters(), seed=seed, std=config.init_std)
     return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -19,7 +21,7 @@ def initial_value(name: str, shape: torch.Size, *, seed: int, std: float) -> tor
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, *, seed: int, std: float) -> None:
-    """Give every parameter of `model` its initial value; a tied parameter counts once, under its first name."""
-    for name, parameter in model.named_parameters():
+def initialise(parameters: Iterable[tuple[str, nn.Parameter]], *, seed: int, std: float) -> None:
+    """Give each of (canonical name, parameter) its initial value."""
+    for name, parameter in parameters:
         parameter.copy_(initial_value(name, parameter.shape, seed=seed, std=std))

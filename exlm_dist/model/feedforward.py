@@ -11,6 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.elementwise import gelu_gradient_
+from exlm_dist.kernels.linear import Linear, product
 
 #: Inner activations [rows, F] worked on at a time on a CPU, in elements: few enough to stay in its cache.
 _BLOCK_ELEMENTS = 1 << 19
@@ -21,7 +22,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, inner)
+        self.up = Linear(width, inner)
         self.down = GeluLinear(inner, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ class _GeluLinear(Function):
         ctx.save_for_backward(x, weight)
         out = x.new_empty(len(x), len(weight))
         for rows in _blocks(x):
-            torch.addmm(bias, F.gelu(x[rows]), weight.t(), out=out[rows])
+            out[rows] = product(F.gelu(x[rows]), weight.t(), bias)
         return out
 
     @staticmethod
@@ -55,8 +56,8 @@ class _GeluLinear(Function):
             return grad_x, grad.t() @ gelu_gradient_(grad_x, x), grad.sum(0)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         for rows in _blocks(x):
-            grad_weight.addmm_(grad[rows].t(), F.gelu(x[rows]))
-            torch.ops.aten.gelu_backward.grad_input(grad[rows] @ weight, x[rows], grad_input=grad_x[rows])
+            grad_weight += product(grad[rows].t(), F.gelu(x[rows]))
+            torch.ops.aten.gelu_backward.grad_input(product(grad[rows], weight), x[rows], grad_input=grad_x[rows])
         return grad_x, grad_weight, grad.sum(0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -12,6 +14,7 @@ from exlm_dist.model.embedding import Embedding
 from exlm_dist.model.heads import Output
 from exlm_dist.model.initialisation import initialise
 from exlm_dist.model.stream import Stream
+from exlm_dist.parallel.held import held_by
 
 
 class LanguageModel(nn.Module):
@@ -62,14 +65,22 @@ def build_model(
     kernel_backend: str = "auto",
     activation_checkpointing: bool = False,
     token_dropout: int | None = None,
+    split: Callable[[nn.Module], None] | None = None,
 ) -> LanguageModel:
-    """Model on the CPU in fp32 with its initial weights; they depend on `seed` and each parameter's name alone."""
-    model = LanguageModel(
-        config,
-        vocab_size,
-        kernel_backend=kernel_backend,
-        activation_checkpointing=activation_checkpointing,
-        token_dropout=token_dropout,
-    )
-    initialise(model, seed=seed, std=config.init_std)
+    """Model on the CPU in fp32 with its initial weights; they depend on `seed` and each parameter's name alone.
+
+    `split` (`parallel.tensor.split` with its group) cuts the model down to what this rank holds of it; the full model
+    never has any memory.
+    """
+    with torch.device("cpu" if split is None else "meta"):
+        model = LanguageModel(
+            config,
+            vocab_size,
+            kernel_backend=kernel_backend,
+            activation_checkpointing=activation_checkpointing,
+            token_dropout=token_dropout,
+        )
+    if split is not None:
+        split(model)
+    initialise(held_by(model), seed=seed, std=config.init_std)
     return model

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -78,6 +79,14 @@ class Stream:
     def replace(self, **changes: Any) -> Stream:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+    def aligned(self, multiple: int) -> Stream:
+        """The same micro-batch with T and S padded up to a `multiple`; padding tokens and states belong to nobody."""
+        tokens, states = (-len(rows) % multiple for rows in (self.input_ids, self.state_index))
+        if not tokens and not states:
+            return self
+        by_token = {name: F.pad(getattr(self, name), (0, tokens)) for name in ("input_ids", "position", "clone")}
+        return self.replace(**by_token, state_index=F.pad(self.state_index, (0, states)))
 
     def to(self, device: torch.device | str) -> Stream:
         """A copy with every tensor on `device`."""

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -52,22 +52,27 @@ class Engine:
         self.zero = config.parallel.zero
         self.accumulation = config.batch.sequences // (config.batch.micro * process.grid.data.size)
 
-    def build(self, held: range | None = None) -> LanguageModel:
-        """The model, or some layers of it, with its initial weights."""
+    def build(self, stage: range | None = None) -> LanguageModel:
+        """What this rank holds of the model, or of some layers of it, with its initial weights."""
         return build_model(
             self.config.model,
             self.vocab_size,
             seed=self.config.seed,
             kernel_backend=self.config.kernels.backend,
             activation_checkpointing=self.config.parallel.activation_checkpointing,
-            held=held,
+            stage=stage,
+            split=self._split() if self.process.grid.tensor.size > 1 else None,
+        )
+
+    def _split(self) -> Callable[[nn.Module], None]:
+        from exlm_dist.parallel.tensor import split
+
+        return functools.partial(
+            split, group=self.process.grid.tensor.group, sequence=self.config.parallel.sequence
         )
 
     def start(self, module: nn.Module, **arguments: Any) -> None:
         """Make optimizer and DeepSpeed engine for `module`, whose parameters are `parameters`."""
-        for held in self.parameters:
-            # By this mark DeepSpeed knows what to count on every tensor rank in norms; the rest it counts on the first.
-            held.parameter.tensor_model_parallel = held.slice is not None
         self.optimizer = torch.optim.AdamW(
             [held.parameter for held in self.parameters], **adamw(self.config, self.process.device)
         )
@@ -145,9 +150,7 @@ class PlainEngine(Engine):
     def __init__(self, config: RunConfig, process: Process, vocab_size: int) -> None:
         super().__init__(config, process, vocab_size)
         self._model = self.build()
-        self.parameters = [
-            Held(name, value, tuple(value.shape)) for name, value in self._model.canonical_parameters()
-        ]
+        self.parameters = self._model.held()
         objective = Objective(self._model, config.loss.reduction, partitioned=self.zero == 3)
         grid = process.grid
         place = grid.layout.group_of(process.rank, "data")

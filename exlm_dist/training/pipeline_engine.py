@@ -14,7 +14,6 @@ from exlm_dist.model.objective import loss_sum, masked_scores
 from exlm_dist.model.scoring import Totals
 from exlm_dist.model.stages import cut_layers, layer_costs
 from exlm_dist.model.stream import Stream
-from exlm_dist.parallel.held import Held
 from exlm_dist.parallel.process import Process
 from exlm_dist.training.engine import BatchResult, Engine, quiet_deepspeed
 from exlm_dist.utils.logs import get_logger
@@ -36,10 +35,7 @@ class PipelineEngine(Engine):
         costs = layer_costs(config.model, vocab_size, length, config.masking.ratio)
         self.bounds = cut_layers(costs, grid.pipeline.size)
         model = self.build(self.bounds[grid.pipeline.rank])
-        self.parameters = [
-            Held(name, value, tuple(value.shape), saved=grid.pipeline.is_first or name != "embedding.weight")
-            for name, value in model.canonical_parameters()
-        ]
+        self.parameters = model.held()
         self._recompute = config.parallel.activation_checkpointing
         self._scale = 0.0
         self._is_masked: list[Tensor | None] = []

@@ -42,6 +42,8 @@ class Engine:
 
     deepspeed: Any
     optimizer: torch.optim.Optimizer
+    #: Trained numbers of the whole model.
+    num_parameters: int
     #: What this rank holds, in the same order on every copy; the shapes are those before ZeRO 3 empties the tensors.
     parameters: list[Held]
 
@@ -76,8 +78,9 @@ class Engine:
         self.optimizer = torch.optim.AdamW(
             [held.parameter for held in self.parameters], **adamw(self.config, self.process.device)
         )
-        count = sum(held.numel for held in self.parameters)
-        settings = deepspeed_config(self.config, self.process, self.dtype, count)
+        self.num_parameters = self._count()
+        here = sum(held.parameter.numel() for held in self.parameters)
+        settings = deepspeed_config(self.config, self.process, self.dtype, here)
         with quiet_deepspeed() as deepspeed:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module, optimizer=self.optimizer, config=settings, dist_init_required=False, **arguments
@@ -87,13 +90,13 @@ class Engine:
         for state in self.inner_optimizer.state.values():
             state["step"].zero_()
 
-    @functools.cached_property
-    def num_parameters(self) -> int:
-        """Trained numbers of the whole model, tied ones counted once. A collective at first use."""
+    def _count(self) -> int:
+        """Trained numbers of the whole model, tied ones counted once. A collective."""
         grid = self.process.grid
         mine = grid.data.is_first and grid.tensor.is_first
-        once = sum(held.numel for held in self.parameters if held.saved)
-        return int(self.process.gather([float(once if mine else 0)]).sum())
+        # Of what is cut along the tensor ranks the first knows the full shape.
+        here = sum(held.numel for held in self.parameters if held.saved)
+        return int(self.process.gather([float(here if mine else 0)]).sum())
 
     @property
     def inner_optimizer(self) -> torch.optim.Optimizer:

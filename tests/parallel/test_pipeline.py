@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
-from integration.training_runs import tiny
+from integration.training_runs import log_of, tiny, train_on
 from made_run import make_data
 from parallel.harness import on_ranks
 
 from exlm_dist.config import RunConfig
+from exlm_dist.utils.errors import EXIT_RETRY
 
 STEPS = 10
 SECTIONS = {
@@ -189,3 +191,19 @@ def test_sharded_equals_unsharded(model, parallel, world, reference, data, tmp_p
     config = tiny(tmp_path, "sharded", data, parallel=parallel, **SECTIONS, **MODELS[model])
     copies = world // (config.parallel.tensor * config.parallel.pipeline)
     compare(measured(config, world), reference(model), copies=copies)
+
+
+DEATHS = [
+    ({"pipeline": 2}, 2, 0),
+    ({"pipeline": 2, "data": 2}, 4, 3),
+    ({"tensor": 2, "pipeline": 2}, 4, 2),
+    ({"tensor": 2, "zero": 3}, 4, 1),
+]
+
+
+@pytest.mark.parametrize("parallel, world, lost", DEATHS, ids=lambda value: str(value))
+def test_a_killed_rank_ends_all(parallel, world, lost, data, tmp_path):
+    """Within 30 s, and every other rank says that it may be started again."""
+    config = tiny(tmp_path, "killed", data, parallel=parallel, batch={"sequences": 8, "micro": 2})
+    codes = train_on(config, world, death=("step", lost, 2), timeout=30.0)
+    assert codes == [-signal.SIGKILL if rank == lost else EXIT_RETRY for rank in range(world)], log_of(config)

@@ -208,6 +208,11 @@ class CheckpointConfig(Section):
     every: int = Field(1000, ge=1, description="Steps between checkpoints; the last step is always saved.")
     keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
     best: bool = Field(True, description="Keep the one with the lowest evaluation nll as well.")
+    asynchronous: bool = Field(
+        True, description="Write in a process beside each rank while training goes on (4 bytes of host memory for each "
+        "number a rank saves), instead of waiting."
+    )
+    timeout: int = Field(900, ge=1, description="Seconds after which a save that is not written yet has failed.")
 
 
 class EvaluationConfig(Section):

@@ -94,9 +94,14 @@ class Engine:
         """Trained numbers of the whole model, tied ones counted once. A collective."""
         grid = self.process.grid
         mine = grid.data.is_first and grid.tensor.is_first
-        # Of what is cut along the tensor ranks the first knows the full shape.
+        # Shapes are those of the whole: of what is cut along the tensor ranks the first counts all.
         here = sum(held.numel for held in self.parameters if held.saved)
         return int(self.process.gather([float(here if mine else 0)]).sum())
+
+    @property
+    def replica(self) -> tuple[int, int]:
+        """(number, count) of this data-parallel replica."""
+        return self.process.grid.data.rank, self.process.grid.data.size
 
     @property
     def inner_optimizer(self) -> torch.optim.Optimizer:

@@ -57,6 +57,7 @@ def run(session: Session, interruption: Interruption) -> int:
         session.evaluate()  # the signal that ended the last launch left no time for it
     while session.step < config.schedule.steps:
         session.train_step()
+        session.attend_save()
         last = session.step == config.schedule.steps
         stop = interruption.agreed(session.process) and not last
         if session.evaluation_is_due() and not stop:

@@ -11,6 +11,7 @@ import pytest
 from integration.training_runs import log_of, tiny, train_on
 from made_run import make_data
 from parallel.harness import on_ranks
+from parallel.sharded import assembled, pieces
 
 from exlm_dist.config import RunConfig
 from exlm_dist.utils.errors import EXIT_RETRY
@@ -74,54 +75,12 @@ def trajectory(process, settings):
     return {"rows": rows, "initial": initial, "first": first, "final": final, "evaluation": evaluation}
 
 
-def pieces(engine, key):
-    """{name: (full shape, dim, start, stop, values)} of what this rank holds: the weights, or the moment `key`."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    found = {}
-    for held in engine.parameters:
-        if engine.zero == 0:
-            value = held.parameter if key is None else engine.inner_optimizer.state[held.parameter][key]
-        elif key is None:
-            value = safe_get_full_fp32_param(held.parameter)
-        else:
-            value = safe_get_full_optimizer_state(held.parameter, key)
-        place = (0, 0, held.shape[0]) if held.slice is None else (held.slice.dim, held.slice.start, held.slice.stop)
-        # float32 numpy: what travels from the ranks to the test.
-        found[held.name] = (held.shape, *place, value.detach().float().numpy().reshape(_local_shape(held)).copy())
-    return found
-
-
-def _local_shape(held):
-    """Shape of the local tensor (ZeRO 3 has emptied it), padding of a vocabulary included."""
-    shape = list(held.part_shape)
-    if held.slice is not None:
-        shape[held.slice.dim] = -1
-    return shape
-
-
-def assembled(ranks, what):
-    """{name: full array} from the pieces of all ranks; copies of a piece must be equal to the last bit."""
-    full, filled = {}, {}
-    for rank in ranks:
-        for name, (shape, dim, start, stop, values) in rank[what].items():
-            target = full.setdefault(name, np.zeros(shape, np.float32))
-            seen = filled.setdefault(name, np.zeros(shape, bool))
-            index = (slice(None),) * dim + (slice(start, stop),)
-            part = values[(slice(None),) * dim + (slice(0, stop - start),)]
-            if seen[index].all():
-                assert np.array_equal(target[index], part), f"{what} {name}: copies differ"
-            target[index], seen[index] = part, True
-    assert all(seen.all() for seen in filled.values())
-    return full
-
-
 def measured(config, world):
     """(rows of numbers per step, initial weights, first gradients, final weights, evaluation), whole and unsharded."""
     ranks = on_ranks(trajectory, world, config.model_dump(), timeout=120.0)
     for rank in ranks[1:]:
         assert rank["rows"] == ranks[0]["rows"] and rank["evaluation"] == ranks[0]["evaluation"]
-    return ranks[0]["rows"], *(assembled(ranks, what) for what in ("initial", "first", "final")), ranks[0]["evaluation"]
+    return ranks[0]["rows"], *(assembled([rank[what] for rank in ranks]) for what in ("initial", "first", "final")), ranks[0]["evaluation"]
 
 
 def deviations(got, wanted):

@@ -88,7 +88,7 @@ def test_mask_ratio_is_checked(run, ratio):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, caplog):
     config = reader.read_config(run)
     newer = write_initial_checkpoint(config, run, step=200)
-    with open(newer / reader.MODEL_FILE, "r+b") as file:
+    with open(newer / model_file(0), "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\xff")
     assert evaluate_checkpoint(run, record=False).step == 100
@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, caplog):
     [
         (lambda folder: (folder / "COMPLETE").unlink(), "no COMPLETE marker"),
         (lambda folder: (folder / "COMPLETE").write_text("0" * 64), "hash in COMPLETE"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda folder: (folder / model_file(0)).unlink(), "model.safetensors is missing"),
         (lambda folder: (folder / "state.json").write_text("{}"), "bytes, not"),
     ],
 )

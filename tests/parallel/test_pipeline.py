@@ -14,7 +14,8 @@ from parallel.harness import on_ranks
 from parallel.sharded import assembled, pieces
 
 from exlm_dist.config import RunConfig
-from exlm_dist.utils.errors import EXIT_RETRY
+from exlm_dist.tracking import read_events
+from exlm_dist.utils.errors import EXIT_DONE, EXIT_RETRY
 
 STEPS = 10
 SECTIONS = {
@@ -145,7 +146,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("model, parallel, world", CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize("model, parallel, world", CASES, ids=str)
 def test_sharded_equals_unsharded(model, parallel, world, reference, data, tmp_path):
     config = tiny(tmp_path, "sharded", data, parallel=parallel, **SECTIONS, **MODELS[model])
     copies = world // (config.parallel.tensor * config.parallel.pipeline)
@@ -153,16 +154,43 @@ def test_sharded_equals_unsharded(model, parallel, world, reference, data, tmp_p
 
 
 DEATHS = [
-    ({"pipeline": 2}, 2, 0),
-    ({"pipeline": 2, "data": 2}, 4, 3),
-    ({"tensor": 2, "pipeline": 2}, 4, 2),
-    ({"tensor": 2, "zero": 3}, 4, 1),
+    ({"pipeline": 2}, 2, 0, {"zero": 2, "data": 2}),
+    ({"pipeline": 2, "data": 2}, 4, 3, {"tensor": 2}),
+    ({"tensor": 2, "pipeline": 2}, 4, 2, {"data": 1}),
+    ({"tensor": 2, "data": 2, "zero": 3}, 4, 1, {"pipeline": 2}),
 ]
 
 
-@pytest.mark.parametrize("parallel, world, lost", DEATHS, ids=lambda value: str(value))
-def test_a_killed_rank_ends_all(parallel, world, lost, data, tmp_path):
-    """Within 30 s, and every other rank says that it may be started again."""
-    config = tiny(tmp_path, "killed", data, parallel=parallel, batch={"sequences": 8, "micro": 2})
-    codes = train_on(config, world, death=("step", lost, 2), timeout=30.0)
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    """The events of the run of `test_a_killed_rank_ends_all` on one rank that nothing ends."""
+    config = tiny(tmp_path_factory.mktemp("whole"), "whole", data, batch=SECTIONS["batch"])
+    assert train_on(config, 1) == [EXIT_DONE]
+    return points(config)
+
+
+@pytest.mark.parametrize("parallel, world, lost, then", DEATHS, ids=str)
+def test_a_killed_rank_ends_all(parallel, world, lost, then, data, tmp_path, uninterrupted):
+    """Within 30 s, every other rank saying that it may be started again; and another layout takes the run to its end."""
+    config = tiny(tmp_path, "killed", data, parallel=parallel, batch=SECTIONS["batch"])
+    codes = train_on(config, world, death=("step", lost, 6), timeout=30.0)
     assert codes == [-signal.SIGKILL if rank == lost else EXIT_RETRY for rank in range(world)], log_of(config)
+    config = tiny(tmp_path, "killed", data, parallel=then, batch=SECTIONS["batch"])
+    world = config.local_processes
+    assert train_on(config, world) == [EXIT_DONE] * world
+    assert points(config).keys() == uninterrupted.keys()
+    for place, value in uninterrupted.items():
+        assert points(config)[place] == pytest.approx(value, rel=1e-4), place
+
+
+def points(config):
+    """{(step, name): value} of what does not depend on the layout."""
+    names = ("train/loss", "train/lr", "train/grad_norm", "valid/nll", "progress/sequences")
+    events = read_events(Path(config.runs) / config.name / "events.jsonl")
+    return {
+        (event["step"], name): event["values"][name]
+        for event in events
+        if event["kind"] == "metrics"
+        for name in names
+        if name in event["values"]
+    }

@@ -152,7 +152,11 @@ class Output(nn.Module):
         chunk = max(1, _PREDICTION_LOGITS // (stream.max_states * len(self.weight)))
         return torch.cat(
             [
-                (q @ F.linear(x, self.weight, self.bias).float().softmax(-1)).argmax(-1)
+                (q @ self._logits(x).float().softmax(-1)).argmax(-1)
                 for q, x in zip(prior.split(chunk), padded.split(chunk))
             ]
         )
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        """[B, L, V] of [B, L, D]."""
+        return linear(tokens.flatten(0, 1), self.weight, self.bias).unflatten(0, tokens.shape[:2])

@@ -186,7 +186,7 @@ class Output(nn.Module):
         chunk = max(1, _PREDICTION_LOGITS // (stream.max_states * len(bias)))
         best = []
         for q, x in zip(prior.split(chunk), padded.split(chunk)):
-            logits = F.linear(x, weight, bias).float()
+            logits = linear(x.flatten(0, 1), weight, bias).unflatten(0, x.shape[:2]).float()
             if shard is None:
                 best.append((q @ logits.softmax(-1)).argmax(-1))
                 continue

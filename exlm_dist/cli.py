@@ -173,7 +173,7 @@ def _add_launch(commands) -> None:
     )
     deepspeed.add_argument("config", help="YAML file")
     deepspeed.add_argument(
-        "--hostfile", type=Path, help="hosts and slots; default: launch.processes processes on this machine"
+        "--hostfile", type=Path, help="hosts and slots; default: processes on this machine, launch.processes or what the layout needs"
     )
     deepspeed.add_argument("--dry-run", action="store_true", help="print the command and stop")
 
@@ -263,10 +263,10 @@ def _pretrain(options: argparse.Namespace, overrides: list[str]) -> int:
     from exlm_dist.config import load_config
 
     config = load_config(options.config, overrides)
-    if "RANK" not in os.environ and config.launch.processes > 1:
+    if "RANK" not in os.environ and config.local_processes > 1:
         from exlm_dist.launch.local import run_local
 
-        return run_local([options.config, *overrides], config.launch.processes)
+        return run_local([options.config, *overrides], config.local_processes)
     from exlm_dist.training.loop import train
 
     return train(config)
@@ -278,12 +278,12 @@ def _launch_deepspeed(options: argparse.Namespace, overrides: list[str]) -> int:
     from exlm_dist.config import load_config
     from exlm_dist.launch.deepspeed import deepspeed_command, run_deepspeed
 
-    launch = load_config(options.config, overrides).launch
+    config = load_config(options.config, overrides)
     arguments = [options.config, *overrides]
     if options.dry_run:
-        print(shlex.join(deepspeed_command(arguments, processes=launch.processes, port=0, hostfile=options.hostfile)))
+        print(shlex.join(deepspeed_command(arguments, processes=config.local_processes, port=0, hostfile=options.hostfile)))
         return 0
-    return run_deepspeed(arguments, processes=launch.processes, device=launch.device, hostfile=options.hostfile)
+    return run_deepspeed(arguments, processes=config.local_processes, device=config.launch.device, hostfile=options.hostfile)
 
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> int:

@@ -53,3 +53,14 @@ class Held:
 def part_shape(shape: tuple[int, ...], cut: Slice | None) -> tuple[int, ...]:
     """Shape of a slice of a tensor of `shape`."""
     return shape if cut is None else (*shape[: cut.dim], cut.stop - cut.start, *shape[cut.dim + 1 :])
+
+
+def set_extent(parameter: nn.Parameter, shape: tuple[int, ...], part: Slice | None, *, saved: bool) -> None:
+    """Note on a `parameter` how it lies in the full one of `shape`, for `held_by`."""
+    parameter.extent = (tuple(shape), part, saved)
+
+
+def held_by(model: nn.Module) -> list[Held]:
+    """What this rank holds of `model`, in the order of its parameters: all of each where nothing else is noted."""
+    whole = ((name, parameter, (tuple(parameter.shape), None, True)) for name, parameter in model.named_parameters())
+    return [Held(name, parameter, *getattr(parameter, "extent", extent)) for name, parameter, extent in whole]

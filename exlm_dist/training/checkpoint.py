@@ -128,7 +128,7 @@ def check(present: Index, saved: Index) -> None:
 
 
 def put(engine: Engine, tensors: TensorReader, state: dict[str, Any]) -> None:
-    """Fill the engine from a checkpoint; each rank reads what it needs. The moments must exist: `prime` first."""
+    """Fill the engine from a checkpoint; each rank reads what it needs. The moments must exist: `engine.prime` first."""
     fragments = fragments_of(engine)
     with torch.no_grad():
         for held in engine.parameters:
@@ -152,17 +152,6 @@ def _padded(tensors: TensorReader, held: Held, moment: str | None, start: int, s
     low, high = min(start, size), min(stop, size)
     values[: high - low] = torch.from_numpy(tensors.read(held.name, moment, held.slice, low, high))
     return values
-
-
-def prime(engine: Engine, micro_batch: Any) -> None:
-    """One optimizer step that changes nothing, so that there are moments to write to. `put` must follow.
-
-    The gradient of a real micro-batch times 0 at rate 0; a loss scale or step count it moves is overwritten by `put`.
-    """
-    engine.set_learning_rate(0.0)
-    loss, _, _ = engine.forward(micro_batch, None, last=True)
-    engine.backward(loss * 0.0)
-    engine.step()
 
 
 def select(run_folder: Path, process: Process) -> tuple[Path, dict[str, Any]] | None:

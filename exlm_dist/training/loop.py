@@ -35,7 +35,7 @@ def train(config: RunConfig) -> int:
 
     session = None
     try:
-        session = Session(config, processes.start(config.launch))
+        session = Session(config, processes.start(config.launch, config.parallel))
         code = run(session, interruption)
         session.disband()
         processes.finish()

@@ -85,7 +85,7 @@ def load_and_save(process, settings, layouts):
         assert session.open() and session.step == STEP
         folder = Path(config.runs) / "run/checkpoints" / f"step-{STEP:08d}"
         weights = reader.load_weights(folder)
-        with session.engine.plain_model() as model:
+        with session.engine._plain_model() as model:
             for name, parameter in model.named_parameters():
                 assert torch.equal(parameter.float(), weights[name].to(parameter.dtype).float()), (name, stage, dtype)
         session.step += 1

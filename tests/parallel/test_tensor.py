@@ -7,8 +7,10 @@ gives back what it found.
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,23 +65,29 @@ def compare(group, changes, sequence, options):
     from exlm_dist.model.build import build_model
     from exlm_dist.parallel.held import held_by
     from exlm_dist.parallel.tensor import split
+    from exlm_dist.parallel.traffic import Traffic
 
     config = settings(**changes)
     build = functools.partial(build_model, config, VOCABULARY, seed=3, **options)
     whole, own = build(), build(split=functools.partial(split, group=group, sequence=sequence))
     full, parts = dict(whole.named_parameters()), held_by(own)
     assert [(held.name, held.shape) for held in parts] == [(name, tuple(p.shape)) for name, p in full.items()]
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01) for model in (whole, own)]
     found = {"initial": {held.name: part_difference(full, held) for held in parts}, "loss": [], "norm": []}
+    found["predictions"] = [predictions(model, next(streams(config, 1))) for model in (whole, own)]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01) for model in (whole, own)]
     for step, stream in enumerate(streams(config, STEPS)):
-        losses = [loss_of(model, stream) for model in (whole, own)]
-        for loss, optimizer in zip(losses, optimizers):
+        losses = []
+        for model, optimizer in zip((whole, own), optimizers):
             optimizer.zero_grad()
-            loss.backward()
+            with Traffic() as traffic:
+                losses.append(loss_of(model, stream))
+                losses[-1].backward()
         found["loss"].append(abs(float(losses[1] / losses[0]) - 1))
         expected = torch.nn.utils.get_total_norm([p.grad for p in full.values()])
         found["norm"].append(abs(float(total_norm(parts, group) / expected) - 1))
         if step == 0:
+            found["sent"] = {kind: (calls, traffic.bytes[kind]) for kind, calls in traffic.calls.items()}
+            found["expected"] = expected_traffic(config, stream, group.size() if sequence else 0)
             found["gradient"] = {held.name: part_difference(full, held, gradient=True) for held in parts}
         for optimizer in optimizers:
             optimizer.step()
@@ -89,6 +97,34 @@ def compare(group, changes, sequence, options):
     found["replicas"] = {held.name: held.parameter.detach().numpy() for held in parts if held.slice is None}
     found["filling"] = [filling(held) for held in parts]
     return found
+
+
+def predictions(model, stream):
+    """The most probable token of every target, without dropout."""
+    found = model.eval()(stream.replace(predict=True)).predictions
+    model.train()
+    return [row[:count].tolist() for row, count in zip(found, stream.num_targets)]
+
+
+def expected_traffic(config, stream, multiple):
+    """The table of docs/parallelism.md: calls and bytes by kind; `multiple`: of rows, 0 without sequence parallelism."""
+    stream = stream.aligned(multiple or 1)
+    width, blocks = config.width, config.layers - 1
+    token, state = (4 * width * len(rows) for rows in (stream.input_ids, stream.state_index))
+    states, targets, longest = len(stream.state_index), stream.max_targets, stream.max_states
+    sums = [state, 4 * states, 4 * states, 4 * states * targets]
+    if config.objective == "exlm" and config.transitions != "uniform":
+        moves = 4 * stream.num_sequences * longest
+        sums += [state, moves * longest, moves * longest, moves, moves]
+        sums += [4 * width * stream.max_tokens] if config.transition_positions else []
+    if not multiple:
+        sums += [token] + [token] * 4 * blocks + [token, state, state, state]
+        return {"all_reduce": (len(sums), sum(sums))}
+    sums += [4 * width] * (6 * config.layers + 2)
+    gathers = [token] + [token] * 6 * blocks + [token] * 3 + [state] * 4 + [state]
+    scatters = [token] + [token] * 4 * blocks + [token] * 2 + [state] * 3
+    kinds = {"all_reduce": sums, "all_gather": gathers, "reduce_scatter": scatters}
+    return {kind: (len(sizes), sum(sizes)) for kind, sizes in kinds.items()}
 
 
 def used(held, gradient=False):
@@ -169,6 +205,14 @@ def test_split_equals_whole(results, name):
             # The gradient of the keys' bias is 0 but for rounding: a shift of all scores of a row.
             assert value < 1e-5 or "key.bias" in parameter, (parameter, value)
         assert len(found["loss"]) == STEPS
+        whole, own = found["predictions"]
+        assert own == whole and len({token for row in own for token in row}) > 1
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "recomputed" not in name])
+def test_what_is_sent_is_what_the_documentation_says(results, name):
+    for found in results[name]:
+        assert found["sent"] == found["expected"]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -189,3 +233,19 @@ def test_parts_make_the_whole_and_replicas_stay_equal(results, name):
             assert parts[0][1] == 0 and all(before[2] == after[1] for before, after in zip(parts, parts[1:]))
     assert ranks[-1]["slices"]["embedding.weight"][2] == VOCABULARY
     assert all(value == 0 for found in ranks for value in found["filling"])
+
+
+def test_one_rank_alone_needs_no_megatron():
+    """Also where it is not installed."""
+    code = (
+        "import sys; sys.modules['megatron'] = None\n"
+        "from test_tensor import VOCABULARY, loss_of, settings, streams\n"
+        "from exlm_dist.model.build import build_model\n"
+        "config = settings()\n"
+        "loss_of(build_model(config, VOCABULARY, seed=0), next(streams(config, 1))).backward()\n"
+        "import exlm_dist.training.session\n"
+        "assert not any(name.startswith('megatron.') for name in sys.modules)\n"
+    )
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), str(here.parents[1])])
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env={**os.environ, "PYTHONPATH": path})

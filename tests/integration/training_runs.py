@@ -51,7 +51,7 @@ def tiny(runs: Path, name: str, data: Path, **sections: Any) -> RunConfig:
 def train_on(config: RunConfig, world: int, death: tuple | None = None, *, timeout: float = 90.0) -> list[int]:
     """Exit codes of `train(config)` on `world` real processes. `death`: ("step", rank, n) kills a rank before its step
     n with SIGKILL; ("signal", rank, n, number) sends a signal; ("writer", rank, point) is for the process that writes
-    its checkpoints: see tests/crash_points/sitecustomize.py."""
+    its checkpoints: see tests/crash_points/sitecustomize.py. "slow" is the same for a writer that lags behind."""
     try:
         return run_processes(_train, world, config.model_dump(), death, timeout=timeout)
     except RankFailed as failure:
@@ -67,10 +67,13 @@ def _train(rank: int, settings: dict[str, Any], death: tuple | None) -> int:
     # The server that the ranks are forked from has kept the standard error of the first test.
     os.dup2(os.open(f"{settings['runs']}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
     configure_logging("WARNING")
-    if death is not None:
+    if death is not None and death[0] != "slow":
         _finish_saves_before_steps()
     if death is not None and death[1] == rank:
-        {"step": _die_at_step, "writer": _crash_writer, "signal": _signal_at_step}[death[0]](*death[2:])
+        if death[0] in ("writer", "slow"):
+            _crash_writer(settings["runs"], death[2])
+        else:
+            {"step": _die_at_step, "signal": _signal_at_step}[death[0]](*death[2:])
     return train(RunConfig.model_validate(settings))
 
 
@@ -107,9 +110,10 @@ def _signal_at_step(number: int, which: int) -> None:
     _before_step(lambda step: os.kill(os.getpid(), which) if step == number else None)
 
 
-def _crash_writer(point: str) -> None:
-    """The writer of this rank reads this when it starts (tests/crash_points/sitecustomize.py)."""
-    os.environ["EXLM_CRASH_POINT"] = point
+def _crash_writer(runs: str, point: str) -> None:
+    file = Path(runs) / "crash_point"
+    file.write_text(point)
+    os.environ["EXLM_CRASH_POINT"] = str(file)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(CRASH_POINTS), os.environ.get("PYTHONPATH", "")])
 
 

@@ -174,7 +174,7 @@ def _add_launch(commands) -> None:
     )
     deepspeed.add_argument("config", help="YAML file")
     deepspeed.add_argument(
-        "--hostfile", type=Path, help="hosts and slots; default: launch.processes processes on this machine"
+        "--hostfile", type=Path, help="hosts and slots; default: processes on this machine, launch.processes or what the layout needs"
     )
     deepspeed.add_argument("--dry-run", action="store_true", help="print the command and stop")
 
@@ -277,11 +277,11 @@ def _pretrain(options: argparse.Namespace, overrides: list[str]) -> int:
     from exlm_dist.config import load_config
 
     config = load_config(options.config, overrides)
-    if "RANK" not in os.environ and (config.launch.processes > 1 or config.launch.restarts):
+    if "RANK" not in os.environ and (config.local_processes > 1 or config.launch.restarts):
         from exlm_dist.launch.local import run_local
         from exlm_dist.launch.restart import Restarts
 
-        return run_local([options.config, *overrides], config.launch.processes, Restarts.begin(config))
+        return run_local([options.config, *overrides], config.local_processes, Restarts.begin(config))
     from exlm_dist.training.loop import train
 
     return train(config)
@@ -301,16 +301,15 @@ def _launch_deepspeed(options: argparse.Namespace, overrides: list[str]) -> int:
     from exlm_dist.launch.restart import Restarts
 
     config = load_config(options.config, overrides)
-    launch = config.launch
     arguments = [options.config, *overrides]
     if options.dry_run:
-        print(shlex.join(deepspeed_command(arguments, processes=launch.processes, port=0, hostfile=options.hostfile)))
+        print(shlex.join(deepspeed_command(arguments, processes=config.local_processes, port=0, hostfile=options.hostfile)))
         return 0
     return run_deepspeed(
         arguments,
         Restarts.begin(config),
-        processes=launch.processes,
-        device=launch.device,
+        processes=config.local_processes,
+        device=config.launch.device,
         hostfile=options.hostfile,
     )
 

@@ -21,15 +21,18 @@ Checks = list[tuple[str, Callable[[], Finding | list[Finding]]]]
 def doctor(path: str | None, overrides: Sequence[str], *, nodes: bool) -> int:
     """Print the table of findings for the run of a configuration, or for the machine alone; 1 where a check fails.
 
-    `nodes`: ranks on all nodes of this Slurm job instead of `launch.processes` here.
+    `nodes`: ranks on all nodes of this Slurm job instead of those that `exlm pretrain` starts here.
     """
     checks: Checks = [("packages", doctor_checks.check_packages), ("limits", doctor_checks.check_limits)]
-    launch, runs = LaunchConfig(processes=2), Path(".")
+    launch, runs, processes = LaunchConfig(), Path("."), 2
     if path is not None:
         config = load_config(path, overrides)
-        launch, runs = config.launch, Path(config.runs)
+        launch, runs, processes = config.launch, Path(config.runs), config.local_processes
         checks += _checks_of_run(config)
-    checks += [("port", doctor_checks.check_port), ("ranks", lambda: check_ranks(launch, runs, nodes=nodes))]
+    checks += [
+        ("port", doctor_checks.check_port),
+        ("ranks", lambda: check_ranks(launch, runs, processes=None if nodes else processes)),
+    ]
     findings = examine(checks)
     print(table(findings))
     return int(failed(findings))

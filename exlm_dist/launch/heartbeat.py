@@ -46,9 +46,9 @@ class Heart:
         temporary.write_text(json.dumps(about))
         os.replace(temporary, self._registration)
 
-    def beat(self) -> None:
-        """Say that this rank has moved."""
-        self.beats += 1
+    def beat(self, places: int = 1) -> None:
+        """Say that this rank has moved, past so many of the places at which all ranks beat."""
+        self.beats += places
         moment = time.monotonic()
         place = watchdog.PHASES.index(self.phase)
         os.pwrite(self._beat, watchdog.BEAT.pack(place, self.step, self.beats, moment), 0)
@@ -81,11 +81,17 @@ def start(limits: WatchdogConfig, run: str) -> None:
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, cwd="/")
 
 
-def beat(step: int | None = None) -> None:
-    """Say that this rank has moved. All ranks beat at the same places. `step`: optimizer steps done by now."""
+def beat(step: int) -> None:
+    """Say that this rank has come to the next place at which all ranks beat; `step`: optimizer steps done by now."""
     if _heart is not None:
-        _heart.step = _heart.step if step is None else step
+        _heart.step = step
         _heart.beat()
+
+
+def alive() -> None:
+    """Say that this rank still moves, at a place that others may not pass, or not as often."""
+    if _heart is not None:
+        _heart.beat(0)
 
 
 @contextlib.contextmanager
@@ -103,10 +109,10 @@ def enter(name: str) -> None:
     _enter(name)
 
 
-def beating(items: Iterable[Item]) -> Iterator[Item]:
-    """The items, with a beat at each."""
+def living(items: Iterable[Item]) -> Iterator[Item]:
+    """The items, with a sign of life at each."""
     for item in items:
-        beat()
+        alive()
         yield item
 
 

@@ -72,7 +72,7 @@ with heartbeat.phase('save'):
     def a_call_that_never_returns():
         ctypes.PyDLL(None).sleep(60)
     if rank == 2: a_call_that_never_returns()
-    heartbeat.beat()
+    heartbeat.beat(3)
     time.sleep(60)"""
     assert run(tmp_path, code) == EXIT_RETRY
     text = capfd.readouterr().err
@@ -83,7 +83,7 @@ def test_ranks_that_move_and_phases_without_a_limit_are_left_alone(tmp_path, cap
     code = """
 time.sleep(1.2)
 heartbeat.enter('step')
-for _ in heartbeat.beating(range(30)): time.sleep(0.05)
+for _ in heartbeat.living(range(30)): time.sleep(0.05)
 with heartbeat.phase('evaluation'): time.sleep(1.2)
 if rank == 0: heartbeat.stop()"""
     assert run(tmp_path, code) == 0

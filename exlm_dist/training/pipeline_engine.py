@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from exlm_dist.config import RunConfig
 from exlm_dist.data.batch import PackedBatch
+from exlm_dist.launch import heartbeat
 from exlm_dist.model.build import run_layers
 from exlm_dist.model.objective import loss_sum, masked_scores
 from exlm_dist.model.scoring import Totals
@@ -94,6 +95,7 @@ class PipelineEngine(Engine):
 
     def _work(self, layers: Sequence[nn.Module], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor:
         """This stage on one micro-batch; on the last stage the loss, scaled for DeepSpeed."""
+        heartbeat.alive()
         training = self._stages.training
         stream = run_layers(layers, Stream.from_tensors(tensors), recompute=self._recompute and training)
         if not self.process.grid.pipeline.is_last:

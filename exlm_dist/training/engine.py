@@ -21,6 +21,7 @@ from torch import nn
 
 from exlm_dist.config import RunConfig
 from exlm_dist.data.batch import PackedBatch
+from exlm_dist.launch import heartbeat
 from exlm_dist.model.build import LanguageModel, build_model
 from exlm_dist.model.scoring import Totals, score
 from exlm_dist.model.stream import Stream
@@ -172,6 +173,7 @@ class PlainEngine(Engine):
         for batch in batches:
             last = batch is batches[-1]
             is_masked = torch.from_numpy(batch.is_masked).to(device) if scored and last else None
+            heartbeat.alive()
             self.deepspeed.set_gradient_accumulation_boundary(last)
             loss, left_out, scores = self.deepspeed(self.stream(batch), is_masked)
             # DeepSpeed averages over the copies, which is undone here; it is told not to divide by the accumulation.

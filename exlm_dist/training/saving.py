@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from exlm_dist.config.schema import CheckpointConfig
+from exlm_dist.launch import heartbeat
 from exlm_dist.model.checkpoint_tensors import model_file, optimizer_file, shape_in_file, tensor_name
 from exlm_dist.model.pieces import Piece, Shape
 from exlm_dist.training import checkpoint
@@ -187,6 +188,7 @@ class Saver:
     def wait(self) -> Saved | None:
         """Wait for the end of a save under way. Bounded: a writer has `checkpoint.timeout` for each of its two jobs."""
         while self._save is not None:
+            heartbeat.alive()  # the writer has a limit of its own
             if (saved := self.attend()) is not None:
                 return saved
             if self._save.reply is None:

@@ -10,6 +10,7 @@ from exlm_dist.config import RunConfig, check_vocabulary, check_world, config_di
 from exlm_dist.data.loader import Loader, eval_batches
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.data.tokenizer import load_tokenizer
+from exlm_dist.launch import heartbeat
 from exlm_dist.model import checkpoint_reader as reader
 from exlm_dist.model.checkpoint_tensors import TensorReader
 from exlm_dist.model.scoring import Totals
@@ -27,6 +28,8 @@ from exlm_dist.utils.logs import get_logger
 
 #: Seconds that sending the last events to MLflow may take at the end of a launch, by how it ended.
 SENDING = {"FINISHED": 30.0, "KILLED": 5.0, "FAILED": 3.0}
+#: A checkpoint in bytes, and bytes per second of a slow shared file system, hashing included.
+BYTES_PER_PARAMETER, SLOWEST_WRITE = 12, 100e6
 logger = get_logger(__name__)
 
 
@@ -44,6 +47,7 @@ class Session:
         self._saver: Saver | None = None
         self.engine: Engine | None = None
         self.step = 0
+        self._slowest_save = 0.0
         self.evaluation: dict[str, float] | None = None  # of the current step
 
     def open(self) -> bool:
@@ -168,8 +172,10 @@ class Session:
     def train_step(self) -> None:
         """One optimizer step."""
         batches = self._loader.step(self.step)
+        heartbeat.beat(self.step)
         result = optimizer_step(self.engine, batches, self.config, scored=self.meter.is_logged(self.step))
         self.step += 1
+        heartbeat.beat(self.step)
         self.evaluation = None
         self.meter.after_step(result)
 
@@ -186,7 +192,7 @@ class Session:
         """nll and accuracy per masked token on the held-out split; all ranks take part."""
         with self.meter.pause():
             batches = eval_batches(self.valid_data, sequences=self.config.evaluation.sequences, **self._packing())
-            mine = self.engine.evaluate(batches)
+            mine = self.engine.evaluate(heartbeat.living(batches))
             sums = self.process.gather([mine.nll, mine.correct, mine.count]).sum(0).tolist()
             self.evaluation = Totals(*sums).means()
         if self._events is not None:
@@ -208,10 +214,11 @@ class Session:
             if failed or needed or not self.config.checkpoint.asynchronous:
                 self._conclude(failed or self._saver.wait(), needed)
 
-    @property
-    def saving(self) -> bool:
-        """Whether a save is under way."""
-        return self._saver.busy
+    def seconds_to_save(self, *, due: bool) -> float:
+        """Seconds until the state after the next step could be on disk, that step not counted; `due`: a save comes
+        before. As the slowest save of this launch; before there was one, as on a slow file system."""
+        one = self._slowest_save or BYTES_PER_PARAMETER * self.engine.num_parameters / SLOWEST_WRITE
+        return one * (2 if due or self._saver.busy else 1)
 
     def attend_save(self) -> None:
         """At a step edge: see whether a save under way is done."""
@@ -220,6 +227,7 @@ class Session:
     def _conclude(self, saved: Saved | None, needed: bool) -> None:
         if saved is None:
             return
+        self._slowest_save = max(self._slowest_save, saved.seconds)
         if saved.failure is not None:
             older = self.process.first_only(lambda: checkpoint_files.has_whole(self.path))
             if needed or not older or saved.kind == VALUES:

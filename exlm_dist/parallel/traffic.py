@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: The operations of torch's process groups -> (name, place of the argument that is the whole of what is exchanged).
@@ -26,7 +27,7 @@ class Traffic(TorchDispatchMode):
 
     Bytes are those of the tensor of an all-reduce, a broadcast or a send, and of the whole of a gathered or scattered
     one. A ring of p ranks makes each send 2 (p - 1) / p of them in an all-reduce, (p - 1) / p in a gather or scatter.
-    Counts in the thread it was entered in: on a GPU the backward pass runs in another one.
+    In a group of one rank nothing is sent and nothing counted. Counts in the thread it was entered in: on a GPU the backward pass runs in another one.
     """
 
     def __init__(self) -> None:
@@ -36,11 +37,17 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Count a collective; run everything."""
-        if function.namespace == "c10d" and function._opname in _KINDS:
+        if function.namespace == "c10d" and function._opname in _KINDS and _ranks(args) > 1:
             kind, place = _KINDS[function._opname]
             self.calls[kind] += 1
             self.bytes[kind] += sum(tensor.nbytes for tensor in _tensors(args[place]))
         return function(*args, **(kwargs or {}))
+
+
+def _ranks(args: tuple) -> int:
+    """Ranks of the group that a collective is called on."""
+    group = next(argument for argument in args if isinstance(argument, torch.ScriptObject))
+    return dist.ProcessGroup.unbox(group).size()
 
 
 def _tensors(argument: Any) -> Iterator[torch.Tensor]:

@@ -8,9 +8,9 @@ a CPU, the Triton forms on a GPU. Where these change, this file changes; `tests/
 from __future__ import annotations
 
 from exlm_dist.model.cost import learns_transitions
-from exlm_dist.planning.job import FP32, Job
+from exlm_dist.planning.job import FP32, INT64, Job
 
-FP64 = INT64 = 8
+FP64 = 8
 #: Elements of what the torch definitions work on at a time: `BLOCK_ELEMENTS` of attention, transitions, feed-forward.
 BLOCK = 1 << 19
 #: Logits worked on at a time, and kept for the backward pass, by the torch definition of the vocabulary scores.

@@ -14,7 +14,7 @@ from exlm_dist.config import RunConfig, data_degree
 from exlm_dist.config.schema import ModelConfig
 from exlm_dist.model.cost import Sizes, expected_masked, flops_per_sequence, learns_transitions
 
-FP32 = 4
+FP32, INT64 = 4, 8
 
 
 @dataclass(frozen=True)
@@ -155,3 +155,14 @@ def parameters_of_stage(job: Job, stage: Stage) -> dict[str, int]:
             places = model.max_positions * width if model.transition_positions else 0
             parts["transition head"] = places + (2 * width + model.heads) * (inputs + 1) // tensor
     return parts
+
+
+def largest_tensor(job: Job, stage: Stage) -> int:
+    """Numbers of the largest parameter that a rank of this stage holds."""
+    model, tensor = job.model, job.tensor
+    sizes = [model.width * max(3 * model.width, model.ffn) // tensor]
+    if stage.first or stage.last:
+        sizes.append(job.vocabulary * model.width)
+    if stage.last and learns_transitions(model) and model.transition_positions:
+        sizes += [model.max_positions * model.width, 2 * model.width * model.width // tensor]
+    return max(sizes)

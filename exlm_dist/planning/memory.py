@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from exlm_dist.planning import activations
-from exlm_dist.planning.job import FP32, Job, Stage, parameters_of_stage
+from exlm_dist.planning.job import FP32, Job, Stage, largest_tensor, parameters_of_stage
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "states and logits", "buffers", "scratch")
 HOST = "optimizer (host)"
@@ -47,13 +47,12 @@ def peak_of_stage(job: Job, stage: Stage) -> Peak:
 
 def moments_of_stage(job: Job, stage: Stage) -> dict[str, Parts]:
     """Parts of every moment, from the second step on (the moments of AdamW exist)."""
-    parameters = parameters_of_stage(job, stage)
-    count = sum(parameters.values())
+    count, largest = sum(parameters_of_stage(job, stage).values()), largest_tensor(job, stage)
     always = _always(job, count)
     forward = _forward(job, stage)
     moments = {name: _join(always, _gradients(job, count, done), parts) for name, (done, parts) in forward.items()}
-    moments["reduction"] = _join(always, _reduction(job, count, max(parameters.values())))
-    moments["update"] = _join(always, _update(job, count, max(parameters.values())))
+    moments["reduction"] = _join(always, _reduction(job, count, largest))
+    moments["update"] = _join(always, _update(job, count, largest))
     return moments
 
 

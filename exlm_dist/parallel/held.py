@@ -51,3 +51,14 @@ class Held:
             return self.shape
         length = self.slice.stop - self.slice.start
         return (*self.shape[: self.slice.dim], length, *self.shape[self.slice.dim + 1 :])
+
+
+def set_extent(parameter: nn.Parameter, shape: tuple[int, ...], part: Slice | None, *, saved: bool) -> None:
+    """Note on a `parameter` how it lies in the full one of `shape`, for `held_by`."""
+    parameter.extent = (tuple(shape), part, saved)
+
+
+def held_by(model: nn.Module) -> list[Held]:
+    """What this rank holds of `model`, in the order of its parameters: all of each where nothing else is noted."""
+    whole = ((name, parameter, (tuple(parameter.shape), None, True)) for name, parameter in model.named_parameters())
+    return [Held(name, parameter, *getattr(parameter, "extent", extent)) for name, parameter, extent in whole]

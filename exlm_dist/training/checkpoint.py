@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from exlm_dist.model import checkpoint_reader as reader
+from exlm_dist.parallel.grid import Line
 from exlm_dist.parallel.process import Process
 from exlm_dist.training.engine import Engine
 from exlm_dist.utils.errors import CheckpointError
@@ -58,7 +59,7 @@ def check(engine: Engine, model: Tensors, optimizer: Tensors) -> None:
 
 
 def put(engine: Engine, model: Tensors, optimizer: Tensors, scalars: dict[str, Any]) -> None:
-    """The reverse of `take`, on every rank with all tensors. A collective. The moments must exist: `prime` first."""
+    """The reverse of `take`, on every rank with all tensors. A collective. The moments must exist: `engine.prime` first."""
     write = _writer(engine)
     with torch.no_grad():
         for held in engine.parameters:
@@ -130,7 +131,7 @@ def _writer(engine: Engine) -> Callable[[nn.Parameter, torch.Tensor, str | None]
         def write(parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
             # Not the setter for full values: it fails on the last rank when the size is not a multiple of the world
             # size.
-            part = _part(value, parameter.ds_tensor.numel(), engine.process)
+            part = _part(value, parameter.ds_tensor.numel(), engine.process.grid.data)
             if key is None:
                 utils.safe_set_local_fp32_param(parameter, part)
             else:
@@ -147,11 +148,11 @@ def _writer(engine: Engine) -> Callable[[nn.Parameter, torch.Tensor, str | None]
     return write_fragment
 
 
-def _part(value: torch.Tensor, size: int, process: Process) -> torch.Tensor:
+def _part(value: torch.Tensor, size: int, data: Line) -> torch.Tensor:
     """This rank's part of `value` at ZeRO 3: equal parts, the end filled with zeros."""
     flat = value.flatten()
-    flat = torch.nn.functional.pad(flat, (0, size * process.world - flat.numel()))
-    return flat[size * process.rank : size * (process.rank + 1)].contiguous()
+    flat = torch.nn.functional.pad(flat, (0, size * data.size - flat.numel()))
+    return flat[size * data.rank : size * (data.rank + 1)].contiguous()
 
 
 def _refresh(engine: Engine, parameter: nn.Parameter, value: torch.Tensor) -> None:
@@ -166,17 +167,6 @@ def _refresh(engine: Engine, parameter: nn.Parameter, value: torch.Tensor) -> No
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         if engine.process.is_first:
             parameter.data.copy_(value)
-
-
-def prime(engine: Engine, micro_batch: Any) -> None:
-    """One optimizer step that changes nothing, so that there are moments to write to. `put` must follow.
-
-    The gradient of a real micro-batch times 0 at rate 0; a loss scale or step count it moves is overwritten by `put`.
-    """
-    engine.set_learning_rate(0.0)
-    loss, _, _ = engine.forward(micro_batch, None, last=True)
-    engine.backward(loss * 0.0)
-    engine.step()
 
 
 def select(run_folder: Path, process: Process) -> tuple[Path, dict[str, Any]] | None:

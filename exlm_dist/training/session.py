@@ -6,19 +6,19 @@ import math
 from pathlib import Path
 from typing import Any
 
-from exlm_dist.config import RunConfig, check_world, config_difference, dump_config
+from exlm_dist.config import RunConfig, check_vocabulary, check_world, config_difference, dump_config
 from exlm_dist.data.loader import Loader, eval_batches
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.data.tokenizer import load_tokenizer
 from exlm_dist.model import checkpoint_reader as reader
-from exlm_dist.model.scoring import Totals, score
+from exlm_dist.model.scoring import Totals
 from exlm_dist.parallel.process import Process
 from exlm_dist.tracking import EVENTS, EventLog, Tracker
 from exlm_dist.training import checkpoint, checkpoint_files, provenance
-from exlm_dist.training.engine import Engine, working_dtype
+from exlm_dist.training.engine import Engine, build_engine, working_dtype
 from exlm_dist.training.observers import Meter, Progress
 from exlm_dist.training.run_folder import LOCK_PATIENCE, RunFolder, difference_table
-from exlm_dist.training.step import optimizer_step, to_stream
+from exlm_dist.training.step import optimizer_step
 from exlm_dist.utils.errors import CheckpointError, RunStopped
 from exlm_dist.utils.logs import get_logger
 
@@ -54,6 +54,7 @@ class Session:
             if self.train_data.manifest["splits"]["valid"]["shards"]
             else None
         )
+        check_vocabulary(self.train_data.vocab_size, config.parallel.tensor)
         self.tokenizer = load_tokenizer(self.train_data.tokenizer_path)
         found = checkpoint.select(self.path, process)
         state = found[1] if found else {"step": 0, "progress": {}}
@@ -63,7 +64,8 @@ class Session:
         if self.step >= config.schedule.steps:
             return False
         self._loader = process.together(self._make_loader)
-        self.engine = Engine(config, process, self.train_data.vocab_size)
+        length = float(self.train_data.lengths.mean()) + 2
+        self.engine = build_engine(config, process, self.train_data.vocab_size, length)
         if found:
             self._resume(*found)
         progress = Progress(**state["progress"])
@@ -75,13 +77,16 @@ class Session:
             self._tracker = Tracker.start(self.path, config, self._events)
         self.meter = Meter(config, process, self._events, progress)
         logger.info(
-            "%s: %s step %d of %d, %.1f M parameters, %d ranks x %d micro-batches of %d, ZeRO %d, %s on %s",
+            "%s: %s step %d of %d, %.1f M parameters, tensor %d x pipeline %d x data %d ranks, "
+            "%d micro-batches of %d on each, ZeRO %d, %s on %s",
             config.name,
             "continuing after" if found else "starting at",
             self.step,
             config.schedule.steps,
             self.engine.num_parameters / 1e6,
-            process.world,
+            config.parallel.tensor,
+            config.parallel.pipeline,
+            process.grid.data.size,
             self.engine.accumulation,
             config.batch.micro,
             self.engine.zero,
@@ -144,8 +149,7 @@ class Session:
     def _resume(self, folder: Path, state: dict[str, Any]) -> None:
         model, optimizer = reader.load_weights(folder, verified=True), reader.load_optimizer(folder, verified=True)
         self.process.together(lambda: checkpoint.check(self.engine, model, optimizer))
-        batch = self._loader.step(self.step).micro_batches[0]
-        checkpoint.prime(self.engine, to_stream(batch, self.config, self.process.device))
+        self.engine.prime(self._loader.step(self.step).micro_batches)
         checkpoint.put(self.engine, model, optimizer, state)
 
     def train_step(self) -> None:
@@ -167,9 +171,9 @@ class Session:
 
     def evaluate(self) -> None:
         """nll and accuracy per masked token on the held-out split; all ranks take part."""
-        with self.meter.pause(), self.engine.plain_model() as model:
+        with self.meter.pause():
             batches = eval_batches(self.valid_data, sequences=self.config.evaluation.sequences, **self._packing())
-            mine = score(model, batches, self.process.device)
+            mine = self.engine.evaluate(batches)
             sums = self.process.gather([mine.nll, mine.correct, mine.count]).sum(0).tolist()
             self.evaluation = Totals(*sums).means()
         if self._events is not None:
@@ -242,6 +246,8 @@ class Session:
             "parameters": engine.num_parameters,
             "layout": {
                 "world": self.process.world,
+                "tensor": config.parallel.tensor,
+                "pipeline": config.parallel.pipeline,
                 "zero": engine.zero,
                 "dtype": str(engine.dtype).removeprefix("torch."),
                 "micro": config.batch.micro,

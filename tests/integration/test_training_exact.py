@@ -23,7 +23,7 @@ def first_step(process, settings):
     from exlm_dist.data.loader import Loader
     from exlm_dist.data.shards import ShardDataset
     from exlm_dist.training import checkpoint
-    from exlm_dist.training.engine import Engine
+    from exlm_dist.training.engine import build_engine
     from exlm_dist.training.step import optimizer_step
 
     config = RunConfig.model_validate(settings)
@@ -43,7 +43,7 @@ def first_step(process, settings):
         world=process.world,
         prefetch=0,
     )
-    engine = Engine(config, process, dataset.vocab_size)
+    engine = build_engine(config, process, dataset.vocab_size, 20.0)
     batches = loader.step(0)
     samples = sorted(int(sample) for batch in batches.micro_batches for sample in batch.sample_ids)
     result = optimizer_step(engine, batches, config, scored=False)

@@ -221,18 +221,18 @@ def test_disk_full_at_the_first_save(data, tmp_path):
 
 def poisoned(rank, settings):
     """A parameter becomes infinite after step 3."""
-    from exlm_dist.training.engine import Engine
+    from exlm_dist.training.engine import PlainEngine
 
-    plain, count = Engine.step, {"steps": 0}
+    plain, count = PlainEngine.train, {"steps": 0}
 
-    def step(engine):
-        norm = plain(engine)
+    def train(engine, *arguments, **keywords):
+        result = plain(engine, *arguments, **keywords)
         count["steps"] += 1
         if count["steps"] == 4:
             engine.parameters[2].parameter.data.fill_(float("inf"))
-        return norm
+        return result
 
-    Engine.step = step
+    PlainEngine.train = train
     return _train(rank, settings, None)
 
 

@@ -55,6 +55,9 @@ class Case:
     micro: int = 16
     accumulation: int = 1
     ranks: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False
     zero: int = 1
     recompute: bool = False
     dropout: float = 0.1
@@ -73,12 +76,21 @@ class Case:
             data={"path": "none"},
             model=model,
             schedule={"steps": 10},
-            batch={"sequences": self.micro * self.accumulation * self.ranks, "micro": self.micro},
-            parallel={"zero": self.zero, "activation_checkpointing": self.recompute},
+            batch={"sequences": self.micro * self.accumulation * self.copies, "micro": self.micro},
+            parallel={**self.layout(), "zero": self.zero, "activation_checkpointing": self.recompute},
             precision={"dtype": self.dtype},
         )
         check_config(config)
         return config
+
+    @property
+    def copies(self) -> int:
+        """Data-parallel degree."""
+        return self.ranks // (self.tensor * self.pipeline)
+
+    def layout(self) -> dict[str, int | bool]:
+        """Degrees, which all cases measured in the same processes share."""
+        return {"tensor": self.tensor, "pipeline": self.pipeline, "sequence": self.sequence}
 
     def predicted(self) -> Peak:
         """What the planner says."""
@@ -109,16 +121,23 @@ CASES = [
     Case(ranks=2, objective="mlm", zero=2),
     Case(ranks=2, transitions="sparse", width=384, heads=6, micro=2),
     Case(ranks=2, zero=2, accumulation=2, micro=2, width=384, heads=6),
+    Case(ranks=2, zero=3),
+    Case(ranks=2, tensor=2),
+    Case(ranks=2, tensor=2, sequence=True),
+    Case(ranks=2, tensor=2, width=384, heads=6, micro=2),
+    Case(ranks=2, pipeline=2, accumulation=4, micro=8),
+    Case(ranks=2, pipeline=2, accumulation=4, micro=8, recompute=True),
+    Case(ranks=2, pipeline=2, width=384, heads=6, micro=2),
 ]
 
 
 def measure(cases: list[Case], *, default_malloc: bool = False, timeout: float = 600.0) -> list[float]:
     """Bytes at the peak of the worst rank of each case, measured one after the other in `ranks` processes.
 
-    All cases must have the same number of ranks.
+    All cases must have the same ranks and degrees.
     """
     world = cases[0].ranks
-    assert all(case.ranks == world for case in cases), "cases of one call have one number of ranks"
+    assert all((case.ranks, case.layout()) == (world, cases[0].layout()) for case in cases), "one layout in a call"
     port = str(free_port())
     started = []
     for rank in range(world):
@@ -142,11 +161,12 @@ def measure(cases: list[Case], *, default_malloc: bool = False, timeout: float =
 
 def run_rank(cases: list[Case]) -> list[int]:
     """Peaks of this rank, in bytes."""
-    from exlm_dist.config.schema import LaunchConfig
+    from exlm_dist.config.schema import LaunchConfig, ParallelConfig
     from exlm_dist.parallel import process as processes
 
-    process = processes.start(LaunchConfig(timeout=120, device="cpu", threads=1))
-    train(replace(TINY, ranks=process.world), process)
+    layout = {"ranks": cases[0].ranks, **cases[0].layout()}
+    process = processes.start(LaunchConfig(timeout=120, device="cpu", threads=1), ParallelConfig(**cases[0].layout()))
+    train(replace(TINY, **layout), process)
     peaks = []
     for case in cases:
         gc.collect()
@@ -160,22 +180,22 @@ def run_rank(cases: list[Case]) -> list[int]:
 
 def train(case: Case, process) -> None:
     """A few steps of the package's own engine on random tokens."""
-    from exlm_dist.training.engine import Engine
+    from exlm_dist.training.engine import build_engine
     from exlm_dist.training.step import optimizer_step
 
     config = case.config()
-    engine = Engine(config, process, case.vocabulary)
+    engine = build_engine(config, process, case.vocabulary, case.length)
     for step in range(STEPS):
-        optimizer_step(engine, make_step(case, config, process.rank, step), config, scored=False)
+        optimizer_step(engine, make_step(case, config, step), config, scored=False)
     engine.close()
 
 
-def make_step(case: Case, config: RunConfig, rank: int, step: int):
+def make_step(case: Case, config: RunConfig, step: int):
     """This rank's micro-batches of a step, sequences of the full length."""
     from exlm_dist.data.loader import StepBatches
 
     batches = [make_batch(case, config, index, step) for index in range(case.accumulation)]
-    targets = sum(batch.num_targets for batch in batches) * case.ranks
+    targets = sum(batch.num_targets for batch in batches) * case.copies
     return StepBatches(step, batches, config.batch.sequences, targets, targets, 0, 0, 0.0)
 
 

@@ -65,6 +65,8 @@ def _tensor(job: Job, stage: Stage) -> list[Traffic]:
     ]
 
 
+#: Sizes and flags that a packed batch travels with.
+_SIZES = 16
 #: (collective, purpose, calls, bytes) of one micro-batch.
 _Calls = list[tuple[Collective, str, int, float]]
 
@@ -150,9 +152,10 @@ def _pipeline(job: Job, stage: Stage) -> list[Traffic]:
 
 
 def _integers(job: Job) -> float:
-    """Bytes of the integer tensors of a micro-batch: three per token, one per state and target, three boundaries."""
+    """Bytes of the integers of a micro-batch: three per token, one per state and target, three boundaries, and sizes
+    (`Stream.to_tensors`)."""
     batch = job.config.batch.micro
-    return INT64 * (3 * job.tokens + job.states + batch * job.sizes.targets + 3 * (batch + 1))
+    return INT64 * (3 * job.tokens + job.states + batch * job.sizes.targets + 3 * (batch + 1) + _SIZES)
 
 
 def _data(job: Job, stage: Stage) -> list[Traffic]:

@@ -8,11 +8,12 @@ parallelism, m micro-batches of a rank and step.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from exlm_dist.config import RunConfig, data_degree
 from exlm_dist.config.schema import ModelConfig
-from exlm_dist.model.cost import Sizes, expected_masked, flops_per_sequence, learns_transitions
+from exlm_dist.model.cost import Sizes, expected_masked, learns_transitions
+from exlm_dist.model.stages import cut_layers, layer_costs
 
 FP32, INT64 = 4, 8
 
@@ -98,15 +99,17 @@ class Job:
     @cached_property
     def stages(self) -> list[Stage]:
         """The layers of each pipeline stage."""
-        blocks = blocks_of_stages(self.model.layers, self.pipeline, self._head_in_blocks())
-        last = self.pipeline - 1
-        return [Stage(i, count, i == 0, i == last, self.pipeline) for i, count in enumerate(blocks)]
+        cut = _cut(self.model, self.vocab_size, self.length, self.config.masking.ratio, self.pipeline)
+        last = self.model.layers + 2
+        return [
+            Stage(i, sum(1 <= layer <= self.model.layers for layer in layers), 0 in layers, last in layers, len(cut))
+            for i, layers in enumerate(cut)
+        ]
 
-    def _head_in_blocks(self) -> float:
-        """Work of the output layer in units of a block."""
-        flops = flops_per_sequence(self.model, self.vocab_size, self.sizes)
-        body = flops["linear"] + flops["attention"]
-        return (sum(flops.values()) - body) / (body / self.model.layers)
+
+@cache
+def _cut(model: ModelConfig, vocab_size: int, length: int, ratio: float, stages: int) -> list[range]:
+    return cut_layers(layer_costs(model, vocab_size, length, ratio), stages)
 
 
 @dataclass(frozen=True)
@@ -122,16 +125,6 @@ class Stage:
     def in_flight(self, micro_batches: int) -> int:
         """Micro-batches whose activations the stage keeps at once: 1F1B, so the stages behind it and its own."""
         return min(self.of - self.index, micro_batches)
-
-
-def blocks_of_stages(layers: int, stages: int, head: float) -> list[int]:
-    """Blocks of each stage; the last one has fewer, as the output layer weighs as much as `head` blocks."""
-    if stages == 1:
-        return [layers]
-    counts = range(1, layers - stages + 2)
-    last = min(counts, key=lambda count: (max(-(-(layers - count) // (stages - 1)), count + head), -count))
-    each, more = divmod(layers - last, stages - 1)
-    return [*[each + 1] * more, *[each] * (stages - 1 - more), last]
 
 
 def parameters_of_stage(job: Job, stage: Stage) -> dict[str, int]:

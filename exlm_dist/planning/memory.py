@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from exlm_dist.planning import activations
 from exlm_dist.planning.job import FP32, Job, Stage, largest_tensor, parameters_of_stage
 
-KINDS = ("weights", "gradients", "optimizer", "activations", "states and logits", "buffers", "scratch")
+KINDS = (
+    "weights", "gradients", "optimizer", "activations", "states and logits", "buffers", "scratch", "compiled products"
+)  # fmt: skip
 HOST = "optimizer (host)"
 #: Elements of a communication bucket (`BUCKET` of `training/engine.py`).
 BUCKET = 50_000_000
@@ -48,7 +50,7 @@ def peak_of_stage(job: Job, stage: Stage) -> Peak:
 def moments_of_stage(job: Job, stage: Stage) -> dict[str, Parts]:
     """Parts of every moment, from the second step on (the moments of AdamW exist)."""
     count, largest = sum(parameters_of_stage(job, stage).values()), largest_tensor(job, stage)
-    always = _always(job, count)
+    always = _always(job, count) | {"compiled products": activations.compiled_products(job, stage)}
     forward = _forward(job, stage)
     moments = {name: _join(always, _gradients(job, count, done), parts) for name, (done, parts) in forward.items()}
     moments["reduction"] = _join(always, _reduction(job, count, largest))
@@ -71,8 +73,10 @@ def _always(job: Job, count: int) -> Parts:
     states = count * (master + 2 * FP32) / (job.data if zero else 1)
     weights = count * job.element / (job.data if zero == 3 else 1)
     parts = {"weights": weights, HOST if job.config.parallel.offload else "optimizer": states}
-    if zero == 3:  # parameters gathered ahead and not let go yet: `stage3_max_live_parameters` and the prefetch bucket
-        parts["buffers"] = job.element * min(count, 5 * bucket(count))
+    if zero == 3:
+        # Parameters gathered ahead and not let go yet (`stage3_max_live_parameters` and the prefetch bucket), as they
+        # came from the ranks and once more in order.
+        parts["buffers"] = 2 * job.element * min(count, 5 * bucket(count))
     return parts
 
 
@@ -158,7 +162,7 @@ def _gradients(job: Job, count: int, done: int) -> Parts:
     if job.config.parallel.offload and zero:
         return {"buffers": job.element * _filled(job, count, done)}
     if zero >= 2:
-        share = FP32 * count / job.data if half or repeated else FP32 * max(0, done - bucket(count)) / job.data
+        share = FP32 * count / job.data if half or repeated or zero == 3 else FP32 * max(0, done - bucket(count)) / job.data
         return {"gradients": share, "buffers": job.element * _filled(job, count, done)}
     if zero == 1 and half:
         return {"gradients": FP32 * count + job.element * done}
@@ -180,7 +184,7 @@ def _reduction(job: Job, count: int, largest: int) -> Parts:
     if job.config.parallel.offload and zero:
         return {"buffers": job.element * (_filled(job, count, count) + copy) + cast}
     if zero >= 2:
-        kept = FP32 * share if half or job.accumulation > 1 or count > BUCKET else 0
+        kept = FP32 * share if half or zero == 3 or job.accumulation > 1 or count > BUCKET else 0
         return {"gradients": kept, "buffers": job.element * (_filled(job, count, count) + copy) + cast}
     if zero == 1 and half:
         return {"gradients": FP32 * count, "buffers": FP32 * copy}

@@ -15,6 +15,7 @@ from exlm_dist.planning.planner import GIB, Plan, Request, find_plans, recommend
 
 _LENGTH_UNKNOWN = 128
 _VOCABULARY_UNKNOWN = 32_000
+_SHOWN = KINDS[:-1]  # without what only a CPU has
 _SHORT = {"states and logits": "states", "activations": "activ."}
 
 
@@ -77,7 +78,7 @@ def _of_each_grid(plans: list[Plan]) -> list[Plan]:
 def _table(plans: list[Plan], best: Plan) -> list[str]:
     """A row for each plan, the recommended one marked (and added where it is not among them)."""
     head = ["tensor", "pipe", "data", "seq", "zero", "recomp", "micro", "m"]
-    head += [_SHORT.get(kind, kind) for kind in KINDS] + ["total"]
+    head += [_SHORT.get(kind, kind) for kind in _SHOWN] + ["total"]
     head += [f"{group} GiB" for group in GROUPS] + ["bubble", "step s"]
     shown = plans if best in plans else [*plans, best]
     rows = [["", *head], *(["*" if plan is best else "", *_row(plan)] for plan in shown)]
@@ -91,7 +92,7 @@ def _row(plan: Plan) -> list[str]:
     cells += ["yes" if parallel.sequence else "no", str(parallel.zero)]
     cells += ["yes" if parallel.activation_checkpointing else "no"]
     cells += [str(plan.config.batch.micro), str(plan.job.accumulation)]
-    cells += [f"{parts[kind] / GIB:.1f}" if kind in parts else "-" for kind in KINDS]
+    cells += [f"{parts[kind] / GIB:.1f}" if kind in parts else "-" for kind in _SHOWN]
     cells += [f"{plan.peak.total / GIB:.1f}"]
     for group in GROUPS:
         sent = sum(traffic.sent for traffic in plan.traffic if traffic.group == group)

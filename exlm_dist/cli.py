@@ -160,30 +160,10 @@ def _add_pretrain(commands) -> None:
 
 
 def _add_plan(commands) -> None:
-    plan = _command(
-        commands,
-        "plan",
-        _plan,
-        "layouts that fit on so many GPUs, with memory, traffic and predicted time, and the one to take",
-        overrides=True,
-        epilog=OVERRIDES,
-    )
-    plan.add_argument("config", help="YAML file")
-    plan.add_argument("--gpus", type=int, required=True, help="number of GPUs")
-    plan.add_argument("--gpu-memory", type=float, default=80, help="memory of a GPU in GiB")
-    plan.add_argument(
-        "--margin", type=float, default=0.1, help="share of it left to CUDA, NCCL and the gaps of the allocator"
-    )
-    plan.add_argument("--node-size", type=int, default=8, help="GPUs of a node")
-    plan.add_argument("--flops", type=float, default=989, help="TFLOP/s of a GPU, bf16 dense (H100 SXM datasheet)")
-    plan.add_argument("--memory-bandwidth", type=float, default=3350, help="GB/s of its memory (H100 SXM datasheet)")
-    plan.add_argument("--link-bandwidth", type=float, default=450, help="GB/s in a node, one direction (NVLink 4)")
-    plan.add_argument(
-        "--network-bandwidth", type=float, default=50, help="GB/s between nodes, per GPU (one 400 Gbit/s port)"
-    )
-    plan.add_argument("--length", type=int, help="sequence length; default: that of the prepared data, else 128")
-    plan.add_argument("--vocab-size", type=int, help="vocabulary; default: that of the prepared data, else 32000")
-    plan.add_argument("--top", type=int, default=8, help="grids shown")
+    from exlm_dist.planning import command
+
+    about = "layouts that fit on so many GPUs, with memory, traffic and predicted time, and the one to take"
+    command.add_options(_command(commands, "plan", command.run, about, overrides=True, epilog=OVERRIDES))
 
 
 def _add_launch(commands) -> None:
@@ -298,33 +278,6 @@ def _pretrain(options: argparse.Namespace, overrides: list[str]) -> int:
     from exlm_dist.training.loop import train
 
     return train(config)
-
-
-def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
-    from exlm_dist.config import load_config
-    from exlm_dist.planning.hardware import Hardware
-    from exlm_dist.planning.report import plan_text
-
-    hardware = Hardware(
-        flops=options.flops * 1e12,
-        memory_bandwidth=options.memory_bandwidth * 1e9,
-        link_bandwidth=options.link_bandwidth * 1e9,
-        network_bandwidth=options.network_bandwidth * 1e9,
-        node_size=options.node_size,
-    )
-    print(
-        plan_text(
-            load_config(options.config, overrides),
-            gpus=options.gpus,
-            memory=options.gpu_memory * 2**30,
-            margin=options.margin,
-            hardware=hardware,
-            length=options.length,
-            vocab_size=options.vocab_size,
-            top=options.top,
-        )
-    )
-    return 0
 
 
 def _launch_deepspeed(options: argparse.Namespace, overrides: list[str]) -> int:

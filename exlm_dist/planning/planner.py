@@ -154,8 +154,8 @@ def _nothing_works(request: Request) -> str:
         check_config(request.config)
         check_world(_with(request.config, {"tensor": 1, "pipeline": 1, "data": "auto"}, 1), request.gpus)
     except ConfigError as error:
-        return f"no layout of {request.config.name} works on {request.gpus} GPUs: {error}"
-    return f"no layout of {request.config.name} works on {request.gpus} GPUs in nodes of {request.hardware.node_size}."
+        return f"no layout of {request.config.name} works on {_gpus(request)}: {error}"
+    return f"no layout of {request.config.name} works on {_gpus(request)} in nodes of {request.hardware.node_size}."
 
 
 def _nothing_fits(request: Request, best: Plan) -> str:
@@ -164,14 +164,18 @@ def _nothing_fits(request: Request, best: Plan) -> str:
     parallel = best.config.parallel
     needed = best.peak.total / (1 - request.margin) / GIB
     lines = [
-        f"no layout of {request.config.name} fits on {request.gpus} GPUs of {request.memory / GIB:g} GiB. The smallest "
+        f"no layout of {request.config.name} fits on {_gpus(request)} of {request.memory / GIB:g} GiB. The smallest "
         f"(tensor {parallel.tensor}, pipeline {parallel.pipeline}, data {parallel.data}, zero {parallel.zero}, "
         f"batch.micro {best.config.batch.micro}) needs {best.peak.total / GIB:.1f} GiB of the "
         f"{request.usable / GIB:.1f} GiB that a margin of {request.margin:.0%} leaves; the largest part is "
-        f"{largest}, {parts[largest] / GIB:.1f} GiB.",
+        f"{largest}, {parts[largest] / GIB:.1f} GiB (at the {best.peak.moment}).",
         f"What would fit: {'; or '.join(_remedies(request, needed))}.",
     ]
     return "\n".join(lines)
+
+
+def _gpus(request: Request) -> str:
+    return f"{request.gpus} GPU{'s' if request.gpus > 1 else ''}"
 
 
 def _remedies(request: Request, needed: float) -> list[str]:

@@ -233,7 +233,8 @@ def rows_of(cases: list[Case], also_default: bool) -> list[dict[str, str | float
         if also_default:
             row["default"] = measure([case], default_malloc=True)[0] / MIB
         rows.append(row)
-        print(f"{row['measured']:8.1f} {row['predicted']:8.1f} MiB  {row['ratio']:.3f}  {predicted.moment:30} {case.name}")
+        both = f"{row['measured']:8.1f} {row['predicted']:8.1f} MiB  {row['ratio']:.3f}"
+        print(f"{both}  {predicted.moment:30} {case.name}", flush=True)
     return rows
 
 
@@ -264,7 +265,8 @@ def main() -> None:
     if options.run:
         print(json.dumps(run_rank([Case(**case) for case in json.loads(options.run)])), flush=True)
         return
-    rows = rows_of([case for case in CASES if any(word in case.name for word in options.select.split(","))], options.default)
+    words = options.select.split(",")
+    rows = rows_of([case for case in CASES if any(word in case.name for word in words)], options.default)
     worst = max(abs(row["ratio"] - 1) for row in rows)
     print(f"largest difference {worst:.1%}; {write(rows, options.out)}")
 

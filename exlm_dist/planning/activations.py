@@ -53,7 +53,7 @@ def attention_part(job: Job) -> float:
 
 
 def mixed(job: Job, rows: float) -> float:
-    """Output of the attention as the output projection keeps it (on a GPU it is kept already, unless rows are taken)."""
+    """Output of the attention as the output projection keeps it (on a GPU kept already, unless rows are taken)."""
     if job.gpu and rows == job.tokens:
         return 0.0
     return rows * job.element * job.model.width / job.tensor
@@ -67,7 +67,7 @@ def feed_forward_part(job: Job, rows: float) -> float:
 
 
 def feed_forward_work(job: Job, rows: float) -> float:
-    """Backward pass of the feed-forward: gradients of the stream, of its branch and before the gelu, and a work area."""
+    """Backward pass of the feed-forward: gradients of the stream, of its branch and before the gelu, a work area."""
     width, element = job.model.width, job.element
     stream = rows * element * width * (2 if job.model.dropout else 1) / job.along_tokens
     inner = rows * element * job.model.ffn / job.tensor
@@ -103,7 +103,7 @@ def head(job: Job) -> float:
 
 def graph(job: Job) -> float:
     """Scores of the targets at the states, transitions, forward variables; kept logits where the kernel keeps them."""
-    pairs, moves = job.states * job.sizes.targets, job.states * job.sizes.states
+    pairs, moves = job.pairs, job.moves
     if job.gpu:
         kept = FP32 * pairs
     else:
@@ -126,7 +126,7 @@ def output_work(job: Job) -> float:
 
 
 def _graph_work(job: Job) -> float:
-    pairs, moves = job.states * job.sizes.targets, job.states * job.sizes.states
+    pairs, moves = job.pairs, job.moves
     if job.model.objective == "mlm":
         return 3 * FP32 * pairs
     if job.gpu:
@@ -137,11 +137,11 @@ def _graph_work(job: Job) -> float:
 def _transition_work(job: Job) -> float:
     if not learns_transitions(job.model):
         return 0.0
-    moves, heads = job.states * job.sizes.states, job.model.heads / job.tensor
+    moves, heads = job.moves, job.model.heads / job.tensor
     gradients = 2 * job.states * job.model.width / job.tensor
     if job.gpu:
         return FP32 * (moves + 2 * job.states * heads) + job.element * gradients
-    squared = heads * job.sizes.states**2
+    squared = heads * job.longest[1] ** 2
     block = squared * min(job.config.batch.micro, max(1, BLOCK // squared))
     return FP32 * (moves + gradients + 5 * block)
 

@@ -99,11 +99,11 @@ def _along_tokens(job: Job, stage: Stage) -> _Calls:
     token, state = (rows * job.model.width * job.element for rows in (job.tokens, job.states))
     whole, vector = stage.blocks - stage.last, FP32 * job.model.width
     recomputed, again = job.config.parallel.activation_checkpointing, _sums_repeated(job)
-    gathers, scatters = 6 + 2 * recomputed, 4 + again
+    gathers, scatters, vectors = 6 + 2 * recomputed, 4 + again, 6 * stage.blocks + 2 * stage.last
     calls: _Calls = [
         ("all_gather", "blocks", gathers * whole, gathers * whole * token),
         ("reduce_scatter", "blocks", scatters * whole, scatters * whole * token),
-        ("all_reduce", "norms and biases", 6 * stage.blocks + 2 * stage.last, (6 * stage.blocks + 2 * stage.last) * vector),
+        ("all_reduce", "norms and biases", vectors, vectors * vector),
     ]
     if stage.last:
         # Of all tokens: the input of the attention's map, forward and backward, and the rows to be taken.
@@ -121,13 +121,14 @@ def _along_tokens(job: Job, stage: Stage) -> _Calls:
 def _output(job: Job) -> _Calls:
     """Gradients of the features, log-sums and target scores of the vocabulary, and the mixture of the heads' moves."""
     state = job.states * job.model.width * job.element
+    scores = job.pairs if job.gpu else job.states * job.longest[0]
     calls: _Calls = [
         ("all_reduce", "features", 1, state),
-        ("all_reduce", "vocabulary", 3, FP32 * job.states * (2 + job.sizes.targets)),
+        ("all_reduce", "vocabulary", 3, FP32 * (2 * job.states + scores)),
     ]
     if learns_transitions(job.model):
         calls.append(("all_reduce", "features", 1, state))
-        calls.append(("all_reduce", "transitions", 4, 2 * FP32 * job.states * (job.sizes.states + 1)))
+        calls.append(("all_reduce", "transitions", 4, 2 * FP32 * (job.moves + job.config.batch.micro * job.longest[1])))
         if job.model.transition_positions:
             calls.append(("all_reduce", "places", 1, job.sizes.expanded * job.model.width * job.element))
     return calls

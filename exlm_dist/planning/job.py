@@ -1,12 +1,13 @@
 """A run on a number of ranks, with the sizes that memory, traffic and time are worked out from. No torch here.
 
-Letters: T tokens and S states of a micro-batch (bucket padding counted), B sequences in it, N targets and L states of
-a sequence, D width, F feed-forward width, H heads, V vocabulary; t, p and d the degrees of tensor, pipeline and data
+Letters: T tokens and S states of a micro-batch (bucket padding counted), B sequences in it, N and L the most targets and
+states of a sequence, D width, F feed-forward width, H heads, V vocabulary; t, p and d the degrees of tensor, pipeline and data
 parallelism, m micro-batches of a rank and step.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -81,6 +82,23 @@ class Job:
     def states(self) -> float:
         """S."""
         return self._padded(self.sizes.states)
+
+    @cached_property
+    def longest(self) -> tuple[int, int]:
+        """(targets, states) to which the sequences of a micro-batch are padded: one more masked token than expected."""
+        targets = math.ceil(self.sizes.targets)
+        return targets, self.model.states * targets
+
+    @property
+    def pairs(self) -> float:
+        """Scores of targets at states, B N L."""
+        targets, states = self.longest
+        return self.config.batch.micro * targets * states
+
+    @property
+    def moves(self) -> float:
+        """Moves between states, B L L."""
+        return self.config.batch.micro * self.longest[1] ** 2
 
     @property
     def vocabulary(self) -> int:

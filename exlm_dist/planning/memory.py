@@ -51,8 +51,9 @@ def moments_of_stage(job: Job, stage: Stage) -> dict[str, Parts]:
     """Parts of every moment, from the second step on (the moments of AdamW exist)."""
     count, largest = sum(parameters_of_stage(job, stage).values()), largest_tensor(job, stage)
     always = _always(job, count) | {"compiled products": activations.compiled_products(job, stage)}
-    forward = _forward(job, stage)
-    moments = {name: _join(always, _gradients(job, count, done), parts) for name, (done, parts) in forward.items()}
+    moments = {
+        name: _join(always, _gradients(job, count, done), parts) for name, (done, parts) in _forward(job, stage).items()
+    }
     moments["reduction"] = _join(always, _reduction(job, count, largest))
     moments["update"] = _join(always, _update(job, count, largest))
     return moments
@@ -105,7 +106,8 @@ def _forward(job: Job, stage: Stage) -> dict[str, tuple[int, Parts]]:
     for left in {0, whole - 1} if whole else ():
         done = behind + (whole - 1 - left) * per_block
         before = waiting + entry + left * kept
-        moments |= {f"{name} of block {left}": (done, parts) for name, parts in _block_moments(job, before, tied).items()}
+        for name, parts in _block_moments(job, before, tied).items():
+            moments[f"{name} of block {left}"] = done, parts
     if stage.first:
         scratch = activations.block_input(job) + table + tied
         done = count - parameters["embedding"]

@@ -29,8 +29,8 @@ def prepared_sizes(path: Path) -> tuple[int | None, int | None]:
 
 
 def plan_text(
-    config: RunConfig, *, gpus: int, memory: float, margin: float, hardware: Hardware, length: int | None = None,
-    vocab_size: int | None = None, top: int = 8,
+    config: RunConfig, *, gpus: int, memory: float, margin: float, hardware: Hardware,
+    length: int | None = None, vocab_size: int | None = None, top: int = 8,
 ) -> str:  # fmt: skip
     """Answer of `exlm plan`: the layouts that fit, the fastest of each grid first, and the lines to paste.
 
@@ -48,8 +48,8 @@ def plan_text(
         f"{hardware.node_size} in a node; {hardware.flops / 1e12:g} TFLOP/s, memory "
         f"{hardware.memory_bandwidth / 1e9:g}, link {hardware.link_bandwidth / 1e9:g}, "
         f"network {hardware.network_bandwidth / 1e9:g} GB/s",
-        f"{len(plans)} layouts fit. The fastest of each grid; GiB of the worst rank, GiB that the rank which sends most "
-        "sends in a step; * the one recommended below:",
+        f"{len(plans)} layouts fit. The fastest of each grid: GiB of the worst rank, GiB sent in a step by the rank that "
+        "sends most; * the one recommended:",
         "",
         *_table(_of_each_grid(plans)[:top], best),
         "",

@@ -65,8 +65,8 @@ def test_every_layout_offered_works_and_fits():
 
 
 def test_time_goes_with_the_hardware():
-    plan = request(LARGE[0], 64)
-    job = plan.plan(load_config(LARGE[0], ["--parallel.tensor", "8", "--parallel.pipeline", "2", "--batch.micro", "4"])).job
+    asked = request(LARGE[0], 64, parallel__tensor=8, parallel__pipeline=2, batch__micro=4)
+    job = asked.plan(asked.config).job
     base = step_time(job, Hardware())
     assert base.total == pytest.approx(sum(vars(base).values()))
     assert step_time(job, Hardware(flops=2 * 989e12)).compute < base.compute
@@ -80,8 +80,10 @@ def test_recorded_steps_of_an_h100():
     for objective, length, micro, recorded in (
         ("exlm", 128, 512, 0.1695), ("mlm", 128, 512, 0.0954), ("exlm", 512, 128, 0.207), ("mlm", 512, 128, 0.114)
     ):  # fmt: skip
-        config = load_config(ROOT / f"configs/pretrain/{objective}_base_text.yaml", ["--batch.sequences", str(micro), "--batch.micro", str(micro)])
-        plan = Request(config, 50_304, length, 1, 80 * GIB, 0.1, Hardware()).plan(config)
+        path = ROOT / f"configs/pretrain/{objective}_base_text.yaml"
+        asked = request(path, 1, batch__sequences=micro, batch__micro=micro)
+        asked = Request(**{**vars(asked), "vocab_size": 50_304, "length": length})
+        plan = asked.plan(asked.config)
         assert plan.time.total == pytest.approx(recorded, rel=0.1)
 
 
@@ -89,7 +91,8 @@ def test_refusal_names_the_part_and_remedies_that_work():
     with pytest.raises(ConfigError) as refused:
         find_plans(request(LARGE[1], 8, memory=16))
     text = str(refused.value)
-    assert re.search(r"no layout of exlm_7b_text fits on 8 GPUs of 16 GiB\. The smallest .* the largest part is optimizer", text)
+    assert text.startswith("no layout of exlm_7b_text fits on 8 GPUs of 16 GiB. The smallest (tensor 8, pipeline 1, ")
+    assert re.search(r"needs \d+\.\d GiB of the 14\.4 GiB that a margin of 10% leaves; the largest part is optimizer, 9\.6", text)
     memory, gpus = (int(re.search(rf"--{name} (\d+)", text)[1]) for name in ("gpu-memory", "gpus"))
     assert memory > 16 and gpus > 8
     assert find_plans(request(LARGE[1], 8, memory=memory)) and find_plans(request(LARGE[1], gpus, memory=16))
@@ -104,7 +107,8 @@ def test_activations_that_fit_nowhere_ask_for_shorter_sequences():
 
 
 def test_a_batch_that_no_layout_can_share():
-    with pytest.raises(ConfigError, match=r"works on 11 GPUs: batch.sequences 100 is not a multiple of 11.*Nearest that fit"):
+    words = r"works on 11 GPUs: batch.sequences 100 is not a multiple of 11.*Nearest that fit"
+    with pytest.raises(ConfigError, match=words):
         find_plans(request(LARGE[0], 11, batch__sequences=100, batch__micro=1, model__layers=7))
 
 

@@ -1,7 +1,7 @@
 """Bytes that layers keep for the backward pass, and what single operations need beside it. No torch here.
 
 What is counted is what the layers and kernels allocate: `model/`, the torch definitions (`kernels/*/reference.py`) on
-a CPU, the Triton forms on a GPU. Where these change, this file changes; `tests/integration/test_memory.py` and
+a CPU, the Triton forms on a GPU. Where these change, this file changes; `tests/integration/test_memory_measured.py` and
 `benchmarks/memory.py` hold it to measured peaks. Letters as in `planning/job.py`; e bytes per number.
 """
 

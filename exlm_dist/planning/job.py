@@ -1,8 +1,8 @@
 """A run on a number of ranks, with the sizes that memory, traffic and time are worked out from. No torch here.
 
-Letters: T tokens and S states of a micro-batch (bucket padding counted), B sequences in it, N and L the most targets and
-states of a sequence, D width, F feed-forward width, H heads, V vocabulary; t, p and d the degrees of tensor, pipeline and data
-parallelism, m micro-batches of a rank and step.
+Letters: T tokens and S states of a micro-batch (bucket padding counted), B sequences in it, N and L the most targets
+and states of a sequence, D width, F feed-forward width, H heads, V vocabulary; t, p and d the degrees of tensor,
+pipeline and data parallelism, m micro-batches of a rank and step.
 """
 
 from __future__ import annotations

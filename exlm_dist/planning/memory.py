@@ -164,8 +164,8 @@ def _gradients(job: Job, count: int, done: int) -> Parts:
     if job.config.parallel.offload and zero:
         return {"buffers": job.element * _filled(job, count, done)}
     if zero >= 2:
-        share = FP32 * count / job.data if half or repeated or zero == 3 else FP32 * max(0, done - bucket(count)) / job.data
-        return {"gradients": share, "buffers": job.element * _filled(job, count, done)}
+        reduced = count if half or repeated or zero == 3 else max(0, done - bucket(count))
+        return {"gradients": FP32 * reduced / job.data, "buffers": job.element * _filled(job, count, done)}
     if zero == 1 and half:
         return {"gradients": FP32 * count + job.element * done}
     return {"gradients": job.element * (count if repeated else done)}

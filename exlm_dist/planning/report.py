@@ -48,8 +48,8 @@ def plan_text(
         f"{hardware.node_size} in a node; {hardware.flops / 1e12:g} TFLOP/s, memory "
         f"{hardware.memory_bandwidth / 1e9:g}, link {hardware.link_bandwidth / 1e9:g}, "
         f"network {hardware.network_bandwidth / 1e9:g} GB/s",
-        f"{len(plans)} layouts fit. The fastest of each grid: GiB of the worst rank, GiB sent in a step by the rank that "
-        "sends most; * the one recommended:",
+        f"{len(plans)} layouts fit. The fastest of each grid: GiB of the worst rank, GiB sent in a step by the rank "
+        "that sends most; * the one recommended:",
         "",
         *_table(_of_each_grid(plans)[:top], best),
         "",

@@ -1,4 +1,4 @@
-"""What two ranks really send in a step, counted at the dispatcher, beside the formulas of `planning/communication.py`."""
+"""What two ranks really send in a step, counted at the dispatcher, and the formulas of `planning/communication.py`."""
 
 from __future__ import annotations
 

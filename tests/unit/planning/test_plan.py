@@ -92,7 +92,7 @@ def test_refusal_names_the_part_and_remedies_that_work():
         find_plans(request(LARGE[1], 8, memory=16))
     text = str(refused.value)
     assert text.startswith("no layout of exlm_7b_text fits on 8 GPUs of 16 GiB. The smallest (tensor 8, pipeline 1, ")
-    assert re.search(r"needs \d+\.\d GiB of the 14\.4 GiB that a margin of 10% leaves; the largest part is optimizer, 9\.6", text)
+    assert re.search(r"needs 1\d\.\d GiB of the 14\.4 GiB that .*; the largest part is optimizer, 9\.\d GiB \(at", text)
     memory, gpus = (int(re.search(rf"--{name} (\d+)", text)[1]) for name in ("gpu-memory", "gpus"))
     assert memory > 16 and gpus > 8
     assert find_plans(request(LARGE[1], 8, memory=memory)) and find_plans(request(LARGE[1], gpus, memory=16))

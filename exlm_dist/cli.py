@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_pretrain(commands)
     _add_plan(commands)
     _add_launch(commands)
+    _add_doctor(commands)
     _add_after_training(commands)
     _add_config(commands)
     return parser
@@ -186,6 +187,19 @@ def _add_launch(commands) -> None:
     deepspeed.add_argument("--dry-run", action="store_true", help="print the command and stop")
 
 
+def _add_doctor(commands) -> None:
+    doctor = _command(
+        commands,
+        "doctor",
+        _doctor,
+        "look for what would waste GPU hours before they are spent; exit code 1 where a check fails",
+        overrides=True,
+        epilog=OVERRIDES,
+    )
+    doctor.add_argument("config", nargs="?", help="YAML file of the run to be; without it only the machine is looked at")
+    doctor.add_argument("--nodes", action="store_true", help="ranks on all nodes of this Slurm job, not launch.processes here")
+
+
 def _add_after_training(commands) -> None:
     evaluate = _command(
         commands, "evaluate", _evaluate, "nll and accuracy per masked token of a checkpoint on held-out data"
@@ -271,13 +285,20 @@ def _pretrain(options: argparse.Namespace, overrides: list[str]) -> int:
     from exlm_dist.config import load_config
 
     config = load_config(options.config, overrides)
-    if "RANK" not in os.environ and config.local_processes > 1:
+    if "RANK" not in os.environ and (config.local_processes > 1 or config.launch.restarts):
         from exlm_dist.launch.local import run_local
+        from exlm_dist.launch.restart import Restarts
 
-        return run_local([options.config, *overrides], config.local_processes)
+        return run_local([options.config, *overrides], config.local_processes, Restarts.begin(config))
     from exlm_dist.training.loop import train
 
     return train(config)
+
+
+def _doctor(options: argparse.Namespace, overrides: list[str]) -> int:
+    from exlm_dist.doctor import doctor
+
+    return doctor(options.config, overrides, nodes=options.nodes)
 
 
 def _launch_deepspeed(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -285,13 +306,20 @@ def _launch_deepspeed(options: argparse.Namespace, overrides: list[str]) -> int:
 
     from exlm_dist.config import load_config
     from exlm_dist.launch.deepspeed import deepspeed_command, run_deepspeed
+    from exlm_dist.launch.restart import Restarts
 
     config = load_config(options.config, overrides)
     arguments = [options.config, *overrides]
     if options.dry_run:
         print(shlex.join(deepspeed_command(arguments, processes=config.local_processes, port=0, hostfile=options.hostfile)))
         return 0
-    return run_deepspeed(arguments, processes=config.local_processes, device=config.launch.device, hostfile=options.hostfile)
+    return run_deepspeed(
+        arguments,
+        Restarts.begin(config),
+        processes=config.local_processes,
+        device=config.launch.device,
+        hostfile=options.hostfile,
+    )
 
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> int:

@@ -50,6 +50,8 @@ class _GeluLinear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
+        if x.device.type != "cpu":
+            return F.linear(F.gelu(x), weight, bias)
         out = x.new_empty(len(x), len(weight))
         for rows in _blocks(x):
             out[rows] = product(F.gelu(x[rows]), weight.t(), bias)
@@ -71,6 +73,6 @@ class _GeluLinear(Function):
 
 
 def _blocks(x: Tensor) -> list[slice]:
-    """Runs of rows; one run where the rows are not on a CPU."""
-    step = max(1, _BLOCK_ELEMENTS // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
+    """Runs of rows."""
+    step = max(1, _BLOCK_ELEMENTS // x.shape[1])
     return [slice(first, first + step) for first in range(0, len(x), step)]

@@ -47,10 +47,12 @@ class Held:
     @property
     def part_shape(self) -> tuple[int, ...]:
         """Shape of the part this rank holds, without padding."""
-        if self.slice is None:
-            return self.shape
-        length = self.slice.stop - self.slice.start
-        return (*self.shape[: self.slice.dim], length, *self.shape[self.slice.dim + 1 :])
+        return part_shape(self.shape, self.slice)
+
+
+def part_shape(shape: tuple[int, ...], cut: Slice | None) -> tuple[int, ...]:
+    """Shape of a slice of a tensor of `shape`."""
+    return shape if cut is None else (*shape[: cut.dim], cut.stop - cut.start, *shape[cut.dim + 1 :])
 
 
 def set_extent(parameter: nn.Parameter, shape: tuple[int, ...], part: Slice | None, *, saved: bool) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 
 from exlm_dist.config import RunConfig
 from exlm_dist.data.batch import PackedBatch
+from exlm_dist.launch import heartbeat
 from exlm_dist.model.build import LanguageModel, build_model
 from exlm_dist.model.scoring import Totals, score
 from exlm_dist.model.stream import Stream
@@ -42,6 +43,8 @@ class Engine:
 
     deepspeed: Any
     optimizer: torch.optim.Optimizer
+    #: Trained numbers of the whole model.
+    num_parameters: int
     #: What this rank holds, in the same order on every copy; the shapes are those before ZeRO 3 empties the tensors.
     parameters: list[Held]
 
@@ -76,8 +79,9 @@ class Engine:
         self.optimizer = torch.optim.AdamW(
             [held.parameter for held in self.parameters], **adamw(self.config, self.process.device)
         )
-        count = sum(held.numel for held in self.parameters)
-        settings = deepspeed_config(self.config, self.process, self.dtype, count)
+        self.num_parameters = self._count()
+        here = sum(held.parameter.numel() for held in self.parameters)
+        settings = deepspeed_config(self.config, self.process, self.dtype, here)
         with quiet_deepspeed() as deepspeed:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module, optimizer=self.optimizer, config=settings, dist_init_required=False, **arguments
@@ -87,13 +91,18 @@ class Engine:
         for state in self.inner_optimizer.state.values():
             state["step"].zero_()
 
-    @functools.cached_property
-    def num_parameters(self) -> int:
-        """Trained numbers of the whole model, tied ones counted once. A collective at first use."""
+    def _count(self) -> int:
+        """Trained numbers of the whole model, tied ones counted once. A collective."""
         grid = self.process.grid
         mine = grid.data.is_first and grid.tensor.is_first
-        once = sum(held.numel for held in self.parameters if held.saved)
-        return int(self.process.gather([float(once if mine else 0)]).sum())
+        # Shapes are those of the whole: of what is cut along the tensor ranks the first counts all.
+        here = sum(held.numel for held in self.parameters if held.saved)
+        return int(self.process.gather([float(here if mine else 0)]).sum())
+
+    @property
+    def replica(self) -> tuple[int, int]:
+        """(number, count) of this data-parallel replica."""
+        return self.process.grid.data.rank, self.process.grid.data.size
 
     @property
     def inner_optimizer(self) -> torch.optim.Optimizer:
@@ -164,6 +173,7 @@ class PlainEngine(Engine):
         for batch in batches:
             last = batch is batches[-1]
             is_masked = torch.from_numpy(batch.is_masked).to(device) if scored and last else None
+            heartbeat.alive()
             self.deepspeed.set_gradient_accumulation_boundary(last)
             loss, left_out, scores = self.deepspeed(self.stream(batch), is_masked)
             # DeepSpeed averages over the copies, which is undone here; it is told not to divide by the accumulation.

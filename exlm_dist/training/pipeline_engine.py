@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from exlm_dist.config import RunConfig
 from exlm_dist.data.batch import PackedBatch
+from exlm_dist.launch import heartbeat
 from exlm_dist.model.build import run_layers
 from exlm_dist.model.objective import loss_sum, masked_scores
 from exlm_dist.model.scoring import Totals
@@ -54,6 +55,7 @@ class PipelineEngine(Engine):
         self._begin(batches, masked, self.process.grid.data.size * self.accumulation / denominator)
         self.deepspeed.micro_batches = len(batches)
         self.deepspeed.train_batch(self._load(batches, masked))
+        self.deepspeed.timers("train_batch").reset()  # it would keep the time, on a GPU two events, of every step
         norm = self.deepspeed.get_global_grad_norm()
         if not self.process.grid.speaks:
             zero = torch.zeros((), dtype=torch.float64, device=self.process.device)
@@ -93,6 +95,7 @@ class PipelineEngine(Engine):
 
     def _work(self, layers: Sequence[nn.Module], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor:
         """This stage on one micro-batch; on the last stage the loss, scaled for DeepSpeed."""
+        heartbeat.alive()
         training = self._stages.training
         stream = run_layers(layers, Stream.from_tensors(tensors), recompute=self._recompute and training)
         if not self.process.grid.pipeline.is_last:

@@ -10,7 +10,9 @@ from exlm_dist.config import RunConfig, check_vocabulary, check_world, config_di
 from exlm_dist.data.loader import Loader, eval_batches
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.data.tokenizer import load_tokenizer
+from exlm_dist.launch import heartbeat
 from exlm_dist.model import checkpoint_reader as reader
+from exlm_dist.model.checkpoint_tensors import TensorReader
 from exlm_dist.model.scoring import Totals
 from exlm_dist.parallel.process import Process
 from exlm_dist.tracking import EVENTS, EventLog, Tracker
@@ -18,12 +20,15 @@ from exlm_dist.training import checkpoint, checkpoint_files, provenance
 from exlm_dist.training.engine import Engine, build_engine, working_dtype
 from exlm_dist.training.observers import Meter, Progress
 from exlm_dist.training.run_folder import LOCK_PATIENCE, RunFolder, difference_table
+from exlm_dist.training.saving import Saved, Saver, WriterLost
 from exlm_dist.training.step import optimizer_step
-from exlm_dist.utils.errors import CheckpointError, RunStopped
+from exlm_dist.utils.errors import CheckpointError
 from exlm_dist.utils.logs import get_logger
 
 #: Seconds that sending the last events to MLflow may take at the end of a launch, by how it ended.
 SENDING = {"FINISHED": 30.0, "KILLED": 5.0, "FAILED": 3.0}
+#: A checkpoint in bytes, and bytes per second of a slow shared file system, hashing included.
+BYTES_PER_PARAMETER, SLOWEST_WRITE = 12, 100e6
 logger = get_logger(__name__)
 
 
@@ -37,8 +42,10 @@ class Session:
         self._events: EventLog | None = None
         self._tracker: Tracker | None = None
         self._loader: Loader | None = None
+        self._saver: Saver | None = None
         self.engine: Engine | None = None
         self.step = 0
+        self._slowest_save = 0.0
         self.evaluation: dict[str, float] | None = None  # of the current step
 
     def open(self) -> bool:
@@ -66,6 +73,7 @@ class Session:
         self._loader = process.together(self._make_loader)
         length = float(self.train_data.lengths.mean()) + 2
         self.engine = build_engine(config, process, self.train_data.vocab_size, length)
+        self._saver = Saver(self.path, self.engine, config.checkpoint)
         if found:
             self._resume(*found)
         progress = Progress(**state["progress"])
@@ -147,16 +155,18 @@ class Session:
         }
 
     def _resume(self, folder: Path, state: dict[str, Any]) -> None:
-        model, optimizer = reader.load_weights(folder, verified=True), reader.load_optimizer(folder, verified=True)
-        self.process.together(lambda: checkpoint.check(self.engine, model, optimizer))
+        tensors = self.process.together(lambda: TensorReader(folder))
+        self.process.together(lambda: checkpoint.check(self._saver.index, tensors.index))
         self.engine.prime(self._loader.step(self.step).micro_batches)
-        checkpoint.put(self.engine, model, optimizer, state)
+        checkpoint.put(self.engine, tensors, state)
 
     def train_step(self) -> None:
         """One optimizer step."""
         batches = self._loader.step(self.step)
+        heartbeat.beat(self.step)
         result = optimizer_step(self.engine, batches, self.config, scored=self.meter.is_logged(self.step))
         self.step += 1
+        heartbeat.beat(self.step)
         self.evaluation = None
         self.meter.after_step(result)
 
@@ -173,7 +183,7 @@ class Session:
         """nll and accuracy per masked token on the held-out split; all ranks take part."""
         with self.meter.pause():
             batches = eval_batches(self.valid_data, sequences=self.config.evaluation.sequences, **self._packing())
-            mine = self.engine.evaluate(batches)
+            mine = self.engine.evaluate(heartbeat.living(batches))
             sums = self.process.gather([mine.nll, mine.correct, mine.count]).sum(0).tolist()
             self.evaluation = Totals(*sums).means()
         if self._events is not None:
@@ -183,47 +193,58 @@ class Session:
                         values["valid/accuracy"])
 
     def save(self, *, needed: bool = False) -> None:
-        """Write a checkpoint. A full disk is only an alarm while an older checkpoint is there, unless this one is
-        `needed`."""
+        """Save the present state: begin it, or where it is `needed` or `checkpoint.asynchronous` is off, finish it.
+
+        A save that fails is only an alarm while an older checkpoint is there, unless this one is `needed`; else
+        SaveFailed or WriterLost, on every rank.
+        """
         self.meter.judge()
         with self.meter.pause():
-            model, optimizer, scalars = checkpoint.take(self.engine)
-            failure = self.process.first_only(lambda: self._write(model, optimizer, scalars, needed))
-        if failure and self.process.is_first:
-            logger.error("%s Training goes on.", failure)
-            self._events.tags({f"save_failed_step_{self.step}": failure})
+            self._conclude(self._saver.wait(), needed=False)
+            if self._events is not None:
+                self._events.flush()
+            failed = self._saver.start(
+                self.step, self._state(), dump_config(self.config), self.train_data.tokenizer_path
+            )
+            if failed or needed or not self.config.checkpoint.asynchronous:
+                self._conclude(failed or self._saver.wait(), needed)
 
-    def _write(
-        self, model: checkpoint.Tensors, optimizer: checkpoint.Tensors, scalars: dict[str, Any], needed: bool
-    ) -> str | None:
-        """On rank 0. None, or why nothing was written."""
-        broken = next(checkpoint.not_finite(model), None)
-        if broken is not None:
-            raise RunStopped(
-                f"parameter {broken} is not finite after step {self.step}; it was not saved. "
-                "Lower optimizer.lr or set optimizer.clip, and go on from an older checkpoint."
-            )
-        self._events.flush()
-        try:
-            folder = checkpoint_files.write_checkpoint(
-                self.path,
-                self.step,
-                model=model,
-                optimizer=optimizer,
-                state=self._state(scalars),
-                config=dump_config(self.config),
-                tokenizer=self.train_data.tokenizer_path,
-            )
-        except checkpoint_files.DiskFull as error:
-            if needed or not checkpoint_files.has_whole(self.path):
-                raise
-            return str(error)
-        self._log_checkpoint(folder, self.step, self.evaluation)
-        removed = checkpoint_files.retain(self.path, self.config.checkpoint.keep, self.config.checkpoint.best)
-        logger.info(
-            "step %d saved%s", self.step, f"; removed {', '.join(folder.name for folder in removed)}" if removed else ""
+    def seconds_to_save(self, *, due: bool) -> float:
+        """Seconds until the state after the next step could be on disk, that step not counted; `due`: a save comes
+        before. As the slowest save of this launch; before there was one, as on a slow file system."""
+        one = self._slowest_save or BYTES_PER_PARAMETER * self.engine.num_parameters / SLOWEST_WRITE
+        return one * (2 if due or self._saver.busy else 1)
+
+    def attend_save(self) -> None:
+        """At a step edge: see whether a save under way is done."""
+        self._conclude(self._saver.attend(), needed=False)
+
+    def _conclude(self, saved: Saved | None, needed: bool) -> None:
+        if saved is None:
+            return
+        self._slowest_save = max(self._slowest_save, saved.seconds)
+        if saved.failure is not None:
+            older = self.process.first_only(lambda: checkpoint_files.has_whole(self.path))
+            if needed or not older:
+                kind = WriterLost if saved.lost else checkpoint_files.SaveFailed
+                raise kind(f"step {saved.step} was not saved: {saved.failure}")
+        if self._events is not None:
+            self._report(saved)
+
+    def _report(self, saved: Saved) -> None:
+        """On rank 0."""
+        if saved.failure is not None:
+            logger.error("step %d was not saved: %s Training goes on.", saved.step, saved.failure)
+            self._events.tags({f"save_failed_step_{saved.step}": saved.failure})
+            return
+        self._log_checkpoint(saved.folder, saved.step, saved.evaluation)
+        self._events.metrics(
+            saved.step, {"checkpoint/stall_seconds": saved.stall, "checkpoint/seconds": saved.seconds}
         )
-        return None
+        if saved.alarm:
+            logger.error("%s", saved.alarm)
+        removed = f"; removed {', '.join(saved.removed)}" if saved.removed else ""
+        logger.info("step %d saved in %.1f s, training waited %.2f s%s", saved.step, saved.seconds, saved.stall, removed)
 
     def _log_checkpoint(self, folder: Path, step: int, evaluation: dict[str, float] | None) -> None:
         """Log the evaluation of a checkpoint as a child run that names the checkpoint; a second time does nothing."""
@@ -231,14 +252,14 @@ class Session:
             tags = {"split": "valid", "tokens": int(evaluation["tokens"]), **reader.reference(folder)}
             self._events.child_run("evaluation", step, _valid_metrics(evaluation), tags)
 
-    def _state(self, scalars: dict[str, Any]) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         config, engine = self.config, self.engine
         return {
             "step": self.step,
             "seed": config.seed,
             "evaluation": self.evaluation,
             "progress": vars(self.meter.progress),
-            **scalars,
+            **checkpoint.scalars(engine),
             **self._fingerprints(),
             "config_hash": provenance.config_hash(config),
             "versions": provenance.versions(),
@@ -265,6 +286,8 @@ class Session:
         time."""
         if self._loader is not None:
             self._loader.close()
+        if self._saver is not None:
+            self._saver.close()
         if self._tracker is not None:
             self._tracker.close(status, timeout=SENDING[status])
         if self._events is not None:

@@ -18,15 +18,23 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
+def write_all(handle: int, data: bytes | memoryview) -> None:
+    """Write all of `data` to an open file; a disk that fills up meanwhile is an OSError."""
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[os.write(handle, rest) :]
+
+
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Replace the file at `path` by `content` in one step: readers see the old or the new one, never a part."""
-    data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            write_all(handle, content.encode() if isinstance(content, str) else content)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -45,11 +45,16 @@ def test_the_order_is_that_of_deepspeed_and_megatron():
     assert layout.groups("pipeline") == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert layout.groups("pipeline", "tensor") == [[0, 1, 4, 5], [2, 3, 6, 7]]
     assert layout.place(6) == Place(pipeline=1, data=1, tensor=0)
-    topology = pytest.importorskip("deepspeed.runtime.pipe.topology")
-    theirs = topology.PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=2)
-    for rank in range(8):
-        place = theirs.get_coord(rank)
-        assert layout.place(rank) == Place(pipeline=place.pipe, data=place.data, tensor=place.model)
+    places = [layout.place(rank) for rank in range(8)]
+    assert on_ranks(deepspeed_places, 1) == [[(place.pipeline, place.data, place.tensor) for place in places]]
+
+
+def deepspeed_places(process):
+    """(pipeline, data, tensor) of each of eight ranks as DeepSpeed has them."""
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    theirs = PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=2)
+    return [(place.pipe, place.data, place.model) for place in map(theirs.get_coord, range(8))]
 
 
 def sums(process, degrees):

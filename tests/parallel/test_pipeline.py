@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
-from integration.training_runs import tiny
+import torch
+from integration.training_runs import _before_step, _train, log_of, tiny, train_on
 from made_run import make_data
-from parallel.harness import on_ranks
+from parallel.harness import on_ranks, run_processes
+from parallel.sharded import assembled, pieces
 
 from exlm_dist.config import RunConfig
+from exlm_dist.parallel.layout import Layout
+from exlm_dist.tracking import read_events
+from exlm_dist.utils.errors import EXIT_DONE, EXIT_RETRY
 
 STEPS = 10
 SECTIONS = {
@@ -35,7 +41,6 @@ def trajectory(process, settings):
     from exlm_dist.data.loader import Loader, eval_batches
     from exlm_dist.data.shards import ShardDataset
     from exlm_dist.parallel.grid import Grid
-    from exlm_dist.parallel.layout import Layout
     from exlm_dist.training.engine import build_engine
     from exlm_dist.training.step import optimizer_step
 
@@ -72,54 +77,12 @@ def trajectory(process, settings):
     return {"rows": rows, "initial": initial, "first": first, "final": final, "evaluation": evaluation}
 
 
-def pieces(engine, key):
-    """{name: (full shape, dim, start, stop, values)} of what this rank holds: the weights, or the moment `key`."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    found = {}
-    for held in engine.parameters:
-        if engine.zero == 0:
-            value = held.parameter if key is None else engine.inner_optimizer.state[held.parameter][key]
-        elif key is None:
-            value = safe_get_full_fp32_param(held.parameter)
-        else:
-            value = safe_get_full_optimizer_state(held.parameter, key)
-        place = (0, 0, held.shape[0]) if held.slice is None else (held.slice.dim, held.slice.start, held.slice.stop)
-        # float32 numpy: what travels from the ranks to the test.
-        found[held.name] = (held.shape, *place, value.detach().float().numpy().reshape(_local_shape(held)).copy())
-    return found
-
-
-def _local_shape(held):
-    """Shape of the local tensor (ZeRO 3 has emptied it), padding of a vocabulary included."""
-    shape = list(held.part_shape)
-    if held.slice is not None:
-        shape[held.slice.dim] = -1
-    return shape
-
-
-def assembled(ranks, what):
-    """{name: full array} from the pieces of all ranks; copies of a piece must be equal to the last bit."""
-    full, filled = {}, {}
-    for rank in ranks:
-        for name, (shape, dim, start, stop, values) in rank[what].items():
-            target = full.setdefault(name, np.zeros(shape, np.float32))
-            seen = filled.setdefault(name, np.zeros(shape, bool))
-            index = (slice(None),) * dim + (slice(start, stop),)
-            part = values[(slice(None),) * dim + (slice(0, stop - start),)]
-            if seen[index].all():
-                assert np.array_equal(target[index], part), f"{what} {name}: copies differ"
-            target[index], seen[index] = part, True
-    assert all(seen.all() for seen in filled.values())
-    return full
-
-
 def measured(config, world):
     """(rows of numbers per step, initial weights, first gradients, final weights, evaluation), whole and unsharded."""
     ranks = on_ranks(trajectory, world, config.model_dump(), timeout=120.0)
     for rank in ranks[1:]:
         assert rank["rows"] == ranks[0]["rows"] and rank["evaluation"] == ranks[0]["evaluation"]
-    return ranks[0]["rows"], *(assembled(ranks, what) for what in ("initial", "first", "final")), ranks[0]["evaluation"]
+    return ranks[0]["rows"], *(assembled([rank[what] for rank in ranks]) for what in ("initial", "first", "final")), ranks[0]["evaluation"]
 
 
 def deviations(got, wanted):
@@ -184,8 +147,104 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("model, parallel, world", CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize("model, parallel, world", CASES, ids=str)
 def test_sharded_equals_unsharded(model, parallel, world, reference, data, tmp_path):
     config = tiny(tmp_path, "sharded", data, parallel=parallel, **SECTIONS, **MODELS[model])
     copies = world // (config.parallel.tensor * config.parallel.pipeline)
     compare(measured(config, world), reference(model), copies=copies)
+
+
+@pytest.mark.parametrize("parallel, world", [({"pipeline": 2}, 2), ({"tensor": 2, "pipeline": 2}, 4)], ids=str)
+def test_in_bf16(parallel, world, data, tmp_path):
+    """Weights in bf16, gradients summed in fp32: like the unsharded run in bf16, as far as 8 bits of mantissa go."""
+    made = {}
+    for name, settings, ranks in (("whole", {}, 1), ("sharded", parallel, world)):
+        config = tiny(
+            tmp_path, name, data, parallel=settings, precision={"dtype": "bf16"}, **SECTIONS, **MODELS["dropout"]
+        )
+        made[name] = measured(config, ranks)
+    (rows, initial, first, final, evaluation), wanted = made["sharded"], made["whole"]
+    assert np.array(rows[0]) == pytest.approx(np.array(wanted[0][0]), rel=0.02)
+    assert [row[0] for row in rows] == pytest.approx([row[0] for row in wanted[0]], rel=0.02)
+    for name in wanted[1]:
+        assert np.array_equal(initial[name], wanted[1][name])
+        assert np.abs(first[name] - wanted[2][name]).max() < 0.05 * np.abs(wanted[2][name]).max() + 1e-4, name
+        assert np.abs(final[name] - wanted[3][name]).max() < 0.05 * np.abs(wanted[3][name]).max() + 1e-3, name
+    assert evaluation[0] == pytest.approx(wanted[4][0], rel=0.02)
+
+
+def left_out(rank, settings, ranks):
+    """On the last stage of the second copy, sequence 0 of every micro-batch of step 5 has likelihood zero."""
+    from exlm_dist.training import pipeline_engine
+
+    plain, now = pipeline_engine.loss_sum, {"step": -1}
+    _before_step(lambda step: now.update(step=step))
+
+    def loss_sum(stream, reduction):
+        if rank in ranks and now["step"] == 5:
+            zero = torch.tensor([0])
+            stream = stream.replace(log_likelihood=stream.log_likelihood.index_fill(0, zero, -torch.inf))
+        return plain(stream, reduction)
+
+    pipeline_engine.loss_sum = loss_sum
+    return _train(rank, settings, None)
+
+
+@pytest.mark.parametrize(
+    "parallel, ranks", [({"pipeline": 2, "data": 2}, [3]), ({"tensor": 2, "pipeline": 2}, [2, 3])], ids=str
+)
+def test_sequences_left_out_reach_the_first_rank_once(parallel, ranks, data, tmp_path):
+    config = tiny(tmp_path, "few", data, parallel=parallel, loss={"max_invalid": 0.5}, batch=SECTIONS["batch"])
+    assert run_processes(left_out, 4, config.model_dump(), ranks) == [EXIT_DONE] * 4
+    events = list(read_events(tmp_path / "few/events.jsonl"))
+    name = "train/invalid_sequences"
+    metrics = [event for event in events if event["kind"] == "metrics" and name in event["values"]]
+    counts = {event["step"]: event["values"][name] for event in metrics}
+    micro_batches = 4 // Layout.of(config.parallel, 4).data
+    assert counts[6] == micro_batches and counts[9] == 0
+    tags = [event["values"] for event in events if event["kind"] == "tags"]
+    (named,) = [values["invalid_step_6"] for values in tags if "invalid_step_6" in values]
+    assert len(named.removeprefix("samples ").split(", ")) == micro_batches
+
+
+DEATHS = [
+    ({"pipeline": 2}, 2, 0, {"zero": 2, "data": 2}),
+    ({"pipeline": 2, "data": 2}, 4, 3, {"tensor": 2}),
+    ({"tensor": 2, "pipeline": 2}, 4, 2, {"data": 1}),
+    ({"tensor": 2, "data": 2, "zero": 3}, 4, 1, {"pipeline": 2}),
+]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    """The events of the run of `test_a_killed_rank_ends_all` on one rank that nothing ends."""
+    config = tiny(tmp_path_factory.mktemp("whole"), "whole", data, batch=SECTIONS["batch"])
+    assert train_on(config, 1) == [EXIT_DONE]
+    return points(config)
+
+
+@pytest.mark.parametrize("parallel, world, lost, then", DEATHS, ids=str)
+def test_a_killed_rank_ends_all(parallel, world, lost, then, data, tmp_path, uninterrupted):
+    """Within 30 s, every other rank saying that it may be started again; and another layout takes the run to its end."""
+    config = tiny(tmp_path, "killed", data, parallel=parallel, batch=SECTIONS["batch"])
+    codes = train_on(config, world, death=("step", lost, 6), timeout=30.0)
+    assert codes == [-signal.SIGKILL if rank == lost else EXIT_RETRY for rank in range(world)], log_of(config)
+    config = tiny(tmp_path, "killed", data, parallel=then, batch=SECTIONS["batch"])
+    world = config.local_processes
+    assert train_on(config, world) == [EXIT_DONE] * world
+    assert points(config).keys() == uninterrupted.keys()
+    for place, value in uninterrupted.items():
+        assert points(config)[place] == pytest.approx(value, rel=1e-4), place
+
+
+def points(config):
+    """{(step, name): value} of what does not depend on the layout."""
+    names = ("train/loss", "train/lr", "train/grad_norm", "valid/nll", "progress/sequences")
+    events = read_events(Path(config.runs) / config.name / "events.jsonl")
+    return {
+        (event["step"], name): event["values"][name]
+        for event in events
+        if event["kind"] == "metrics"
+        for name in names
+        if name in event["values"]
+    }

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from exlm_dist.kernels.checks import check_shape
+
 __all__ = ["Linear", "linear", "product"]
 
 
@@ -24,20 +26,27 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [R, K], weight [N, K], bias [N] or None -> x weight^T + bias [R, N], with gradients of all three."""
+    """x [R, K], weight [N, K], bias [N] or None -> x weight^T + bias [R, N], with gradients of all three.
+
+    ValueError on shapes that do not fit.
+    """
+    check_shape("x", x, (None, weight.shape[1]))
     return _Linear.apply(x, weight, bias) if _by_onednn(x, weight) else F.linear(x, weight, bias)
 
 
 def product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
     """a [M, K] b [K, N] + added, [M, N], without gradients of its own; `added` [M, N], or [N] for every row.
 
-    Either operand may be a transposed view: nothing is copied for that.
+    Either operand may be a transposed view: nothing is copied for that. ValueError on shapes that do not fit.
     """
+    check_shape("b", b, (a.shape[1], None))
+    if added is not None:
+        check_shape("added", added, (len(a), b.shape[1])[2 - added.dim() :])
     if not _by_onednn(a, b):
         return a @ b if added is None else torch.addmm(added, a, b)
     a, b = _dense(a), _dense(b).t()
     if added is not None and added.dim() == 2:
-        return torch.ops.mkldnn._linear_pointwise.binary(a, added, b, None, "add")
+        return torch.ops.mkldnn._linear_pointwise.binary(a, added.contiguous(), b, None, "add")
     return torch.ops.mkldnn._linear_pointwise(a, b, added, "none", [], "")
 
 
@@ -67,7 +76,8 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 @functools.cache
 def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and platform.machine().lower() in ("x86_64", "amd64")
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return on_x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
@@ -76,5 +86,6 @@ def _by_onednn(a: Tensor, b: Tensor) -> bool:
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    """The matrix, copied if it is neither contiguous nor the transpose of one: oneDNN's slowest path takes those."""
+    """The matrix, copied if it is neither contiguous nor the transpose of one: oneDNN takes such a one hundreds of times
+    slower."""
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()

@@ -1,0 +1,81 @@
+"""Whether the ranks of a run are started again in place: at once, but never for ever. Never imports torch.
+
+(The batch script of `exlm_dist.launch.slurm_scripts` has the same rule in bash: its node may have no Python.)
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from exlm_dist.config.schema import RunConfig
+from exlm_dist.utils.errors import EXIT_RETRY, EXIT_STOP
+from exlm_dist.utils.logs import get_logger
+
+#: A shell and Slurm report a process that a signal ended as 128 + the signal; DeepSpeed's launcher as 256 - the signal.
+KILLED = 128
+_STEP_FOLDER = re.compile(r"step-(\d+)$")
+logger = get_logger(__name__)
+
+
+def newest_step(run_folder: Path) -> int:
+    """Step of the newest checkpoint of a run that was written to its end; 0 when there is none."""
+    found = (_STEP_FOLDER.search(path.parent.name) for path in (run_folder / "checkpoints").glob("step-*/COMPLETE"))
+    return max((int(match.group(1)) for match in found if match), default=0)
+
+
+def may_be_retried(code: int) -> bool:
+    """Whether starting again may help: 76, or a rank that a signal killed."""
+    return code == EXIT_RETRY or code < 0 or code > KILLED
+
+
+def exit_code(code: int) -> int:
+    """`code` by our own contract: a process that a signal killed counts as 76."""
+    return EXIT_RETRY if may_be_retried(code) else code
+
+
+@dataclass
+class Restarts:
+    """Counts the restarts of a run since its newest checkpoint last moved.
+
+    `limit`: restarts in a row without a newer checkpoint, 0: none at all; `step`: of that checkpoint.
+    """
+
+    run_folder: Path
+    limit: int
+    step: int = 0
+    count: int = 0
+
+    @staticmethod
+    def begin(config: RunConfig) -> Restarts:
+        """For a launch that begins now."""
+        run_folder = Path(config.runs) / config.name
+        return Restarts(run_folder, config.launch.restarts, newest_step(run_folder))
+
+    def next_code(self, code: int) -> int | None:
+        """None: start the ranks again. Else what the run ends with, after its ranks ended with `code`.
+
+        Where the newest checkpoint has not moved for `limit` restarts this is 78, and the reason is logged.
+        """
+        if not may_be_retried(code):
+            return code
+        if self.limit == 0:
+            return EXIT_RETRY
+        step = newest_step(self.run_folder)
+        if step > self.step:
+            self.step, self.count = step, 0
+        if self.count == self.limit:
+            logger.error(
+                "%s: %d restarts (launch.restarts) since the checkpoint of step %d and none got to the next one. "
+                "Starting again would meet the same end: see the messages above. Shorten checkpoint.every if single "
+                "ranks die now and then; exclude a machine that is always the one.",
+                self.run_folder, self.count, self.step,
+            )
+            return EXIT_STOP
+        self.count += 1
+        logger.warning(
+            "%s: starting the ranks again after step %d (restart %d of %d without a newer checkpoint)",
+            self.run_folder, step, self.count, self.limit,
+        )
+        return None

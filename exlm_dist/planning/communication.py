@@ -67,6 +67,8 @@ def _tensor(job: Job, stage: Stage) -> list[Traffic]:
 
 #: Sizes and flags that a packed batch travels with.
 _SIZES = 16
+#: Bytes by which DeepSpeed describes the tensors of a micro-batch to the next stage.
+_DESCRIPTION = 1024
 #: (collective, purpose, calls, bytes) of one micro-batch.
 _Calls = list[tuple[Collective, str, int, float]]
 
@@ -154,9 +156,10 @@ def _pipeline(job: Job, stage: Stage) -> list[Traffic]:
 
 def _integers(job: Job) -> float:
     """Bytes of the integers of a micro-batch: three per token, one per state and target, three boundaries, and sizes
-    (`Stream.to_tensors`)."""
+    (`Stream.to_tensors`); and what describes them to DeepSpeed."""
     batch = job.config.batch.micro
-    return INT64 * (3 * job.tokens + job.states + batch * job.sizes.targets + 3 * (batch + 1) + _SIZES)
+    integers = 3 * job.tokens + job.states + batch * job.sizes.targets + 3 * (batch + 1) + _SIZES
+    return INT64 * integers + _DESCRIPTION
 
 
 def _data(job: Job, stage: Stage) -> list[Traffic]:
@@ -169,8 +172,10 @@ def _data(job: Job, stage: Stage) -> list[Traffic]:
     count, zero, repeated = sum(parameters_of_stage(job, stage).values()), job.config.parallel.zero, job.accumulation
     wide, weights = FP32 if zero else job.element, count * job.element
     if zero == 3:
+        # In the forward and in the backward pass, a tied matrix for each layer that uses it.
+        tied = job.vocabulary * job.model.width * job.element if job.model.tie_head else 0
         return [
-            Traffic("data", "all_gather", "weights", 2 * repeated, 2 * repeated * weights, job.data),
+            Traffic("data", "all_gather", "weights", 2 * repeated, 2 * repeated * (weights + tied), job.data),
             Traffic("data", "reduce_scatter", "gradients", repeated, repeated * count * wide, job.data),
         ]
     times = repeated if zero == 2 else 1

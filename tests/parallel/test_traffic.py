@@ -23,12 +23,6 @@ LAYOUTS = {
     "dp2 zero1": {"data": 2},
     "dp2 zero2": {"data": 2, "zero": 2},
 }
-#: c10d operations by the name of what they do; the tensor counted is the whole one, of a send the one sent.
-NAMES = {
-    "allreduce_": "all_reduce", "_allgather_base_": "all_gather", "allgather_into_tensor_coalesced_": "all_gather",
-    "allgather_": "all_gather", "_reduce_scatter_base_": "reduce_scatter", "send": "send",
-}  # fmt: skip
-
 
 def settings(layout: dict, accumulation: int = 2) -> dict:
     copies = layout.get("data", 1)
@@ -41,41 +35,21 @@ def settings(layout: dict, accumulation: int = 2) -> dict:
 
 def counted(process, layout: dict) -> dict[str, float]:
     """Bytes by collective in the second step of this rank."""
-    import torch
-    import torch.distributed as dist
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     from exlm_dist.parallel.grid import Grid
     from exlm_dist.parallel.layout import Layout
+    from exlm_dist.parallel.traffic import Traffic
     from exlm_dist.training.engine import build_engine
 
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-            space, _, name = function.name().partition("::")
-            if space == "c10d" and name in NAMES:
-                tensors = arguments[1] if name == "_reduce_scatter_base_" else arguments[0]
-                group = next(a for a in arguments if isinstance(a, torch.ScriptObject))
-                if dist.ProcessGroup.unbox(group).size() > 1:
-                    found[NAMES[name]] += size(tensors)
-            return function(*arguments, **(keywords or {}))
-
-    def size(tensors) -> int:
-        return sum(map(size, tensors)) if isinstance(tensors, (list, tuple)) else tensors.nbytes
-
-    found: dict[str, float] = collections.Counter()
     config = RunConfig.model_validate(settings(layout))
     grid = Grid.make(Layout.of(config.parallel, process.world), process.rank)
     process = dataclasses.replace(process, grid=grid)
     engine = build_engine(config, process, VOCABULARY, LENGTH)
     for step in range(2):
         batches = [batch(config, step, grid.data.rank * 2 + index) for index in range(2)]
-        if step == 1:
-            with Count():
-                engine.train(batches, 32.0, scored=False)
-        else:
+        with Traffic() as traffic:
             engine.train(batches, 32.0, scored=False)
     engine.close()
-    return dict(found)
+    return dict(traffic.bytes)
 
 
 def batch(config: RunConfig, step: int, index: int):

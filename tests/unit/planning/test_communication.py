@@ -33,7 +33,7 @@ def test_one_rank_sends_nothing():
 
 def test_gradients_and_weights_of_data_parallelism():
     for zero, passes in ((0, 2 * 2), (1, 2 * 4 + 2), (2, 3 * 2 * 4 + 2), (3, 3 * (2 * 2 + 4))):
-        this = job(data=8, zero=zero, accumulation=3)
+        this = job(data=8, zero=zero, accumulation=3, model={**WIDE, "tie_head": False})
         count = sum(parameters_of_stage(this, this.stages[0]).values())
         assert sent(this, "data") == pytest.approx(7 / 8 * passes * count)
 

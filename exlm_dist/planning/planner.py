@@ -14,8 +14,8 @@ from exlm_dist.planning.memory import HOST, Peak, memory_per_rank
 from exlm_dist.utils.errors import ConfigError
 
 GIB = 2**30
-#: Layouts whose predicted times differ by less are taken for equally fast.
-ABOUT = 1.05
+#: Layouts whose predicted times differ by less are taken for equally fast: the prediction is no better than that.
+ABOUT = 1.1
 #: How many times the GPUs a refusal looks for a number that would do.
 _MORE = (2, 4, 8, 16)
 

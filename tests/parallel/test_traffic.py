@@ -49,7 +49,7 @@ def counted(process, layout: dict) -> dict[str, float]:
         with Traffic() as traffic:
             engine.train(batches, 32.0, scored=False)
     engine.close()
-    return dict(traffic.bytes)
+    return {kind: size for kind, size in traffic.bytes.items() if size > 64}  # less are single numbers
 
 
 def batch(config: RunConfig, step: int, index: int):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from exlm_dist.model.checkpoint_tensors import Index, model_file, optimizer_file, shape_in_file, tensor_name
-from exlm_dist.model.pieces import Piece
+from exlm_dist.model.pieces import Piece, overlaps
 from exlm_dist.training import checkpoint_files as files
 
 Arrays = Mapping[str, np.ndarray]
@@ -26,6 +26,35 @@ def numbers_of(array: np.ndarray, piece: Piece) -> np.ndarray:
     if piece.slice is not None:
         array = array.take(range(piece.slice.start, piece.slice.stop), axis=piece.slice.dim)
     return array.reshape(-1)[piece.start : piece.stop]
+
+
+def full_state(engine: Any) -> dict[str, np.ndarray]:
+    """Parameters and moments (`exp_avg.<name>`, ...) of an engine, full, on every rank: what a save and a load make of
+    them, without the files. A collective; after the first step."""
+    import torch
+    import torch.distributed as dist
+
+    from exlm_dist.training import checkpoint
+
+    parts = checkpoint.owned(engine)
+    index = checkpoint.layout(engine, parts)
+    sizes = [part.stop - part.start for part in parts]
+    moments = (None, *checkpoint.MOMENTS)
+    numbers = torch.full((len(moments) * sum(sizes),), torch.nan)
+    checkpoint.copy_out(engine, parts, numbers)
+    keys = [(moment, part.held.name) for moment in moments for part in parts]
+    mine = dict(zip(keys, (values.numpy() for values in numbers.split(sizes * len(moments)))))
+    every: list[Any] = [None] * engine.process.world
+    dist.all_gather_object(every, mine)
+    result = {}
+    for moment in moments:
+        for name, shape in index.shapes.items():
+            whole_of_it = Piece(None, 0, int(np.prod(shape)), 0)
+            full = result[tensor_name(name, moment)] = np.full(shape, np.nan, np.float32)
+            for piece in index.pieces[name]:
+                for into, out_of, count in overlaps(shape, whole_of_it, piece):
+                    full.reshape(-1)[into : into + count] = every[piece.rank][moment, name][out_of : out_of + count]
+    return result
 
 
 def write_checkpoint(

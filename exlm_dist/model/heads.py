@@ -182,15 +182,16 @@ class Output(nn.Module):
         """argmax_w sum_u q_i(u) p_u(w) of each target i, [B, N_max]; a few sequences at a time."""
         prior = prior_marginals(stream, backend=self.backend)
         padded = stream.padded(tokens, stream.cu_states, stream.max_states, 0.0)
+        # As many words as any rank holds, so that all ranks take equally many turns.
+        chunk = max(1, _PREDICTION_LOGITS // (stream.max_states * len(self.bias)))
+        return torch.cat([self._best(q, x) for q, x in zip(prior.split(chunk), padded.split(chunk))])
+
+    def _best(self, prior: Tensor, tokens: Tensor) -> Tensor:
+        """prior [B, N, L], tokens [B, L, D] -> [B, N]."""
         weight, bias, shard = self._vocabulary()
-        chunk = max(1, _PREDICTION_LOGITS // (stream.max_states * len(bias)))
-        best = []
-        for q, x in zip(prior.split(chunk), padded.split(chunk)):
-            logits = linear(x.flatten(0, 1), weight, bias).unflatten(0, x.shape[:2]).float()
-            if shard is None:
-                best.append((q @ logits.softmax(-1)).argmax(-1))
-                continue
-            log_sum = self.part.log_sum(logits.logsumexp(-1, keepdim=True))
-            values, words = (q @ (logits - log_sum).exp()).max(-1)
-            best.append(self.part.best(values, words + shard.first_token))
-        return torch.cat(best)
+        logits = linear(tokens.flatten(0, 1), weight, bias).float().unflatten(0, tokens.shape[:2])
+        if shard is None:
+            return (prior @ logits.softmax(-1)).argmax(-1)
+        log_sum = self.part.log_sum(logits.logsumexp(-1, keepdim=True))
+        values, words = (prior @ (logits - log_sum).exp()).max(-1)
+        return self.part.best(values, words + shard.first_token)

@@ -282,6 +282,8 @@ def _summed_gradient(grad: Tensor, *, group: dist.ProcessGroup) -> Tensor:
 
 def _prepare(group: dist.ProcessGroup) -> None:
     """What megatron's layers expect to find: a buffer for gathered rows and, on a CPU, a current device."""
+    # Names that newer versions of torch have changed.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*")
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
     if dist.get_backend(group) == "gloo":

@@ -55,6 +55,7 @@ class PipelineEngine(Engine):
         self._begin(batches, masked, self.process.grid.data.size * self.accumulation / denominator)
         self.deepspeed.micro_batches = len(batches)
         self.deepspeed.train_batch(self._load(batches, masked))
+        self.deepspeed.timers("train_batch").reset()  # it would keep the time, on a GPU two events, of every step
         norm = self.deepspeed.get_global_grad_norm()
         if not self.process.grid.speaks:
             zero = torch.zeros((), dtype=torch.float64, device=self.process.device)

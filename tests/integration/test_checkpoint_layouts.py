@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import write_checkpoint
+from checkpoints import numbers_of, write_checkpoint
 from made_run import make_data
 from parallel.harness import on_ranks
 from training_runs import tiny, train_on
@@ -26,7 +28,8 @@ STEP = 4
 def saved(tmp_path_factory) -> RunConfig:
     """A run of a few steps whose last checkpoint is cut as no layout of the tests cuts it."""
     folder = tmp_path_factory.mktemp("saved")
-    config = tiny(folder, "run", make_data(folder / "prepared"))
+    sizes = {"batch": {"sequences": 8, "micro": 1}, "model": {"heads": 4}}
+    config = tiny(folder, "run", make_data(folder / "prepared"), **sizes)
     assert train_on(config, 1, ("signal", 0, STEP - 1, signal.SIGTERM)) == [EXIT_SAVED]
     checkpoint = folder / "run/checkpoints" / f"step-{STEP:08d}"
     model, optimizer, state = reader.load_weights(checkpoint), reader.load_optimizer(checkpoint), reader.read_state(checkpoint)
@@ -55,12 +58,11 @@ def odd_pieces(shape: tuple[int, ...]) -> list[Piece]:
     return pieces
 
 
-def load_and_save(process, settings, layouts):
-    """At each (stage, dtype) in turn: resume, compare the weights that the model works with, save as the next step.
-
-    Stage 3 partitions every parameter in bf16; in fp32 it keeps the small ones whole, as it does by default."""
-    import torch
-
+def load_and_save(process, settings, cases):
+    """For each (ZeRO stage, dtype, degrees) in turn: resume, compare the weights that the model works with, save as the
+    next step. Stage 3 partitions every parameter in bf16; in fp32 it keeps the small ones whole, as it does by default."""
+    from exlm_dist.parallel.grid import Grid
+    from exlm_dist.parallel.layout import Layout
     from exlm_dist.training import engine as engines
     from exlm_dist.training.session import Session
 
@@ -71,48 +73,76 @@ def load_and_save(process, settings, layouts):
         result["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return result
 
-    for stage, dtype in layouts:
+    for number, (stage, dtype, degrees) in enumerate(cases):
         engines.deepspeed_config = all_partitioned if (stage, dtype) == (3, "bf16") else plain
         config = RunConfig.model_validate(
             settings
             | {
-                "runs": f"{settings['runs']}/{process.world}-{stage}-{dtype}",
-                "parallel": {"zero": stage},
+                "runs": f"{settings['runs']}/{number}",
+                "parallel": {"zero": stage, **degrees},
                 "precision": {"dtype": dtype},
             }
         )
-        session = Session(config, process)
+        grid = Grid.make(Layout.of(config.parallel, process.world), process.rank)
+        session = Session(config, dataclasses.replace(process, grid=grid))
         assert session.open() and session.step == STEP
-        folder = Path(config.runs) / "run/checkpoints" / f"step-{STEP:08d}"
-        weights = reader.load_weights(folder)
-        with session.engine._plain_model() as model:
-            for name, parameter in model.named_parameters():
-                assert torch.equal(parameter.float(), weights[name].to(parameter.dtype).float()), (name, stage, dtype)
+        compare_weights(session.engine, Path(config.runs) / "run/checkpoints" / f"step-{STEP:08d}")
         session.step += 1
         session.save(needed=True)
         session.disband()
         session.close("KILLED")
 
 
-FP32 = [(stage, "fp32") for stage in range(4)]
+def compare_weights(engine, folder):
+    """What the model of this rank works with is its part of the saved weights, in the working precision."""
+    import torch
+
+    weights = reader.load_weights(folder)
+    at_hand = [held.parameter for held in engine.parameters]
+    with engine._plain_model() if engine.zero == 3 else contextlib.nullcontext() as model:
+        for held, local in zip(engine.parameters, at_hand if model is None else model.parameters()):
+            size = int(np.prod(held.part_shape))
+            part = numbers_of(weights[held.name].numpy(), Piece(held.slice, 0, size, 0))
+            wanted = torch.from_numpy(part.copy()).to(local.dtype)
+            assert torch.equal(local.detach().reshape(-1)[:size], wanted), held.name
 
 
-@pytest.mark.parametrize(
-    "world, layouts",
-    [(1, [(0, "fp32"), (1, "bf16"), (3, "fp32")]), (2, [*FP32, (0, "bf16"), (1, "bf16"), (3, "bf16")]), (4, FP32)],
-)
-def test_any_stage_and_world_size_loads_any_pieces_and_saves_them_again(world, layouts, saved, tmp_path):
-    for stage, dtype in layouts:
-        shutil.copytree(Path(saved.runs) / "run", tmp_path / f"{world}-{stage}-{dtype}" / "run")
+FP32 = [(stage, "fp32", {}) for stage in range(4)]
+WORLDS = {
+    1: [(0, "fp32", {}), (1, "bf16", {}), (3, "fp32", {})],
+    2: [
+        *FP32,
+        (0, "bf16", {}),
+        (1, "bf16", {}),
+        (3, "bf16", {}),
+        (1, "fp32", {"tensor": 2}),
+        (0, "fp32", {"tensor": 2, "sequence": True}),
+        (1, "bf16", {"pipeline": 2}),
+    ],
+    4: [
+        *FP32,
+        (1, "fp32", {"tensor": 2, "data": 2}),
+        (3, "fp32", {"tensor": 2, "data": 2}),
+        (1, "fp32", {"tensor": 2, "pipeline": 2}),
+        (1, "fp32", {"pipeline": 2, "data": 2}),
+        (1, "bf16", {"tensor": 4}),
+    ],
+}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_any_layout_loads_any_pieces_and_saves_them_again(world, saved, tmp_path):
+    cases = WORLDS[world]
+    for number in range(len(cases)):
+        shutil.copytree(Path(saved.runs) / "run", tmp_path / str(number) / "run")
     settings = saved.model_dump() | {"runs": str(tmp_path)}
-    on_ranks(load_and_save, world, settings, layouts, timeout=120)
-    for stage, dtype in layouts:
-        folder = tmp_path / f"{world}-{stage}-{dtype}" / "run/checkpoints"
+    on_ranks(load_and_save, world, settings, cases, timeout=150)
+    for number, case in enumerate(cases):
+        folder = tmp_path / str(number) / "run/checkpoints"
         before, after = (tensors_of(folder / f"step-{step:08d}") for step in (STEP, STEP + 1))
         assert before.keys() == after.keys() and len(before) > 30
-        assert [name for name in before if before[name].tobytes() != after[name].tobytes()] == [], (stage, dtype)
-        wrote = len(list((folder / f"step-{STEP + 1:08d}").glob("optimizer-*")))
-        assert wrote == world
+        assert [name for name in before if before[name].tobytes() != after[name].tobytes()] == [], case
+        assert len(list((folder / f"step-{STEP + 1:08d}").glob("optimizer-*"))) == world
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
@@ -182,9 +212,10 @@ def save_sliced(process, degree, run, values):
     from exlm_dist.config.schema import CheckpointConfig
     from exlm_dist.training.saving import Saver
 
-    saver = Saver(Path(run), Sliced(process, degree, values), CheckpointConfig(timeout=30))
-    state = {"step": 1, "evaluation": None, "optimizer_step": 1}
-    assert saver.start(1, state, "name: x\n", Path(run).parent / "tokenizer") is None
+    (Path(run) / "events.jsonl").touch()
+    about = {"config": "name: x\n", "tokenizer": Path(run).parent / "tokenizer", "log": Path(run) / "events.jsonl"}
+    saver = Saver(Path(run), Sliced(process, degree, values), CheckpointConfig(timeout=30), **about)
+    assert saver.start(1, {"step": 1, "evaluation": None, "optimizer_step": 1}) is None
     saved = saver.wait()
     saver.close()
     assert saved.failure is None

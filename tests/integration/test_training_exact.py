@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import full_state
 from made_run import make_data
 from parallel.harness import on_ranks
-from parallel.sharded import assembled, pieces
 from training_runs import tiny
 
 from exlm_dist.config import RunConfig
@@ -48,10 +48,14 @@ def first_step(process, settings):
     samples = sorted(int(sample) for batch in batches.micro_batches for sample in batch.sample_ids)
     result = optimizer_step(engine, batches, config, scored=False)
     loss = float(process.gather([float(result.loss)]).sum())
-    moments = pieces(engine, "exp_avg")
+    state = full_state(engine)
     norm = float(result.grad_norm)
     engine.close()
-    gradients = {name: value / (1 - config.optimizer.beta1) for name, value in assembled([moments]).items()}
+    gradients = {
+        name: value / (1 - config.optimizer.beta1)
+        for name, value in state.items()
+        if name.startswith("exp_avg.")
+    }
     return gradients, loss, samples, norm
 
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
-from integration.training_runs import log_of, tiny, train_on
+import torch
+from integration.training_runs import _before_step, _train, log_of, tiny, train_on
 from made_run import make_data
-from parallel.harness import on_ranks
+from parallel.harness import on_ranks, run_processes
 from parallel.sharded import assembled, pieces
 
-from exlm_dist.config import RunConfig
+from exlm_dist.config import RunConfig, dump_config
+from exlm_dist.parallel.layout import Layout
 from exlm_dist.tracking import read_events
 from exlm_dist.utils.errors import EXIT_DONE, EXIT_RETRY
 
@@ -39,7 +45,6 @@ def trajectory(process, settings):
     from exlm_dist.data.loader import Loader, eval_batches
     from exlm_dist.data.shards import ShardDataset
     from exlm_dist.parallel.grid import Grid
-    from exlm_dist.parallel.layout import Layout
     from exlm_dist.training.engine import build_engine
     from exlm_dist.training.step import optimizer_step
 
@@ -153,6 +158,59 @@ def test_sharded_equals_unsharded(model, parallel, world, reference, data, tmp_p
     compare(measured(config, world), reference(model), copies=copies)
 
 
+@pytest.mark.parametrize("parallel, world", [({"pipeline": 2}, 2), ({"tensor": 2, "pipeline": 2}, 4)], ids=str)
+def test_in_bf16(parallel, world, data, tmp_path):
+    """Weights in bf16, gradients summed in fp32: like the unsharded run in bf16, as far as 8 bits of mantissa go."""
+    made = {}
+    for name, settings, ranks in (("whole", {}, 1), ("sharded", parallel, world)):
+        config = tiny(
+            tmp_path, name, data, parallel=settings, precision={"dtype": "bf16"}, **SECTIONS, **MODELS["dropout"]
+        )
+        made[name] = measured(config, ranks)
+    (rows, initial, first, final, evaluation), wanted = made["sharded"], made["whole"]
+    assert np.array(rows[0]) == pytest.approx(np.array(wanted[0][0]), rel=0.02)
+    assert [row[0] for row in rows] == pytest.approx([row[0] for row in wanted[0]], rel=0.02)
+    for name in wanted[1]:
+        assert np.array_equal(initial[name], wanted[1][name])
+        assert np.abs(first[name] - wanted[2][name]).max() < 0.05 * np.abs(wanted[2][name]).max() + 1e-4, name
+        assert np.abs(final[name] - wanted[3][name]).max() < 0.05 * np.abs(wanted[3][name]).max() + 1e-3, name
+    assert evaluation[0] == pytest.approx(wanted[4][0], rel=0.02)
+
+
+def left_out(rank, settings, ranks):
+    """On the last stage of the second copy, sequence 0 of every micro-batch of step 5 has likelihood zero."""
+    from exlm_dist.training import pipeline_engine
+
+    plain, now = pipeline_engine.loss_sum, {"step": -1}
+    _before_step(lambda step: now.update(step=step))
+
+    def loss_sum(stream, reduction):
+        if rank in ranks and now["step"] == 5:
+            zero = torch.tensor([0])
+            stream = stream.replace(log_likelihood=stream.log_likelihood.index_fill(0, zero, -torch.inf))
+        return plain(stream, reduction)
+
+    pipeline_engine.loss_sum = loss_sum
+    return _train(rank, settings, None)
+
+
+@pytest.mark.parametrize(
+    "parallel, ranks", [({"pipeline": 2, "data": 2}, [3]), ({"tensor": 2, "pipeline": 2}, [2, 3])], ids=str
+)
+def test_sequences_left_out_reach_the_first_rank_once(parallel, ranks, data, tmp_path):
+    config = tiny(tmp_path, "few", data, parallel=parallel, loss={"max_invalid": 0.5}, batch=SECTIONS["batch"])
+    assert run_processes(left_out, 4, config.model_dump(), ranks) == [EXIT_DONE] * 4
+    events = list(read_events(tmp_path / "few/events.jsonl"))
+    name = "train/invalid_sequences"
+    metrics = [event for event in events if event["kind"] == "metrics" and name in event["values"]]
+    counts = {event["step"]: event["values"][name] for event in metrics}
+    micro_batches = 4 // Layout.of(config.parallel, 4).data
+    assert counts[6] == micro_batches and counts[9] == 0
+    tags = [event["values"] for event in events if event["kind"] == "tags"]
+    (named,) = [values["invalid_step_6"] for values in tags if "invalid_step_6" in values]
+    assert len(named.removeprefix("samples ").split(", ")) == micro_batches
+
+
 DEATHS = [
     ({"pipeline": 2}, 2, 0, {"zero": 2, "data": 2}),
     ({"pipeline": 2, "data": 2}, 4, 3, {"tensor": 2}),
@@ -186,7 +244,8 @@ def test_a_killed_rank_ends_all(parallel, world, lost, then, data, tmp_path, uni
 def points(config):
     """{(step, name): value} of what does not depend on the layout."""
     names = ("train/loss", "train/lr", "train/grad_norm", "valid/nll", "progress/sequences")
-    events = read_events(Path(config.runs) / config.name / "events.jsonl")
+    file = Path(config.runs) / config.name / "events.jsonl"
+    events = read_events(file) if file.exists() else []
     return {
         (event["step"], name): event["values"][name]
         for event in events
@@ -194,3 +253,34 @@ def points(config):
         for name in names
         if name in event["values"]
     }
+
+
+def test_the_command_starts_the_ranks_of_the_layout_and_names_the_one_that_was_killed(data, tmp_path):
+    model, endless = {"width": 16}, {"steps": 100_000, "warmup": 2}
+    sections = {"schedule": endless, "evaluation": {"every": 0}, "launch": {"restarts": 0}, "checkpoint": {"every": 10**6}}
+    config = tiny(tmp_path, "command", data, model=model, **sections)
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    layout = ["--parallel.tensor", "2", "--parallel.pipeline", "2"]
+    with (tmp_path / "errors").open("w") as errors:
+        command = [sys.executable, "-m", "exlm_dist.cli", "pretrain", str(tmp_path / "run.yaml"), *layout]
+        launcher = subprocess.Popen(command, stderr=errors)
+    try:
+        wait_for(lambda: points(config), launcher, seconds=90)
+        ranks = {int(rank.environ()["RANK"]): rank for rank in psutil.Process(launcher.pid).children()}
+        assert sorted(ranks) == [0, 1, 2, 3]
+        ranks[2].kill()
+        assert launcher.wait(timeout=30) == EXIT_RETRY
+    finally:
+        launcher.kill()
+        launcher.wait()
+    text = (tmp_path / "errors").read_text()
+    assert "tensor 2 x pipeline 2 x data 1" in text and "rank 2 was killed by SIGKILL" in text
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks.values())
+
+
+def wait_for(condition, process, *, seconds):
+    """Until `condition()`; fails when `process` ends first, or after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from integration.training_runs import _before_step, _train, log_of, tiny, train_on
@@ -14,7 +18,7 @@ from made_run import make_data
 from parallel.harness import on_ranks, run_processes
 from parallel.sharded import assembled, pieces
 
-from exlm_dist.config import RunConfig
+from exlm_dist.config import RunConfig, dump_config
 from exlm_dist.parallel.layout import Layout
 from exlm_dist.tracking import read_events
 from exlm_dist.utils.errors import EXIT_DONE, EXIT_RETRY
@@ -240,7 +244,8 @@ def test_a_killed_rank_ends_all(parallel, world, lost, then, data, tmp_path, uni
 def points(config):
     """{(step, name): value} of what does not depend on the layout."""
     names = ("train/loss", "train/lr", "train/grad_norm", "valid/nll", "progress/sequences")
-    events = read_events(Path(config.runs) / config.name / "events.jsonl")
+    file = Path(config.runs) / config.name / "events.jsonl"
+    events = read_events(file) if file.exists() else []
     return {
         (event["step"], name): event["values"][name]
         for event in events
@@ -248,3 +253,34 @@ def points(config):
         for name in names
         if name in event["values"]
     }
+
+
+def test_the_command_starts_the_ranks_of_the_layout_and_names_the_one_that_was_killed(data, tmp_path):
+    model, endless = {"width": 16}, {"steps": 100_000, "warmup": 2}
+    sections = {"schedule": endless, "evaluation": {"every": 0}, "launch": {"restarts": 0}, "checkpoint": {"every": 10**6}}
+    config = tiny(tmp_path, "command", data, model=model, **sections)
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    layout = ["--parallel.tensor", "2", "--parallel.pipeline", "2"]
+    with (tmp_path / "errors").open("w") as errors:
+        command = [sys.executable, "-m", "exlm_dist.cli", "pretrain", str(tmp_path / "run.yaml"), *layout]
+        launcher = subprocess.Popen(command, stderr=errors)
+    try:
+        wait_for(lambda: points(config), launcher, seconds=90)
+        ranks = {int(rank.environ()["RANK"]): rank for rank in psutil.Process(launcher.pid).children()}
+        assert sorted(ranks) == [0, 1, 2, 3]
+        ranks[2].kill()
+        assert launcher.wait(timeout=30) == EXIT_RETRY
+    finally:
+        launcher.kill()
+        launcher.wait()
+    text = (tmp_path / "errors").read_text()
+    assert "tensor 2 x pipeline 2 x data 1" in text and "rank 2 was killed by SIGKILL" in text
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks.values())
+
+
+def wait_for(condition, process, *, seconds):
+    """Until `condition()`; fails when `process` ends first, or after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)

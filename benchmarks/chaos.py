@@ -77,7 +77,7 @@ def configuration(runs: Path, name: str, data: Path) -> RunConfig:
             "evaluation": {"every": 5, "sequences": 8},
             "tracking": {"mlflow": False, "system": False, "every": 1},
             "launch": {"device": "cpu", "threads": 1, "timeout": 60},
-            "watchdog": {"start": 12, "step": 3, "save": 3, "evaluation": 3, "end": 6},
+            "watchdog": {"start": 8, "step": 3, "save": 3, "evaluation": 3, "end": 6},
         }
     )
 
@@ -164,7 +164,7 @@ def plan(rng: random.Random, world: int, step: int) -> Kill:
         phase=phase,
         count=rng.randint(1, counts[phase]),
         delay=rng.uniform(0, MOMENTS[phase][1]),
-        number=rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP]),
+        number=rng.choice([signal.SIGKILL] * 3 + [signal.SIGSTOP]),
     )
 
 

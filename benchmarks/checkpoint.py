@@ -40,6 +40,7 @@ from exlm_dist.launch.local import free_port  # noqa: E402
 from exlm_dist.model import checkpoint_reader as reader  # noqa: E402
 from exlm_dist.model.checkpoint_tensors import Index, TensorReader, model_file, optimizer_file, tensor_name  # noqa: E402
 from exlm_dist.model.pieces import Piece  # noqa: E402
+from exlm_dist.tracking import EVENTS  # noqa: E402
 from exlm_dist.training import checkpoint, checkpoint_files  # noqa: E402
 
 SIDES = ("gather", "pieces", "beside")
@@ -142,7 +143,15 @@ class Bench:
         self.session, self.process = Session(config, process), process
         self.session.open()
         waiting = config.checkpoint.model_copy(update={"asynchronous": False})
-        self.savers = {"beside": self.session._saver, "pieces": Saver(self.session.path, self.session.engine, waiting)}
+        inline = Saver(
+            self.session.path,
+            self.session.engine,
+            waiting,
+            config=dump_config(config),
+            tokenizer=self.session.train_data.tokenizer_path,
+            log=self.session.path / EVENTS,
+        )
+        self.savers = {"beside": self.session._saver, "pieces": inline}
 
     def slowest(self, seconds: float) -> float:
         return float(self.process.gather([seconds]).max())

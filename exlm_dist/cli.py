@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_prepare(commands)
     _add_pretrain(commands)
+    _add_plan(commands)
     _add_launch(commands)
     _add_doctor(commands)
     _add_after_training(commands)
@@ -157,6 +158,13 @@ def _add_pretrain(commands) -> None:
     )
     pretrain.add_argument("config", help="YAML file, say configs/pretrain/demo_smiles_exlm.yaml")
     pretrain.add_argument("--local_rank", help=argparse.SUPPRESS)
+
+
+def _add_plan(commands) -> None:
+    from exlm_dist.planning import command
+
+    about = "layouts that fit on so many GPUs, with memory, traffic and predicted time, and the one to take"
+    command.add_options(_command(commands, "plan", command.run, about, overrides=True, epilog=OVERRIDES))
 
 
 def _add_launch(commands) -> None:
@@ -359,7 +367,7 @@ def _config_show(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _config_check(options: argparse.Namespace, overrides: list[str]) -> int:
     from exlm_dist.config import load_config
-    from exlm_dist.model.cost import describe
+    from exlm_dist.planning.report import describe
 
     config = load_config(options.config, overrides)
     print(describe(config, world=options.world, length=options.length, vocab_size=options.vocab_size))

@@ -59,6 +59,7 @@ class Heart:
         faulthandler.unregister(watchdog.STACK_SIGNAL)
         os.close(self._beat)
         os.close(self._stack)
+        watchdog.remove_empty(self.folder)
 
 
 _heart: Heart | None = None

@@ -28,6 +28,8 @@ STACK_SIGNAL = signal.SIGUSR2
 POLL = 0.5
 #: A poll that comes this much too late means that the machine, or the whole job, was suspended: nobody hung.
 SUSPENDED = 3.0
+#: Seconds after which the folder of a launch without ranks is no longer that of one that begins.
+STALE = 60.0
 #: Seconds that the ranks get to write their stacks.
 PATIENCE = 3.0
 #: Frames that show that a rank only waits for another one.
@@ -198,11 +200,24 @@ def main(folder: str, limits: str) -> None:
     """Watch `folder`; `limits`: JSON of seconds by phase."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # these are for the ranks; it ends with them
+    _sweep(Path(folder))
     watch(Path(folder), json.loads(limits))
+    remove_empty(Path(folder))
+
+
+def _sweep(mine: Path) -> None:
+    """Remove what launches have left of which even the watchdog was killed, as Slurm does at the end of a step."""
+    for folder in mine.parent.glob(mine.name.rpartition("-")[0] + "-*"):
+        if folder != mine and time.time() - folder.stat().st_mtime > STALE and not read_ranks(folder):
+            remove_empty(folder)
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove the folder of a launch unless a rank is registered there."""
     try:
         os.rmdir(folder)
     except OSError:
-        pass  # another launch has moved in
+        pass  # not empty, or somebody else was faster
 
 
 if __name__ == "__main__":

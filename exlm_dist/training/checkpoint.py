@@ -79,29 +79,20 @@ def layout(engine: Engine, parts: list[Owned]) -> Index:
     return index
 
 
-def copy_out(engine: Engine, parts: list[Owned], into: torch.Tensor) -> str | None:
+def copy_out(engine: Engine, parts: list[Owned], into: torch.Tensor) -> None:
     """Copy parameters, then each moment in turn, of `parts` to the flat fp32 CPU tensor `into`; all one after the other.
 
-    Returns the name of a parameter that holds a NaN or an infinity, if there is one. Only after the first optimizer
-    step: before it there are no moments.
+    Only after the first optimizer step: before it there are no moments.
     """
     fragments = fragments_of(engine)
-    at, broken = 0, None
+    at = 0
     with torch.no_grad():
         for moment in (None, *MOMENTS):
             for part in parts:
                 first = fragments.extent(part.held)[0]
                 values = fragments.read(part.held, moment)[part.start - first : part.stop - first]
                 into[at : at + len(values)].copy_(values)
-                if moment is None and broken is None and not is_finite(into[at : at + len(values)]):
-                    broken = part.held.name
                 at += len(values)
-    return broken
-
-
-def is_finite(values: torch.Tensor) -> bool:
-    """Whether all are finite. (The sum, which is cheap, tells unless it overflows itself.)"""
-    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def scalars(engine: Engine) -> dict[str, Any]:

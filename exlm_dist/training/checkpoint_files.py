@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -17,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from exlm_dist.model import checkpoint_reader as reader
 from exlm_dist.model.checkpoint_tensors import INDEX_FILE, write_header
 from exlm_dist.model.pieces import Shape
 from exlm_dist.utils.errors import CheckpointError
-from exlm_dist.utils.files import sync_directory, write_all, write_atomic
+from exlm_dist.utils.files import sync_path, write_all, write_atomic
 from exlm_dist.utils.logs import get_logger
 
 LATEST = "latest"
@@ -73,6 +76,20 @@ def begin(target: Path, needed: int) -> Path:
     return temporary
 
 
+def not_finite(file: TensorFile, memory: Any) -> str | None:
+    """Name of a tensor that holds a NaN or an infinity, if there is one."""
+    at = file.offset
+    for name, shape in file.tensors.items():
+        count = math.prod(shape)
+        values = np.frombuffer(memory, np.float32, count, at)
+        with np.errstate(all="ignore"):
+            total = values.sum()  # cheap, and tells unless it overflows itself
+        if not np.isfinite(total) and not np.isfinite(values).all():
+            return name
+        at += count * 4
+    return None
+
+
 def write_files(
     folder: Path, tensors: Iterable[TensorFile], memory: Any, texts: Mapping[str, str], copies: Mapping[str, str]
 ) -> Entries:
@@ -120,14 +137,14 @@ def publish(temporary: Path, target: Path, step: int, files: Entries) -> None:
         manifest = {"format": reader.FORMAT, "step": step, "files": files}
         text = json.dumps(manifest, indent=2, sort_keys=True).encode()
         entry = _write_file(temporary / reader.MANIFEST_FILE, [text])
-        sync_directory(temporary / reader.TOKENIZER_FOLDER)
-        sync_directory(temporary)
+        sync_path(temporary / reader.TOKENIZER_FOLDER)
+        sync_path(temporary)
         _write_file(temporary / reader.COMPLETE_FILE, [entry["sha256"].encode() + b"\n"])
-        sync_directory(temporary)
+        sync_path(temporary)
         if target.exists():  # a damaged one that training has now passed again
             _discard(target)
         os.rename(temporary, target)
-        sync_directory(target.parent)
+        sync_path(target.parent)
         write_atomic(target.parent / LATEST, target.name + "\n")
     except FileNotFoundError as error:
         raise SaveFailed(

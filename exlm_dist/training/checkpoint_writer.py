@@ -23,11 +23,14 @@ import exlm_dist
 from exlm_dist.training import checkpoint_files as files
 from exlm_dist.training.interruption import SIGNALS
 from exlm_dist.utils.errors import CheckpointError, ConfigError
+from exlm_dist.utils.files import sync_path
 from exlm_dist.utils.logs import get_logger
 
 Job = dict[str, Any]
 Reply = dict[str, Any]
 _PR_SET_PDEATHSIG = 1
+#: What has failed: writing, the process that writes, or the training (a parameter is not finite).
+DISK, LOST, VALUES = "disk", "lost", "values"
 logger = get_logger(__name__)
 
 
@@ -59,8 +62,8 @@ class Writer(Protocol):
         """Begin a job."""
 
     def poll(self) -> Reply | None:
-        """The outcome of the job, once: `{"files": ...}`, `{"removed": ..., "alarm": ...}` or `{"failure": why, "lost":
-        bool}`."""
+        """The outcome of the job, once: `{"files": ...}`, `{"removed": ..., "alarm": ...}` or `{"failure": why, "kind":
+        DISK, LOST or VALUES}`."""
 
     def close(self) -> None:
         """End, whatever is under way."""
@@ -154,7 +157,7 @@ class ProcessWriter:
 
     def _lost(self, why: str) -> Reply:
         self._end()
-        return {"failure": f"the process that writes the checkpoint {why}. Older checkpoints are untouched.", "lost": True}
+        return {"failure": f"the process that writes the checkpoint {why}. Older checkpoints are untouched.", "kind": LOST}
 
     def close(self) -> None:
         """As in `Writer`. (A process that waits for a job has nothing to lose.)"""
@@ -170,20 +173,32 @@ class ProcessWriter:
 
 def run_job(job: Job, memory: Any) -> Reply:
     """Write one rank's files, or publish the checkpoint and thin out the older ones."""
-    folder = Path(job["folder"])
     try:
         if job["kind"] == "write":
-            tensors = [files.TensorFile(**file) for file in job["tensors"]]
-            return {"files": files.write_files(folder, tensors, memory, job["texts"], job["copies"])}
+            return _write(job, memory)
         target = Path(job["target"])
-        files.publish(folder, target, job["step"], job["files"])
-    except CheckpointError as error:
-        return {"failure": str(error), "lost": False}
+        files.publish(Path(job["folder"]), target, job["step"], job["files"])
+    except (CheckpointError, OSError) as error:
+        return {"failure": str(error), "kind": DISK}
     try:
         removed = files.retain(target.parent.parent, job["keep"], job["best"])
         return {"removed": [path.name for path in removed], "alarm": None}
     except OSError as error:
         return {"removed": [], "alarm": f"older checkpoints could not be removed: {error}"}
+
+
+def _write(job: Job, memory: Any) -> Reply:
+    tensors = [files.TensorFile(**file) for file in job["tensors"]]
+    for file in tensors[:1]:  # the parameters
+        if (broken := files.not_finite(file, memory)) is not None:
+            why = (
+                f"parameter {broken} is not finite after step {job['step']}; it was not saved. "
+                "Lower optimizer.lr or set optimizer.clip, and go on from an older checkpoint."
+            )
+            return {"failure": why, "kind": VALUES}
+    for path in job["sync"]:
+        sync_path(Path(path))
+    return {"files": files.write_files(Path(job["folder"]), tensors, memory, job["texts"], job["copies"])}
 
 
 def main(parent: int, memory: int, jobs: int) -> None:

@@ -9,6 +9,7 @@ import io
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -316,7 +317,8 @@ def quiet_deepspeed() -> Iterator[ModuleType]:
     # stdout: DeepSpeed prints and asks compilers for their versions; warnings: of packages that are not needed.
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import deepspeed
+        with _hidden("mlflow"):  # its autotuner would import it: half of the time that all imports of a rank take
+            import deepspeed
         import deepspeed.ops
         from deepspeed.utils import logger as noisy
 
@@ -326,6 +328,19 @@ def quiet_deepspeed() -> Iterator[ModuleType]:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         _import_without_compiler("deepspeed.runtime.zero.muon.original_muon")
         yield deepspeed
+
+
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Inside, importing `module` fails, unless it was imported before."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _import_without_compiler(module: str) -> None:

@@ -10,8 +10,6 @@ import subprocess
 from pathlib import Path
 
 import exlm_dist
-from exlm_dist.config import RunConfig, dump_config
-
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
 
 
@@ -45,6 +43,6 @@ def _git(root: Path, *arguments: str) -> str:
     ).stdout.strip()
 
 
-def config_hash(config: RunConfig) -> str:
-    """SHA-256 of the resolved configuration."""
-    return hashlib.sha256(dump_config(config).encode()).hexdigest()
+def config_hash(text: str) -> str:
+    """SHA-256 of the resolved configuration as it is dumped."""
+    return hashlib.sha256(text.encode()).hexdigest()

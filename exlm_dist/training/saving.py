@@ -22,9 +22,9 @@ from exlm_dist.model.checkpoint_tensors import model_file, optimizer_file, shape
 from exlm_dist.model.pieces import Piece, Shape
 from exlm_dist.training import checkpoint
 from exlm_dist.training import checkpoint_files as files
-from exlm_dist.training.checkpoint_writer import InlineWriter, Memory, ProcessWriter, Reply, Writer
+from exlm_dist.training.checkpoint_writer import DISK, InlineWriter, Memory, ProcessWriter, Reply, Writer
 from exlm_dist.training.engine import Engine
-from exlm_dist.utils.errors import EXIT_RETRY, RunStopped, UserError
+from exlm_dist.utils.errors import EXIT_RETRY, UserError
 from exlm_dist.utils.logs import get_logger
 
 logger = get_logger(__name__)
@@ -46,7 +46,7 @@ class Saved:
     folder: Path
     evaluation: dict[str, float] | None
     failure: str | None = None  # why there is no checkpoint
-    lost: bool = False  # the failure is that of a process, not of the disk
+    kind: str = ""  # of the failure: DISK, LOST or VALUES
     removed: tuple[str, ...] = ()
     alarm: str | None = None
     stall: float = 0.0  # seconds that training waited when it began
@@ -70,9 +70,13 @@ class _Save:
 class Saver:
     """The saves of one launch. Every method is a collective, called by all ranks in the same order; but `close`."""
 
-    def __init__(self, run_folder: Path, engine: Engine, config: CheckpointConfig) -> None:
-        """Allocates the memory for the copy and starts the writer."""
-        self._run_folder, self._engine, self._process, self._config = run_folder, engine, engine.process, config
+    def __init__(
+        self, run_folder: Path, engine: Engine, settings: CheckpointConfig, *, config: str, tokenizer: Path, log: Path
+    ) -> None:
+        """Allocates the memory for the copy and starts the writer. `config`: text of the resolved configuration;
+        `tokenizer`: its folder; `log`: of the run, forced to the disk with every checkpoint."""
+        self._run_folder, self._engine, self._process, self._settings = run_folder, engine, engine.process, settings
+        self._config, self._tokenizer, self._log = config, tokenizer, log
         self._parts = checkpoint.owned(engine)
         self.index = checkpoint.layout(engine, self._parts)
         self._index_text = self.index.as_text() if self._process.is_first else ""
@@ -80,7 +84,7 @@ class Saver:
         self._memory = self._process.together(lambda: Memory(numel * 4))
         self._numbers = torch.frombuffer(self._memory.bytes, dtype=torch.float32, count=numel) if numel else torch.empty(0)
         self._writer: Writer = (
-            ProcessWriter(self._memory, config.timeout) if config.asynchronous else InlineWriter(self._memory)
+            ProcessWriter(self._memory, settings.timeout) if settings.asynchronous else InlineWriter(self._memory)
         )
         self._save: _Save | None = None
 
@@ -89,25 +93,17 @@ class Saver:
         """Whether a save is under way."""
         return self._save is not None
 
-    def start(self, step: int, state: dict[str, Any], config: str, tokenizer: Path) -> Saved | None:
-        """Begin to save the state of the engine; None, or why that failed at once. `wait` for the former save first.
-
-        RunStopped on every rank where a parameter is not finite.
-        """
+    def start(self, step: int, state: dict[str, Any]) -> Saved | None:
+        """Begin to save the state of the engine; None, or why that failed at once. `wait` for the former save first."""
         assert self._save is None
         started = time.perf_counter()
         folder = files.folder_of(self._run_folder, step)
-        broken = checkpoint.copy_out(self._engine, self._parts, self._numbers)
-        if named := [name for name in self._process.collect(broken) if name]:
-            raise RunStopped(
-                f"parameter {named[0]} is not finite after step {step}; it was not saved. "
-                "Lower optimizer.lr or set optimizer.clip, and go on from an older checkpoint."
-            )
+        checkpoint.copy_out(self._engine, self._parts, self._numbers)
         begun = self._process.share(self._begin(folder) if self._process.is_first else None)
         if "failure" in begun:
-            return Saved(step, folder, state["evaluation"], begun["failure"])
+            return Saved(step, folder, state["evaluation"], begun["failure"], DISK)
         self._save = _Save(step, folder, Path(begun["folder"]), state["evaluation"], started)
-        self._writer.submit(self._write_job(state, config, tokenizer))
+        self._writer.submit(self._write_job(state))
         self._save.stall = time.perf_counter() - started
         return None
 
@@ -118,17 +114,19 @@ class Saver:
         except files.SaveFailed as error:
             return {"failure": str(error)}
 
-    def _write_job(self, state: Mapping[str, Any], config: str, tokenizer: Path) -> dict[str, Any]:
+    def _write_job(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's pieces; on rank 0 also what belongs to all."""
         job: dict[str, Any] = {
             "kind": "write",
             "folder": str(self._save.temporary),
+            "step": self._save.step,
             "tensors": [vars(file) for file in self._tensor_files()],
             "texts": {},
             "copies": {},
+            "sync": [],
         }
         if self._process.is_first:
-            job |= files.small_files(self._index_text, state, config, tokenizer)
+            job |= {"sync": [str(self._log)]} | files.small_files(self._index_text, state, self._config, self._tokenizer)
         return job
 
     def _tensor_files(self) -> list[files.TensorFile]:
@@ -160,7 +158,8 @@ class Saver:
         replies = self._process.collect(save.reply)
         failures = [(rank, reply) for rank, reply in enumerate(replies) if "failure" in reply]
         if failures:
-            return self._ended(failure=f"rank {failures[0][0]}: {failures[0][1]['failure']}", lost=failures[0][1]["lost"])
+            rank, reply = failures[0]
+            return self._ended(failure=f"rank {rank}: {reply['failure']}", kind=reply["kind"])
         if save.publishing:
             return self._ended(removed=tuple(replies[0]["removed"]), alarm=replies[0]["alarm"])
         save.reply, save.publishing = None, True
@@ -175,8 +174,8 @@ class Saver:
             "target": str(self._save.folder),
             "step": self._save.step,
             "files": {name: entry for reply in replies for name, entry in reply["files"].items()},
-            "keep": self._config.keep,
-            "best": self._config.best,
+            "keep": self._settings.keep,
+            "best": self._settings.best,
         }
 
     def _ended(self, **outcome: Any) -> Saved:

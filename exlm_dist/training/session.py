@@ -17,12 +17,13 @@ from exlm_dist.model.scoring import Totals
 from exlm_dist.parallel.process import Process
 from exlm_dist.tracking import EVENTS, EventLog, Tracker
 from exlm_dist.training import checkpoint, checkpoint_files, provenance
+from exlm_dist.training.checkpoint_writer import DISK, LOST, VALUES
 from exlm_dist.training.engine import Engine, build_engine, working_dtype
 from exlm_dist.training.observers import Meter, Progress
 from exlm_dist.training.run_folder import LOCK_PATIENCE, RunFolder, difference_table
 from exlm_dist.training.saving import Saved, Saver, WriterLost
 from exlm_dist.training.step import optimizer_step
-from exlm_dist.utils.errors import CheckpointError
+from exlm_dist.utils.errors import CheckpointError, RunStopped
 from exlm_dist.utils.logs import get_logger
 
 #: Seconds that sending the last events to MLflow may take at the end of a launch, by how it ended.
@@ -38,6 +39,7 @@ class Session:
 
     def __init__(self, config: RunConfig, process: Process) -> None:
         self.config, self.process = config, process
+        self._config_text = dump_config(config)
         self._folder: RunFolder | None = None
         self._events: EventLog | None = None
         self._tracker: Tracker | None = None
@@ -73,7 +75,14 @@ class Session:
         self._loader = process.together(self._make_loader)
         length = float(self.train_data.lengths.mean()) + 2
         self.engine = build_engine(config, process, self.train_data.vocab_size, length)
-        self._saver = Saver(self.path, self.engine, config.checkpoint)
+        self._saver = Saver(
+            self.path,
+            self.engine,
+            config.checkpoint,
+            config=self._config_text,
+            tokenizer=self.train_data.tokenizer_path,
+            log=self.path / EVENTS,
+        )
         if found:
             self._resume(*found)
         progress = Progress(**state["progress"])
@@ -196,16 +205,12 @@ class Session:
         """Save the present state: begin it, or where it is `needed` or `checkpoint.asynchronous` is off, finish it.
 
         A save that fails is only an alarm while an older checkpoint is there, unless this one is `needed`; else
-        SaveFailed or WriterLost, on every rank.
+        SaveFailed or WriterLost, on every rank. RunStopped, as soon as it is seen, where a parameter is not finite.
         """
         self.meter.judge()
         with self.meter.pause():
             self._conclude(self._saver.wait(), needed=False)
-            if self._events is not None:
-                self._events.flush()
-            failed = self._saver.start(
-                self.step, self._state(), dump_config(self.config), self.train_data.tokenizer_path
-            )
+            failed = self._saver.start(self.step, self._state())
             if failed or needed or not self.config.checkpoint.asynchronous:
                 self._conclude(failed or self._saver.wait(), needed)
 
@@ -225,9 +230,9 @@ class Session:
         self._slowest_save = max(self._slowest_save, saved.seconds)
         if saved.failure is not None:
             older = self.process.first_only(lambda: checkpoint_files.has_whole(self.path))
-            if needed or not older:
-                kind = WriterLost if saved.lost else checkpoint_files.SaveFailed
-                raise kind(f"step {saved.step} was not saved: {saved.failure}")
+            if needed or not older or saved.kind == VALUES:
+                error = {DISK: checkpoint_files.SaveFailed, LOST: WriterLost, VALUES: RunStopped}[saved.kind]
+                raise error(f"step {saved.step} was not saved: {saved.failure}")
         if self._events is not None:
             self._report(saved)
 
@@ -261,7 +266,7 @@ class Session:
             "progress": vars(self.meter.progress),
             **checkpoint.scalars(engine),
             **self._fingerprints(),
-            "config_hash": provenance.config_hash(config),
+            "config_hash": provenance.config_hash(self._config_text),
             "versions": provenance.versions(),
             "git_commit": provenance.git_commit(),
             "parameters": engine.num_parameters,

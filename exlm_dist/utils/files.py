@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 
-def sync_directory(path: Path) -> None:
-    """Flush the directory entry table of `path`, so that a rename in it survives a power cut."""
+def sync_path(path: Path) -> None:
+    """Force to the disk what has been written to a file, or the entries of a directory (so that a rename in it survives a
+    power cut)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -38,7 +39,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    sync_path(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -212,9 +212,10 @@ def save_sliced(process, degree, run, values):
     from exlm_dist.config.schema import CheckpointConfig
     from exlm_dist.training.saving import Saver
 
-    saver = Saver(Path(run), Sliced(process, degree, values), CheckpointConfig(timeout=30))
-    state = {"step": 1, "evaluation": None, "optimizer_step": 1}
-    assert saver.start(1, state, "name: x\n", Path(run).parent / "tokenizer") is None
+    (Path(run) / "events.jsonl").touch()
+    about = {"config": "name: x\n", "tokenizer": Path(run).parent / "tokenizer", "log": Path(run) / "events.jsonl"}
+    saver = Saver(Path(run), Sliced(process, degree, values), CheckpointConfig(timeout=30), **about)
+    assert saver.start(1, {"step": 1, "evaluation": None, "optimizer_step": 1}) is None
     saved = saver.wait()
     saver.close()
     assert saved.failure is None

@@ -68,7 +68,6 @@ def test_a_stopped_rank_ends_the_run_with_its_name_and_all_stacks(hang, words, d
     assert caught.value.codes == [-signal.SIGKILL] * 2
     text = log_of(config)
     assert all(word in text for word in words) and "distributed_c10d.py" in text and "cannot show its stack" in text
-    assert reader.step_of(reader.newest_checkpoint(tmp_path / "hang")) == 4
 
 
 def signals_in_a_save(rank, settings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -94,6 +95,22 @@ if rank == 0: heartbeat.stop()"""
 def test_it_ends_with_the_ranks_even_when_they_are_killed(tmp_path):
     assert run(tmp_path, "beats(3); os.kill(os.getpid(), signal.SIGKILL)") == EXIT_RETRY
     gone(tmp_path)
+
+
+def test_what_killed_launches_left_is_swept_away(tmp_path):
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    born = watchdog.process_state(sleeper.pid)[1]
+    folders = {}
+    for name, pid, age in (("dead", 1 << 22, 100), ("alive", sleeper.pid, 100), ("new", 1 << 22, 0), ("mine", 1 << 22, 100)):
+        folders[name] = tmp_path / f"exlm-watch-0-{name}"
+        folders[name].mkdir()
+        (folders[name] / "rank-0.beat").write_bytes(watchdog.BEAT.pack(0, 0, 1, 0.0))
+        (folders[name] / "rank-0.json").write_text(json.dumps({"rank": 0, "pid": pid, "born": born, "error_file": ""}))
+        os.utime(folders[name], (time.time() - age,) * 2)
+    watchdog._sweep(folders["mine"])
+    sleeper.kill()
+    sleeper.wait()
+    assert {name for name, folder in folders.items() if folder.exists()} == {"alive", "new", "mine"}
 
 
 def rank_like(number: int, beats: int, pid: int = 0) -> watchdog.Rank:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from exlm_dist.training import checkpoint_writer
@@ -20,13 +21,14 @@ CRASH_POINTS = Path(__file__).resolve().parents[2] / "crash_points"
 
 def job(folder: Path, name: str = "model-00000.safetensors") -> dict:
     file = {"name": name, "tensors": {"a": [2, 8]}, "offset": 0, "bytes": 64}
-    return {"kind": "write", "folder": str(folder), "tensors": [file], "texts": {"state.json": "{}"}, "copies": {}}
+    small = {"texts": {"state.json": "{}"}, "copies": {}, "sync": []}
+    return {"kind": "write", "folder": str(folder), "step": 7, "tensors": [file], **small}
 
 
 @pytest.fixture
 def memory():
     memory = Memory(64)
-    memory.bytes[:64] = bytes(range(64))
+    memory.bytes[:64] = np.arange(16, dtype=np.float32).tobytes()
     yield memory
     memory.close()
 
@@ -68,7 +70,7 @@ def test_it_is_started_without_torch():
 def test_it_writes_what_is_in_memory_when_the_job_is_given(memory, writer, tmp_path):
     inline = InlineWriter(memory)
     for number in range(2):
-        memory.bytes[0] = number
+        memory.bytes[0] = number  # of the mantissa of the first
         replies = []
         for each in (writer, inline):
             folder = tmp_path / f"{number}{type(each).__name__}"
@@ -82,9 +84,22 @@ def test_it_writes_what_is_in_memory_when_the_job_is_given(memory, writer, tmp_p
 def test_a_failure_is_told_and_the_next_job_is_done(writer, tmp_path):
     writer.submit(job(tmp_path / "nowhere"))
     failure = reply_of(writer)
-    assert "No such file or directory" in failure["failure"] and not failure["lost"]
+    assert "No such file or directory" in failure["failure"] and failure["kind"] == checkpoint_writer.DISK
     writer.submit(job(tmp_path))
     assert "files" in reply_of(writer)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_parameters_that_are_not_finite_are_not_written(value, memory, writer, tmp_path):
+    numbers = np.frombuffer(memory.bytes, np.float32)
+    numbers[:15] = 3e38  # a sum that overflows is no sign by itself
+    writer.submit(job(tmp_path / "nowhere"))
+    assert reply_of(writer)["kind"] == checkpoint_writer.DISK
+    numbers[7] = value
+    writer.submit(job(tmp_path))
+    reply = reply_of(writer)
+    assert reply["kind"] == checkpoint_writer.VALUES and "parameter a is not finite after step 7" in reply["failure"]
+    assert not (tmp_path / "model-00000.safetensors").exists()
 
 
 def test_signals_that_ask_a_run_to_save_do_not_reach_it(writer, tmp_path):
@@ -100,7 +115,7 @@ def test_a_death_is_told_and_another_process_takes_the_next_job(writer, tmp_path
     writer.submit(job(tmp_path))
     reply = reply_of(writer)
     if "failure" in reply:  # it was not dead yet when the job was given
-        assert reply["lost"] and "exit code -9" in reply["failure"]
+        assert reply["kind"] == checkpoint_writer.LOST and "exit code -9" in reply["failure"]
         writer.submit(job(tmp_path))
         reply = reply_of(writer)
     assert "files" in reply and writer.pid != pid
@@ -112,7 +127,7 @@ def test_a_hanging_process_is_ended_at_the_limit(memory, tmp_path):
     os.kill(pid, signal.SIGSTOP)
     writer.submit({**job(tmp_path), "texts": {"long": "x" * 1_000_000}})  # more than a pipe holds
     reply = reply_of(writer)
-    assert reply["lost"] and "did not finish within checkpoint.timeout, 1 s" in reply["failure"]
+    assert reply["kind"] == checkpoint_writer.LOST and "did not finish within checkpoint.timeout, 1 s" in reply["failure"]
     assert gone(pid)
     writer.close()
 

@@ -122,6 +122,8 @@ CASES = [
     Case(ranks=2, transitions="sparse", width=384, heads=6, micro=2),
     Case(ranks=2, zero=2, accumulation=2, micro=2, width=384, heads=6),
     Case(ranks=2, zero=3),
+    Case(dtype="bf16", layers=3, width=384, heads=6, micro=1, accumulation=2),
+    *(Case(ranks=2, zero=zero, dtype="bf16", layers=3, width=384, heads=6, micro=1) for zero in (1, 2, 3)),
     Case(ranks=2, tensor=2),
     Case(ranks=2, tensor=2, sequence=True),
     Case(ranks=2, tensor=2, width=384, heads=6, micro=2),

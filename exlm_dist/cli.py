@@ -239,7 +239,7 @@ def _add_config(commands) -> None:
     )
     for parser in (show, check):
         parser.add_argument("config", help="YAML file")
-    check.add_argument("--world", type=int, default=1, help="number of ranks")
+    check.add_argument("--world", type=int, help="number of ranks; default: those that the layout needs")
     check.add_argument("--length", type=int, help="sequence length; default: that of the prepared data, else 128")
     check.add_argument("--vocab-size", type=int, help="vocabulary; default: that of the prepared data, else 32000")
     schema = _command(actions, "schema", _config_schema, "every setting with type, default and meaning")
@@ -370,7 +370,8 @@ def _config_check(options: argparse.Namespace, overrides: list[str]) -> int:
     from exlm_dist.planning.report import describe
 
     config = load_config(options.config, overrides)
-    print(describe(config, world=options.world, length=options.length, vocab_size=options.vocab_size))
+    world = options.world or config.local_processes
+    print(describe(config, world=world, length=options.length, vocab_size=options.vocab_size))
     return 0
 
 

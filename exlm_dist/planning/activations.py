@@ -167,7 +167,7 @@ def compiled_products(job: Job, stage: Stage) -> float:
     Counted are those of one micro-batch whose shapes depend on its sizes: forward and two gradients of each map. Every
     other T or S compiles them again, up to the 1,024 that oneDNN keeps; a `data.bucket` makes shapes repeat.
     """
-    if job.gpu or job.element != FP32:
+    if job.gpu:
         return 0.0
     maps = 1 if job.tensor > 1 else 4  # of a block; megatron's layers multiply otherwise
     count = maps if stage.blocks > stage.last else 0

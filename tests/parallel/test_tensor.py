@@ -176,17 +176,17 @@ def compare_all(process, names):
 
 def predictions(model, stream):
     """The most probable token of every target, without dropout, three of the four sequences at a time (of four ranks
-    one holds fewer words than the others, and must not take more of them)."""
+    one holds fewer words than the others, and must not take more of them). All tokens go through the last block."""
     from exlm_dist.model import heads
 
     heads._PREDICTION_LOGITS = 3 * stream.max_states * len(model.output.bias)
-    found = model.eval()(stream.replace(predict=True)).predictions
+    found = model.eval()(stream.replace(predict=True, select=False)).predictions
     model.train()
     return [row[:count].tolist() for row, count in zip(found, stream.num_targets)]
 
 
 def expected_traffic(config, stream, multiple):
-    """The table of docs/parallelism.md: calls and bytes by kind; `multiple`: of rows, 0 without sequence parallelism."""
+    """The table of docs/parallelism.md: calls and bytes by kind; `multiple`: of rows (0: no sequence parallelism)."""
     stream = stream.aligned(multiple or 1)
     width, blocks = config.width, config.layers - 1
     token, state = (4 * width * len(rows) for rows in (stream.input_ids, stream.state_index))

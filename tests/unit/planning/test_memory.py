@@ -51,7 +51,9 @@ def test_more_tensor_parallelism_never_needs_more(gpu, changes, kind):
 def test_sequence_parallelism_recomputation_and_smaller_batches_need_less():
     base = {"tensor": 4, "data": 2, "micro": 8}
     assert total(**base, sequence=True) < total(**base)
-    assert total(**base, activation_checkpointing=True) < total(**base) / 1.5
+    assert total(**base, activation_checkpointing=True) < total(**base)
+    sharded = {"data": 64, "zero": 3, "micro": 16}  # little but activations
+    assert total(**sharded, activation_checkpointing=True) < total(**sharded) / 3
     assert total(**{**base, "micro": 4}) < total(**base) < total(**{**base, "length": 1024})
 
 

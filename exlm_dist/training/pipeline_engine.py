@@ -88,7 +88,7 @@ class PipelineEngine(Engine):
     def _load(
         self, batches: Sequence[PackedBatch], masked: Sequence[bool]
     ) -> Iterator[tuple[tuple[Tensor, ...], tuple[()]]]:
-        """(input, labels) of each micro-batch, as DeepSpeed asks for them: on the first stage and, in vain, the last."""
+        """(input, labels) of each micro-batch, as DeepSpeed asks for them on the first stage and, in vain, the last."""
         first = self.process.grid.pipeline.is_first
         for batch, wanted in zip(batches, masked):
             yield (self.stream(batch).replace(predict=wanted).to_tensors() if first else ()), ()

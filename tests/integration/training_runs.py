@@ -56,6 +56,7 @@ def train_on(config: RunConfig, world: int, death: tuple | None = None, *, timeo
         return run_processes(_train, world, config.model_dump(), death, timeout=timeout)
     except RankFailed as failure:
         if death is not None and death[0] != "signal":
+            print(failure)  # shown where the test then fails
             return failure.codes
         raise
 
@@ -96,7 +97,7 @@ def _finish_saves_before_steps() -> None:
     plain = Session.attend_save
 
     def attend_save(session: Session) -> None:
-        while session.saving:
+        while session._saver.busy:
             plain(session)
 
     Session.attend_save = attend_save

@@ -30,8 +30,8 @@ SECTIONS = {
     # A large eps: otherwise a step is nearly the sign of the gradient, also where that is rounding alone.
     "optimizer": {"lr": 1e-2, "clip": 0.5, "eps": 1e-2},
 }
-#: Numbers are compared relative to the largest of their parameter, or to this: the bias of a key cancels in a softmax, so
-#: that its gradient, and what it becomes, is rounding alone.
+#: Numbers are compared relative to the largest of their parameter, or to this: the bias of a key cancels in a softmax,
+#: so that its gradient, and what it becomes, is rounding alone.
 SMALLEST = 1e-3
 
 
@@ -86,7 +86,8 @@ def measured(config, world):
     ranks = on_ranks(trajectory, world, config.model_dump(), timeout=120.0)
     for rank in ranks[1:]:
         assert rank["rows"] == ranks[0]["rows"] and rank["evaluation"] == ranks[0]["evaluation"]
-    return ranks[0]["rows"], *(assembled([rank[what] for rank in ranks]) for what in ("initial", "first", "final")), ranks[0]["evaluation"]
+    whole = (assembled([rank[what] for rank in ranks]) for what in ("initial", "first", "final"))
+    return ranks[0]["rows"], *whole, ranks[0]["evaluation"]
 
 
 def deviations(got, wanted):
@@ -229,7 +230,7 @@ def uninterrupted(data, tmp_path_factory):
 
 @pytest.mark.parametrize("parallel, world, lost, then", DEATHS, ids=str)
 def test_a_killed_rank_ends_all(parallel, world, lost, then, data, tmp_path, uninterrupted):
-    """Within 30 s, every other rank saying that it may be started again; and another layout takes the run to its end."""
+    """Within 30 s, every other rank saying that it may be started again; another layout takes the run to its end."""
     config = tiny(tmp_path, "killed", data, parallel=parallel, batch=SECTIONS["batch"])
     codes = train_on(config, world, death=("step", lost, 6), timeout=30.0)
     assert codes == [-signal.SIGKILL if rank == lost else EXIT_RETRY for rank in range(world)], log_of(config)
@@ -256,9 +257,8 @@ def points(config):
 
 
 def test_the_command_starts_the_ranks_of_the_layout_and_names_the_one_that_was_killed(data, tmp_path):
-    model, endless = {"width": 16}, {"steps": 100_000, "warmup": 2}
-    sections = {"schedule": endless, "evaluation": {"every": 0}, "launch": {"restarts": 0}, "checkpoint": {"every": 10**6}}
-    config = tiny(tmp_path, "command", data, model=model, **sections)
+    sections = {"schedule": {"steps": 100_000, "warmup": 2}, "checkpoint": {"every": 10**6}, "evaluation": {"every": 0}}
+    config = tiny(tmp_path, "command", data, launch={"restarts": 0}, **sections)
     (tmp_path / "run.yaml").write_text(dump_config(config))
     layout = ["--parallel.tensor", "2", "--parallel.pipeline", "2"]
     with (tmp_path / "errors").open("w") as errors:

@@ -97,7 +97,7 @@ def _finish_saves_before_steps() -> None:
     plain = Session.attend_save
 
     def attend_save(session: Session) -> None:
-        while session._saver.busy:
+        while session.saving:
             plain(session)
 
     Session.attend_save = attend_save

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 from integration.training_runs import _before_step, _train, log_of, tiny, train_on
 from made_run import make_data
-from parallel.harness import on_ranks, run_processes
+from parallel.harness import RankFailed, on_ranks, run_processes
 from parallel.sharded import assembled, pieces
 
 from exlm_dist.config import RunConfig, dump_config
@@ -240,6 +241,21 @@ def test_a_killed_rank_ends_all(parallel, world, lost, then, data, tmp_path, uni
     assert points(config).keys() == uninterrupted.keys()
     for place, value in uninterrupted.items():
         assert points(config)[place] == pytest.approx(value, rel=1e-4), place
+
+
+def stopped(rank, settings, lost):
+    _before_step(lambda step: os.kill(os.getpid(), signal.SIGSTOP) if step == 5 and rank == lost else None)
+    return _train(rank, settings, None)
+
+
+def test_a_rank_that_hangs_is_noticed_within_the_limit(data, tmp_path):
+    """Also by those that wait for it in a group that DeepSpeed has made, or in an exchange between stages."""
+    lost = 3
+    limits = {"launch": {"timeout": 5}, "watchdog": {"step": 0}, "tracking": {"every": 100}}
+    config = tiny(tmp_path, "hang", data, parallel={"tensor": 2, "pipeline": 2}, **limits)
+    with pytest.raises(RankFailed) as caught:
+        run_processes(stopped, 4, config.model_dump(), lost, timeout=40.0)
+    assert [code for rank, code in enumerate(caught.value.codes) if rank != lost] == [EXIT_RETRY] * 3, log_of(config)
 
 
 def points(config):

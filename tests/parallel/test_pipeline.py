@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import psutil
 import pytest
 import torch
 from integration.training_runs import _before_step, _train, log_of, tiny, train_on
+from locations import ROOT
 from made_run import make_data
 from parallel.harness import RankFailed, on_ranks, run_processes
 from parallel.sharded import assembled, pieces
@@ -211,6 +213,25 @@ def test_sequences_left_out_reach_the_first_rank_once(parallel, ranks, data, tmp
     tags = [event["values"] for event in events if event["kind"] == "tags"]
     (named,) = [values["invalid_step_6"] for values in tags if "invalid_step_6" in values]
     assert len(named.removeprefix("samples ").split(", ")) == micro_batches
+
+
+def counted(rank, name):
+    """What the benchmark counts on this rank."""
+    path = ROOT / "benchmarks/parallel.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_layouts", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    return benchmark.counted(benchmark.config_of(benchmark.LAYOUTS[name], 4))
+
+
+@pytest.mark.parametrize("name", ["PP2 DP2", "TP2 PP2 sequence"])
+def test_what_is_sent_is_what_the_documentation_says(name):
+    """But for a few numbers that ranks agree on, and what fills up the partitions of ZeRO."""
+    stages = [kinds for kinds in run_processes(counted, 4, name) if kinds is not None]
+    assert len(stages) == 2 and all({"send", "all_reduce"} <= kinds.keys() for kinds in stages)
+    for kinds in stages:
+        for kind, (_, number, formula) in kinds.items():
+            assert formula <= number <= formula + 64, kind
 
 
 DEATHS = [

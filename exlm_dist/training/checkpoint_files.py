@@ -146,10 +146,6 @@ def publish(temporary: Path, target: Path, step: int, files: Entries) -> None:
         os.rename(temporary, target)
         sync_path(target.parent)
         write_atomic(target.parent / LATEST, target.name + "\n")
-    except FileNotFoundError as error:
-        raise SaveFailed(
-            f"{error.filename} is not there. Is the run folder on a file system that all machines of the job share?"
-        ) from error
     except OSError as error:
         raise _failed(error, temporary) from error
 
@@ -172,6 +168,10 @@ def _write_file(path: Path, parts: list[bytes | memoryview]) -> dict[str, Any]:
 
 
 def _failed(error: OSError, temporary: Path) -> SaveFailed:
+    if isinstance(error, FileNotFoundError):
+        return SaveFailed(
+            f"{error.filename} is not there. Is the run folder on a file system that all machines of the job share?"
+        )
     return SaveFailed(f"{temporary} could not be written: {error.strerror or error}. {REMEDY}")
 
 

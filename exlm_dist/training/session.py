@@ -220,6 +220,11 @@ class Session:
         one = self._slowest_save or BYTES_PER_PARAMETER * self.engine.num_parameters / SLOWEST_WRITE
         return one * (2 if due or self._saver.busy else 1)
 
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._saver.busy
+
     def attend_save(self) -> None:
         """At a step edge: see whether a save under way is done."""
         self._conclude(self._saver.attend(), needed=False)

@@ -115,6 +115,8 @@ WORLDS = {
         (0, "bf16", {}),
         (1, "bf16", {}),
         (3, "bf16", {}),
+        (2, "fp32", {"offload": True}),
+        (3, "fp32", {"offload": True}),
         (1, "fp32", {"tensor": 2}),
         (0, "fp32", {"tensor": 2, "sequence": True}),
         (1, "bf16", {"pipeline": 2}),

@@ -210,7 +210,7 @@ class CheckpointConfig(Section):
     best: bool = Field(True, description="Keep the one with the lowest evaluation nll as well.")
     asynchronous: bool = Field(
         True,
-        description="Write in a process beside each rank while training goes on, instead of waiting. (Either way from a copy in host memory, 12 bytes for each parameter that the rank owns.)",
+        description="Write in a process beside each rank while training goes on, instead of waiting; either way from a copy in host memory, 12 bytes for each parameter that the rank owns.",
     )
     timeout: int = Field(900, ge=1, description="Seconds after which a save that is not written yet has failed.")
 

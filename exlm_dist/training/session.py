@@ -254,7 +254,8 @@ class Session:
         if saved.alarm:
             logger.error("%s", saved.alarm)
         removed = f"; removed {', '.join(saved.removed)}" if saved.removed else ""
-        logger.info("step %d saved in %.1f s, training waited %.2f s%s", saved.step, saved.seconds, saved.stall, removed)
+        took = f"{saved.seconds:.1f} s, training waited {saved.stall:.2f} s"
+        logger.info("step %d saved in %s%s", saved.step, took, removed)
 
     def _log_checkpoint(self, folder: Path, step: int, evaluation: dict[str, float] | None) -> None:
         """Log the evaluation of a checkpoint as a child run that names the checkpoint; a second time does nothing."""

@@ -10,7 +10,8 @@ from exlm_dist.config.schema import LaunchConfig
 from exlm_dist.launch import doctor_checks
 from exlm_dist.launch.doctor import Finding, examine, failed, table
 from exlm_dist.launch.doctor_ranks import check_ranks
-from exlm_dist.model.cost import count_parameters, prepared_sizes
+from exlm_dist.model.cost import count_parameters
+from exlm_dist.planning.report import prepared_sizes
 from exlm_dist.tracking.uri import redact, tracking_uri
 
 #: Where the data are not there yet.

@@ -69,7 +69,6 @@ class TransitionHead(nn.Module):
         self.query = StateProjection(inputs, config.width)
         self.key = StateProjection(inputs, config.width)
         self.gate = StateProjection(inputs, config.heads)
-        self.heads = config.heads
         self.kind = config.transitions
         self.backend = backend
 
@@ -79,10 +78,10 @@ class TransitionHead(nn.Module):
         places = None if self.positions is None else self.part.entering(self.positions(stream.max_tokens))
         # Padding states point at token 0 and so take its place; their rows are never read.
         index = stream.expanded_index(stream.state_index)
-        gate = self.gate(features, places, index)
+        query, key, gate = (layer(features, places, index) for layer in (self.query, self.key, self.gate))
         log_probs = transition_log_probs(
-            self.query(features, places, index).unflatten(1, (gate.shape[1], -1)),
-            self.key(features, places, index).unflatten(1, (gate.shape[1], -1)),
+            query.unflatten(1, (gate.shape[1], -1)),
+            key.unflatten(1, (gate.shape[1], -1)),
             gate,
             stream.cu_states,
             stream.max_states,

@@ -3,7 +3,7 @@
 A layer names in `cuts` how its matrices may be divided among the ranks of a tensor-parallel group:
 
 - `column`: the outputs of a linear layer (rows of its weight), whose input all ranks have;
-- `row`: the inputs of a linear layer (columns of its weight); the outputs are summed over the ranks, the bias is not cut;
+- `row`: the inputs of a linear layer (columns of its weight); outputs are summed over the ranks, the bias is not cut;
 - `heads`: the outputs, where the layer itself sees to the exchange;
 - `embedding`, `vocabulary`: the words (rows) of a table, a bias over the words;
 - `rows`: nothing of the parameter; but it acts on the rows (tokens) that the rank holds between the matrices, so

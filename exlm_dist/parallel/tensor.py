@@ -1,4 +1,4 @@
-"""Tensor and sequence parallelism on megatron-core: the one place that imports it, and only where the degree is above 1.
+"""Tensor and sequence parallelism on megatron-core: the one place that imports it, used where the degree is above 1.
 
 `split` cuts a model that was built whole: linear layers become megatron's column- and row-parallel ones, the table of
 words its vocabulary-parallel embedding, and the layers are told what part of the model they are (`parallel/part.py`).
@@ -144,8 +144,8 @@ class _Cutter:
             perform_initialization=False,
         )
         self.shared = {"config": config, "init_method": None, "tp_group": group}
-        self.new: dict[int, nn.Parameter] = {}  # by the id of the parameter it stands for: a tied one is cut once
-        self.kept: list[nn.Parameter] = []  # keeps the ids of those that were replaced from being given again
+        #: (the old one, which keeps its id from being given again; the new one) by id: a tied parameter is cut once.
+        self.replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
 
     def cut(self, model: nn.Module) -> None:
         modules = list(model.modules())
@@ -176,7 +176,7 @@ class _Cutter:
     def _heads(self, module: nn.Module, name: str) -> None:
         layer = getattr(module, name)
         for parameter in ("weight", "bias"):
-            self._vocabulary(layer, parameter)
+            self._narrow(layer, parameter)
 
     def _embedding(self, module: nn.Module, name: str) -> None:
         old = getattr(module, name)
@@ -184,17 +184,20 @@ class _Cutter:
         scatter = self.part.sequence
         table = VocabParallelEmbedding(padded, old.shape[1], reduce_scatter_embeddings=scatter, **self.shared)
         self._mark(table.weight, old.shape, 0)
-        self._replace(old, table.weight)
+        self.replaced[id(old)] = old, table.weight
         setattr(module, name, table.weight)
         self.part.table = table
 
     def _vocabulary(self, module: nn.Module, name: str) -> None:
+        self._narrow(module, name)
+
+    def _narrow(self, module: nn.Module, name: str) -> None:
         old = getattr(module, name)
-        if id(old) not in self.new:
+        if id(old) not in self.replaced:
             new = nn.Parameter(torch.empty(self._share(len(old)), *old.shape[1:]))
             self._mark(new, old.shape, 0)
-            self._replace(old, new)
-        setattr(module, name, self.new[id(old)])
+            self.replaced[id(old)] = old, new
+        setattr(module, name, self.replaced[id(old)][1])
 
     def _rows(self, module: nn.Module, name: str) -> None:
         found = getattr(module, name)
@@ -205,9 +208,7 @@ class _Cutter:
         """A parameter that every rank holds; one with an extent is done already."""
         if hasattr(old, "extent"):
             return old
-        if old.is_meta and id(old) not in self.new:
-            self._replace(old, nn.Parameter(torch.empty(old.shape, dtype=old.dtype, device="cpu")))
-        new = self.new.get(id(old), old)
+        new = nn.Parameter(torch.empty(old.shape, device="cpu")) if old.is_meta else old
         set_extent(new, new.shape, None, saved=self.part.rank == 0)
         return new
 
@@ -224,10 +225,6 @@ class _Cutter:
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
         start, stop = (min(full[dim], (self.part.rank + end) * parameter.shape[dim]) for end in (0, 1))
         set_extent(parameter, full, Slice(dim, start, stop), saved=True)
-
-    def _replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
-        self.new[id(old)] = new
-        self.kept.append(old)
 
     def _share(self, size: int) -> int:
         """Rows of each rank, the last ones filled up."""
@@ -249,7 +246,7 @@ class _Entering(Function):
 
 
 class _LogSum(Function):
-    """log of the sum of exp(x) over the ranks. Every rank goes on alike with the result, so backward nothing is sent."""
+    """log of the sum of exp(x) over the ranks. Every rank goes on alike with the result: backward nothing is sent."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

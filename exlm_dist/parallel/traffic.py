@@ -27,7 +27,8 @@ class Traffic(TorchDispatchMode):
 
     Bytes are those of the tensor of an all-reduce, a broadcast or a send, and of the whole of a gathered or scattered
     one. A ring of p ranks makes each send 2 (p - 1) / p of them in an all-reduce, (p - 1) / p in a gather or scatter.
-    In a group of one rank nothing is sent and nothing counted. Counts in the thread it was entered in: on a GPU the backward pass runs in another one.
+    In a group of one rank nothing is sent and nothing counted. Counts in the thread it was entered in: on a GPU the
+    backward pass runs in another one.
     """
 
     def __init__(self) -> None:

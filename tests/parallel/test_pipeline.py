@@ -145,9 +145,9 @@ CASES = [
     ("dropout", {"tensor": 2, "pipeline": 2}, 4),
     ("sparse", {"tensor": 2, "pipeline": 2, "sequence": True}, 4),
     ("dropout", {"tensor": 2, "data": 2, "zero": 2}, 4),
-    ("dense", {"tensor": 2, "zero": 0}, 2),
+    ("dense", {"tensor": 2, "zero": 0, "sequence": True}, 2),
     ("mlm", {"tensor": 2, "zero": 1}, 2),
-    ("dropout", {"tensor": 2, "zero": 3, "data": 2}, 4),
+    ("dropout", {"tensor": 2, "zero": 3, "data": 2, "sequence": True}, 4),
 ]
 
 

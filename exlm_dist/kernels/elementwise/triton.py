@@ -1,7 +1,8 @@
 """Triton form of what lies between the matrix products: tensors are read once and written once, no mask is kept.
 
 Whether an element of a dropped tensor stays is a hash of (seed, first_row + row, column): the backward pass, a second
-forward pass, or another rank that holds other rows of the same tensor, makes the same mask again. Letters: R rows (tokens), W width. Names: o_ offsets, b_ loaded tile, m_ mask.
+forward pass, or another rank that holds other rows of the same tensor, makes the same mask again. Letters: R rows
+(tokens), W width. Names: o_ offsets, b_ loaded tile, m_ mask.
 Gradients of the norm's weight and bias are summed by a fixed number of programs, then over these in a fixed order.
 """
 

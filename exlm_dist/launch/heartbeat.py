@@ -59,14 +59,13 @@ class Heart:
         faulthandler.unregister(watchdog.STACK_SIGNAL)
         os.close(self._beat)
         os.close(self._stack)
-        watchdog.remove_empty(self.folder)
 
 
 _heart: Heart | None = None
 
 
 def start(limits: WatchdogConfig, run: str) -> None:
-    """Begin to beat, in phase `start`; the first rank of the machine starts the watchdog. `run`: names the run.
+    """Begin to beat, in phase `start`; whichever rank of the machine comes first starts the watchdog. `run`: its name.
 
     Call it before anything slow. Does nothing where every limit is 0, or where the system shows no processes in /proc.
     """
@@ -76,7 +75,7 @@ def start(limits: WatchdogConfig, run: str) -> None:
         return
     folder = _folder(run)
     _heart = Heart(folder, int(os.environ.get("RANK", "0")))
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if watchdog.claim(folder):
         # -I -S: no site-packages, so it is there in 20 ms; a session of its own, so that Ctrl-C is for the ranks.
         command = [sys.executable, "-I", "-S", watchdog.__file__, str(folder), json.dumps(seconds)]
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, cwd="/")

@@ -175,7 +175,30 @@ def _add_launch(commands) -> None:
     deepspeed.add_argument(
         "--hostfile", type=Path, help="hosts and slots; default: launch.processes processes on this machine"
     )
-    deepspeed.add_argument("--dry-run", action="store_true", help="print the command and stop")
+    local = _command(
+        launchers, "local", _launch_local, "train on this machine", overrides=True, epilog=OVERRIDES
+    )
+    local.add_argument("config", help="YAML file")
+    slurm = _command(
+        launchers,
+        "slurm",
+        _launch_slurm,
+        "submit a job that trains on a Slurm cluster",
+        overrides=True,
+        epilog=OVERRIDES + " What is not given here can be edited in slurm/pretrain.sh.",
+    )
+    slurm.add_argument("config", help="YAML file")
+    slurm.add_argument("--account", default="my-account", help="whom the cluster bills")
+    slurm.add_argument("--partition", default="gpu", help="part of the cluster")
+    slurm.add_argument("--nodes", type=int, default=2, help="nodes")
+    slurm.add_argument("--gpus-per-node", type=int, default=8, help="GPUs, and ranks, per node; 0: none")
+    slurm.add_argument("--tasks-per-node", type=int, default=0, help="ranks per node; 0: one per GPU")
+    slurm.add_argument("--time", default="24:00:00", help="time limit of one start; the job requeues itself until done")
+    slurm.add_argument("--warning", type=int, default=300, help="seconds before the limit at which ranks save")
+    slurm.add_argument("--array", default="", help="numbers of array tasks, say 1-8%%2; needs --sweep")
+    slurm.add_argument("--sweep", type=Path, help="file: line n holds the overrides of array task n")
+    for parser in (local, deepspeed, slurm):
+        parser.add_argument("--dry-run", action="store_true", help="print what would be started, and stop")
 
 
 def _add_after_training(commands) -> None:
@@ -215,7 +238,10 @@ def _add_config(commands) -> None:
         overrides=True,
         epilog=OVERRIDES,
     )
-    for parser in (show, check):
+    folder = _command(
+        actions, "folder", _config_folder, "validate, and print the run folder", overrides=True, epilog=OVERRIDES
+    )
+    for parser in (show, check, folder):
         parser.add_argument("config", help="YAML file")
     check.add_argument("--world", type=int, default=1, help="number of ranks")
     check.add_argument("--length", type=int, help="sequence length; default: that of the prepared data, else 128")
@@ -272,18 +298,25 @@ def _pretrain(options: argparse.Namespace, overrides: list[str]) -> int:
     return train(config)
 
 
+def _launch_local(options: argparse.Namespace, overrides: list[str]) -> int:
+    from exlm_dist.launch.commands import launch_local
+
+    return launch_local(options.config, overrides, dry_run=options.dry_run)
+
+
 def _launch_deepspeed(options: argparse.Namespace, overrides: list[str]) -> int:
-    import shlex
+    from exlm_dist.launch.commands import launch_deepspeed
 
-    from exlm_dist.config import load_config
-    from exlm_dist.launch.deepspeed import deepspeed_command, run_deepspeed
+    return launch_deepspeed(options.config, overrides, hostfile=options.hostfile, dry_run=options.dry_run)
 
-    launch = load_config(options.config, overrides).launch
-    arguments = [options.config, *overrides]
-    if options.dry_run:
-        print(shlex.join(deepspeed_command(arguments, processes=launch.processes, port=0, hostfile=options.hostfile)))
-        return 0
-    return run_deepspeed(arguments, processes=launch.processes, device=launch.device, hostfile=options.hostfile)
+
+def _launch_slurm(options: argparse.Namespace, overrides: list[str]) -> int:
+    from exlm_dist.launch.commands import launch_slurm
+    from exlm_dist.launch.slurm import Job
+
+    names = ("account", "partition", "nodes", "gpus_per_node", "tasks_per_node", "time", "warning", "array")
+    job = Job("pretrain", **{name: getattr(options, name) for name in names})
+    return launch_slurm(job, options.config, overrides, sweep=options.sweep, dry_run=options.dry_run)
 
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> int:
@@ -326,6 +359,14 @@ def _config_show(options: argparse.Namespace, overrides: list[str]) -> int:
     from exlm_dist.config import dump_config, load_config
 
     print(dump_config(load_config(options.config, overrides)), end="")
+    return 0
+
+
+def _config_folder(options: argparse.Namespace, overrides: list[str]) -> int:
+    from exlm_dist.config import load_config
+
+    config = load_config(options.config, overrides)
+    print(Path(config.runs) / config.name)
     return 0
 
 

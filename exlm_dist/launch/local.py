@@ -30,9 +30,13 @@ def run_local(arguments: Sequence[str], processes: int, *, grace: float = GRACE)
     TERM, USR1 and INT are passed on to every rank. The code is 0 when all ranks ended well, else that of the rank that
     failed first, its message repeated at the end; a rank killed by a signal counts as 76 (may be started again).
     """
-    command = [sys.executable, "-m", "exlm_dist.cli", "pretrain", *map(str, arguments)]
     with tempfile.TemporaryDirectory(prefix="exlm-") as folder:
-        return supervise(command, rank_environments(processes, Path(folder)), grace=grace)
+        return supervise(rank_command(arguments), rank_environments(processes, Path(folder)), grace=grace)
+
+
+def rank_command(arguments: Sequence[str]) -> list[str]:
+    """Command line of one rank."""
+    return [sys.executable, "-m", "exlm_dist.cli", "pretrain", *map(str, arguments)]
 
 
 def rank_environments(processes: int, folder: Path) -> list[dict[str, str]]:

@@ -18,6 +18,7 @@ from exlm_dist.training import checkpoint, checkpoint_files, provenance
 from exlm_dist.training.engine import Engine, working_dtype
 from exlm_dist.training.observers import Meter, Progress
 from exlm_dist.training.run_folder import LOCK_PATIENCE, RunFolder, difference_table
+from exlm_dist.training.sample_log import SampleLog
 from exlm_dist.training.step import optimizer_step, to_stream
 from exlm_dist.utils.errors import CheckpointError, RunStopped
 from exlm_dist.utils.logs import get_logger
@@ -37,6 +38,7 @@ class Session:
         self._events: EventLog | None = None
         self._tracker: Tracker | None = None
         self._loader: Loader | None = None
+        self._samples: SampleLog | None = None
         self.engine: Engine | None = None
         self.step = 0
         self.evaluation: dict[str, float] | None = None  # of the current step
@@ -73,6 +75,8 @@ class Session:
                 # The launch that wrote it may have been killed before it could say so.
                 self._log_checkpoint(found[0], self.step, self.evaluation)
             self._tracker = Tracker.start(self.path, config, self._events)
+        if config.tracking.samples:
+            self._samples = SampleLog(self.path, process.rank, process.world)
         self.meter = Meter(config, process, self._events, progress)
         logger.info(
             "%s: %s step %d of %d, %.1f M parameters, %d ranks x %d micro-batches of %d, ZeRO %d, %s on %s",
@@ -154,6 +158,8 @@ class Session:
         result = optimizer_step(self.engine, batches, self.config, scored=self.meter.is_logged(self.step))
         self.step += 1
         self.evaluation = None
+        if self._samples is not None:
+            self._samples.write(result)
         self.meter.after_step(result)
 
     def evaluation_is_due(self) -> bool:
@@ -259,6 +265,8 @@ class Session:
         time."""
         if self._loader is not None:
             self._loader.close()
+        if self._samples is not None:
+            self._samples.close()
         if self._tracker is not None:
             self._tracker.close(status, timeout=SENDING[status])
         if self._events is not None:

@@ -8,11 +8,15 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exlm_dist import __version__
 from exlm_dist.utils.errors import EXIT_RETRY, UserError
 from exlm_dist.utils.logs import configure_logging
+
+if TYPE_CHECKING:
+    from exlm_dist.config import RunConfig
+    from exlm_dist.launch.restart import Restarts
 
 Command = Callable[[argparse.Namespace, list[str]], int]
 
@@ -68,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_prepare(commands)
     _add_pretrain(commands)
     _add_launch(commands)
+    _add_operations(commands)
     _add_after_training(commands)
     _add_config(commands)
     return parser
@@ -201,6 +206,20 @@ def _add_launch(commands) -> None:
         parser.add_argument("--dry-run", action="store_true", help="print what would be started, and stop")
 
 
+def _add_operations(commands) -> None:
+    restart = _command(
+        commands,
+        "restart",
+        _restart,
+        "for batch scripts: exit code 0 where ranks that ended with CODE are to be started again, else what to end with",
+        overrides=True,
+        epilog=OVERRIDES,
+    )
+    restart.add_argument("config", help="YAML file of the run")
+    restart.add_argument("code", type=int, help="how the ranks ended, not 0")
+    restart.add_argument("--fresh", action="store_true", help="a new job: forget the restarts of earlier ones")
+
+
 def _add_after_training(commands) -> None:
     evaluate = _command(
         commands, "evaluate", _evaluate, "nll and accuracy per masked token of a checkpoint on held-out data"
@@ -289,13 +308,27 @@ def _pretrain(options: argparse.Namespace, overrides: list[str]) -> int:
     from exlm_dist.config import load_config
 
     config = load_config(options.config, overrides)
-    if "RANK" not in os.environ and config.launch.processes > 1:
+    if "RANK" not in os.environ and (config.launch.processes > 1 or config.launch.restarts):
         from exlm_dist.launch.local import run_local
 
-        return run_local([options.config, *overrides], config.launch.processes)
+        return run_local([options.config, *overrides], config.launch.processes, _restarts(config))
     from exlm_dist.training.loop import train
 
     return train(config)
+
+
+def _restarts(config: RunConfig) -> Restarts:
+    from exlm_dist.launch.restart import Restarts
+
+    return Restarts.begin(Path(config.runs) / config.name, config.launch.restarts)
+
+
+def _restart(options: argparse.Namespace, overrides: list[str]) -> int:
+    from exlm_dist.config import load_config
+    from exlm_dist.launch.restart import decide
+
+    config = load_config(options.config, overrides)
+    return decide(Path(config.runs) / config.name, config.launch.restarts, options.code, fresh=options.fresh)
 
 
 def _launch_local(options: argparse.Namespace, overrides: list[str]) -> int:

@@ -56,7 +56,10 @@ export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 101 + ${SLURM_RESTART_COUNT:-0} * 
 exec "$@"'
 
 # Refuses wrong settings before a thousand ranks find them, and names the folder of the run.
-run=$(srun --mpi=none --nodes=1 --ntasks=1 "${container[@]}" "${exlm[@]}" config folder "$@") || exit $?
+config=${1:?the first argument is the configuration}
+overrides=("${@:2}")
+one_task() { srun --mpi=none --nodes=1 --ntasks=1 "${container[@]}" "${exlm[@]}" "$@"; }
+run=$(one_task config folder "$config" "${overrides[@]}") || exit $?
 logs=$run/slurm/$job
 export EXLM_ERRORS=$logs/errors
 mkdir -p "$EXLM_ERRORS" || exit 2
@@ -70,7 +73,7 @@ pass_on() {
     woken=1
     [ -z "$srun_pid" ] || kill -USR1 "$srun_pid" 2>/dev/null
 }
-trap 'say "USR1: saving before the time limit"; told=${told:-limit}; pass_on' USR1
+trap 'say "USR1: saving before the time limit"; told=${told:-"the time limit is near"}; pass_on' USR1
 trap 'say "TERM: saving before Slurm ends the job"; told=end; pass_on' TERM
 
 run_ranks() { # sets `code`: the largest exit code of the ranks, 128 and more for one that a signal killed
@@ -80,7 +83,7 @@ run_ranks() { # sets `code`: the largest exit code of the ranks, 128 and more fo
     srun --mpi=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$WORLD_SIZE" --ntasks-per-node="$per_node" \
         --cpus-per-task="$cpus" --kill-on-bad-exit=0 --wait="${EXLM_GRACE:-60}" \
         --open-mode=append --output="$logs/node-%n-%N.log" \
-        "${container[@]}" bash -c "$rank" rank "${exlm[@]}" pretrain "$@" &
+        "${container[@]}" bash -c "$rank" rank "${exlm[@]}" pretrain "$config" "${overrides[@]}" &
     srun_pid=$!
     while :; do
         woken=""
@@ -99,40 +102,38 @@ newest() { # step of the newest whole checkpoint, 0 where there is none
     echo $((10#$step))
 }
 
-stalled() { # how many of the last attempts ended without a newer checkpoint
-    awk '{ n = $1 == $2 ? n + 1 : 0 } END { print n + 0 }' "$logs/attempts"
-}
-
 messages() { # what the ranks had to say, each thing once
     cat "$EXLM_ERRORS"/rank-* 2>/dev/null | awk 'NF && !seen[$0]++' | head -n 20
 }
 
+may_go_on() { # CODE: counts, over all starts of the job, attempts that left the newest checkpoint where it was
+    one_task restart "$config" "$1" $fresh "${overrides[@]}" || return
+    fresh=""
+}
+
 requeue() {
+    [ "$told" != end ] || exit 75
     say "$1: back into the queue"
     scontrol requeue "$job" || say "error: the job could not be requeued. The same sbatch command continues the run."
     exit 75
 }
 
+fresh=--fresh
+[ -z "${SLURM_RESTART_COUNT:-}" ] || fresh=""
 while :; do
-    [ "$told" != end ] || exit 75
-    [ -z "$told" ] || requeue "the time limit is near"
+    [ -z "$told" ] || requeue "$told"
     before=$(newest)
-    run_ranks "$@"
+    run_ranks
+    [ "$told" != end ] || { say "Slurm ends the job; if it is requeued, it goes on after step $(newest)"; exit 75; }
     [ "$code" != 0 ] || { say "done"; exit 0; }
-    after=$(newest)
-    say "the ranks ended with code $code; newest checkpoint: step $after"
+    say "the ranks ended with code $code; newest checkpoint: step $(newest)"
     messages
-    case $code in 2 | 77 | 78) say "stopped: starting again would meet the same end"; exit "$code" ;; esac
-    [ "$told" != end ] || { say "Slurm ends the job; a requeued one goes on by itself"; exit 75; }
-    echo "$before $after $code ${SLURM_RESTART_COUNT:-0}" >>"$logs/attempts"
-    count=$(stalled)
-    if [ "$count" -ge "${EXLM_STALLED:-6}" ]; then
-        say "stopped: $count attempts in a row made no checkpoint after step $after"
-        exit 78
+    verdict=$code queue=$told # queue: why the job needs the queue; empty where the ranks can be started again here
+    if [ "$code" = 75 ]; then verdict=76 queue=${told:-saved}; fi
+    # Without a word from a rank it was srun that failed: a node is probably lost, and the queue finds another.
+    if [ "$code" = 1 ] && [ -z "$(messages)" ]; then verdict=76 queue=${told:-"srun failed"}; fi
+    if [ "$code" != 75 ] || [ "$(newest)" = "$before" ]; then
+        may_go_on "$verdict" || { code=$?; say "stopped with code $code"; exit $code; }
     fi
-    [ "$code" != 75 ] || requeue "saved"
-    # Twice here, then from the queue: another node may be what is needed.
-    [ -n "$told" ] || [ "$count" = 0 ] || [ $((count % 3)) != 0 ] || requeue "$count attempts without progress"
-    sleep $((count * 5)) &
-    [ -n "$told" ] || wait $!
+    [ -z "$queue" ] || requeue "$queue"
 done

@@ -226,6 +226,33 @@ class LaunchConfig(Section):
     timeout: int = Field(600, ge=5, description="Seconds after which a collective that waits for another rank fails.")
     threads: int = Field(0, ge=0, description="CPU threads per process; 0: cores / local processes.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one.")
+    restarts: int = Field(
+        3,
+        ge=0,
+        le=100,
+        description="Times in a row that lost ranks are started again in place without a newer checkpoint in between; then exit code 78. 0: never.",
+    )
+    time_limit: float = Field(
+        0.0,
+        ge=0,
+        description="Minutes after its start at which the job will be ended from outside; 0: what Slurm says, else no limit.",
+    )
+    margin: float = Field(
+        30.0,
+        ge=0,
+        description="Seconds before the end of the job by which the last checkpoint must be written; the time for a step and a save comes on top.",
+    )
+
+
+class WatchdogConfig(Section):
+    """How long a rank may stand still before the job is ended (exit code 76). Seconds; 0: no limit. Keep them below
+    `launch.timeout`, so that the rank that hangs is named before the others give up waiting for it."""
+
+    start: int = Field(540, ge=0, description="From the start of the process to the end of the first step.")
+    step: int = Field(300, ge=0, description="For one micro-batch, or the exchange at the end of a step.")
+    save: int = Field(540, ge=0, description="For one checkpoint.")
+    evaluation: int = Field(540, ge=0, description="For one batch of an evaluation.")
+    end: int = Field(300, ge=0, description="For the end of the run, after the last checkpoint.")
 
 
 class RunConfig(Section):
@@ -251,6 +278,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
     launch: LaunchConfig = LaunchConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
 
 #: Settings that may change when a run is resumed: they decide where and how fast, not what is computed.
@@ -270,4 +298,5 @@ RESUMABLE = (
     "evaluation",
     "tracking",
     "launch",
+    "watchdog",
 )

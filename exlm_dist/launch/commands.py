@@ -9,7 +9,8 @@ from pathlib import Path
 
 from exlm_dist.config import RunConfig, check_world, load_config
 from exlm_dist.launch.deepspeed import deepspeed_command, run_deepspeed
-from exlm_dist.launch.local import rank_command, run_local
+from exlm_dist.launch.local import RANK_COMMAND, run_local
+from exlm_dist.launch.restart import Restarts
 from exlm_dist.launch.slurm import Job, render, sbatch_command, submit
 from exlm_dist.utils.errors import ConfigError
 
@@ -22,19 +23,22 @@ def launch_local(path: str, overrides: Sequence[str], *, dry_run: bool) -> int:
     arguments = [path, *overrides]
     if dry_run:
         for rank in range(processes):
-            print(f"RANK={rank} LOCAL_RANK={rank} WORLD_SIZE={processes} {shlex.join(rank_command(arguments))}")
+            print(f"RANK={rank} LOCAL_RANK={rank} WORLD_SIZE={processes} {shlex.join([*RANK_COMMAND, *arguments])}")
         return 0
-    return run_local(arguments, processes)
+    return run_local(arguments, processes, Restarts.begin(_folder(config), config.launch.restarts))
 
 
 def launch_deepspeed(path: str, overrides: Sequence[str], *, hostfile: Path | None, dry_run: bool) -> int:
     """Train under the DeepSpeed launcher, here or on the hosts of `hostfile`; the exit code of the run."""
-    launch = load_config(path, overrides).launch
-    arguments = [path, *overrides]
+    config = load_config(path, overrides)
+    launch, arguments = config.launch, [path, *overrides]
     if dry_run:
         print(shlex.join(deepspeed_command(arguments, processes=launch.processes, port=0, hostfile=hostfile)))
         return 0
-    return run_deepspeed(arguments, processes=launch.processes, device=launch.device, hostfile=hostfile)
+    restarts = Restarts.begin(_folder(config), launch.restarts)
+    return run_deepspeed(
+        arguments, restarts, processes=launch.processes, device=launch.device, hostfile=hostfile
+    )
 
 
 def launch_slurm(job: Job, path: str, overrides: Sequence[str], *, sweep: Path | None, dry_run: bool) -> int:
@@ -45,8 +49,8 @@ def launch_slurm(job: Job, path: str, overrides: Sequence[str], *, sweep: Path |
     for line in _lines(job, sweep):
         config = load_config(path, [*overrides, *line])
         check_world(config, job.ranks)
-    base = load_config(path, overrides)
-    script, arguments = _script(base), [path, *overrides]
+    script = _folder(load_config(path, overrides)) / "slurm" / "pretrain.sh"
+    arguments = [path, *overrides]
     if dry_run:
         print(render(job), end="")
         print(f"# would be written to {script} and submitted by", file=sys.stderr)
@@ -66,6 +70,5 @@ def _lines(job: Job, sweep: Path | None) -> list[list[str]]:
     return [shlex.split(line) for line in sweep.read_text().splitlines() if line.strip()]
 
 
-def _script(config: RunConfig) -> Path:
-    """Where the submitted job file is kept."""
-    return Path(config.runs) / config.name / "slurm" / "pretrain.sh"
+def _folder(config: RunConfig) -> Path:
+    return Path(config.runs) / config.name

@@ -13,11 +13,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
 from exlm_dist.launch.local import free_port
-from exlm_dist.utils.errors import EXIT_RETRY, ConfigError
+from exlm_dist.launch.restart import Restarts, exit_code
+from exlm_dist.utils.errors import ConfigError
 
 RANK_MODULE = "exlm_dist.cli"
 
@@ -63,15 +65,32 @@ def deepspeed_environment(device: str) -> dict[str, str]:
 
 
 def run_deepspeed(
-    arguments: Sequence[str], *, processes: int, device: str = "auto", hostfile: Path | None = None
+    arguments: Sequence[str],
+    restarts: Restarts,
+    *,
+    processes: int,
+    device: str = "auto",
+    hostfile: Path | None = None,
 ) -> int:
-    """Start the launcher, pass SIGTERM and SIGUSR1 to the ranks, and return the exit code of the run."""
-    command = deepspeed_command(arguments, processes=processes, port=free_port(), hostfile=hostfile)
-    launcher = subprocess.Popen(command, env=deepspeed_environment(device), start_new_session=True)
+    """Start the launcher, pass SIGTERM and SIGUSR1 to the ranks, and return the exit code of the run. Lost ranks are
+    started again as `restarts` says, unless a signal had asked for the end."""
+    launchers: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if launchers:
+            _pass_on(launchers[-1], number)
+
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda received, _: _pass_on(launcher, received))
-    code = launcher.wait()
-    return code if code >= 0 else EXIT_RETRY
+        signal.signal(number, pass_on)
+    while True:
+        command = deepspeed_command(arguments, processes=processes, port=free_port(), hostfile=hostfile)
+        launchers.append(subprocess.Popen(command, env=deepspeed_environment(device), start_new_session=True))
+        code = launchers[-1].wait()
+        ended = exit_code(code) if asked else restarts.next_code(code)
+        if ended is not None:
+            return ended
 
 
 def rank_processes(parent: int) -> list[psutil.Process]:

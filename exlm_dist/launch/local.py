@@ -11,32 +11,38 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
+from exlm_dist.launch.restart import Restarts
 from exlm_dist.utils.errors import EXIT_RETRY
 
 #: Environment variable that names the file in which a failing rank leaves its message.
 ERROR_FILE = "EXLM_ERROR_FILE"
+RANK_COMMAND = [sys.executable, "-m", "exlm_dist.cli", "pretrain"]
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 #: Seconds that the other ranks get to end by themselves once one has ended by an error.
 GRACE = 15.0
 _PR_SET_PDEATHSIG = 1
 
 
-def run_local(arguments: Sequence[str], processes: int, *, grace: float = GRACE) -> int:
+def run_local(arguments: Sequence[str], processes: int, restarts: Restarts, *, grace: float = GRACE) -> int:
     """Run `exlm pretrain ARGUMENTS` as `processes` ranks here and return the exit code of the run.
 
     TERM, USR1 and INT are passed on to every rank. The code is 0 when all ranks ended well, else that of the rank that
-    failed first, its message repeated at the end; a rank killed by a signal counts as 76 (may be started again).
+    failed first, its message repeated at the end; a rank killed by a signal counts as 76. Ranks that ended so are
+    started again as `restarts` says, unless a signal had asked for the end.
     """
-    with tempfile.TemporaryDirectory(prefix="exlm-") as folder:
-        return supervise(rank_command(arguments), rank_environments(processes, Path(folder)), grace=grace)
-
-
-def rank_command(arguments: Sequence[str]) -> list[str]:
-    """Command line of one rank."""
-    return [sys.executable, "-m", "exlm_dist.cli", "pretrain", *map(str, arguments)]
+    command = [*RANK_COMMAND, *map(str, arguments)]
+    asked: list[int] = []
+    while True:
+        with tempfile.TemporaryDirectory(prefix="exlm-") as folder:
+            code = supervise(command, rank_environments(processes, Path(folder)), grace=grace, asked=asked)
+        ended = code if asked else restarts.next_code(code)
+        if ended is not None:
+            return ended
 
 
 def rank_environments(processes: int, folder: Path) -> list[dict[str, str]]:
@@ -47,6 +53,7 @@ def rank_environments(processes: int, folder: Path) -> list[dict[str, str]]:
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": os.environ.get("MASTER_PORT") or str(free_port()),
+        "EXLM_LAUNCH": uuid.uuid4().hex,
     }
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
@@ -66,12 +73,24 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def supervise(command: Sequence[str], environments: Sequence[dict[str, str]], *, grace: float = GRACE) -> int:
-    """Start one process per environment and see all of them to their end; see `run_local`."""
+def supervise(
+    command: Sequence[str],
+    environments: Sequence[dict[str, str]],
+    *,
+    grace: float = GRACE,
+    asked: list[int] | None = None,
+) -> int:
+    """Start one process per environment and see all of them to their end; see `run_local`. Signals that were passed on
+    are added to `asked`."""
     ranks: list[subprocess.Popen] = []
-    former = {
-        number: signal.signal(number, lambda got, _: [rank.send_signal(got) for rank in ranks]) for number in FORWARDED
-    }
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if asked is not None:
+            asked.append(number)
+        for rank in ranks:
+            rank.send_signal(number)
+
+    former = {number: signal.signal(number, pass_on) for number in FORWARDED}
     try:
         for environment in environments:
             ranks.append(
@@ -118,7 +137,9 @@ def _verdict(ranks: list[subprocess.Popen], failed: list[int], environments: Seq
     code = ranks[cause].returncode
     message = _message(environments[cause])
     if code < 0:
-        print(f"error: rank {cause} was killed by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+        # The watchdog has left its reason with every rank that it killed.
+        why = message or f"rank {cause} was killed by {signal.Signals(-code).name}"
+        print(f"error: {why}", file=sys.stderr, flush=True)
         return EXIT_RETRY
     if message:
         print(

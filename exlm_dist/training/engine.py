@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from exlm_dist.config import RunConfig
+from exlm_dist.launch import heartbeat
 from exlm_dist.model.build import LanguageModel, build_model
 from exlm_dist.parallel.process import Process
 from exlm_dist.training.objective import Objective
@@ -81,6 +82,7 @@ class Engine:
         self, stream: Any, is_masked: torch.Tensor | None, *, last: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """`Objective.forward`; `last` marks the micro-batch whose backward pass reduces the gradients."""
+        heartbeat.beat()
         self.deepspeed.set_gradient_accumulation_boundary(last)
         return self.deepspeed(stream, is_masked)
 

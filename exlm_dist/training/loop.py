@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exlm_dist.config import RunConfig
+from exlm_dist.launch import heartbeat
 from exlm_dist.launch.local import ERROR_FILE
-from exlm_dist.training.interruption import Interruption
+from exlm_dist.training.interruption import Deadline, Interruption
+from exlm_dist.training.pace import Pace
 from exlm_dist.utils.errors import EXIT_DONE, EXIT_SAVED, UserError
 from exlm_dist.utils.logs import get_logger
 
@@ -24,11 +26,12 @@ logger = get_logger(__name__)
 def train(config: RunConfig) -> int:
     """Train, or continue, the run `config` as one rank of the job that the environment describes; the exit code.
 
-    0: the run is finished; 75: saved because a signal asked for it, the same command continues. UserError and whatever
-    else
-    went wrong is raised, after the other ranks have been told.
+    0: the run is finished; 75: saved because a signal or the end of the job's time asked for it, the same command
+    continues. UserError and whatever else went wrong is raised, after the other ranks have been told.
     """
     interruption = Interruption()
+    heartbeat.start(config.watchdog, f"{config.runs}/{config.name}")
+    interruption.deadline = Deadline.of_job(config.launch)
     # Heavy imports come after the signal handlers, so that no signal is lost to them.
     from exlm_dist.parallel import process as processes
     from exlm_dist.training.session import Session
@@ -44,6 +47,7 @@ def train(config: RunConfig) -> int:
     finally:
         interruption.restore()
     session.close("FINISHED" if code == EXIT_DONE else "KILLED")
+    heartbeat.stop()
     return code
 
 
@@ -55,17 +59,25 @@ def run(session: Session, interruption: Interruption) -> int:
         return EXIT_DONE
     if session.step and session.evaluation is None and session.evaluation_is_due():
         session.evaluate()  # the signal that ended the last launch left no time for it
+    pace = Pace(session.expected_save_seconds())
     while session.step < config.schedule.steps:
-        session.train_step()
+        with pace.phase("step"):
+            session.train_step()
+        heartbeat.enter("step")
         last = session.step == config.schedule.steps
-        stop = interruption.agreed(session.process) and not last
-        if session.evaluation_is_due() and not stop:
-            session.evaluate()
-        if session.save_is_due() or stop:
-            session.save(needed=stop or last)
+        due = {"evaluation": session.evaluation_is_due(), "save": session.save_is_due()}
+        stop = interruption.agreed(session.process, pace.seconds_to_safety(due)) and not last
+        if due["evaluation"] and not stop:
+            with pace.phase("evaluation"):
+                session.evaluate()
+        if due["save"] or stop:
+            with pace.phase("save"):
+                session.save(needed=stop or last)
         if stop:
             logger.info("%s is saved at step %d; the same command continues it", config.name, session.step)
+            heartbeat.enter("end")
             return EXIT_SAVED
+    heartbeat.enter("end")
     return EXIT_DONE
 
 
@@ -83,6 +95,7 @@ def _told(error: BaseException, session: Session | None) -> BaseException:
         Path(file).write_text(
             str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
         )
+    heartbeat.enter("end")
     if processes.must_exit_hard():
         traceback.print_exception(error)
         sys.stderr.flush()
@@ -90,4 +103,5 @@ def _told(error: BaseException, session: Session | None) -> BaseException:
     processes.leave()
     if session is not None:
         session.close("FAILED")
+    heartbeat.stop()
     return error

@@ -10,6 +10,7 @@ from exlm_dist.config import RunConfig, check_world, config_difference, dump_con
 from exlm_dist.data.loader import Loader, eval_batches
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.data.tokenizer import load_tokenizer
+from exlm_dist.launch import heartbeat
 from exlm_dist.model import checkpoint_reader as reader
 from exlm_dist.model.scoring import Totals, score
 from exlm_dist.parallel.process import Process
@@ -25,6 +26,8 @@ from exlm_dist.utils.logs import get_logger
 
 #: Seconds that sending the last events to MLflow may take at the end of a launch, by how it ended.
 SENDING = {"FINISHED": 30.0, "KILLED": 5.0, "FAILED": 3.0}
+#: Bytes per second of a slow shared file system, hashing included.
+SLOWEST_WRITE = 100e6
 logger = get_logger(__name__)
 
 
@@ -155,8 +158,10 @@ class Session:
     def train_step(self) -> None:
         """One optimizer step."""
         batches = self._loader.step(self.step)
+        heartbeat.beat(self.step)
         result = optimizer_step(self.engine, batches, self.config, scored=self.meter.is_logged(self.step))
         self.step += 1
+        heartbeat.beat(self.step)
         self.evaluation = None
         if self._samples is not None:
             self._samples.write(result)
@@ -175,7 +180,7 @@ class Session:
         """nll and accuracy per masked token on the held-out split; all ranks take part."""
         with self.meter.pause(), self.engine.plain_model() as model:
             batches = eval_batches(self.valid_data, sequences=self.config.evaluation.sequences, **self._packing())
-            mine = score(model, batches, self.process.device)
+            mine = score(model, heartbeat.beating(batches), self.process.device)
             sums = self.process.gather([mine.nll, mine.correct, mine.count]).sum(0).tolist()
             self.evaluation = Totals(*sums).means()
         if self._events is not None:
@@ -183,6 +188,10 @@ class Session:
             self._events.metrics(self.step, values)
             logger.info("step %d  held-out nll %.4f  accuracy %.4f per masked token", self.step, values["valid/nll"],
                         values["valid/accuracy"])
+
+    def expected_save_seconds(self) -> float:
+        """A careful guess for the first save of a launch; later ones are measured."""
+        return 12 * self.engine.num_parameters / SLOWEST_WRITE
 
     def save(self, *, needed: bool = False) -> None:
         """Write a checkpoint. A full disk is only an alarm while an older checkpoint is there, unless this one is

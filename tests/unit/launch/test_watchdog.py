@@ -1,0 +1,153 @@
+"""The watchdog ends a job that stands still, names the rank, and shows the stacks; with ranks that are a few lines of Python."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from exlm_dist.launch import heartbeat, watchdog
+from exlm_dist.launch.local import rank_environments, supervise
+from exlm_dist.utils.errors import EXIT_RETRY
+
+#: A rank of a job: beats every 50 ms; `step` limit 1 s, all others none.
+RANK = """
+import os, signal, sys, time, ctypes
+from exlm_dist.config.schema import WatchdogConfig
+from exlm_dist.launch import heartbeat
+rank = int(os.environ['RANK'])
+heartbeat.start(WatchdogConfig(start=0, step=1, save=2, evaluation=0, end=0), 'test')
+def beats(number):
+    for step in range(number):
+        heartbeat.beat(step + 1)
+        time.sleep(0.05)
+"""
+
+
+def run(tmp_path: Path, code: str, ranks: int = 3) -> int:
+    environments = rank_environments(ranks, tmp_path)
+    folder = tmp_path / "tmp"
+    folder.mkdir(exist_ok=True)
+    return supervise(
+        [sys.executable, "-c", RANK + code],
+        [{**environment, "TMPDIR": str(folder)} for environment in environments],
+        grace=5.0,
+    )
+
+
+def gone(tmp_path: Path) -> None:
+    """No watchdog and none of its files are left."""
+    deadline = time.monotonic() + 20
+    while list((tmp_path / "tmp").iterdir()):
+        assert time.monotonic() < deadline, "files of the watchdog are left"
+        time.sleep(0.1)
+
+
+def test_a_stopped_rank_is_named_and_the_others_show_their_stacks(tmp_path, capfd):
+    code = """
+heartbeat.enter('step')
+beats(3)
+if rank == 1: os.kill(os.getpid(), signal.SIGSTOP)
+def waiting_for_rank_1():
+    time.sleep(60)
+waiting_for_rank_1()"""
+    assert run(tmp_path, code) == EXIT_RETRY
+    text = capfd.readouterr().err
+    assert "rank 1 has stood still for" in text and "in phase step, after 3 steps (the process is stopped" in text
+    assert "the limit watchdog.step is 1 s" in text and text.count("in waiting_for_rank_1") == 2
+    assert "cannot show its stack" in text and "error: rank 1 has stood still" in text
+    gone(tmp_path)
+
+
+def test_a_rank_that_holds_the_interpreter_shows_where(tmp_path, capfd):
+    """A C call that does not let go of the interpreter: no Python thread of the rank can run."""
+    code = """
+with heartbeat.phase('save'):
+    beats(3)
+    def a_call_that_never_returns():
+        ctypes.PyDLL(None).sleep(60)
+    if rank == 2: a_call_that_never_returns()
+    heartbeat.beat()
+    time.sleep(60)"""
+    assert run(tmp_path, code) == EXIT_RETRY
+    text = capfd.readouterr().err
+    assert "rank 2 has stood still" in text and "in phase save" in text and "in a_call_that_never_returns" in text
+
+
+def test_ranks_that_move_and_phases_without_a_limit_are_left_alone(tmp_path, capfd):
+    code = """
+time.sleep(1.5)
+heartbeat.enter('step')
+for _ in heartbeat.beating(range(30)): time.sleep(0.05)
+with heartbeat.phase('evaluation'): time.sleep(1.5)
+if rank == 0: heartbeat.stop()"""
+    assert run(tmp_path, code) == 0
+    assert capfd.readouterr().err == ""
+    gone(tmp_path)
+
+
+def test_it_ends_with_the_ranks_even_when_they_are_killed(tmp_path):
+    assert run(tmp_path, "beats(3); os.kill(os.getpid(), signal.SIGKILL)") == EXIT_RETRY
+    gone(tmp_path)
+
+
+def rank_like(number: int, beats: int, pid: int = 0) -> watchdog.Rank:
+    _, born = watchdog.process_state(pid or os.getpid())
+    return watchdog.Rank(number, pid or os.getpid(), born, "", "step", 5, beats, 0.0)
+
+
+@pytest.mark.parametrize(
+    "beats, stacks, expected",
+    [
+        ([7, 6, 7], ["", "", ""], [1]),
+        ([7, 7, 7], ["distributed_c10d.py", "loader.py", "distributed_c10d.py"], [1]),
+        ([7, 7, 7], ["distributed_c10d.py"] * 3, [0, 1, 2]),
+    ],
+    ids=["one is behind", "one is not in the collective", "nobody knows"],
+)
+def test_the_culprit_is_the_one_that_the_others_wait_for(beats, stacks, expected):
+    ranks = [rank_like(number, count) for number, count in enumerate(beats)]
+    assert [rank.rank for rank in watchdog.find_culprits(ranks, dict(enumerate(stacks)))] == expected
+
+
+def test_a_stopped_rank_is_the_culprit_wherever_it_is():
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        os.kill(sleeper.pid, signal.SIGSTOP)
+        while watchdog.process_state(sleeper.pid)[0] != "T":
+            time.sleep(0.01)
+        ranks = [rank_like(0, 6), rank_like(1, 7, sleeper.pid)]
+        assert [rank.rank for rank in watchdog.find_culprits(ranks, {0: "", 1: ""})] == [1]
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_a_whole_job_that_was_suspended_is_excused(tmp_path, capfd):
+    """The watchdog is stopped with its rank for longer than the limit, as `scontrol suspend` does."""
+    code = """
+import glob
+heartbeat.enter('step')
+beats(3)
+children = [int(pid) for pid in open(f'/proc/self/task/{os.getpid()}/children').read().split()]
+for pid in children: os.kill(pid, signal.SIGSTOP)
+time.sleep(4.5)
+for pid in children: os.kill(pid, signal.SIGCONT)
+beats(40)"""
+    assert run(tmp_path, code, ranks=1) == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_without_limits_there_is_no_watchdog(tmp_path, monkeypatch):
+    from exlm_dist.config.schema import WatchdogConfig
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    heartbeat.start(WatchdogConfig(start=0, step=0, save=0, evaluation=0, end=0), "test")
+    heartbeat.beat(1)
+    heartbeat.stop()
+    assert not list(tmp_path.iterdir())

@@ -41,7 +41,8 @@ class Heart:
         faulthandler.register(watchdog.STACK_SIGNAL, file=self._stack, all_threads=True)
         self.beat()
         _, born = watchdog.process_state(os.getpid()) or ("", "")
-        about = {"rank": rank, "pid": os.getpid(), "born": born, "error_file": os.environ.get(ERROR_FILE, "")}
+        error_file = os.path.abspath(os.environ[ERROR_FILE]) if os.environ.get(ERROR_FILE) else ""
+        about = {"rank": rank, "pid": os.getpid(), "born": born, "error_file": error_file}
         temporary = base.with_suffix(".new")
         temporary.write_text(json.dumps(about))
         os.replace(temporary, self._registration)

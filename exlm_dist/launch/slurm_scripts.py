@@ -57,8 +57,9 @@ overrides=("${@:2}")
 one_task() { srun --mpi=none --nodes=1 --ntasks=1 "${container[@]}" "${exlm[@]}" "$@"; }
 run=$(one_task config folder "$config" "${overrides[@]}") || exit $?
 logs=$run/slurm/$job
-export EXLM_ERRORS=$logs/errors
-mkdir -p "$EXLM_ERRORS" || exit 2
+mkdir -p "$logs/errors" || exit 2
+EXLM_ERRORS=$(cd "$logs/errors" && pwd)
+export EXLM_ERRORS
 say "job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)): $WORLD_SIZE ranks on $SLURM_JOB_NODELIST; logs of the nodes in $logs"
 
 # Slurm warns this shell: USR1 before the time limit (--signal=B:USR1@...), TERM when it ends the job itself (scancel,
@@ -99,7 +100,7 @@ newest() { # step of the newest whole checkpoint, 0 where there is none
 }
 
 messages() { # what the ranks had to say, each thing once
-    cat "$EXLM_ERRORS"/rank-* 2>/dev/null | awk 'NF && !seen[$0]++' | head -n 20
+    awk 'NF && !seen[$0]++' "$EXLM_ERRORS"/rank-* 2>/dev/null | head -n 20
 }
 
 may_go_on() { # CODE: counts, over all starts of the job, attempts that left the newest checkpoint where it was
@@ -120,8 +121,8 @@ while :; do
     [ -z "$told" ] || requeue "$told"
     before=$(newest)
     run_ranks
-    [ "$told" != end ] || { say "Slurm ends the job; if it is requeued, it goes on after step $(newest)"; exit 75; }
     [ "$code" != 0 ] || { say "done"; exit 0; }
+    [ "$told" != end ] || { say "Slurm ends the job; if it is requeued, it goes on after step $(newest)"; exit 75; }
     say "the ranks ended with code $code; newest checkpoint: step $(newest)"
     messages
     verdict=$code queue=$told # queue: why the job needs the queue; empty where the ranks can be started again here

@@ -8,15 +8,11 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from exlm_dist import __version__
 from exlm_dist.utils.errors import EXIT_RETRY, UserError
 from exlm_dist.utils.logs import configure_logging
-
-if TYPE_CHECKING:
-    from exlm_dist.config import RunConfig
-    from exlm_dist.launch.restart import Restarts
 
 Command = Callable[[argparse.Namespace, list[str]], int]
 
@@ -72,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_prepare(commands)
     _add_pretrain(commands)
     _add_launch(commands)
-    _add_operations(commands)
+    _add_doctor(commands)
     _add_after_training(commands)
     _add_config(commands)
     return parser
@@ -206,18 +202,17 @@ def _add_launch(commands) -> None:
         parser.add_argument("--dry-run", action="store_true", help="print what would be started, and stop")
 
 
-def _add_operations(commands) -> None:
-    restart = _command(
+def _add_doctor(commands) -> None:
+    doctor = _command(
         commands,
-        "restart",
-        _restart,
-        "for batch scripts: exit code 0 where ranks that ended with CODE are to be started again, else what to end with",
+        "doctor",
+        _doctor,
+        "look for what would waste GPU hours before they are spent; exit code 1 where a check fails",
         overrides=True,
         epilog=OVERRIDES,
     )
-    restart.add_argument("config", help="YAML file of the run")
-    restart.add_argument("code", type=int, help="how the ranks ended, not 0")
-    restart.add_argument("--fresh", action="store_true", help="a new job: forget the restarts of earlier ones")
+    doctor.add_argument("config", nargs="?", help="YAML file of the run to be; without it only the machine is looked at")
+    doctor.add_argument("--nodes", action="store_true", help="ranks on all nodes of this Slurm job, not launch.processes here")
 
 
 def _add_after_training(commands) -> None:
@@ -257,10 +252,10 @@ def _add_config(commands) -> None:
         overrides=True,
         epilog=OVERRIDES,
     )
-    folder = _command(
-        actions, "folder", _config_folder, "validate, and print the run folder", overrides=True, epilog=OVERRIDES
+    job = _command(
+        actions, "job", _config_job, "for job files: the run folder, and launch.restarts", overrides=True, epilog=OVERRIDES
     )
-    for parser in (show, check, folder):
+    for parser in (show, check, job):
         parser.add_argument("config", help="YAML file")
     check.add_argument("--world", type=int, default=1, help="number of ranks")
     check.add_argument("--length", type=int, help="sequence length; default: that of the prepared data, else 128")
@@ -310,25 +305,18 @@ def _pretrain(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(options.config, overrides)
     if "RANK" not in os.environ and (config.launch.processes > 1 or config.launch.restarts):
         from exlm_dist.launch.local import run_local
+        from exlm_dist.launch.restart import Restarts
 
-        return run_local([options.config, *overrides], config.launch.processes, _restarts(config))
+        return run_local([options.config, *overrides], config.launch.processes, Restarts.begin(config))
     from exlm_dist.training.loop import train
 
     return train(config)
 
 
-def _restarts(config: RunConfig) -> Restarts:
-    from exlm_dist.launch.restart import Restarts
+def _doctor(options: argparse.Namespace, overrides: list[str]) -> int:
+    from exlm_dist.doctor import doctor
 
-    return Restarts.begin(Path(config.runs) / config.name, config.launch.restarts)
-
-
-def _restart(options: argparse.Namespace, overrides: list[str]) -> int:
-    from exlm_dist.config import load_config
-    from exlm_dist.launch.restart import decide
-
-    config = load_config(options.config, overrides)
-    return decide(Path(config.runs) / config.name, config.launch.restarts, options.code, fresh=options.fresh)
+    return doctor(options.config, overrides, nodes=options.nodes)
 
 
 def _launch_local(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -395,11 +383,11 @@ def _config_show(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _config_folder(options: argparse.Namespace, overrides: list[str]) -> int:
+def _config_job(options: argparse.Namespace, overrides: list[str]) -> int:
     from exlm_dist.config import load_config
 
     config = load_config(options.config, overrides)
-    print(Path(config.runs) / config.name)
+    print(Path(config.runs) / config.name, config.launch.restarts, sep="\n")
     return 0
 
 

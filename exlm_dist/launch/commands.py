@@ -25,7 +25,7 @@ def launch_local(path: str, overrides: Sequence[str], *, dry_run: bool) -> int:
         for rank in range(processes):
             print(f"RANK={rank} LOCAL_RANK={rank} WORLD_SIZE={processes} {shlex.join([*RANK_COMMAND, *arguments])}")
         return 0
-    return run_local(arguments, processes, Restarts.begin(_folder(config), config.launch.restarts))
+    return run_local(arguments, processes, Restarts.begin(config))
 
 
 def launch_deepspeed(path: str, overrides: Sequence[str], *, hostfile: Path | None, dry_run: bool) -> int:
@@ -35,7 +35,7 @@ def launch_deepspeed(path: str, overrides: Sequence[str], *, hostfile: Path | No
     if dry_run:
         print(shlex.join(deepspeed_command(arguments, processes=launch.processes, port=0, hostfile=hostfile)))
         return 0
-    restarts = Restarts.begin(_folder(config), launch.restarts)
+    restarts = Restarts.begin(config)
     return run_deepspeed(
         arguments, restarts, processes=launch.processes, device=launch.device, hostfile=hostfile
     )

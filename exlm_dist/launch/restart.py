@@ -1,22 +1,20 @@
 """Whether the ranks of a run are started again in place: at once, but never for ever. Never imports torch.
 
-The supervisors ask it in their loop; a batch script asks through `exlm restart`, with the count kept in the run folder.
+(The batch script of `exlm_dist.launch.slurm_scripts` has the same rule in bash: its node may have no Python.)
 """
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from exlm_dist.utils.errors import EXIT_DONE, EXIT_RETRY, EXIT_STOP
-from exlm_dist.utils.files import write_json
+from exlm_dist.config.schema import RunConfig
+from exlm_dist.utils.errors import EXIT_RETRY, EXIT_STOP
 from exlm_dist.utils.logs import get_logger
 
 #: A shell and Slurm report a process that a signal ended as 128 + the signal; DeepSpeed's launcher as 256 - the signal.
 KILLED = 128
-STATE_FILE = "restarts.json"
 _STEP_FOLDER = re.compile(r"step-(\d+)$")
 logger = get_logger(__name__)
 
@@ -39,7 +37,10 @@ def exit_code(code: int) -> int:
 
 @dataclass
 class Restarts:
-    """Counts the restarts of a run since its newest checkpoint last moved."""
+    """Counts the restarts of a run since its newest checkpoint last moved.
+
+    `limit`: restarts in a row without a newer checkpoint, 0: none at all; `step`: of that checkpoint.
+    """
 
     run_folder: Path
     limit: int
@@ -47,9 +48,10 @@ class Restarts:
     count: int = 0
 
     @staticmethod
-    def begin(run_folder: Path, limit: int) -> Restarts:
-        """For a launch that begins now; `limit`: restarts in a row without a newer checkpoint, 0: none at all."""
-        return Restarts(run_folder, limit, newest_step(run_folder))
+    def begin(config: RunConfig) -> Restarts:
+        """For a launch that begins now."""
+        run_folder = Path(config.runs) / config.name
+        return Restarts(run_folder, config.launch.restarts, newest_step(run_folder))
 
     def next_code(self, code: int) -> int | None:
         """None: start the ranks again. Else what the run ends with, after its ranks ended with `code`.
@@ -77,17 +79,3 @@ class Restarts:
             self.run_folder, step, self.count, self.limit,
         )
         return None
-
-
-def decide(run_folder: Path, limit: int, code: int, *, fresh: bool) -> int:
-    """For a batch script whose ranks ended with `code` (not 0). 0: start them again; else what to end with.
-
-    The count lives in `restarts.json` of the run folder, so that it goes on over requeues; `fresh`: begin at none.
-    """
-    file = run_folder / STATE_FILE
-    known = json.loads(file.read_text()) if file.exists() and not fresh else {}
-    restarts = Restarts(run_folder, limit, **known)
-    answer = restarts.next_code(code)
-    if run_folder.is_dir():
-        write_json(file, {"step": restarts.step, "count": restarts.count})
-    return EXIT_DONE if answer is None else answer

@@ -2,8 +2,8 @@
 may have nothing else (Python can be inside the container).
 
 What `PRETRAIN` does with the exit codes of `exlm_dist.utils.errors`: 0 ends the job; 75 puts it back into the queue; lost
-ranks are started again inside the allocation, which takes seconds; all else ends it. `exlm restart` counts the attempts
-that leave the newest checkpoint where it was and ends the job with 78 when they are too many.
+ranks are started again inside the allocation, which takes seconds; all else ends it. Attempts in a row that leave the
+newest checkpoint where it was end the job with 78 when there are more than `launch.restarts`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ exec "$@"'
 config=${1:?the first argument is the configuration}
 overrides=("${@:2}")
 one_task() { srun --mpi=none --nodes=1 --ntasks=1 "${container[@]}" "${exlm[@]}" "$@"; }
-run=$(one_task config folder "$config" "${overrides[@]}") || exit $?
+settings=$(one_task config job "$config" "${overrides[@]}") || exit $?
+run=${settings%$'\n'*} restarts=${settings##*$'\n'}
 logs=$run/slurm/$job
 mkdir -p "$logs/errors" || exit 2
 EXLM_ERRORS=$(cd "$logs/errors" && pwd)
@@ -103,9 +104,14 @@ messages() { # what the ranks had to say, each thing once
     awk 'NF && !seen[$0]++' "$EXLM_ERRORS"/rank-* 2>/dev/null | head -n 20
 }
 
-may_go_on() { # CODE: counts, over all starts of the job, attempts that left the newest checkpoint where it was
-    one_task restart "$config" "$1" $fresh "${overrides[@]}" || return
-    fresh=""
+may_go_on() { # counts attempts in a row without a newer checkpoint, over all starts of this job
+    local step=0 count=0
+    [ ! -e "$logs/stalled" ] || read -r step count <"$logs/stalled"
+    [ "$(newest)" = "$step" ] || count=0
+    echo "$(newest) $((count + 1))" >"$logs/stalled"
+    [ "$count" -ge "$restarts" ] || return 0
+    say "stopped: $count restarts (launch.restarts) and none got past the checkpoint of step $(newest)"
+    return 1
 }
 
 requeue() {
@@ -115,8 +121,6 @@ requeue() {
     exit 75
 }
 
-fresh=--fresh
-[ -z "${SLURM_RESTART_COUNT:-}" ] || fresh=""
 while :; do
     [ -z "$told" ] || requeue "$told"
     before=$(newest)
@@ -125,13 +129,16 @@ while :; do
     [ "$told" != end ] || { say "Slurm ends the job; if it is requeued, it goes on after step $(newest)"; exit 75; }
     say "the ranks ended with code $code; newest checkpoint: step $(newest)"
     messages
-    verdict=$code queue=$told # queue: why the job needs the queue; empty where the ranks can be started again here
-    if [ "$code" = 75 ]; then verdict=76 queue=${told:-saved}; fi
+    queue=$told # why the job needs the queue; empty where the ranks can be started again here
+    [ "$code" != 75 ] || queue=${told:-saved}
     # Without a word from a rank it was srun that failed: a node is probably lost, and the queue finds another.
-    if [ "$code" = 1 ] && [ -z "$(messages)" ]; then verdict=76 queue=${told:-"srun failed"}; fi
-    if [ "$code" != 75 ] || [ "$(newest)" = "$before" ]; then
-        may_go_on "$verdict" || { code=$?; say "stopped with code $code"; exit $code; }
+    if [ "$code" = 1 ] && [ -z "$(messages)" ]; then code=76 queue=${told:-"srun failed"}; fi
+    if [ "$code" != 75 ] && [ "$code" != 76 ] && [ "$code" -le 128 ]; then
+        say "stopped: starting again would meet the same end"
+        exit "$code"
     fi
+    # A save that moved the newest checkpoint is no restart that could go on for ever.
+    if [ "$code" != 75 ] || [ "$(newest)" = "$before" ]; then may_go_on || exit 78; fi
     [ -z "$queue" ] || requeue "$queue"
 done
 """

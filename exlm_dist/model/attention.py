@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exlm_dist.kernels.attention import attention_packed
+from exlm_dist.kernels.linear import Linear
 from exlm_dist.model.dropout import site_seed
 from exlm_dist.model.stream import Stream
 
@@ -20,8 +21,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, probability: float, *, layer: int, backend: str) -> None:
         super().__init__()
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
         self.head_width = width // heads
         self.probability = probability
         self.layer = layer

@@ -11,6 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.elementwise import gelu_gradient_
+from exlm_dist.kernels.linear import Linear, product
 
 #: Inner activations [rows, F] worked on at a time on a CPU, in elements: few enough to stay in its cache.
 _BLOCK_ELEMENTS = 1 << 19
@@ -21,7 +22,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, inner)
+        self.up = Linear(width, inner)
         self.down = GeluLinear(inner, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -41,9 +42,11 @@ class _GeluLinear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
+        if x.device.type != "cpu":
+            return F.linear(F.gelu(x), weight, bias)
         out = x.new_empty(len(x), len(weight))
         for rows in _blocks(x):
-            torch.addmm(bias, F.gelu(x[rows]), weight.t(), out=out[rows])
+            out[rows] = product(F.gelu(x[rows]), weight.t(), bias)
         return out
 
     @staticmethod
@@ -55,12 +58,12 @@ class _GeluLinear(Function):
             return grad_x, grad.t() @ gelu_gradient_(grad_x, x), grad.sum(0)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         for rows in _blocks(x):
-            grad_weight.addmm_(grad[rows].t(), F.gelu(x[rows]))
-            torch.ops.aten.gelu_backward.grad_input(grad[rows] @ weight, x[rows], grad_input=grad_x[rows])
+            grad_weight += product(grad[rows].t(), F.gelu(x[rows]))
+            torch.ops.aten.gelu_backward.grad_input(product(grad[rows], weight), x[rows], grad_input=grad_x[rows])
         return grad_x, grad_weight, grad.sum(0)
 
 
 def _blocks(x: Tensor) -> list[slice]:
-    """Runs of rows; one run where the rows are not on a CPU."""
-    step = max(1, _BLOCK_ELEMENTS // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
+    """Runs of rows."""
+    step = max(1, _BLOCK_ELEMENTS // x.shape[1])
     return [slice(first, first + step) for first in range(0, len(x), step)]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from exlm_dist.config.schema import ModelConfig
 from exlm_dist.kernels.dag import dag_log_likelihood
+from exlm_dist.kernels.linear import Linear, linear
 from exlm_dist.kernels.transitions import transition_log_probs
 from exlm_dist.kernels.vocab import match_scores
 from exlm_dist.model.block import NORM_EPS
@@ -41,10 +42,10 @@ class StateProjection(nn.Linear):
     def forward(self, features: Tensor, positions: Tensor | None, index: Tensor) -> Tensor:
         """features [S, D], positions [length, D] or None, index [S] into positions -> [S, out]."""
         if positions is None:
-            return F.linear(features, self.weight, self.bias)
+            return linear(features, self.weight, self.bias)
         by_feature, by_position = self.weight.split(features.shape[1], dim=1)
-        place = F.linear(positions, by_position, self.bias)
-        return F.linear(features, by_feature) + F.embedding(index, place)
+        place = linear(positions, by_position, self.bias)
+        return linear(features, by_feature) + F.embedding(index, place)
 
 
 class TransitionHead(nn.Module):
@@ -84,7 +85,7 @@ class Output(nn.Module):
 
     def __init__(self, config: ModelConfig, weight: nn.Parameter, backend: str) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.width, config.width)
+        self.dense = Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.weight = weight
         self.bias = nn.Parameter(torch.empty(len(weight)))
@@ -151,7 +152,11 @@ class Output(nn.Module):
         chunk = max(1, _PREDICTION_LOGITS // (stream.max_states * len(self.weight)))
         return torch.cat(
             [
-                (q @ F.linear(x, self.weight, self.bias).float().softmax(-1)).argmax(-1)
+                (q @ self._logits(x).float().softmax(-1)).argmax(-1)
                 for q, x in zip(prior.split(chunk), padded.split(chunk))
             ]
         )
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        """[B, L, V] of [B, L, D]."""
+        return linear(tokens.flatten(0, 1), self.weight, self.bias).unflatten(0, tokens.shape[:2])

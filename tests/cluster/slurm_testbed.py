@@ -33,11 +33,12 @@ def run(command: list[str], environment: dict[str, str], *, timeout: float = 60)
     return done.stdout
 
 
-def wait_for(condition: Callable[[], object], what: str, limit: float) -> None:
-    """Until `condition` holds; the test fails with `what` after `limit` seconds."""
+def run_until(condition: Callable[[], object], job: Job, what: str, limit: float) -> None:
+    """Wait until `condition` holds; the test fails with `what` when the job ends before, or after `limit` seconds."""
     deadline = time.monotonic() + limit
     while not condition():
-        assert time.monotonic() < deadline, f"not within {limit:g} s: {what}"
+        ended = job.state() in ENDED and not condition()
+        assert not ended and time.monotonic() < deadline, f"no {what} {'at its end' if ended else f'in {limit:g} s'}:\n{job.log()}"
         time.sleep(0.1)
 
 
@@ -82,6 +83,10 @@ class Job:
         words = self.slurm.ask("scontrol", "--oneliner", "show", "job", self.number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def state(self) -> str:
+        """PENDING, RUNNING, COMPLETED, ..."""
+        return self.facts()["JobState"]
+
     @property
     def restarts(self) -> int:
         """How often it was requeued."""
@@ -93,8 +98,8 @@ class Job:
 
     def wait(self, limit: float) -> str:
         """State in which it ended."""
-        wait_for(lambda: self.facts()["JobState"] in ENDED, f"end of job {self.number}\n{self.log()}", limit)
-        return self.facts()["JobState"]
+        run_until(lambda: self.state() in ENDED, self, "end", limit)
+        return self.state()
 
     def log(self) -> str:
         """Log of the batch script."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster.slurm_testbed import Job, Slurm, wait_for
+from cluster.slurm_testbed import Job, Slurm, run_until
 from locations import ROOT
 from made_run import make_data
 from tracking_server import free_port
@@ -73,7 +73,7 @@ def test_lost_ranks_signals_requeues_and_lost_nodes(slurm, jobs):
     job, run = jobs["hurt"], slurm.folder / "runs" / "hurt"
 
     def progress(since: int) -> int:
-        wait_for(lambda: newest_step(run) > since, f"a checkpoint after step {since}\n{job.log()}", LIMIT)
+        run_until(lambda: newest_step(run) > since, job, f"checkpoint after step {since}", LIMIT)
         return newest_step(run)
 
     def starts() -> int:
@@ -94,7 +94,7 @@ def test_lost_ranks_signals_requeues_and_lost_nodes(slurm, jobs):
         start=1,
     ):
         harm()
-        wait_for(lambda number=restarts + 1: f"start {number}:" in job.log(), f"requeue {restarts}\n{job.log()}", LIMIT)
+        run_until(lambda number=restarts + 1: f"start {number}:" in job.log(), job, f"start {restarts + 1}", LIMIT)
         progress(newest_step(run))
     assert job.wait(LIMIT) == "COMPLETED" and job.restarts == 3, job.log()
     assert_same(run, whole(slurm, jobs))

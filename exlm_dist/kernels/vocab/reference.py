@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.checks import work_dtype
+from exlm_dist.kernels.linear import product
 from exlm_dist.kernels.ragged import Segments
 from exlm_dist.kernels.vocab.shard import VocabShard
 
@@ -58,7 +59,7 @@ class _TargetScores(torch.autograd.Function):
         matrix, offset = weight.to(dtype), bias.to(dtype)
         ctx.kept = {}
         for rows in _chunks(len(hidden), len(weight)):
-            logits = torch.addmm(offset, hidden[rows].to(dtype), matrix.t())
+            logits = product(hidden[rows].to(dtype), matrix.t(), offset)
             torch.amax(logits, 1, keepdim=True, out=tops[rows])
             scores[rows] = logits.gather(1, ids[rows])
             torch.sum(logits.sub_(tops[rows]).exp_(), 1, keepdim=True, out=sums[rows])
@@ -79,22 +80,19 @@ class _TargetScores(torch.autograd.Function):
         dtype = work_dtype(hidden)
         matrix, offset = weight.to(dtype), bias.to(dtype)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight, grad_bias = torch.zeros_like(matrix), torch.zeros_like(offset)
+        grad_matrix, grad_bias = matrix.new_zeros(matrix.shape[::-1]), torch.zeros_like(offset)
         mass = grad_scores.sum(1, keepdim=True).neg_().div_(sums)
         if here is not None:
             grad_scores = grad_scores.masked_fill(~here, 0)
         for rows in _chunks(len(hidden), len(weight)):
-            grad = ctx.kept.get(rows.start)
+            grad = ctx.kept.pop(rows.start, None)
             if grad is None:
-                logits = torch.addmm(offset, hidden[rows].to(dtype), matrix.t())
-                grad = logits.sub_(tops[rows]).exp_().mul_(mass[rows])
-            else:
-                grad = grad * mass[rows]
-            grad.scatter_add_(1, ids[rows], grad_scores[rows])
-            grad_hidden[rows] = (grad @ matrix).to(hidden.dtype)
-            grad_weight.addmm_(grad.t(), hidden[rows].to(dtype))
+                grad = product(hidden[rows].to(dtype), matrix.t(), offset).sub_(tops[rows]).exp_()
+            grad.mul_(mass[rows]).scatter_add_(1, ids[rows], grad_scores[rows])
+            grad_hidden[rows] = product(grad, matrix).to(hidden.dtype)
+            grad_matrix = product(hidden[rows].to(dtype).t(), grad, grad_matrix)
             grad_bias += grad.sum(0)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None, None
+        return grad_hidden, grad_matrix.t().to(weight.dtype), grad_bias.to(bias.dtype), None, None
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:

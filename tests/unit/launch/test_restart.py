@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from exlm_dist.launch import local
-from exlm_dist.launch.restart import Restarts, decide, newest_step
+from exlm_dist.launch.restart import Restarts, newest_step
 from exlm_dist.utils.errors import EXIT_DATA, EXIT_DONE, EXIT_RETRY, EXIT_SAVED, EXIT_STOP, EXIT_USAGE
 
 
@@ -31,18 +30,18 @@ def test_newest_step_counts_whole_checkpoints_only(tmp_path):
 
 @pytest.mark.parametrize("code", [EXIT_DONE, EXIT_USAGE, EXIT_SAVED, EXIT_DATA, EXIT_STOP, 1])
 def test_other_ends_are_final(code, tmp_path):
-    assert Restarts.begin(tmp_path, 3).next_code(code) == code
+    assert Restarts(tmp_path, 3).next_code(code) == code
 
 
 @pytest.mark.parametrize("code", [EXIT_RETRY, -9, -11, 137, 247])
 def test_without_progress_it_ends_with_78(code, tmp_path):
     checkpoint(tmp_path, 4)
-    restarts = Restarts.begin(tmp_path, 2)
+    restarts = Restarts(tmp_path, 2, 4)
     assert [restarts.next_code(code) for _ in range(3)] == [None, None, EXIT_STOP]
 
 
 def test_progress_starts_the_count_anew(tmp_path):
-    restarts = Restarts.begin(tmp_path, 1)
+    restarts = Restarts(tmp_path, 1)
     for step in (4, 8, 12):
         assert restarts.next_code(-9) is None
         checkpoint(tmp_path, step)
@@ -50,16 +49,7 @@ def test_progress_starts_the_count_anew(tmp_path):
 
 
 def test_no_restarts_wanted(tmp_path):
-    assert Restarts.begin(tmp_path, 0).next_code(-9) == EXIT_RETRY
-
-
-def test_a_batch_script_counts_over_requeues(tmp_path):
-    asked = [decide(tmp_path, 2, 137, fresh=False) for _ in range(3)]
-    assert asked == [EXIT_DONE, EXIT_DONE, EXIT_STOP]
-    assert decide(tmp_path, 2, 137, fresh=True) == EXIT_DONE
-    assert json.loads((tmp_path / "restarts.json").read_text()) == {"count": 1, "step": 0}
-    assert decide(tmp_path, 2, EXIT_SAVED, fresh=False) == EXIT_SAVED
-    assert decide(tmp_path, 0, 137, fresh=False) == EXIT_RETRY
+    assert Restarts(tmp_path, 0).next_code(-9) == EXIT_RETRY
 
 
 def test_the_supervisor_starts_the_ranks_again_and_stops_without_progress(tmp_path, monkeypatch, caplog):
@@ -75,6 +65,6 @@ if os.environ['RANK'] == '1':
     import time; time.sleep(0.3); os.kill(os.getpid(), 9)"""
     logging.getLogger("exlm_dist").addHandler(caplog.handler)
     monkeypatch.setattr(local, "RANK_COMMAND", [sys.executable, "-c", code])
-    assert local.run_local([], 2, Restarts.begin(tmp_path, 2), grace=1.0) == EXIT_STOP
+    assert local.run_local([], 2, Restarts(tmp_path, 2), grace=1.0) == EXIT_STOP
     assert len((tmp_path / "launches").read_text().split()) == 4
     assert "2 restarts (launch.restarts) since the checkpoint of step 4" in caplog.text

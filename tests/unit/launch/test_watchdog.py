@@ -81,10 +81,10 @@ with heartbeat.phase('save'):
 
 def test_ranks_that_move_and_phases_without_a_limit_are_left_alone(tmp_path, capfd):
     code = """
-time.sleep(1.5)
+time.sleep(1.2)
 heartbeat.enter('step')
 for _ in heartbeat.beating(range(30)): time.sleep(0.05)
-with heartbeat.phase('evaluation'): time.sleep(1.5)
+with heartbeat.phase('evaluation'): time.sleep(1.2)
 if rank == 0: heartbeat.stop()"""
     assert run(tmp_path, code) == 0
     assert capfd.readouterr().err == ""

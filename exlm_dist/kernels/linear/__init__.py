@@ -1,0 +1,91 @@
+"""Matrix products of dense layers: the vendor's own on a GPU, oneDNN's on an x86 processor (why: README.md beside this)."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from exlm_dist.kernels.checks import check_shape
+
+__all__ = ["Linear", "linear", "product"]
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` whose products are those of `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [R, K] -> [R, N]."""
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [R, K], weight [N, K], bias [N] or None -> x weight^T + bias [R, N], with gradients of all three.
+
+    ValueError on shapes that do not fit.
+    """
+    check_shape("x", x, (None, weight.shape[1]))
+    return _Linear.apply(x, weight, bias) if _by_onednn(x, weight) else F.linear(x, weight, bias)
+
+
+def product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
+    """a [M, K] b [K, N] + added, [M, N], without gradients of its own; `added` [M, N], or [N] for every row.
+
+    Either operand may be a transposed view: nothing is copied for that. ValueError on shapes that do not fit.
+    """
+    check_shape("b", b, (a.shape[1], None))
+    if added is not None:
+        check_shape("added", added, (len(a), b.shape[1])[2 - added.dim() :])
+    if not _by_onednn(a, b):
+        return a @ b if added is None else torch.addmm(added, a, b)
+    a, b = _dense(a), _dense(b).t()
+    if added is not None and added.dim() == 2:
+        return torch.ops.mkldnn._linear_pointwise.binary(a, added.contiguous(), b, None, "add")
+    return torch.ops.mkldnn._linear_pointwise(a, b, added, "none", [], "")
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight.t(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        return (
+            product(grad, weight) if needed[0] else None,
+            weight_gradient(grad, x) if needed[1] else None,
+            grad.sum(0) if needed[2] else None,
+        )
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """grad^T x, [N, K], for grad [R, N] and x [R, K]."""
+    # oneDNN repacks its first operand when it is transposed: the smaller one should be it.
+    return product(grad.t(), x) if grad.shape[1] <= x.shape[1] else product(x.t(), grad).t()
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return on_x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> bool:
+    on_cpu = a.device.type == b.device.type == "cpu"
+    return on_cpu and a.dtype == b.dtype == torch.float32 and a.numel() > 0 and b.numel() > 0 and _has_onednn()
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """The matrix, copied if it is neither contiguous nor the transpose of one: oneDNN takes such a one hundreds of times
+    slower."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()

@@ -1,0 +1,98 @@
+"""Products of dense layers against fp64, with operands of every layout, and no further off than torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from exlm_dist.kernels import linear as module
+from exlm_dist.kernels.linear import Linear, linear, product
+
+SHAPES = [(1, 1, 1), (2, 3, 5), (63, 64, 65), (191, 256, 96), (746, 32, 257), (3, 513, 2)]
+
+
+def matrix(rows: int, columns: int, layout: str, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if layout == "transposed":
+        return torch.randn(columns, rows, generator=generator).t()
+    if layout == "columns of a wider one":
+        return torch.randn(rows, 2 * columns + 1, generator=generator)[:, 1 : columns + 1]
+    if layout == "every other row":
+        return torch.randn(2 * rows, columns, generator=generator)[::2]
+    return torch.randn(rows, columns, generator=generator)
+
+
+def assert_as_good(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> None:
+    """The error against fp64 is no larger than that of torch's own product, plus a few roundings."""
+    scale = exact.abs().max().item() + 1e-30
+    error, other = ((value.double() - exact).abs().max().item() / scale for value in (ours, theirs))
+    assert error <= other + 5e-7
+
+
+LAYOUTS = ["contiguous", "transposed", "columns of a wider one", "every other row"]
+
+
+@pytest.mark.parametrize("right", LAYOUTS)
+@pytest.mark.parametrize("left", LAYOUTS)
+@pytest.mark.parametrize(("rows", "inner", "columns"), SHAPES)
+def test_product_of_every_layout(rows, inner, columns, left, right):
+    a, b = matrix(rows, inner, left, 0), matrix(inner, columns, right, 1)
+    for added in (None, matrix(1, columns, "contiguous", 2)[0], matrix(rows, columns, left, 3)):
+        exact = a.double() @ b.double() + (0 if added is None else added.double())
+        plain = a @ b if added is None else a @ b + added
+        assert_as_good(product(a, b, added), plain, exact)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("rows", "inner", "columns"), SHAPES)
+def test_value_and_gradients(rows, inner, columns, bias):
+    values = [matrix(rows, inner, "contiguous", 0), matrix(columns, 2 * inner, "contiguous", 1)]
+    values += [matrix(1, columns, "contiguous", 2)[0]] if bias else []
+    grad = matrix(rows, columns, "transposed", 3)
+
+    def run(function, dtype):
+        leaves = [value.to(dtype).requires_grad_() for value in values]
+        weight = leaves[1].split(inner, dim=1)[1]  # as the transition head cuts its weights
+        out = function(leaves[0], weight, leaves[2] if bias else None)
+        return [out, *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+    for ours, theirs, exact in zip(
+        run(linear, torch.float32), run(F.linear, torch.float32), run(F.linear, torch.float64), strict=True
+    ):
+        assert_as_good(ours, theirs, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_are_torchs_own(dtype):
+    x, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((7, 12), (5, 12), (5,)))
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+    assert torch.equal(product(x, weight.t()), x @ weight.t())
+
+
+def test_no_rows_give_no_rows_and_zero_gradients():
+    layer = Linear(4, 3)
+    out = layer(torch.zeros(0, 4))
+    out.sum().backward()
+    assert out.shape == (0, 3)
+    assert not layer.weight.grad.any()
+
+
+def test_same_values_on_every_call():
+    layer, x = Linear(256, 192), torch.randn(333, 256)
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_without_onednn_torch_multiplies(monkeypatch):
+    monkeypatch.setattr(module, "_has_onednn", lambda: False)
+    x, weight = torch.randn(9, 8), torch.randn(7, 8)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"x has shape \[2, 3\]"):
+        linear(torch.zeros(2, 3), torch.zeros(5, 4))
+    with pytest.raises(ValueError, match="b has shape"):
+        product(torch.zeros(2, 3), torch.zeros(4, 5))
+    with pytest.raises(ValueError, match="added has shape"):
+        product(torch.zeros(2, 3), torch.zeros(3, 5), torch.zeros(4))

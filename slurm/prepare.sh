@@ -15,7 +15,7 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 
-# Inside a container: options of srun, or a command in front of Python. Then EXLM_PYTHON names the Python inside it (python3).
+# Inside a container: options of srun, or a command in front of Python. EXLM_PYTHON names the Python inside it.
 #   container=(--container-image=exlm.sqsh)    container=(apptainer exec --nv exlm.sif)
 container=()
 
@@ -23,10 +23,10 @@ set -uo pipefail
 cd "$SLURM_SUBMIT_DIR"
 say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
 
-# The environment of the folder in which sbatch was called, or the one that EXLM_VENV names.
-python=${EXLM_PYTHON:-python3}
-[ ${#container[@]} -gt 0 ] || [ ! -x "${EXLM_VENV:-.venv}/bin/python" ] || python=${EXLM_VENV:-.venv}/bin/python
-exlm=("$python" -m exlm_dist.cli)
+# Python: EXLM_PYTHON, else that of the environment EXLM_VENV (.venv of the folder in which sbatch was called).
+python=${EXLM_VENV:-.venv}/bin/python
+[ ${#container[@]} = 0 ] && [ -x "$python" ] || python=python3
+exlm=("${EXLM_PYTHON:-$python}" -m exlm_dist.cli)
 
 # sbatch --array=1-8: each task adds its line of the file EXLM_SWEEP to the arguments (a sweep, a grid of evaluations).
 job=$SLURM_JOB_ID

@@ -46,7 +46,7 @@ mkdir -p "$folder"/{munge,state,spool,log,pid,gpu}
 chmod 711 "$folder/munge"
 mungekey --create --keyfile="$folder/munge/key"
 
-cores=$(nproc)
+cores=$(env -u OMP_NUM_THREADS nproc) # nproc takes that variable for an answer
 host=$(hostname -s)
 free_port && controller=$port
 {
@@ -95,6 +95,7 @@ CONF
             "$number" "$host" "$port" "$cores" "$gpus"
     done
     printf 'PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n'
+    printf 'PartitionName=cpu Nodes=ALL MaxTime=INFINITE State=UP\n'
 } >"$folder/slurm.conf"
 # A GPU must be a character device; these all are the null device.
 for ((number = 0; number < gpus; number++)); do ln -s /dev/null "$folder/gpu/$number"; done
@@ -112,8 +113,8 @@ for ((number = 1; number <= nodes; number++)); do
     slurmd -f "$SLURM_CONF" -N "n$number"
 done
 deadline=$((SECONDS + limit))
-until [ "$(sinfo -h -N -o %T 2>/dev/null | grep -cx idle)" = "$nodes" ]; do
-    [ $SECONDS -lt $deadline ] || { sinfo -N -l >&2 || true; false; }
+until [ "$(scontrol --oneliner show nodes 2>/dev/null | grep -c ' State=IDLE ')" = "$nodes" ]; do
+    [ $SECONDS -lt $deadline ] || { sinfo -N -l -p gpu >&2 || true; false; }
     sleep 0.2
 done
 printf 'Slurm is up with %d nodes. Use it:\n  source %s/env.sh\n  sinfo\nand stop it with %s/down.sh %s\n' \

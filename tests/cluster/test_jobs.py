@@ -39,8 +39,8 @@ LIMIT = 240.0
 
 
 @pytest.fixture(scope="module")
-def jobs(slurm: Slurm) -> dict[str, Job]:
-    """The jobs of this module, submitted at once."""
+def jobs(slurm: Slurm, scenes) -> dict[str, Job]:
+    """The jobs of this module, submitted at once. (The short ones of `test_policy` run beside them.)"""
     make_data(slurm.folder / "data")
     (slurm.folder / "tiny.yaml").write_text(yaml.safe_dump({"name": "whole", **TINY}))
     (slurm.folder / "sweep.txt").write_text("--tracking.every 10\n--name whole4 --schedule.steps 40\n")

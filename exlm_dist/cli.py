@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from exlm_dist import __version__
+from exlm_dist.launch.arguments import add_launch
 from exlm_dist.utils.errors import EXIT_RETRY, UserError
 from exlm_dist.utils.logs import configure_logging
 
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_prepare(commands)
     _add_pretrain(commands)
-    _add_launch(commands)
+    add_launch(commands, _command, OVERRIDES)
     _add_doctor(commands)
     _add_after_training(commands)
     _add_config(commands)
@@ -157,49 +158,6 @@ def _add_pretrain(commands) -> None:
     )
     pretrain.add_argument("config", help="YAML file, say configs/pretrain/demo_smiles_exlm.yaml")
     pretrain.add_argument("--local_rank", help=argparse.SUPPRESS)
-
-
-def _add_launch(commands) -> None:
-    launch = commands.add_parser(
-        "launch", help="start a run through a launcher", description="Start a run through a launcher."
-    )
-    launchers = launch.add_subparsers(dest="launcher", required=True, metavar="LAUNCHER")
-    deepspeed = _command(
-        launchers,
-        "deepspeed",
-        _launch_deepspeed,
-        "train under the DeepSpeed launcher",
-        overrides=True,
-        epilog=OVERRIDES,
-    )
-    deepspeed.add_argument("config", help="YAML file")
-    deepspeed.add_argument(
-        "--hostfile", type=Path, help="hosts and slots; default: launch.processes processes on this machine"
-    )
-    local = _command(
-        launchers, "local", _launch_local, "train on this machine", overrides=True, epilog=OVERRIDES
-    )
-    local.add_argument("config", help="YAML file")
-    slurm = _command(
-        launchers,
-        "slurm",
-        _launch_slurm,
-        "submit a job that trains on a Slurm cluster",
-        overrides=True,
-        epilog=OVERRIDES + " What is not given here can be edited in slurm/pretrain.sh.",
-    )
-    slurm.add_argument("config", help="YAML file")
-    slurm.add_argument("--account", default="my-account", help="whom the cluster bills")
-    slurm.add_argument("--partition", default="gpu", help="part of the cluster")
-    slurm.add_argument("--nodes", type=int, default=2, help="nodes")
-    slurm.add_argument("--gpus-per-node", type=int, default=8, help="GPUs, and ranks, per node; 0: none")
-    slurm.add_argument("--tasks-per-node", type=int, default=0, help="ranks per node; 0: one per GPU")
-    slurm.add_argument("--time", default="24:00:00", help="time limit of one start; the job requeues itself until done")
-    slurm.add_argument("--warning", type=int, default=300, help="seconds before the limit at which ranks save")
-    slurm.add_argument("--array", default="", help="numbers of array tasks, say 1-8%%2; needs --sweep")
-    slurm.add_argument("--sweep", type=Path, help="file: line n holds the overrides of array task n")
-    for parser in (local, deepspeed, slurm):
-        parser.add_argument("--dry-run", action="store_true", help="print what would be started, and stop")
 
 
 def _add_doctor(commands) -> None:
@@ -317,27 +275,6 @@ def _doctor(options: argparse.Namespace, overrides: list[str]) -> int:
     from exlm_dist.doctor import doctor
 
     return doctor(options.config, overrides, nodes=options.nodes)
-
-
-def _launch_local(options: argparse.Namespace, overrides: list[str]) -> int:
-    from exlm_dist.launch.commands import launch_local
-
-    return launch_local(options.config, overrides, dry_run=options.dry_run)
-
-
-def _launch_deepspeed(options: argparse.Namespace, overrides: list[str]) -> int:
-    from exlm_dist.launch.commands import launch_deepspeed
-
-    return launch_deepspeed(options.config, overrides, hostfile=options.hostfile, dry_run=options.dry_run)
-
-
-def _launch_slurm(options: argparse.Namespace, overrides: list[str]) -> int:
-    from exlm_dist.launch.commands import launch_slurm
-    from exlm_dist.launch.slurm import Job
-
-    names = ("account", "partition", "nodes", "gpus_per_node", "tasks_per_node", "time", "warning", "array")
-    job = Job("pretrain", **{name: getattr(options, name) for name in names})
-    return launch_slurm(job, options.config, overrides, sweep=options.sweep, dry_run=options.dry_run)
 
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> int:

@@ -4,8 +4,9 @@
 #   source FOLDER/env.sh                  then sbatch, squeue, scontrol, scancel of this shell mean that Slurm
 #   slurm/testbed/down.sh [FOLDER]
 # Everything (configuration, key, sockets, state, logs, process ids) lives in FOLDER and ports are free ones; no file of
-# the system is touched, and no cgroups or systemd are needed. Each node declares the machine's cores and 8
-# GPUs that are not there, so that job files for GPU nodes can be submitted as they are.
+# the system is touched; neither root nor cgroups nor systemd are needed. Without root only jobs of the user who started
+# it run. Each node declares the machine's cores and 8 GPUs that are not there, so that job files for GPU nodes can be
+# submitted as they are.
 set -euo pipefail
 
 nodes=${1:-}
@@ -19,9 +20,9 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
 [[ $nodes =~ ^[1-9][0-9]?$ ]] || fail "give the number of nodes, 1 to 99: $0 N [FOLDER]"
 for program in munged mungekey slurmctld slurmd sbatch; do
-    command -v "$program" >/dev/null || fail "$program is not installed. As root: apt-get install --no-install-recommends $packages"
+    command -v "$program" >/dev/null ||
+        fail "$program is not installed. On Debian and Ubuntu, as root: apt-get install --no-install-recommends $packages"
 done
-[ "$(id -u)" = 0 ] || fail "needs root: slurmd starts jobs as their owners. Use sudo, or a container in which you are root"
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 [ ! -e "$folder/slurm.conf" ] || fail "$folder holds a testbed already. Stop it first: $(dirname "$0")/down.sh $folder"
@@ -55,6 +56,7 @@ ClusterName=exlm-testbed
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$controller
 SlurmUser=$(id -un)
+SlurmdUser=$(id -un)
 AuthType=auth/munge
 CredType=cred/munge
 # A requeued job becomes eligible when its old credential has run out: 120 s by default, seconds here.

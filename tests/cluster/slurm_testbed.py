@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,14 +22,12 @@ def why_not() -> str | None:
     """Why there can be no Slurm on this machine; None: there can."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
     missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name, path=path) is None]
-    if missing:
-        return f"{', '.join(missing)} not installed (apt-get install munge slurmctld slurmd slurm-client)"
-    return None if os.geteuid() == 0 else "a Slurm of one's own needs root"
+    return f"{', '.join(missing)} not installed (apt-get install munge slurmctld slurmd slurm-client)" if missing else None
 
 
-def run(command: list[str], environment: dict[str, str], *, timeout: float = 60) -> str:
+def run(command: list[str], environment: dict[str, str], *, folder: Path = ROOT, timeout: float = 60) -> str:
     """Standard output of a command that must succeed."""
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -64,12 +63,13 @@ class Slurm:
 
     def submit(self, script: Path, *arguments: str, options: list[str], **environment: str) -> Job:
         """`sbatch OPTIONS SCRIPT ARGUMENTS` in the shared folder."""
-        done = subprocess.run(
-            ["sbatch", "--parsable", *options, str(script), *arguments],
-            env={**self.environment, **environment}, cwd=self.folder, capture_output=True, text=True, timeout=60,
-        )
-        assert done.returncode == 0, done.stderr
-        return Job(self, done.stdout.strip())
+        command = ["sbatch", "--parsable", *options, str(script), *arguments]
+        return Job(self, run(command, {**self.environment, **environment}, folder=self.folder).strip())
+
+    def launch(self, *arguments: str) -> Job:
+        """`exlm launch slurm ARGUMENTS` in the shared folder."""
+        command = [sys.executable, "-m", "exlm_dist.cli", "launch", "slurm", *arguments]
+        return Job(self, run(command, self.environment, folder=self.folder).split()[-1])
 
 
 class Job:

@@ -13,11 +13,12 @@ import pytest
 import yaml
 from cluster.slurm_testbed import Job, Slurm, run_until
 from locations import ROOT
-from made_run import make_data
-from tracking_server import free_port
+from made_run import MOLECULES, make_data
+from tracking_server import free_port, mlflow_server
 
 from exlm_dist.launch.restart import newest_step
 from exlm_dist.model import checkpoint_reader as reader
+from exlm_dist.tracking import sync
 from exlm_dist.training.sample_log import samples_of_steps
 
 PRETRAIN = ROOT / "slurm" / "pretrain.sh"
@@ -39,7 +40,13 @@ LIMIT = 240.0
 
 
 @pytest.fixture(scope="module")
-def jobs(slurm: Slurm, scenes) -> dict[str, Job]:
+def server() -> str:
+    """Address of a tracking server that is down."""
+    return f"http://127.0.0.1:{free_port()}"
+
+
+@pytest.fixture(scope="module")
+def jobs(slurm: Slurm, scenes, server: str) -> dict[str, Job]:
     """The jobs of this module, submitted at once. (The short ones of `test_policy` run beside them.)"""
     make_data(slurm.folder / "data")
     (slurm.folder / "tiny.yaml").write_text(yaml.safe_dump({"name": "whole", **TINY}))
@@ -50,10 +57,10 @@ def jobs(slurm: Slurm, scenes) -> dict[str, Job]:
         return slurm.submit(PRETRAIN, "tiny.yaml", *arguments, options=fixed, EXLM_GRACE="5", **environment)
 
     tracked = ["--tracking.mlflow", "true"]
-    nobody = ["--tracking.uri", f"http://127.0.0.1:{free_port()}"]
+    limited = ["--nodes=2", "--gpus-per-node=1", "--time=1", "--warning=25", "--name=limited", "--launch.margin=5"]
     made = {
-        "hurt": submit("--name", "hurt", *tracked, *nobody, options=["--nodes=2", "--time=10"]),
-        "limited": submit("--name", "limited", *tracked, "--launch.margin", "5", options=["--nodes=2", "--time=1", "--signal=B:USR1@25"]),
+        "hurt": submit("--name", "hurt", *tracked, "--tracking.uri", server, options=["--nodes=2", "--time=10"]),
+        "limited": slurm.launch("tiny.yaml", *limited, *tracked),
         "whole": submit(options=["--nodes=2", "--time=10", "--array=1"], EXLM_SWEEP="sweep.txt"),
         "whole4": submit(options=["--nodes=4", "--time=10", "--array=2"], EXLM_SWEEP="sweep.txt"),
     }
@@ -68,8 +75,9 @@ def whole(slurm: Slurm, jobs: dict[str, Job]) -> Path:
     return slurm.folder / "runs" / "whole"
 
 
-def test_lost_ranks_signals_requeues_and_lost_nodes(slurm, jobs):
-    """The tracking server of this run is down all the while."""
+def test_lost_ranks_signals_requeues_and_lost_nodes(slurm, jobs, server, monkeypatch):
+    """The tracking server of this run is down all the while, and gets everything afterwards."""
+    (slurm.folder / "served").mkdir()
     job, run = jobs["hurt"], slurm.folder / "runs" / "hurt"
 
     def progress(since: int) -> int:
@@ -99,6 +107,10 @@ def test_lost_ranks_signals_requeues_and_lost_nodes(slurm, jobs):
     assert job.wait(LIMIT) == "COMPLETED" and job.restarts == 3, job.log()
     assert_same(run, whole(slurm, jobs))
     assert_every_sample_once(run)
+    monkeypatch.chdir(slurm.folder)
+    with mlflow_server(slurm.folder / "served", int(server.rpartition(":")[2])):
+        assert sync(run, timeout=60)
+    assert_one_tracked_run(slurm.folder / "served" / "mlflow.db", "hurt")
 
 
 def test_a_time_limit_of_a_minute_is_met_and_the_job_requeues_itself(slurm, jobs):
@@ -116,6 +128,24 @@ def test_four_nodes(slurm, jobs):
     assert newest_step(run) == 40 and job.facts()["NumNodes"] == "4"
     assert len(list((run / "samples").glob("rank-*.jsonl"))) == 4
     assert_every_sample_once(run, steps=40)
+
+
+def test_evaluations_as_an_array_and_preparation(slurm, jobs):
+    run = whole(slurm, jobs)
+    (slurm.folder / "grid.txt").write_text(f"{run} --mask-ratio 0.15\n{run} --mask-ratio 0.3\n")
+    (slurm.folder / "mine.smi").write_text("\n".join(MOLECULES) + "\n")
+    options = ["--gpus-per-node=1", "--array=1-2", "--output=evaluate-%a.log"]
+    grid = slurm.submit(ROOT / "slurm" / "evaluate.sh", options=options, EXLM_SWEEP="grid.txt")
+    wanted = ["smiles", "--input", "mine.smi", "--out", "mine", "--valid-fraction", "0.2"]
+    prepared = slurm.submit(ROOT / "slurm" / "prepare.sh", *wanted, options=[])
+    assert prepared.wait(LIMIT) == "COMPLETED", prepared.log()
+    assert (slurm.folder / "mine" / "manifest.json").is_file()
+    printed = []
+    for number in ("1", "2"):
+        task = Job(slurm, f"{grid.number}_{number}")
+        assert task.wait(LIMIT) == "COMPLETED", task.log()
+        printed.append((slurm.folder / f"evaluate-{number}.log").read_text())
+    assert "nll" in printed[0] and printed[0] != printed[1]
 
 
 def assert_same(run: Path, other: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +41,28 @@ def run_until(condition: Callable[[], object], job: Job, what: str, limit: float
         ended = job.state() in ENDED and not condition()
         assert not ended and time.monotonic() < deadline, f"no {what} {'at its end' if ended else f'in {limit:g} s'}:\n{job.log()}"
         time.sleep(0.1)
+
+
+class Slowed(threading.Thread):
+    """Slows a rank of a job down, without load, until the job saves itself: however fast the machine, its run is not
+    finished before the time limit of a minute."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(daemon=True)
+        self.job = job
+        self.start()
+
+    def run(self) -> None:
+        """Suspend it most of the time."""
+        while "saving" not in self.job.log() and self.job.state() not in ENDED:
+            for process in list(self.job.ranks())[:1]:
+                for _ in range(3):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.suspend()
+                        time.sleep(0.2)
+                        process.resume()
+                        time.sleep(0.1)
+            time.sleep(0.1)
 
 
 class Slurm:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster.slurm_testbed import Job, Slurm, run_until
+from cluster.slurm_testbed import Job, Slowed, Slurm, run_until
 from locations import ROOT
 from made_run import MOLECULES, make_data
 from tracking_server import free_port, mlflow_server
@@ -22,7 +22,7 @@ from exlm_dist.tracking import sync
 from exlm_dist.training.sample_log import samples_of_steps
 
 PRETRAIN = ROOT / "slurm" / "pretrain.sh"
-STEPS, BATCH, SAMPLES = 400, 12, 60
+STEPS, BATCH, SAMPLES = 300, 12, 60
 TINY = {
     "data": {"path": "data"},
     "model": {"layers": 2, "width": 16, "heads": 2, "ffn": 32, "states": 2, "max_positions": 128},
@@ -30,7 +30,7 @@ TINY = {
     "optimizer": {"lr": 1e-2, "clip": 1.0},
     "schedule": {"steps": STEPS, "warmup": 2},
     "checkpoint": {"every": 20},
-    "evaluation": {"every": 200, "sequences": 10},
+    "evaluation": {"every": 100, "sequences": 10},
     "tracking": {"mlflow": False, "system": False, "every": 10, "samples": True},
     "launch": {"timeout": 60, "device": "cpu", "threads": 1},
     "watchdog": {"step": 8, "save": 8, "evaluation": 8},
@@ -64,6 +64,7 @@ def jobs(slurm: Slurm, scenes, server: str) -> dict[str, Job]:
         "whole": submit(options=["--nodes=2", "--time=10", "--array=1"], EXLM_SWEEP="sweep.txt"),
         "whole4": submit(options=["--nodes=4", "--time=10", "--array=2"], EXLM_SWEEP="sweep.txt"),
     }
+    Slowed(made["limited"])
     made["whole"].number += "_1"
     made["whole4"].number += "_2"
     return made

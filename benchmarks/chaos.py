@@ -158,7 +158,7 @@ def plan(rng: random.Random, world: int, step: int) -> Kill:
     moments = {name: weight for name, (weight, _) in MOMENTS.items() if name != "load" or step > 0}
     phase = rng.choices(list(moments), list(moments.values()))[0]
     left = STEPS - step
-    counts = {"start": 1, "load": 1, "step": left, "save": max(1, left // EVERY)}
+    counts = {"start": 1, "load": 1, "step": max(1, left), "save": max(1, left // EVERY)}
     return Kill(
         victim=rng.randrange(world),
         phase=phase,

@@ -4,6 +4,7 @@
     python benchmarks/operations.py --minutes 0 --rounds 1 # without the goodput
 
 - restart: SIGKILL of a rank until all ranks of the next launch have done a step (imports, meeting, loading included)
+- requeue (--requeue, with slurm/testbed up): `scontrol requeue` until all ranks have done a step
 - hang: SIGSTOP of a rank until the watchdog has ended the job, less the limit
 - goodput: a rank is killed every --every seconds; seconds in steps that were not lost, over seconds of wall time. Predicted
   from the restart, the time between checkpoints and their stall, all measured in the same run before the first failure
@@ -45,6 +46,7 @@ ROW = ("quantity", "value", "unit", "aim", "detail")
 #: What others report (docs/operations.md has the sources).
 ANCHORS = {
     "restart in place": "in-process restart of nvidia-resiliency-ext about 1.5 s and the user's start; FlashRecovery 150 s at 4,800 devices",
+    "restart by requeue": "Slurm's default alone: 121 s until a requeued job may start",
     "hang found after its limit": "gloo alone: 30 minutes by default",
     "goodput measured": "Llama 3: over 90 %, ByteRobust: 97 %, with failures hours apart",
 }
@@ -61,9 +63,13 @@ class Run:
         self._temporary = scratch / "tmp" / name
         self._temporary.mkdir(parents=True)
         environment = {**os.environ, "TMPDIR": str(self._temporary), "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-        self._log = (scratch / f"{name}.log").open("w")
-        command = [sys.executable, "-m", "exlm_dist.cli", "pretrain", str(file)]
-        self.command = subprocess.Popen(command, env=environment, stdout=self._log, stderr=self._log)
+        self.log = scratch / f"{name}.log"
+        with self.log.open("w") as log:
+            self.command = subprocess.Popen(self.start(file), env=environment, stdout=log, stderr=log)
+
+    def start(self, file: Path) -> list[str]:
+        """The command that starts the run of the configuration `file`."""
+        return [sys.executable, "-m", "exlm_dist.cli", "pretrain", str(file)]
 
     def ranks(self) -> list[Rank]:
         """Ranks that are alive, as their heartbeats say."""
@@ -74,7 +80,7 @@ class Run:
         deadline = time.monotonic() + PATIENCE
         while not condition():
             if time.monotonic() > deadline or self.command.poll() is not None:
-                raise RuntimeError(f"{what}: not within {PATIENCE:g} s, or the command ended; see {self._log.name}")
+                raise RuntimeError(f"{what}: not within {PATIENCE:g} s, or the command ended:\n{self.log.read_text()[-2000:]}")
             time.sleep(0.005)
         return time.monotonic()
 
@@ -98,9 +104,27 @@ class Run:
     def end(self) -> int:
         """Ask for the end, and return its code."""
         self.command.send_signal(signal.SIGTERM)
-        code = self.command.wait(PATIENCE)
-        self._log.close()
-        return code
+        return self.command.wait(PATIENCE)
+
+
+class Job(Run):
+    """The same as a Slurm job on two nodes; sbatch, scontrol and scancel are those of the environment."""
+
+    def start(self, file: Path) -> list[str]:
+        """The command that submits the job and stays until it has ended."""
+        where = ["--partition=cpu", "--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--time=30"]
+        script = str(ROOT / "slurm" / "pretrain.sh")
+        return ["sbatch", "--wait", *where, f"--output={file.with_suffix('.job')}", script, str(file)]
+
+    @property
+    def number(self) -> str:
+        """Of the job."""
+        return self.log.read_text().split()[-1]
+
+    def end(self) -> int:
+        """Cancel the job."""
+        subprocess.run(["scancel", self.number], check=True, timeout=PATIENCE)
+        return self.command.wait(PATIENCE)
 
 
 def configuration(scratch: Path, name: str, every: int) -> RunConfig:
@@ -145,6 +169,19 @@ def hangs(run: Run, rounds: int) -> list[float]:
         gone = run.wait("the watchdog", lambda victim=victim: victim not in {rank.pid for rank in run.ranks()})
         seconds.append(gone - begun - HANG_LIMIT)
         run.wait_for_steps(without=pids)
+    return seconds
+
+
+def requeues(job: Job, rounds: int) -> list[float]:
+    """Seconds from `scontrol requeue` to the next step of all ranks; the state is saved within them."""
+    seconds = []
+    for _ in range(rounds):
+        before = newest_step(job.folder)
+        job.wait("the next checkpoint", lambda before=before: newest_step(job.folder) > before)
+        pids = {rank.pid for rank in job.ranks()}
+        begun = time.monotonic()
+        subprocess.run(["scontrol", "requeue", job.number], check=True, timeout=PATIENCE)
+        seconds.append(job.wait_for_steps(without=pids) - begun)
     return seconds
 
 
@@ -214,6 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="restarts and hangs")
     parser.add_argument("--minutes", type=float, default=4.0, help="of the run under failures; 0: none")
     parser.add_argument("--every", type=float, default=60.0, help="seconds between failures")
+    parser.add_argument("--requeue", action="store_true", help="also by requeue; in an environment of slurm/testbed")
     parser.add_argument("--out", type=Path, help="CSV to write")
     options = parser.parse_args(arguments)
     rows = []
@@ -231,6 +269,15 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append(row("hang found after its limit", statistics.median(found), "s", "under 5", spread(found)))
         finally:
             run.end()
+        if options.requeue:
+            job = Job(scratch, "requeues", 20)
+            try:
+                job.wait_for_steps()
+                found = requeues(job, options.rounds)
+                detail = f"{spread(found)}; cred_expire=5"
+                rows.append(row("restart by requeue", statistics.median(found), "s", "under 30", detail))
+            finally:
+                job.end()
         if options.minutes:
             rows += goodput(scratch, options.minutes, options.every, 20)
     for found in rows:

@@ -235,6 +235,10 @@ class TrackingConfig(Section):
     experiment: str = Field("exlm", description="MLflow experiment.")
     every: int = Field(10, ge=1, description="Steps between logged points.")
     system: bool = Field(True, description="Log CPU, memory and GPU load of the machine.")
+    samples: bool = Field(
+        False,
+        description="Every rank writes the ids of the samples of each step to `samples/` in the run folder, as proof of what was seen.",
+    )
 
 
 class LaunchConfig(Section):

@@ -24,7 +24,7 @@ from exlm_dist.launch.local import ERROR_FILE
 from exlm_dist.utils.errors import ConfigError
 
 #: What tells the launches on a machine apart; the same for all ranks of one.
-_OF_THE_LAUNCH = ("EXLM_LAUNCH", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
+_OF_THE_LAUNCH = ("EXLM_LAUNCH", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "SLURM_NODEID", "MASTER_ADDR", "MASTER_PORT")
 Item = TypeVar("Item")
 
 
@@ -41,7 +41,8 @@ class Heart:
         faulthandler.register(watchdog.STACK_SIGNAL, file=self._stack, all_threads=True)
         self.beat()
         _, born = watchdog.process_state(os.getpid()) or ("", "")
-        about = {"rank": rank, "pid": os.getpid(), "born": born, "error_file": os.environ.get(ERROR_FILE, "")}
+        error_file = os.path.abspath(os.environ[ERROR_FILE]) if os.environ.get(ERROR_FILE) else ""
+        about = {"rank": rank, "pid": os.getpid(), "born": born, "error_file": error_file}
         temporary = base.with_suffix(".new")
         temporary.write_text(json.dumps(about))
         os.replace(temporary, self._registration)
@@ -59,14 +60,13 @@ class Heart:
         faulthandler.unregister(watchdog.STACK_SIGNAL)
         os.close(self._beat)
         os.close(self._stack)
-        watchdog.remove_empty(self.folder)
 
 
 _heart: Heart | None = None
 
 
 def start(limits: WatchdogConfig, run: str) -> None:
-    """Begin to beat, in phase `start`; the first rank of the machine starts the watchdog. `run`: names the run.
+    """Begin to beat, in phase `start`; whichever rank of the machine comes first starts the watchdog. `run`: its name.
 
     Call it before anything slow. Does nothing where every limit is 0, or where the system shows no processes in /proc.
     """
@@ -76,7 +76,7 @@ def start(limits: WatchdogConfig, run: str) -> None:
         return
     folder = _folder(run)
     _heart = Heart(folder, int(os.environ.get("RANK", "0")))
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if watchdog.claim(folder):
         # -I -S: no site-packages, so it is there in 20 ms; a session of its own, so that Ctrl-C is for the ranks.
         command = [sys.executable, "-I", "-S", watchdog.__file__, str(folder), json.dumps(seconds)]
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, cwd="/")

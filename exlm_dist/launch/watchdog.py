@@ -1,6 +1,6 @@
 """Ends a job whose ranks stand still: reads their heartbeats, puts all their stacks into the log, kills them.
 
-One such process per machine, started by the first rank there (`exlm_dist.launch.heartbeat`), whatever started the ranks. It is
+One such process per machine, started by the rank that comes first (`exlm_dist.launch.heartbeat`), whatever started the ranks. It is
 run by its path and needs the standard library alone, so it costs some milliseconds and works while the ranks cannot. It ends
 when no rank is left. Per rank the folder holds three files: `rank-N.json` (who it is), `rank-N.beat` (its heartbeat),
 `rank-N.stack` (written by the rank's own faulthandler when it is asked to).
@@ -26,6 +26,7 @@ BEAT = struct.Struct("<qqqd")
 #: Asks a rank for its stacks; its faulthandler answers even while a C call holds the interpreter.
 STACK_SIGNAL = signal.SIGUSR2
 POLL = 0.5
+CLAIMED = "watchdog"
 #: A poll that comes this much too late means that the machine, or the whole job, was suspended: nobody hung.
 SUSPENDED = 3.0
 #: Seconds after which the folder of a launch without ranks is no longer that of one that begins.
@@ -123,7 +124,10 @@ def end_job(folder: Path, ranks: list[Rank], limits: Mapping[str, float]) -> Non
     _say("\n".join([*lines, "==== watchdog: all ranks of this machine are ended now; the run may be started again."]))
     for rank in ranks:
         if rank.error_file:
-            Path(rank.error_file).write_text(message)
+            try:
+                Path(rank.error_file).write_text(message)
+            except OSError as error:  # a full disk must not keep the hung job alive
+                _say(f"==== watchdog: {rank.error_file} cannot be written: {error}")
     named = {rank.rank for rank in culprits}
     for rank in sorted(ranks, key=lambda rank: rank.rank in named):  # those who wait first: they have nothing to add
         if rank.state:
@@ -200,9 +204,14 @@ def main(folder: str, limits: str) -> None:
     """Watch `folder`; `limits`: JSON of seconds by phase."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # these are for the ranks; it ends with them
-    _sweep(Path(folder))
-    watch(Path(folder), json.loads(limits))
-    remove_empty(Path(folder))
+    mine = Path(folder)
+    _sweep(mine)
+    while True:
+        watch(mine, json.loads(limits))
+        remove_empty(mine)
+        # A rank that came when the others had just gone did not start a watchdog: there was one.
+        if not read_ranks(mine) or not claim(mine):
+            return
 
 
 def _sweep(mine: Path) -> None:
@@ -212,9 +221,19 @@ def _sweep(mine: Path) -> None:
             remove_empty(folder)
 
 
-def remove_empty(folder: Path) -> None:
-    """Remove the folder of a launch unless a rank is registered there."""
+def claim(folder: Path) -> bool:
+    """Whether the caller is to start the watchdog of `folder`: true for the first that asks."""
     try:
+        os.close(os.open(folder / CLAIMED, os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        return False
+    return True
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove the folder of a launch, and the claim to it, unless a rank is registered there."""
+    try:
+        (folder / CLAIMED).unlink(missing_ok=True)
         os.rmdir(folder)
     except OSError:
         pass  # not empty, or somebody else was faster

@@ -30,12 +30,12 @@ def beats(number):
 """
 
 
-def run(tmp_path: Path, code: str, ranks: int = 3) -> int:
+def run(tmp_path: Path, code: str, ranks: int = 3, first: str = "") -> int:
     environments = rank_environments(ranks, tmp_path)
     folder = tmp_path / "tmp"
     folder.mkdir(exist_ok=True)
     return supervise(
-        [sys.executable, "-c", RANK + code],
+        [sys.executable, "-c", "import os\n" + first + RANK + code],
         [{**environment, "TMPDIR": str(folder)} for environment in environments],
         grace=5.0,
     )
@@ -94,6 +94,16 @@ if rank == 0: heartbeat.stop()"""
 
 def test_it_ends_with_the_ranks_even_when_they_are_killed(tmp_path):
     assert run(tmp_path, "beats(3); os.kill(os.getpid(), signal.SIGKILL)") == EXIT_RETRY
+    gone(tmp_path)
+
+
+def test_the_first_rank_may_die_at_once(tmp_path, capfd):
+    """Rank 0 is killed before it has done anything; the others still have a watchdog."""
+    code = """
+heartbeat.enter('step')
+time.sleep(60)"""
+    assert run(tmp_path, code, first="if os.environ['RANK'] == '0': os.kill(os.getpid(), 9)\n") == EXIT_RETRY
+    assert "ranks 1, 2 have stood still" in capfd.readouterr().err
     gone(tmp_path)
 
 

@@ -4,8 +4,9 @@
 
 Bytes are counted by kind of collective during one step of the real engine (`exlm_dist.parallel.traffic`), on the first
 rank of each stage; nothing is timed. For the bubble every stage is made to take the same time (it sleeps, forward once,
-backward twice as long), so that the schedule is measured and not the cores of this machine: the share of a step in which
-a rank is in no forward or backward pass, mean over the ranks, beside (p - 1) / (m + p - 1). Writes two CSVs with versions and commit to results/.
+backward twice as long), so that the schedule is measured and not the cores of this machine: the share of a step in
+which a rank is in no forward or backward pass, mean over the ranks, beside (p - 1) / (m + p - 1). Writes two CSVs with
+versions and commit to results/.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def counted(config: RunConfig) -> dict[str, Any] | None:
 
 
 def partitioning_all(plain: Any) -> Any:
-    """The settings for DeepSpeed, but at ZeRO 3 no parameter is so small, or needed again so soon, that it stays whole."""
+    """The settings for DeepSpeed, but at ZeRO 3 no parameter is so small, or needed so soon, that it stays whole."""
 
     def settings(*arguments: Any) -> dict[str, Any]:
         result = plain(*arguments)

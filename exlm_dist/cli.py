@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from exlm_dist import __version__
+from exlm_dist.launch.arguments import add_launch
 from exlm_dist.utils.errors import EXIT_RETRY, UserError
 from exlm_dist.utils.logs import configure_logging
 
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_prepare(commands)
     _add_pretrain(commands)
     _add_plan(commands)
-    _add_launch(commands)
+    add_launch(commands, _command, OVERRIDES)
     _add_doctor(commands)
     _add_after_training(commands)
     _add_config(commands)
@@ -167,26 +168,6 @@ def _add_plan(commands) -> None:
     command.add_options(_command(commands, "plan", command.run, about, overrides=True, epilog=OVERRIDES))
 
 
-def _add_launch(commands) -> None:
-    launch = commands.add_parser(
-        "launch", help="start a run through a launcher", description="Start a run through a launcher."
-    )
-    launchers = launch.add_subparsers(dest="launcher", required=True, metavar="LAUNCHER")
-    deepspeed = _command(
-        launchers,
-        "deepspeed",
-        _launch_deepspeed,
-        "train under the DeepSpeed launcher",
-        overrides=True,
-        epilog=OVERRIDES,
-    )
-    deepspeed.add_argument("config", help="YAML file")
-    deepspeed.add_argument(
-        "--hostfile", type=Path, help="hosts and slots; default: processes on this machine, launch.processes or what the layout needs"
-    )
-    deepspeed.add_argument("--dry-run", action="store_true", help="print the command and stop")
-
-
 def _add_doctor(commands) -> None:
     doctor = _command(
         commands,
@@ -237,7 +218,10 @@ def _add_config(commands) -> None:
         overrides=True,
         epilog=OVERRIDES,
     )
-    for parser in (show, check):
+    job = _command(
+        actions, "job", _config_job, "for job files: the run folder, and launch.restarts", overrides=True, epilog=OVERRIDES
+    )
+    for parser in (show, check, job):
         parser.add_argument("config", help="YAML file")
     check.add_argument("--world", type=int, help="number of ranks; default: those that the layout needs")
     check.add_argument("--length", type=int, help="sequence length; default: that of the prepared data, else 128")
@@ -301,27 +285,6 @@ def _doctor(options: argparse.Namespace, overrides: list[str]) -> int:
     return doctor(options.config, overrides, nodes=options.nodes)
 
 
-def _launch_deepspeed(options: argparse.Namespace, overrides: list[str]) -> int:
-    import shlex
-
-    from exlm_dist.config import load_config
-    from exlm_dist.launch.deepspeed import deepspeed_command, run_deepspeed
-    from exlm_dist.launch.restart import Restarts
-
-    config = load_config(options.config, overrides)
-    arguments = [options.config, *overrides]
-    if options.dry_run:
-        print(shlex.join(deepspeed_command(arguments, processes=config.local_processes, port=0, hostfile=options.hostfile)))
-        return 0
-    return run_deepspeed(
-        arguments,
-        Restarts.begin(config),
-        processes=config.local_processes,
-        device=config.launch.device,
-        hostfile=options.hostfile,
-    )
-
-
 def _evaluate(options: argparse.Namespace, _: list[str]) -> int:
     from exlm_dist.evaluation.masked_lm import evaluate_checkpoint
 
@@ -362,6 +325,14 @@ def _config_show(options: argparse.Namespace, overrides: list[str]) -> int:
     from exlm_dist.config import dump_config, load_config
 
     print(dump_config(load_config(options.config, overrides)), end="")
+    return 0
+
+
+def _config_job(options: argparse.Namespace, overrides: list[str]) -> int:
+    from exlm_dist.config import load_config
+
+    config = load_config(options.config, overrides)
+    print(Path(config.runs) / config.name, config.launch.restarts, sep="\n")
     return 0
 
 

@@ -10,11 +10,24 @@ export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} MLFLOW_DISABLE_TELEMETRY=true
 
 if [ $# -gt 0 ]; then exec "$venv/bin/python" -m pytest "$@"; fi
 
-# Unit and kernel tests are single processes and share the cores; integration and parallel tests start processes of their
+# Slurm for tests/cluster, from the distribution's packages where that can be done here and now; else those tests skip.
+install_slurm() {
+    local root=() packages=(munge slurmctld slurmd slurm-client)
+    (PATH=$PATH:/usr/sbin && type -P sbatch slurmctld slurmd munged >/dev/null) && return
+    command -v apt-get >/dev/null || return
+    [ "$(id -u)" = 0 ] || root=(sudo -n)
+    "${root[@]}" true 2>/dev/null || return
+    timeout 60 "${root[@]}" apt-get -qq update || true
+    timeout 120 "${root[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get -qq install -y --no-install-recommends "${packages[@]}" >/dev/null || true
+}
+install_slurm
+
+# Unit and kernel tests are single processes and share the cores; the others start processes of their
 # own, so they run one after the other.
 export OMP_NUM_THREADS=1
 code=0
 "$venv/bin/python" -m pytest -q -n 2 --dist loadfile --durations=10 tests/unit tests/kernels || code=$?
 unset OMP_NUM_THREADS
-"$venv/bin/python" -m pytest -q --durations=10 tests/integration tests/parallel || code=$?
+"$venv/bin/python" -m pytest -q --durations=10 tests/integration tests/parallel tests/cluster || code=$?
 exit $code

@@ -209,8 +209,8 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
     best: bool = Field(True, description="Keep the one with the lowest evaluation nll as well.")
     asynchronous: bool = Field(
-        True, description="Write in a process beside each rank while training goes on (4 bytes of host memory for each "
-        "number a rank saves), instead of waiting."
+        True,
+        description="Write in a process beside each rank while training goes on, instead of waiting; either way from a copy in host memory, 12 bytes for each parameter that the rank owns.",
     )
     timeout: int = Field(900, ge=1, description="Seconds after which a save that is not written yet has failed.")
 
@@ -235,6 +235,10 @@ class TrackingConfig(Section):
     experiment: str = Field("exlm", description="MLflow experiment.")
     every: int = Field(10, ge=1, description="Steps between logged points.")
     system: bool = Field(True, description="Log CPU, memory and GPU load of the machine.")
+    samples: bool = Field(
+        False,
+        description="Every rank writes the ids of the samples of each step to `samples/` in the run folder, as proof of what was seen.",
+    )
 
 
 class LaunchConfig(Section):

@@ -24,7 +24,7 @@ from exlm_dist.launch.local import ERROR_FILE
 from exlm_dist.utils.errors import ConfigError
 
 #: What tells the launches on a machine apart; the same for all ranks of one.
-_OF_THE_LAUNCH = ("EXLM_LAUNCH", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
+_OF_THE_LAUNCH = ("EXLM_LAUNCH", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "SLURM_NODEID", "MASTER_ADDR", "MASTER_PORT")
 Item = TypeVar("Item")
 
 
@@ -41,7 +41,8 @@ class Heart:
         faulthandler.register(watchdog.STACK_SIGNAL, file=self._stack, all_threads=True)
         self.beat()
         _, born = watchdog.process_state(os.getpid()) or ("", "")
-        about = {"rank": rank, "pid": os.getpid(), "born": born, "error_file": os.environ.get(ERROR_FILE, "")}
+        error_file = os.path.abspath(os.environ[ERROR_FILE]) if os.environ.get(ERROR_FILE) else ""
+        about = {"rank": rank, "pid": os.getpid(), "born": born, "error_file": error_file}
         temporary = base.with_suffix(".new")
         temporary.write_text(json.dumps(about))
         os.replace(temporary, self._registration)

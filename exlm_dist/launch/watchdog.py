@@ -124,7 +124,10 @@ def end_job(folder: Path, ranks: list[Rank], limits: Mapping[str, float]) -> Non
     _say("\n".join([*lines, "==== watchdog: all ranks of this machine are ended now; the run may be started again."]))
     for rank in ranks:
         if rank.error_file:
-            Path(rank.error_file).write_text(message)
+            try:
+                Path(rank.error_file).write_text(message)
+            except OSError as error:  # a full disk must not keep the hung job alive
+                _say(f"==== watchdog: {rank.error_file} cannot be written: {error}")
     named = {rank.rank for rank in culprits}
     for rank in sorted(ranks, key=lambda rank: rank.rank in named):  # those who wait first: they have nothing to add
         if rank.state:

@@ -102,8 +102,8 @@ def build_model(
 ) -> LanguageModel:
     """Model on the CPU in fp32 with its initial weights; they depend on `seed` and each parameter's name alone.
 
-    `stage`: the places of the layers that are held here. `split` (`parallel.tensor.split` with its group) cuts the model
-    down to what this rank holds of it; the full model never has any memory.
+    `stage`: the places of the layers that are held here. `split` (`parallel.tensor.split` with its group) cuts the
+    model down to what this rank holds of it; the full model never has any memory.
     """
     with torch.device("cpu" if split is None else "meta"):
         model = LanguageModel(

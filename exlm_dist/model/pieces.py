@@ -82,6 +82,11 @@ def _break(ranges: list[tuple[int, int]], end: int, what: str) -> str | None:
 
 def overlaps(shape: Shape, target: Piece, source: Piece) -> Iterator[tuple[int, int, int]]:
     """(place in target, place in source, count) of every run of numbers that both pieces hold of one parameter."""
+    if target.slice == source.slice:
+        start, stop = max(target.start, source.start), min(target.stop, source.stop)
+        if start < stop:
+            yield start - target.start, start - source.start, stop - start
+        return
     to, to_length = _runs(shape, target)
     of, of_length = _runs(shape, source)
     first = np.searchsorted(of + of_length, to, side="right")

@@ -20,6 +20,15 @@ def layer_costs(model: ModelConfig, vocab_size: int, length: float, ratio: float
     return [0.0, *[inside / model.layers] * model.layers, 0.0, sum(parts.values())]
 
 
+def described(cut: Sequence[range], costs: Sequence[float]) -> str:
+    """`embedding to block 2 (48%); block 3 to output (52%)`: the layers of each stage and their share of the cost."""
+    names = ["embedding", *(f"block {number + 1}" for number in range(len(costs) - 3)), "norm", "output"]
+    return "; ".join(
+        f"{names[layers[0]]} to {names[layers[-1]]} ({sum(costs[place] for place in layers) / sum(costs):.0%})"
+        for layers in cut
+    )
+
+
 def cut_layers(costs: Sequence[float], stages: int) -> list[range]:
     """Consecutive layers for each stage such that the dearest stage is as cheap as possible; at least a block each.
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from exlm_dist.config.schema import LaunchConfig, ParallelConfig
 from exlm_dist.parallel.grid import Grid
 from exlm_dist.parallel.layout import Layout
+from exlm_dist.parallel.network import interface_towards
 from exlm_dist.utils import errors
 from exlm_dist.utils.errors import EXIT_RETRY, ConfigError, UserError
 
@@ -144,6 +145,8 @@ def _join(backend: str, rank: int, world: int, timeout: timedelta) -> None:
             f"WORLD_SIZE is {world} but MASTER_ADDR or MASTER_PORT is not set. Start the ranks with a launcher "
             "(launchers/deepspeed.sh, or launch.processes for local ones)."
         )
+    if interface := interface_towards(address):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:
         dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=timeout)
     except dist.DistNetworkError as error:

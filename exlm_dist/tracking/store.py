@@ -68,7 +68,7 @@ class MlflowRun:
         self._failure = mlflow.exceptions.MlflowException
         self._folder, self._uid = run_folder, uid
         artifacts = (runs / "mlartifacts").resolve().as_uri() if uri.startswith("sqlite:") else None
-        with _making_database(uri):
+        with _whole_database(mlflow, uri):
             self._client = mlflow.MlflowClient(tracking_uri=uri)
             self._experiment = self._experiment_id(experiment, artifacts)
         self.run_id = known or self._find(uid) or self._create(run_folder.name, uid, start, {})
@@ -210,7 +210,7 @@ def cut(text: str, longest: int) -> str:
 
 
 @contextlib.contextmanager
-def _making_database(uri: str) -> Iterator[None]:
+def _whole_database(mlflow: Any, uri: str) -> Iterator[None]:
     """One process at a time makes the tables of a SQLite file: MLflow's migrations fail when two do."""
     if not uri.startswith("sqlite:///"):
         yield
@@ -219,7 +219,19 @@ def _making_database(uri: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(path.name + ".lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        if not path.exists():
+            _make_database(mlflow, path)
         yield
+
+
+def _make_database(mlflow: Any, path: Path) -> None:
+    """MLflow's tables, made aside and renamed: where a kill interrupts their making (seconds), MLflow can never open the
+    file again."""
+    aside = path.with_name(f"{path.name}.new")
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        Path(f"{aside}{suffix}").unlink(missing_ok=True)
+    mlflow.MlflowClient(tracking_uri=f"sqlite:///{aside}").search_experiments(max_results=1)
+    os.replace(aside, path)
 
 
 def _pieces(items: list[Any], size: int) -> Iterator[list[Any]]:

@@ -146,10 +146,6 @@ def publish(temporary: Path, target: Path, step: int, files: Entries) -> None:
         os.rename(temporary, target)
         sync_path(target.parent)
         write_atomic(target.parent / LATEST, target.name + "\n")
-    except FileNotFoundError as error:
-        raise SaveFailed(
-            f"{error.filename} is not there. Is the run folder on a file system that all machines of the job share?"
-        ) from error
     except OSError as error:
         raise _failed(error, temporary) from error
 
@@ -172,6 +168,10 @@ def _write_file(path: Path, parts: list[bytes | memoryview]) -> dict[str, Any]:
 
 
 def _failed(error: OSError, temporary: Path) -> SaveFailed:
+    if isinstance(error, FileNotFoundError):
+        return SaveFailed(
+            f"{error.filename} is not there. Is the run folder on a file system that all machines of the job share?"
+        )
     return SaveFailed(f"{temporary} could not be written: {error.strerror or error}. {REMEDY}")
 
 
@@ -197,7 +197,7 @@ def retain(run_folder: Path, keep: int, best: bool) -> list[Path]:
 
     Those that are not whole are left for people to look at. Returns what was removed.
     """
-    whole = [folder for folder in reader.checkpoint_folders(run_folder) if _looks_whole(folder)]
+    whole = [folder for folder in reader.checkpoint_folders(run_folder) if looks_whole(folder)]
     kept = set(whole[:keep])
     if best:
         scores = {folder: evaluation_nll(folder) for folder in whole}
@@ -211,10 +211,11 @@ def retain(run_folder: Path, keep: int, best: bool) -> list[Path]:
 
 def has_whole(run_folder: Path) -> bool:
     """Whether the run has a checkpoint that looks whole (sizes, not hashes)."""
-    return any(_looks_whole(folder) for folder in reader.checkpoint_folders(run_folder))
+    return any(looks_whole(folder) for folder in reader.checkpoint_folders(run_folder))
 
 
-def _looks_whole(folder: Path) -> bool:
+def looks_whole(folder: Path) -> bool:
+    """Whether marker, manifest and sizes are right (hashes are not compared)."""
     try:
         reader.verify(folder, hashes=False)
     except (CheckpointError, OSError, ValueError):

@@ -13,7 +13,7 @@ from exlm_dist.launch import heartbeat
 from exlm_dist.model.build import run_layers
 from exlm_dist.model.objective import loss_sum, masked_scores
 from exlm_dist.model.scoring import Totals
-from exlm_dist.model.stages import cut_layers, layer_costs
+from exlm_dist.model.stages import cut_layers, described, layer_costs
 from exlm_dist.model.stream import Stream
 from exlm_dist.parallel.process import Process
 from exlm_dist.training.engine import BatchResult, Engine, quiet_deepspeed
@@ -35,6 +35,7 @@ class PipelineEngine(Engine):
         grid = process.grid
         costs = layer_costs(config.model, vocab_size, length, config.masking.ratio)
         self.bounds = cut_layers(costs, grid.pipeline.size)
+        logger.info("stages: %s", described(self.bounds, costs))
         model = self.build(self.bounds[grid.pipeline.rank])
         self.parameters = model.held()
         self._recompute = config.parallel.activation_checkpointing
@@ -88,7 +89,7 @@ class PipelineEngine(Engine):
     def _load(
         self, batches: Sequence[PackedBatch], masked: Sequence[bool]
     ) -> Iterator[tuple[tuple[Tensor, ...], tuple[()]]]:
-        """(input, labels) of each micro-batch, as DeepSpeed asks for them: on the first stage and, in vain, the last."""
+        """(input, labels) of each micro-batch, as DeepSpeed asks for them on the first stage and, in vain, the last."""
         first = self.process.grid.pipeline.is_first
         for batch, wanted in zip(batches, masked):
             yield (self.stream(batch).replace(predict=wanted).to_tensors() if first else ()), ()

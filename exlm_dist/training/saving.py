@@ -22,7 +22,7 @@ from exlm_dist.model.checkpoint_tensors import model_file, optimizer_file, shape
 from exlm_dist.model.pieces import Piece, Shape
 from exlm_dist.training import checkpoint
 from exlm_dist.training import checkpoint_files as files
-from exlm_dist.training.checkpoint_writer import DISK, InlineWriter, Memory, ProcessWriter, Reply, Writer
+from exlm_dist.training.checkpoint_writer import DISK, LOST, VALUES, InlineWriter, Memory, ProcessWriter, Reply, Writer
 from exlm_dist.training.engine import Engine
 from exlm_dist.utils.errors import EXIT_RETRY, UserError
 from exlm_dist.utils.logs import get_logger
@@ -150,15 +150,13 @@ class Saver:
         if save is None:
             return None
         if save.reply is None:
-            save.reply = self._writer.poll() if not save.publishing or self._process.is_first else {}
-            if save.reply and "failure" in save.reply:
-                logger.error("saving step %d: %s", save.step, save.reply["failure"])
+            save.reply = self._reply(save)
         if self._process.any(save.reply is None):
             return None
         replies = self._process.collect(save.reply)
         failures = [(rank, reply) for rank, reply in enumerate(replies) if "failure" in reply]
         if failures:
-            rank, reply = failures[0]
+            rank, reply = min(failures, key=lambda failure: failure[1]["kind"] != VALUES)
             return self._ended(failure=f"rank {rank}: {reply['failure']}", kind=reply["kind"])
         if save.publishing:
             return self._ended(removed=tuple(replies[0]["removed"]), alarm=replies[0]["alarm"])
@@ -166,6 +164,17 @@ class Saver:
         if self._process.is_first:
             self._writer.submit(self._publish_job(replies))
         return None
+
+    def _reply(self, save: _Save) -> Reply | None:
+        """What this rank's writer has to say of its job; a failure is told at once."""
+        if save.publishing and not self._process.is_first:
+            return {}
+        reply = self._writer.poll()
+        if reply and "failure" in reply:
+            if save.publishing and reply["kind"] == LOST and files.looks_whole(save.folder):
+                return {"removed": [], "alarm": reply["failure"]}  # it was lost after the deed
+            logger.error("saving step %d: %s", save.step, reply["failure"])
+        return reply
 
     def _publish_job(self, replies: list[Reply]) -> dict[str, Any]:
         return {

@@ -21,6 +21,7 @@ from exlm_dist.training.checkpoint_writer import DISK, LOST, VALUES
 from exlm_dist.training.engine import Engine, build_engine, working_dtype
 from exlm_dist.training.observers import Meter, Progress
 from exlm_dist.training.run_folder import LOCK_PATIENCE, RunFolder, difference_table
+from exlm_dist.training.sample_log import SampleLog
 from exlm_dist.training.saving import Saved, Saver, WriterLost
 from exlm_dist.training.step import optimizer_step
 from exlm_dist.utils.errors import CheckpointError, RunStopped
@@ -45,6 +46,7 @@ class Session:
         self._tracker: Tracker | None = None
         self._loader: Loader | None = None
         self._saver: Saver | None = None
+        self._samples: SampleLog | None = None
         self.engine: Engine | None = None
         self.step = 0
         self._slowest_save = 0.0
@@ -92,6 +94,8 @@ class Session:
                 # The launch that wrote it may have been killed before it could say so.
                 self._log_checkpoint(found[0], self.step, self.evaluation)
             self._tracker = Tracker.start(self.path, config, self._events)
+        if config.tracking.samples and process.grid.speaks:
+            self._samples = SampleLog(self.path, process.grid.data.rank, process.grid.data.size)
         self.meter = Meter(config, process, self._events, progress)
         logger.info(
             "%s: %s step %d of %d, %.1f M parameters, tensor %d x pipeline %d x data %d ranks, "
@@ -177,6 +181,8 @@ class Session:
         self.step += 1
         heartbeat.beat(self.step)
         self.evaluation = None
+        if self._samples is not None:
+            self._samples.write(result)
         self.meter.after_step(result)
 
     def evaluation_is_due(self) -> bool:
@@ -298,6 +304,8 @@ class Session:
             self._loader.close()
         if self._saver is not None:
             self._saver.close()
+        if self._samples is not None:
+            self._samples.close()
         if self._tracker is not None:
             self._tracker.close(status, timeout=SENDING[status])
         if self._events is not None:

@@ -219,20 +219,28 @@ def test_disk_full_at_the_first_save(data, tmp_path):
     assert codes == [EXIT_STOP] and "MB are free" in text
 
 
-@pytest.mark.parametrize("point", ["fsync:1:error", "write:3:kill"])
-def test_a_writer_that_fails_is_an_alarm_and_nothing_is_published(point, data, finished, tmp_path):
-    """Of rank 1, at its first save in a launch that has an older checkpoint: that of step 8 is missing, step 12 is
-    there."""
+@pytest.mark.parametrize(
+    "rank, point, why", [(1, "fsync:1:error", "No space left on device"), (1, "write:3:kill", "exit code -9")]
+)
+def test_a_writer_that_fails_is_an_alarm_and_nothing_is_published(rank, point, why, data, finished, tmp_path):
+    """At its first save in a launch that has an older checkpoint: that of step 8 is missing, step 12 is there."""
     config = tiny(tmp_path, "writer", data, evaluation={"every": 0})
     assert train_on(config, 2, ("signal", 0, 5, signal.SIGTERM)) == [EXIT_SAVED] * 2
-    assert train_on(config, 2, ("writer", 1, point)) == [EXIT_DONE] * 2
+    assert train_on(config, 2, ("writer", rank, point)) == [EXIT_DONE] * 2
     steps = [reader.step_of(folder) for folder in reader.checkpoint_folders(tmp_path / "writer")]
-    why = {"error": "No space left on device", "kill": "exit code -9"}[point.rpartition(":")[2]]
-    assert steps == [12, 6] and f"step 8 was not saved: rank 1: " in (text := log_of(config)) and why in text
+    assert steps == [12, 6] and f"step 8 was not saved: rank {rank}: " in (text := log_of(config)) and why in text
     assert not list((tmp_path / "writer/checkpoints").glob(".t*"))
     assert final_hashes(config) == final_hashes(finished)
     tags = [event["values"] for event in read_events(tmp_path / "writer/events.jsonl") if event["kind"] == "tags"]
     assert any(why in values.get("save_failed_step_8", "") for values in tags)
+
+
+def test_a_writer_that_is_lost_after_the_rename_has_published(data, finished, tmp_path):
+    config = tiny(tmp_path, "writer", data, evaluation={"every": 0})
+    assert train_on(config, 2, ("writer", 0, "replace:1:kill")) == [EXIT_DONE] * 2
+    assert "exit code -9" in (text := log_of(config)) and "was not saved" not in text
+    steps = [reader.step_of(folder) for folder in reader.checkpoint_folders(tmp_path / "writer")]
+    assert steps == [12, 8] and final_hashes(config) == final_hashes(finished)
 
 
 def test_a_writer_that_hangs_at_the_last_save_ends_the_run_within_the_limit(data, tmp_path):

@@ -56,6 +56,7 @@ def train_on(config: RunConfig, world: int, death: tuple | None = None, *, timeo
         return run_processes(_train, world, config.model_dump(), death, timeout=timeout)
     except RankFailed as failure:
         if death is not None and death[0] != "signal":
+            print(failure)  # shown where the test then fails
             return failure.codes
         raise
 

@@ -127,7 +127,7 @@ def test_settings_that_cannot_work(tmp_path, sections, words):
         (
             {"tensor": 2, "pipeline": 2},
             6,
-            ["6 ranks are not a multiple of", "= 4", "4 or 8 ranks", "parallel.tensor 1 or 3", "parallel.pipeline 1 or 3"],
+            ["6 ranks are not a multiple of", "= 4", "4 or 8 ranks", "parallel.tensor 1 or 3", "pipeline 1 or 3"],
         ),
         ({"tensor": 2, "data": 3}, 8, ["= 6 ranks, but there are 8", "Start 6", "parallel.data 4"]),
         ({"tensor": 3, "data": 2}, 8, ["= 6 ranks, but there are 8", "Start 6."]),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -14,8 +16,9 @@ import psutil
 import pytest
 import torch
 from integration.training_runs import _before_step, _train, log_of, tiny, train_on
+from locations import ROOT
 from made_run import make_data
-from parallel.harness import on_ranks, run_processes
+from parallel.harness import RankFailed, on_ranks, run_processes
 from parallel.sharded import assembled, pieces
 
 from exlm_dist.config import RunConfig, dump_config
@@ -30,8 +33,8 @@ SECTIONS = {
     # A large eps: otherwise a step is nearly the sign of the gradient, also where that is rounding alone.
     "optimizer": {"lr": 1e-2, "clip": 0.5, "eps": 1e-2},
 }
-#: Numbers are compared relative to the largest of their parameter, or to this: the bias of a key cancels in a softmax, so
-#: that its gradient, and what it becomes, is rounding alone.
+#: Numbers are compared relative to the largest of their parameter, or to this: the bias of a key cancels in a softmax,
+#: so that its gradient, and what it becomes, is rounding alone.
 SMALLEST = 1e-3
 
 
@@ -86,7 +89,8 @@ def measured(config, world):
     ranks = on_ranks(trajectory, world, config.model_dump(), timeout=120.0)
     for rank in ranks[1:]:
         assert rank["rows"] == ranks[0]["rows"] and rank["evaluation"] == ranks[0]["evaluation"]
-    return ranks[0]["rows"], *(assembled([rank[what] for rank in ranks]) for what in ("initial", "first", "final")), ranks[0]["evaluation"]
+    whole = (assembled([rank[what] for rank in ranks]) for what in ("initial", "first", "final"))
+    return ranks[0]["rows"], *whole, ranks[0]["evaluation"]
 
 
 def deviations(got, wanted):
@@ -211,6 +215,25 @@ def test_sequences_left_out_reach_the_first_rank_once(parallel, ranks, data, tmp
     assert len(named.removeprefix("samples ").split(", ")) == micro_batches
 
 
+def counted(rank, name):
+    """What the benchmark counts on this rank."""
+    path = ROOT / "benchmarks/parallel.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_layouts", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    return benchmark.counted(benchmark.config_of(benchmark.LAYOUTS[name], 4))
+
+
+@pytest.mark.parametrize("name", ["PP2 DP2", "TP2 PP2 sequence"])
+def test_what_is_sent_is_what_the_documentation_says(name):
+    """But for a few numbers that ranks agree on, and what fills up the partitions of ZeRO."""
+    stages = [kinds for kinds in run_processes(counted, 4, name) if kinds is not None]
+    assert len(stages) == 2 and all({"send", "all_reduce"} <= kinds.keys() for kinds in stages)
+    for kinds in stages:
+        for kind, (_, number, formula) in kinds.items():
+            assert formula <= number <= formula + 64, kind
+
+
 DEATHS = [
     ({"pipeline": 2}, 2, 0, {"zero": 2, "data": 2}),
     ({"pipeline": 2, "data": 2}, 4, 3, {"tensor": 2}),
@@ -229,7 +252,7 @@ def uninterrupted(data, tmp_path_factory):
 
 @pytest.mark.parametrize("parallel, world, lost, then", DEATHS, ids=str)
 def test_a_killed_rank_ends_all(parallel, world, lost, then, data, tmp_path, uninterrupted):
-    """Within 30 s, every other rank saying that it may be started again; and another layout takes the run to its end."""
+    """Within 30 s, every other rank saying that it may be started again; another layout takes the run to its end."""
     config = tiny(tmp_path, "killed", data, parallel=parallel, batch=SECTIONS["batch"])
     codes = train_on(config, world, death=("step", lost, 6), timeout=30.0)
     assert codes == [-signal.SIGKILL if rank == lost else EXIT_RETRY for rank in range(world)], log_of(config)
@@ -239,6 +262,21 @@ def test_a_killed_rank_ends_all(parallel, world, lost, then, data, tmp_path, uni
     assert points(config).keys() == uninterrupted.keys()
     for place, value in uninterrupted.items():
         assert points(config)[place] == pytest.approx(value, rel=1e-4), place
+
+
+def stopped(rank, settings, lost):
+    _before_step(lambda step: os.kill(os.getpid(), signal.SIGSTOP) if step == 5 and rank == lost else None)
+    return _train(rank, settings, None)
+
+
+def test_a_rank_that_hangs_is_noticed_within_the_limit(data, tmp_path):
+    """Also by those that wait for it in a group that DeepSpeed has made, or in an exchange between stages."""
+    lost = 3
+    limits = {"launch": {"timeout": 5}, "watchdog": {"step": 0}, "tracking": {"every": 100}}
+    config = tiny(tmp_path, "hang", data, parallel={"tensor": 2, "pipeline": 2}, **limits)
+    with pytest.raises(RankFailed) as caught:
+        run_processes(stopped, 4, config.model_dump(), lost, timeout=40.0)
+    assert [code for rank, code in enumerate(caught.value.codes) if rank != lost] == [EXIT_RETRY] * 3, log_of(config)
 
 
 def points(config):
@@ -256,9 +294,8 @@ def points(config):
 
 
 def test_the_command_starts_the_ranks_of_the_layout_and_names_the_one_that_was_killed(data, tmp_path):
-    model, endless = {"width": 16}, {"steps": 100_000, "warmup": 2}
-    sections = {"schedule": endless, "evaluation": {"every": 0}, "launch": {"restarts": 0}, "checkpoint": {"every": 10**6}}
-    config = tiny(tmp_path, "command", data, model=model, **sections)
+    sections = {"schedule": {"steps": 100_000, "warmup": 2}, "checkpoint": {"every": 10**6}, "evaluation": {"every": 0}}
+    config = tiny(tmp_path, "command", data, launch={"restarts": 0}, **sections)
     (tmp_path / "run.yaml").write_text(dump_config(config))
     layout = ["--parallel.tensor", "2", "--parallel.pipeline", "2"]
     with (tmp_path / "errors").open("w") as errors:

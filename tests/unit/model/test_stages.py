@@ -11,7 +11,7 @@ from packed import make_batch
 
 from exlm_dist.config.schema import ModelConfig
 from exlm_dist.model.build import build_model
-from exlm_dist.model.stages import cut_layers, layer_costs
+from exlm_dist.model.stages import cut_layers, described, layer_costs
 from exlm_dist.model.stream import Stream
 
 
@@ -41,6 +41,11 @@ def test_a_heavy_output_layer_takes_blocks_off_the_last_stage():
     assert cut_layers([0, 1, 1, 1, 1, 1, 1, 0, 2], 2) == [range(0, 5), range(5, 9)]
     assert cut_layers([0, 1, 1, 1, 1, 0, 0], 2) == [range(0, 3), range(3, 7)]
     assert cut_layers([0, 1, 1, 1, 0, 100], 3) == [range(0, 2), range(2, 3), range(3, 6)]
+
+
+def test_a_cut_in_words():
+    text = described([range(0, 3), range(3, 6)], [0, 1, 1, 1, 0, 2])
+    assert text == "embedding to block 2 (40%); block 3 to output (60%)"
 
 
 @pytest.mark.parametrize("stages", [0, 3])

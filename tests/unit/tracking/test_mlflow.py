@@ -55,6 +55,31 @@ def test_a_lost_position_is_found_again_without_duplicates(make_run, query):
     assert query("select count(*) from runs") == [(2,)]
 
 
+def size(path) -> int:
+    """Bytes of a file that may come and go."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def test_a_kill_while_the_database_is_made_leaves_one_that_works(make_run, query, tmp_path):
+    folder, config = make_run()
+    log = EventLog(folder / "events.jsonl")
+    log.metrics(1, {"train/loss": 1.0})
+    code = f"from pathlib import Path; from exlm_dist.tracking import sync; sync(Path({str(folder)!r}))"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 60
+    # Some of the tables are there, others are not.
+    while max(size(tmp_path / "runs" / name) for name in ("mlflow.db", "mlflow.db.new")) < 220_000:
+        assert process.poll() is None and time.monotonic() < deadline, "the database was not seen in the making"
+        time.sleep(0.01)
+    process.kill()
+    process.wait(timeout=10)
+    assert sync(folder, timeout=60)
+    assert query(POINTS) == [("train/loss", 1, 1.0)]
+
+
 def test_each_evaluation_is_a_child_run(make_run, query):
     folder, config = make_run()
     log = EventLog(folder / "events.jsonl")

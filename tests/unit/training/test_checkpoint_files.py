@@ -242,6 +242,17 @@ def test_a_save_that_fails_anywhere_leaves_the_old_one_or_the_new(run, how, reco
     print(f"{sum(points.values())} crash points {points}: {taken[1]} times the old one, {taken[2]} times the new one")
 
 
+def test_a_file_that_another_machine_has_written_to_its_own_disk(run):
+    temporary = files.begin(files.folder_of(run, 1), 0)
+    elsewhere = {"model-00001.safetensors": {"bytes": 8, "sha256": "0"}}
+    with pytest.raises(files.SaveFailed, match="model-00001.safetensors is not there. Is the run folder on a file system"):
+        files.publish(temporary, files.folder_of(run, 1), 1, elsewhere)
+    (temporary / "model-00001.safetensors").write_bytes(b"short")
+    with pytest.raises(files.SaveFailed, match="not as long as it was written"):
+        files.publish(temporary, files.folder_of(run, 1), 1, elsewhere)
+    assert not reader.checkpoint_folders(run)
+
+
 def test_no_room_is_seen_before(run, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1_000_000}))
     with pytest.raises(files.SaveFailed, match=r"needs 17 MB but only 1 MB are free .*untouched"):

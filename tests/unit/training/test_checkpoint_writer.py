@@ -84,7 +84,7 @@ def test_it_writes_what_is_in_memory_when_the_job_is_given(memory, writer, tmp_p
 def test_a_failure_is_told_and_the_next_job_is_done(writer, tmp_path):
     writer.submit(job(tmp_path / "nowhere"))
     failure = reply_of(writer)
-    assert "No such file or directory" in failure["failure"] and failure["kind"] == checkpoint_writer.DISK
+    assert "file system that all machines of the job share" in failure["failure"] and failure["kind"] == checkpoint_writer.DISK
     writer.submit(job(tmp_path))
     assert "files" in reply_of(writer)
 

@@ -1,0 +1,74 @@
+"""`exlm launch`: from a configuration to started processes or a submitted job, or (dry run) to what that would be."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from exlm_dist.config import RunConfig, check_world, load_config
+from exlm_dist.launch.deepspeed import deepspeed_command, run_deepspeed
+from exlm_dist.launch.local import RANK_COMMAND, run_local
+from exlm_dist.launch.restart import Restarts
+from exlm_dist.launch.slurm import Job, render, sbatch_command, submit
+from exlm_dist.utils.errors import ConfigError
+
+
+def launch_local(path: str, overrides: Sequence[str], *, dry_run: bool) -> int:
+    """Train on this machine with `launch.processes` ranks (auto: those of the layout); the exit code of the run."""
+    config = load_config(path, overrides)
+    processes = config.local_processes
+    check_world(config, processes)
+    arguments = [path, *overrides]
+    if dry_run:
+        for rank in range(processes):
+            print(f"RANK={rank} LOCAL_RANK={rank} WORLD_SIZE={processes} {shlex.join([*RANK_COMMAND, *arguments])}")
+        return 0
+    return run_local(arguments, processes, Restarts.begin(config))
+
+
+def launch_deepspeed(path: str, overrides: Sequence[str], *, hostfile: Path | None, dry_run: bool) -> int:
+    """Train under the DeepSpeed launcher, here or on the hosts of `hostfile`; the exit code of the run."""
+    config = load_config(path, overrides)
+    processes, arguments = config.local_processes, [path, *overrides]
+    if dry_run:
+        print(shlex.join(deepspeed_command(arguments, processes=processes, port=0, hostfile=hostfile)))
+        return 0
+    restarts = Restarts.begin(config)
+    return run_deepspeed(
+        arguments, restarts, processes=processes, device=config.launch.device, hostfile=hostfile
+    )
+
+
+def launch_slurm(job: Job, path: str, overrides: Sequence[str], *, sweep: Path | None, dry_run: bool) -> int:
+    """Submit a job (one for each line of `sweep` where `job.array` is set); the exit code of sbatch.
+
+    ConfigError before anything is submitted: for the settings of every line, and where the ranks do not divide the batch.
+    """
+    for line in _lines(job, sweep):
+        config = load_config(path, [*overrides, *line])
+        check_world(config, job.ranks)
+    script = _folder(load_config(path, overrides)) / "slurm" / "pretrain.sh"
+    arguments = [path, *overrides]
+    if dry_run:
+        print(render(job), end="")
+        print(f"# would be written to {script} and submitted by", file=sys.stderr)
+        print(shlex.join(sbatch_command(script, arguments, sweep=sweep)), file=sys.stderr)
+        return 0
+    return submit(job, arguments, script, sweep=sweep)
+
+
+def _lines(job: Job, sweep: Path | None) -> list[list[str]]:
+    """Overrides of each array task, one empty list for a job that is no array."""
+    if bool(job.array) != (sweep is not None):
+        raise ConfigError("--array and --sweep belong together: task n of the array runs line n of the sweep file.")
+    if sweep is None:
+        return [[]]
+    if not sweep.is_file():
+        raise ConfigError(f"no sweep file at {sweep}. Its line n holds the overrides of array task n.")
+    return [shlex.split(line) for line in sweep.read_text().splitlines() if line.strip()]
+
+
+def _folder(config: RunConfig) -> Path:
+    return Path(config.runs) / config.name

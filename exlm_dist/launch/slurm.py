@@ -1,0 +1,133 @@
+"""Slurm job files as text, and the `sbatch` command that submits one. Rendering is pure: no file, no process, no torch.
+
+`slurm/*.sh` are what `render` makes of the jobs in `FILES`; a test compares.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exlm_dist.launch.slurm_scripts import COMMON, EVALUATE, PREPARE, PRETRAIN
+from exlm_dist.utils.errors import ConfigError
+from exlm_dist.utils.files import write_atomic
+
+BODIES = {"pretrain": PRETRAIN, "evaluate": EVALUATE, "prepare": PREPARE}
+USES = {
+    "pretrain": (
+        "Pretrain, or continue, a run on a Slurm cluster.",
+        "CONFIG [--section.key VALUE ...]",
+    ),
+    "evaluate": (
+        "Evaluate a checkpoint on one GPU of a Slurm cluster; what follows is given to `exlm evaluate`.",
+        "RUN [--mask-ratio R ...]",
+    ),
+    "prepare": (
+        "Prepare data on one node of a Slurm cluster; what follows is given to `exlm prepare`.",
+        "smiles --input FILE ... --out FOLDER",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a user decides of a job; everything else is derived from it on the cluster.
+
+    `gpus_per_node` 0: a job without GPUs, with `tasks_per_node` ranks on each node. `warning`: seconds before the time
+    limit at which the ranks are told to save (Slurm may be a minute early). ConfigError for what Slurm would refuse.
+    """
+
+    kind: str
+    account: str = "my-account"
+    partition: str = "gpu"
+    nodes: int = 1
+    gpus_per_node: int = 8
+    time: str = "24:00:00"
+    tasks_per_node: int = 0
+    array: str = ""
+    warning: int = 300
+
+    def __post_init__(self) -> None:
+        for name, least in (("nodes", 1), ("gpus_per_node", 0), ("tasks_per_node", 0), ("warning", 10)):
+            if getattr(self, name) < least:
+                option = "--" + name.replace("_", "-")
+                raise ConfigError(f"{option} is {getattr(self, name)}. Give {least} or more.")
+        for name in ("account", "partition", "time", "array"):
+            if any(character.isspace() for character in getattr(self, name)):
+                raise ConfigError(f"--{name} {getattr(self, name)!r} has a space in it. Give one word, as sbatch does.")
+
+    @property
+    def ranks_per_node(self) -> int:
+        """As the job file derives it."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def ranks(self) -> int:
+        """Of the whole job."""
+        return self.nodes * self.ranks_per_node
+
+
+FILES = {
+    "pretrain": Job("pretrain", nodes=2),
+    "evaluate": Job("evaluate", gpus_per_node=1, time="04:00:00"),
+    "prepare": Job("prepare", partition="cpu", gpus_per_node=0, time="12:00:00"),
+}
+
+
+def render(job: Job) -> str:
+    """The text of the job file."""
+    what, arguments = USES[job.kind]
+    lines = [
+        "#!/bin/bash",
+        f"# {what}",
+        f"#   sbatch slurm/{job.kind}.sh {arguments}",
+        "# Edit these lines, or give their options to sbatch before the name of this file; everything else is derived.",
+        *(f"#SBATCH {line}" for line in _asked(job)),
+        "",
+        *(f"#SBATCH {line}" for line in _derived(job)),
+    ]
+    return "\n".join(lines) + "\n" + COMMON + BODIES[job.kind]
+
+
+def _asked(job: Job) -> list[str]:
+    ranks = f"--gpus-per-node={job.gpus_per_node}" if job.gpus_per_node else f"--ntasks-per-node={job.ranks_per_node}"
+    return [
+        f"--account={job.account}",
+        f"--partition={job.partition}",
+        f"--nodes={job.nodes}",
+        ranks,
+        f"--time={job.time}",
+    ]
+
+
+def _derived(job: Job) -> list[str]:
+    lines = [f"--job-name=exlm-{job.kind}", "--output=slurm-%x-%j.log", "--open-mode=append", "--requeue"]
+    if job.gpus_per_node and job.tasks_per_node:
+        lines.append(f"--ntasks-per-node={job.tasks_per_node}")
+    if job.kind != "evaluate":
+        lines += ["--exclusive", "--mem=0"]  # whole nodes
+    if job.kind == "pretrain":
+        lines.append(f"--signal=B:USR1@{job.warning}")
+    if job.array:
+        lines.append(f"--array={job.array}")
+    return lines
+
+
+def submit(job: Job, arguments: Sequence[str], script: Path, *, sweep: Path | None = None) -> int:
+    """Write the job file to `script` and give it to sbatch; its exit code."""
+    script.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(script, render(job))
+    try:
+        return subprocess.run(sbatch_command(script, arguments, sweep=sweep), check=False).returncode
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"there is no sbatch on this machine. Run this on a login node of the cluster; the job file is {script}."
+        ) from error
+
+
+def sbatch_command(script: Path, arguments: Sequence[str], *, sweep: Path | None = None) -> list[str]:
+    """Command line that submits the job file `script` with the arguments of `exlm pretrain`."""
+    environment = [f"--export=ALL,EXLM_SWEEP={sweep}"] if sweep else []
+    return ["sbatch", *environment, str(script), *arguments]

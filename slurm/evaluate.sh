@@ -1,0 +1,41 @@
+#!/bin/bash
+# Evaluate a checkpoint on one GPU of a Slurm cluster; what follows is given to `exlm evaluate`.
+#   sbatch slurm/evaluate.sh RUN [--mask-ratio R ...]
+# Edit these lines, or give their options to sbatch before the name of this file; everything else is derived.
+#SBATCH --account=my-account
+#SBATCH --partition=gpu
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=1
+#SBATCH --time=04:00:00
+
+#SBATCH --job-name=exlm-evaluate
+#SBATCH --output=slurm-%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+
+# Inside a container: options of srun, or a command in front of Python. EXLM_PYTHON names the Python inside it.
+#   container=(--container-image=exlm.sqsh)    container=(apptainer exec --nv exlm.sif)
+container=()
+
+set -uo pipefail
+cd "$SLURM_SUBMIT_DIR"
+say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
+
+# Python: EXLM_PYTHON, else that of the environment EXLM_VENV (.venv of the folder in which sbatch was called).
+python=${EXLM_VENV:-.venv}/bin/python
+[ ${#container[@]} = 0 ] && [ -x "$python" ] || python=python3
+exlm=("${EXLM_PYTHON:-$python}" -m exlm_dist.cli)
+
+# sbatch --array=1-8: each task adds its line of the file EXLM_SWEEP to the arguments (a sweep, a grid of evaluations).
+job=$SLURM_JOB_ID
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "${EXLM_SWEEP:?names the file whose lines are the arguments of the array tasks}")
+    [ -n "$line" ] || { say "error: $EXLM_SWEEP has no line $SLURM_ARRAY_TASK_ID"; exit 2; }
+    mapfile -t words < <(xargs -n 1 printf '%s\n' <<<"$line")
+    set -- "$@" "${words[@]}"
+fi
+
+say "exlm evaluate $*"
+export OMP_NUM_THREADS=$SLURM_CPUS_ON_NODE
+srun --mpi=none --nodes=1 --ntasks=1 "${container[@]}" "${exlm[@]}" evaluate "$@"

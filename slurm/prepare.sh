@@ -1,0 +1,43 @@
+#!/bin/bash
+# Prepare data on one node of a Slurm cluster; what follows is given to `exlm prepare`.
+#   sbatch slurm/prepare.sh smiles --input FILE ... --out FOLDER
+# Edit these lines, or give their options to sbatch before the name of this file; everything else is derived.
+#SBATCH --account=my-account
+#SBATCH --partition=cpu
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --time=12:00:00
+
+#SBATCH --job-name=exlm-prepare
+#SBATCH --output=slurm-%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --exclusive
+#SBATCH --mem=0
+
+# Inside a container: options of srun, or a command in front of Python. EXLM_PYTHON names the Python inside it.
+#   container=(--container-image=exlm.sqsh)    container=(apptainer exec --nv exlm.sif)
+container=()
+
+set -uo pipefail
+cd "$SLURM_SUBMIT_DIR"
+say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
+
+# Python: EXLM_PYTHON, else that of the environment EXLM_VENV (.venv of the folder in which sbatch was called).
+python=${EXLM_VENV:-.venv}/bin/python
+[ ${#container[@]} = 0 ] && [ -x "$python" ] || python=python3
+exlm=("${EXLM_PYTHON:-$python}" -m exlm_dist.cli)
+
+# sbatch --array=1-8: each task adds its line of the file EXLM_SWEEP to the arguments (a sweep, a grid of evaluations).
+job=$SLURM_JOB_ID
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "${EXLM_SWEEP:?names the file whose lines are the arguments of the array tasks}")
+    [ -n "$line" ] || { say "error: $EXLM_SWEEP has no line $SLURM_ARRAY_TASK_ID"; exit 2; }
+    mapfile -t words < <(xargs -n 1 printf '%s\n' <<<"$line")
+    set -- "$@" "${words[@]}"
+fi
+
+say "exlm prepare $*"
+srun --mpi=none --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
+    "${container[@]}" "${exlm[@]}" prepare "$@" --workers "$SLURM_CPUS_ON_NODE"

@@ -1,0 +1,147 @@
+#!/bin/bash
+# Pretrain, or continue, a run on a Slurm cluster.
+#   sbatch slurm/pretrain.sh CONFIG [--section.key VALUE ...]
+# Edit these lines, or give their options to sbatch before the name of this file; everything else is derived.
+#SBATCH --account=my-account
+#SBATCH --partition=gpu
+#SBATCH --nodes=2
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+
+#SBATCH --job-name=exlm-pretrain
+#SBATCH --output=slurm-%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --signal=B:USR1@300
+
+# Inside a container: options of srun, or a command in front of Python. EXLM_PYTHON names the Python inside it.
+#   container=(--container-image=exlm.sqsh)    container=(apptainer exec --nv exlm.sif)
+container=()
+
+set -uo pipefail
+cd "$SLURM_SUBMIT_DIR"
+say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
+
+# Python: EXLM_PYTHON, else that of the environment EXLM_VENV (.venv of the folder in which sbatch was called).
+python=${EXLM_VENV:-.venv}/bin/python
+[ ${#container[@]} = 0 ] && [ -x "$python" ] || python=python3
+exlm=("${EXLM_PYTHON:-$python}" -m exlm_dist.cli)
+
+# sbatch --array=1-8: each task adds its line of the file EXLM_SWEEP to the arguments (a sweep, a grid of evaluations).
+job=$SLURM_JOB_ID
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "${EXLM_SWEEP:?names the file whose lines are the arguments of the array tasks}")
+    [ -n "$line" ] || { say "error: $EXLM_SWEEP has no line $SLURM_ARRAY_TASK_ID"; exit 2; }
+    mapfile -t words < <(xargs -n 1 printf '%s\n' <<<"$line")
+    set -- "$@" "${words[@]}"
+fi
+
+# Ranks: one per GPU, or --ntasks-per-node of them where that is given. Slurm gives each its number; they need no ssh.
+gpus=${SLURM_GPUS_PER_NODE:-0}
+per_node=${SLURM_NTASKS_PER_NODE:-${gpus##*:}}
+[ "$per_node" -gt 0 ] || per_node=1
+cpus=$((SLURM_CPUS_ON_NODE / per_node))
+[ "$cpus" -gt 0 ] || cpus=1
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export LOCAL_WORLD_SIZE=$per_node WORLD_SIZE=$((SLURM_JOB_NUM_NODES * per_node)) OMP_NUM_THREADS=$cpus
+# The address that Slurm itself uses: names of nodes need not resolve everywhere.
+MASTER_ADDR=$(scontrol -o show node "$first" | grep -o ' NodeAddr=[^ ]*' | cut -d= -f2)
+export MASTER_ADDR
+# The port differs between jobs, restarts and steps: a listener of the last attempt may still be there.
+rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID EXLM_ERROR_FILE=$EXLM_ERRORS/rank-$SLURM_PROCID
+export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 101 + ${SLURM_RESTART_COUNT:-0} * 31 + SLURM_STEP_ID * 7) % 12000))
+exec "$@"'
+
+# Refuses wrong settings before a thousand ranks find them, and names the folder of the run.
+config=${1:?the first argument is the configuration}
+overrides=("${@:2}")
+one_task() { srun --mpi=none --nodes=1 --ntasks=1 "${container[@]}" "${exlm[@]}" "$@"; }
+settings=$(one_task config job "$config" "${overrides[@]}") || exit $?
+run=${settings%$'\n'*} restarts=${settings##*$'\n'}
+logs=$run/slurm/$job
+mkdir -p "$logs/errors" || exit 2
+EXLM_ERRORS=$(cd "$logs/errors" && pwd)
+export EXLM_ERRORS
+say "job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)): $WORLD_SIZE ranks on $SLURM_JOB_NODELIST; logs of the nodes in $logs"
+
+# Slurm warns this shell: USR1 before the time limit (--signal=B:USR1@...), TERM when it ends the job itself (scancel,
+# preemption, requeue). Both are passed on as USR1, on which the ranks save and end with 75. `srun` runs in the background
+# because bash runs a trap only between commands, or while it waits.
+told="" woken="" srun_pid=""
+pass_on() {
+    woken=1
+    [ -z "$srun_pid" ] || kill -USR1 "$srun_pid" 2>/dev/null
+}
+trap 'say "USR1: saving before the time limit"; told=${told:-"the time limit is near"}; pass_on' USR1
+trap 'say "TERM: saving before Slurm ends the job"; told=end; pass_on' TERM
+
+run_ranks() { # sets `code`: the largest exit code of the ranks, 128 and more for one that a signal killed
+    say "starting the ranks at step $before"
+    rm -f "$EXLM_ERRORS"/rank-*
+    # --wait: ranks that do not notice that another one has ended have so many seconds to do so, then they are killed.
+    srun --mpi=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$WORLD_SIZE" --ntasks-per-node="$per_node" \
+        --cpus-per-task="$cpus" --kill-on-bad-exit=0 --wait="${EXLM_GRACE:-60}" \
+        --open-mode=append --output="$logs/node-%n-%N.log" \
+        "${container[@]}" bash -c "$rank" rank "${exlm[@]}" pretrain "$config" "${overrides[@]}" &
+    srun_pid=$!
+    while :; do
+        woken=""
+        wait "$srun_pid"
+        code=$?
+        [ -n "$woken" ] || break
+    done
+    srun_pid=""
+}
+
+newest() { # step of the newest whole checkpoint, 0 where there is none
+    local folder step=0
+    for folder in "$run"/checkpoints/step-*; do
+        [ ! -e "$folder/COMPLETE" ] || step=${folder##*-}
+    done
+    echo $((10#$step))
+}
+
+messages() { # what the ranks had to say, each thing once
+    awk 'NF && !seen[$0]++' "$EXLM_ERRORS"/rank-* 2>/dev/null | head -n 20
+}
+
+may_go_on() { # counts attempts in a row without a newer checkpoint, over all starts of this job
+    local step=0 count=0
+    [ ! -e "$logs/stalled" ] || read -r step count <"$logs/stalled"
+    [ "$(newest)" = "$step" ] || count=0
+    echo "$(newest) $((count + 1))" >"$logs/stalled"
+    [ "$count" -ge "$restarts" ] || return 0
+    say "stopped: $count restarts (launch.restarts) and none got past the checkpoint of step $(newest)"
+    return 1
+}
+
+requeue() {
+    [ "$told" != end ] || exit 75
+    say "$1: back into the queue"
+    scontrol requeue "$job" || say "error: the job could not be requeued. The same sbatch command continues the run."
+    exit 75
+}
+
+while :; do
+    [ -z "$told" ] || requeue "$told"
+    before=$(newest)
+    run_ranks
+    [ "$code" != 0 ] || { say "done"; exit 0; }
+    [ "$told" != end ] || { say "Slurm ends the job; if it is requeued, it goes on after step $(newest)"; exit 75; }
+    say "the ranks ended with code $code; newest checkpoint: step $(newest)"
+    messages
+    queue=$told # why the job needs the queue; empty where the ranks can be started again here
+    [ "$code" != 75 ] || queue=${told:-saved}
+    # Without a word from a rank it was srun that failed: a node is probably lost, and the queue finds another.
+    if [ "$code" = 1 ] && [ -z "$(messages)" ]; then code=76 queue=${told:-"srun failed"}; fi
+    if [ "$code" != 75 ] && [ "$code" != 76 ] && [ "$code" -le 128 ]; then
+        say "stopped: starting again would meet the same end"
+        exit "$code"
+    fi
+    # A save that moved the newest checkpoint is no restart that could go on for ever.
+    if [ "$code" != 75 ] || [ "$(newest)" = "$before" ]; then may_go_on || exit 78; fi
+    [ -z "$queue" ] || requeue "$queue"
+done

@@ -1,0 +1,24 @@
+"""One Slurm of sixteen nodes for all tests of this folder."""
+
+from __future__ import annotations
+
+import pytest
+from cluster import plays
+from cluster.slurm_testbed import Job, Slurm, why_not
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory):
+    """A real Slurm; the tests are skipped, with the reason, where there can be none."""
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    bed = Slurm(tmp_path_factory.mktemp("slurm"), nodes=16)
+    yield bed
+    bed.down()
+
+
+@pytest.fixture(scope="session")
+def scenes(slurm: Slurm) -> dict[str, Job]:
+    """The jobs of `plays`, submitted at once."""
+    return {name: plays.submit(slurm, name) for name in plays.SCENES}

@@ -1,0 +1,50 @@
+"""Jobs whose ranks are a few lines of shell: Slurm and the job file are real, a case takes seconds."""
+
+from __future__ import annotations
+
+from cluster.slurm_testbed import Job, Slurm
+from locations import ROOT
+
+#: Restarts without progress that the pretended configuration allows.
+RESTARTS = 2
+#: In place of Python: `config job` answers as exlm does; the n-th start of the ranks runs the n-th line of `ends`.
+STAND_IN = f"""#!/bin/bash
+cd "$(dirname "$0")"
+if [ "$3 $4" = "config job" ]; then
+    [ "$5" != refused ] || exit 2
+    printf '%s\\n{RESTARTS}\\n' "$PWD/run"
+    exit
+fi
+checkpoint() {{ mkdir -p "run/checkpoints/step-0000000$1"; touch "run/checkpoints/step-0000000$1/COMPLETE"; }}
+fail() {{ echo "$2" >"$EXLM_ERROR_FILE"; exit "$1"; }}
+eval "$(sed -n "$(grep -c 'starting the ranks at' job.log)p" ends)"
+"""
+#: By name: what each start of the ranks does.
+SCENES = {
+    "killed": ["[ $RANK = 0 ] && kill -9 $$; exit 76", "exit 0"],
+    "data": ['[ $RANK = 1 ] && fail 77 "shard 7 is gone"; sleep 0.5; exit 76'],
+    "stop": ['fail 78 "too many sequences are left out"'],
+    "crash": ['[ $RANK = 0 ] && fail 1 "Traceback: a bug"; exit 0'],
+    "speechless": ["exit 1", "exit 0"],
+    "hang": ["[ $RANK = 0 ] && exit 76; sleep 600", "exit 0"],
+    "saved": ["checkpoint 1; exit 75", "exit 0"],
+    "stuck": ["exit 76"] * 9,
+    "slow": ["sleep 0.5; checkpoint 1; exit 75", *["exit 75"] * 9],
+    "moving": ["checkpoint 1; exit 76", "checkpoint 2; exit 76", "checkpoint 3; exit 76", "checkpoint 4; exit 76", "exit 0"],
+    "warned": ["touch ready; trap 'checkpoint 1; exit 75' USR1; sleep 600 & wait; exit 3", "exit 0"],
+    "cancelled": ["touch ready; trap 'touch told; exit 75' USR1 TERM; sleep 600 & wait; exit 3", "exit 0"],
+    "refused": ["exit 0"],
+}
+
+
+def submit(slurm: Slurm, name: str) -> Job:
+    """The job of the scene `name`: two ranks on two nodes."""
+    folder = slurm.folder / f"play-{name}"
+    folder.mkdir()
+    (folder / "ends").write_text("\n".join(SCENES[name]) + "\n")
+    (folder / "python").write_text(STAND_IN)
+    (folder / "python").chmod(0o755)
+    options = ["--nodes=2", "--gpus-per-node=1", "--time=10", f"--output={folder}/job.log"]
+    return slurm.submit(
+        ROOT / "slurm" / "pretrain.sh", name, options=options, EXLM_PYTHON=str(folder / "python"), EXLM_GRACE="2"
+    )

@@ -1,0 +1,147 @@
+"""A real Slurm for tests: brought up, asked, hurt and taken down."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+from locations import ROOT
+
+TESTBED = ROOT / "slurm" / "testbed"
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+
+
+def why_not() -> str | None:
+    """Why there can be no Slurm on this machine; None: there can."""
+    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
+    missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name, path=path) is None]
+    return f"{', '.join(missing)} not installed (apt-get install munge slurmctld slurmd slurm-client)" if missing else None
+
+
+def run(command: list[str], environment: dict[str, str], *, folder: Path = ROOT, timeout: float = 60) -> str:
+    """Standard output of a command that must succeed."""
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def run_until(condition: Callable[[], object], job: Job, what: str, limit: float) -> None:
+    """Wait until `condition` holds; the test fails with `what` when the job ends before, or after `limit` seconds."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        ended = job.state() in ENDED and not condition()
+        assert not ended and time.monotonic() < deadline, f"no {what} {'at its end' if ended else f'in {limit:g} s'}:\n{job.log()}"
+        time.sleep(0.1)
+
+
+class Slowed(threading.Thread):
+    """Slows a rank of a job down, without load, until the job saves itself: however fast the machine, its run is not
+    finished before the time limit of a minute."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(daemon=True)
+        self.job = job
+        self.start()
+
+    def run(self) -> None:
+        """Suspend it most of the time."""
+        while "saving" not in self.job.log() and self.job.state() not in ENDED:
+            for process in list(self.job.ranks())[:1]:
+                for _ in range(3):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.suspend()
+                        time.sleep(0.2)
+                        process.resume()
+                        time.sleep(0.1)
+            time.sleep(0.1)
+
+
+class Slurm:
+    """A testbed that is up; jobs run in `folder`, which all its nodes share."""
+
+    def __init__(self, folder: Path, nodes: int) -> None:
+        self.bed, self.folder = folder / "slurm", folder
+        self.environment = {**os.environ, "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
+        for name in [name for name in self.environment if name.startswith(("SLURM_", "SBATCH_", "GLOO_"))]:
+            del self.environment[name]
+        run([str(TESTBED / "up.sh"), str(nodes), str(self.bed)], self.environment, timeout=120)
+        self.environment |= {"SLURM_CONF": str(self.bed / "slurm.conf"), "PYTHONPATH": str(ROOT)}
+        self.environment |= {"EXLM_VENV": os.environ["EXLM_VENV"]} if "EXLM_VENV" in os.environ else {}
+
+    def down(self) -> None:
+        """Stop it, with everything that runs in it."""
+        run([str(TESTBED / "down.sh"), str(self.bed)], self.environment, timeout=120)
+
+    def ask(self, *command: str) -> str:
+        """Output of a command of Slurm."""
+        return run(list(command), self.environment)
+
+    def submit(self, script: Path, *arguments: str, options: list[str], **environment: str) -> Job:
+        """`sbatch OPTIONS SCRIPT ARGUMENTS` in the shared folder."""
+        command = ["sbatch", "--parsable", *options, str(script), *arguments]
+        return Job(self, run(command, {**self.environment, **environment}, folder=self.folder).strip())
+
+    def launch(self, *arguments: str) -> Job:
+        """`exlm launch slurm ARGUMENTS` in the shared folder."""
+        command = [sys.executable, "-m", "exlm_dist.cli", "launch", "slurm", *arguments]
+        return Job(self, run(command, self.environment, folder=self.folder).split()[-1])
+
+
+class Job:
+    """A submitted job (or task of an array, `12_1`)."""
+
+    def __init__(self, slurm: Slurm, number: str) -> None:
+        self.slurm, self.number = slurm, number
+
+    def facts(self) -> dict[str, str]:
+        """What `scontrol show job` says."""
+        words = self.slurm.ask("scontrol", "--oneliner", "show", "job", self.number).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def state(self) -> str:
+        """PENDING, RUNNING, COMPLETED, ..."""
+        return self.facts()["JobState"]
+
+    @property
+    def restarts(self) -> int:
+        """How often it was requeued."""
+        return int(self.facts()["Restarts"])
+
+    def nodes(self) -> list[str]:
+        """Names of its nodes."""
+        return self.slurm.ask("scontrol", "show", "hostnames", self.facts()["NodeList"]).split()
+
+    def wait(self, limit: float) -> str:
+        """State in which it ended."""
+        run_until(lambda: self.state() in ENDED, self, "end", limit)
+        return self.state()
+
+    def log(self) -> str:
+        """Log of the batch script."""
+        path = Path(self.facts()["StdOut"])
+        return path.read_text() if path.exists() else ""
+
+    def ranks(self) -> Iterator[psutil.Process]:
+        """Processes of its ranks."""
+        job_id = self.facts()["JobId"]
+        for process in psutil.process_iter():
+            try:
+                environment = process.environ()
+                if environment.get("SLURM_JOB_ID") == job_id and "pretrain" in process.cmdline() and "RANK" in environment:
+                    yield process
+            except psutil.Error:
+                continue
+
+    def signal_rank(self, rank: int, number: signal.Signals) -> None:
+        """Send a signal to one rank, of which there must be one."""
+        (process,) = [each for each in self.ranks() if each.environ()["RANK"] == str(rank) and "python" in each.name()]
+        process.send_signal(number)

@@ -1,0 +1,178 @@
+"""`sbatch slurm/pretrain.sh` in a real Slurm: whatever happens to a job, its run ends at the same bits.
+
+All jobs are submitted at once and share the machine; each test then waits for its own, or hurts it.
+"""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+from pathlib import Path
+
+import pytest
+import yaml
+from cluster.slurm_testbed import Job, Slowed, Slurm, run_until
+from locations import ROOT
+from made_run import MOLECULES, make_data
+from tracking_server import free_port, mlflow_server
+
+from exlm_dist.launch.restart import newest_step
+from exlm_dist.model import checkpoint_reader as reader
+from exlm_dist.tracking import sync
+from exlm_dist.training.sample_log import samples_of_steps
+
+PRETRAIN = ROOT / "slurm" / "pretrain.sh"
+STEPS, BATCH, SAMPLES = 300, 12, 60
+TINY = {
+    "data": {"path": "data"},
+    "model": {"layers": 2, "width": 16, "heads": 2, "ffn": 32, "states": 2, "max_positions": 128},
+    "batch": {"sequences": BATCH, "micro": 3},
+    "optimizer": {"lr": 1e-2, "clip": 1.0},
+    "schedule": {"steps": STEPS, "warmup": 2},
+    "checkpoint": {"every": 20},
+    "evaluation": {"every": 100, "sequences": 10},
+    "tracking": {"mlflow": False, "system": False, "every": 10, "samples": True},
+    "launch": {"timeout": 60, "device": "cpu", "threads": 1},
+    "watchdog": {"step": 8, "save": 8, "evaluation": 8},
+}
+#: Seconds; a machine under load takes its time.
+LIMIT = 240.0
+
+
+@pytest.fixture(scope="module")
+def server() -> str:
+    """Address of a tracking server that is down."""
+    return f"http://127.0.0.1:{free_port()}"
+
+
+@pytest.fixture(scope="module")
+def jobs(slurm: Slurm, scenes, server: str) -> dict[str, Job]:
+    """The jobs of this module, submitted at once. (The short ones of `test_policy` run beside them.)"""
+    make_data(slurm.folder / "data")
+    (slurm.folder / "tiny.yaml").write_text(yaml.safe_dump({"name": "whole", **TINY}))
+    (slurm.folder / "sweep.txt").write_text("--tracking.every 10\n--name whole4 --schedule.steps 40\n")
+
+    def submit(*arguments: str, options: list[str], **environment: str) -> Job:
+        fixed = ["--gpus-per-node=1", *options]
+        return slurm.submit(PRETRAIN, "tiny.yaml", *arguments, options=fixed, EXLM_GRACE="5", **environment)
+
+    tracked = ["--tracking.mlflow", "true"]
+    limited = ["--nodes=2", "--gpus-per-node=1", "--time=1", "--warning=25", "--name=limited", "--launch.margin=5"]
+    made = {
+        "hurt": submit("--name", "hurt", *tracked, "--tracking.uri", server, options=["--nodes=2", "--time=10"]),
+        "limited": slurm.launch("tiny.yaml", *limited, *tracked),
+        "whole": submit(options=["--nodes=2", "--time=10", "--array=1"], EXLM_SWEEP="sweep.txt"),
+        "whole4": submit(options=["--nodes=4", "--time=10", "--array=2"], EXLM_SWEEP="sweep.txt"),
+    }
+    Slowed(made["limited"])
+    made["whole"].number += "_1"
+    made["whole4"].number += "_2"
+    return made
+
+
+def whole(slurm: Slurm, jobs: dict[str, Job]) -> Path:
+    """Run folder of the job that nothing happened to, when it is finished."""
+    assert jobs["whole"].wait(LIMIT) == "COMPLETED", jobs["whole"].log()
+    return slurm.folder / "runs" / "whole"
+
+
+def test_lost_ranks_signals_requeues_and_lost_nodes(slurm, jobs, server, monkeypatch):
+    """The tracking server of this run is down all the while, and gets everything afterwards."""
+    (slurm.folder / "served").mkdir()
+    job, run = jobs["hurt"], slurm.folder / "runs" / "hurt"
+
+    def progress(since: int) -> int:
+        run_until(lambda: newest_step(run) > since, job, f"checkpoint after step {since}", LIMIT)
+        return newest_step(run)
+
+    def starts() -> int:
+        return job.log().count("starting the ranks at step")
+
+    step = progress(0)
+    job.signal_rank(1, signal.SIGKILL)
+    step = progress(step)
+    job.signal_rank(1, signal.SIGSTOP)
+    progress(step)
+    assert job.restarts == 0 and starts() == 3, job.log()
+    for restarts, harm in enumerate(
+        (
+            lambda: slurm.ask("scancel", "--signal=USR1", job.number),
+            lambda: slurm.ask("scontrol", "requeue", job.number),
+            lambda: slurm.ask("scontrol", "update", f"NodeName={job.nodes()[1]}", "State=DOWN", "Reason=test"),
+        ),
+        start=1,
+    ):
+        harm()
+        run_until(lambda number=restarts + 1: f"start {number}:" in job.log(), job, f"start {restarts + 1}", LIMIT)
+        progress(newest_step(run))
+    assert job.wait(LIMIT) == "COMPLETED" and job.restarts == 3, job.log()
+    assert_same(run, whole(slurm, jobs))
+    assert_every_sample_once(run)
+    monkeypatch.chdir(slurm.folder)
+    with mlflow_server(slurm.folder / "served", int(server.rpartition(":")[2])):
+        assert sync(run, timeout=60)
+    assert_one_tracked_run(slurm.folder / "served" / "mlflow.db", "hurt")
+
+
+def test_a_time_limit_of_a_minute_is_met_and_the_job_requeues_itself(slurm, jobs):
+    job, run = jobs["limited"], slurm.folder / "runs" / "limited"
+    assert job.wait(LIMIT) == "COMPLETED", job.log()
+    assert job.restarts >= 1 and "back into the queue" in job.log()
+    assert_same(run, whole(slurm, jobs))
+    assert_every_sample_once(run)
+    assert_one_tracked_run(slurm.folder / "runs" / "mlflow.db", "limited")
+
+
+def test_four_nodes(slurm, jobs):
+    job, run = jobs["whole4"], slurm.folder / "runs" / "whole4"
+    assert job.wait(LIMIT) == "COMPLETED", job.log()
+    assert newest_step(run) == 40 and job.facts()["NumNodes"] == "4"
+    assert len(list((run / "samples").glob("rank-*.jsonl"))) == 4
+    assert_every_sample_once(run, steps=40)
+
+
+def test_evaluations_as_an_array_and_preparation(slurm, jobs):
+    run = whole(slurm, jobs)
+    (slurm.folder / "grid.txt").write_text(f"{run} --mask-ratio 0.15\n{run} --mask-ratio 0.3\n")
+    (slurm.folder / "mine.smi").write_text("\n".join(MOLECULES) + "\n")
+    options = ["--gpus-per-node=1", "--array=1-2", "--output=evaluate-%a.log"]
+    grid = slurm.submit(ROOT / "slurm" / "evaluate.sh", options=options, EXLM_SWEEP="grid.txt")
+    wanted = ["smiles", "--input", "mine.smi", "--out", "mine", "--valid-fraction", "0.2"]
+    prepared = slurm.submit(ROOT / "slurm" / "prepare.sh", *wanted, options=[])
+    assert prepared.wait(LIMIT) == "COMPLETED", prepared.log()
+    assert (slurm.folder / "mine" / "manifest.json").is_file()
+    printed = []
+    for number in ("1", "2"):
+        task = Job(slurm, f"{grid.number}_{number}")
+        assert task.wait(LIMIT) == "COMPLETED", task.log()
+        printed.append((slurm.folder / f"evaluate-{number}.log").read_text())
+    assert "nll" in printed[0] and printed[0] != printed[1]
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Parameters and optimizer states of the last step are the same bits."""
+    name = f"checkpoints/step-{STEPS:08d}"
+    for load in (reader.load_weights, reader.load_optimizer):
+        ours, theirs = load(run / name), load(other / name)
+        assert ours.keys() == theirs.keys()
+        assert all(ours[key].equal(theirs[key]) for key in ours)
+
+
+def assert_every_sample_once(run: Path, steps: int = STEPS) -> None:
+    """In every epoch, by what the ranks themselves noted."""
+    seen = samples_of_steps(run)
+    assert list(seen) == list(range(steps))
+    per_epoch = SAMPLES // BATCH
+    for first in range(0, steps, per_epoch):
+        epoch = sorted(sample for step in range(first, first + per_epoch) for sample in seen[step])
+        assert epoch == list(range(SAMPLES))
+
+
+def assert_one_tracked_run(database: Path, name: str) -> None:
+    """In MLflow: one run of the name, with each point once."""
+    with sqlite3.connect(database, timeout=10) as connection:
+        found = connection.execute("select run_uuid, status from runs where name = ?", [name]).fetchall()
+        assert [status for _, status in found] == ["FINISHED"]
+        query = "select step from metrics where run_uuid = ? and key = 'train/loss' order by step"
+        points = [step for (step,) in connection.execute(query, [found[0][0]])]
+    assert points == list(range(10, STEPS + 1, 10))

@@ -1,0 +1,53 @@
+"""What the job file does with every way in which its ranks can end."""
+
+from __future__ import annotations
+
+import pytest
+from cluster.plays import RESTARTS
+from cluster.slurm_testbed import Job, Slurm, run_until
+
+LIMIT = 120.0
+
+
+def starts(job: Job) -> int:
+    """How often the ranks were started."""
+    return job.log().count("starting the ranks at step")
+
+
+@pytest.mark.parametrize(
+    "scene, code, number_of_starts, requeues, words",
+    [
+        ("killed", 0, 2, 0, "the ranks ended with code 137"),
+        ("hang", 0, 2, 0, "the ranks ended with code 137"),
+        ("moving", 0, 5, 0, "newest checkpoint: step 4"),
+        ("saved", 0, 2, 1, "saved: back into the queue"),
+        ("speechless", 0, 2, 1, "srun failed: back into the queue"),
+        ("data", 77, 1, 0, "shard 7 is gone"),
+        ("stop", 78, 1, 0, "too many sequences are left out"),
+        ("crash", 1, 1, 0, "Traceback: a bug"),
+        ("refused", 2, 0, 0, ""),
+        ("stuck", 78, RESTARTS + 1, 0, "none got past the checkpoint of step 0"),
+        ("slow", 78, RESTARTS + 2, RESTARTS + 1, "none got past the checkpoint of step 1"),
+    ],
+)
+def test_an_end(scenes, scene, code, number_of_starts, requeues, words):
+    job = scenes[scene]
+    assert job.wait(LIMIT) == ("FAILED" if code else "COMPLETED"), job.log()
+    assert job.facts()["ExitCode"] == f"{code}:0" and job.restarts == requeues
+    assert starts(job) == number_of_starts and words in job.log(), job.log()
+
+
+def test_the_warning_before_the_time_limit_reaches_the_ranks_at_once(slurm: Slurm, scenes):
+    job = scenes["warned"]
+    run_until((slurm.folder / "play-warned" / "ready").exists, job, "rank", LIMIT)
+    slurm.ask("scancel", "--signal=USR1", "--batch", job.number)
+    assert job.wait(LIMIT) == "COMPLETED" and job.restarts == 1
+    assert "the time limit is near: back into the queue" in job.log() and "code 3" not in job.log()
+
+
+def test_a_cancelled_job_saves_and_does_not_come_back(slurm: Slurm, scenes):
+    job = scenes["cancelled"]
+    run_until((slurm.folder / "play-cancelled" / "ready").exists, job, "rank", LIMIT)
+    slurm.ask("scancel", job.number)
+    assert job.wait(LIMIT) == "CANCELLED" and job.restarts == 0
+    assert (slurm.folder / "play-cancelled" / "told").exists() and starts(job) == 1

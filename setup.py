@@ -20,7 +20,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.17",
-        "megatron-core>=0.14",
+        "megatron-core>=0.16",
         "webdataset>=1.0",
         "sentencepiece>=0.2",
         "rdkit>=2024.9",

@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_prepare(commands)
     _add_pretrain(commands)
+    _add_plan(commands)
     add_launch(commands, _command, OVERRIDES)
     _add_doctor(commands)
     _add_after_training(commands)
@@ -160,6 +161,13 @@ def _add_pretrain(commands) -> None:
     pretrain.add_argument("--local_rank", help=argparse.SUPPRESS)
 
 
+def _add_plan(commands) -> None:
+    from exlm_dist.planning import command
+
+    about = "layouts that fit on so many GPUs, with memory, traffic and predicted time, and the one to take"
+    command.add_options(_command(commands, "plan", command.run, about, overrides=True, epilog=OVERRIDES))
+
+
 def _add_doctor(commands) -> None:
     doctor = _command(
         commands,
@@ -215,7 +223,7 @@ def _add_config(commands) -> None:
     )
     for parser in (show, check, job):
         parser.add_argument("config", help="YAML file")
-    check.add_argument("--world", type=int, default=1, help="number of ranks")
+    check.add_argument("--world", type=int, help="number of ranks; default: those that the layout needs")
     check.add_argument("--length", type=int, help="sequence length; default: that of the prepared data, else 128")
     check.add_argument("--vocab-size", type=int, help="vocabulary; default: that of the prepared data, else 32000")
     schema = _command(actions, "schema", _config_schema, "every setting with type, default and meaning")
@@ -261,11 +269,11 @@ def _pretrain(options: argparse.Namespace, overrides: list[str]) -> int:
     from exlm_dist.config import load_config
 
     config = load_config(options.config, overrides)
-    if "RANK" not in os.environ and (config.launch.processes > 1 or config.launch.restarts):
+    if "RANK" not in os.environ and (config.local_processes > 1 or config.launch.restarts):
         from exlm_dist.launch.local import run_local
         from exlm_dist.launch.restart import Restarts
 
-        return run_local([options.config, *overrides], config.launch.processes, Restarts.begin(config))
+        return run_local([options.config, *overrides], config.local_processes, Restarts.begin(config))
     from exlm_dist.training.loop import train
 
     return train(config)
@@ -330,10 +338,11 @@ def _config_job(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _config_check(options: argparse.Namespace, overrides: list[str]) -> int:
     from exlm_dist.config import load_config
-    from exlm_dist.model.cost import describe
+    from exlm_dist.planning.report import describe
 
     config = load_config(options.config, overrides)
-    print(describe(config, world=options.world, length=options.length, vocab_size=options.vocab_size))
+    world = options.world or config.local_processes
+    print(describe(config, world=world, length=options.length, vocab_size=options.vocab_size))
     return 0
 
 

@@ -10,7 +10,8 @@ from exlm_dist.config.schema import LaunchConfig
 from exlm_dist.launch import doctor_checks
 from exlm_dist.launch.doctor import Finding, examine, failed, table
 from exlm_dist.launch.doctor_ranks import check_ranks
-from exlm_dist.model.cost import count_parameters, prepared_sizes
+from exlm_dist.model.cost import count_parameters
+from exlm_dist.planning.report import prepared_sizes
 from exlm_dist.tracking.uri import redact, tracking_uri
 
 #: Where the data are not there yet.
@@ -21,15 +22,18 @@ Checks = list[tuple[str, Callable[[], Finding | list[Finding]]]]
 def doctor(path: str | None, overrides: Sequence[str], *, nodes: bool) -> int:
     """Print the table of findings for the run of a configuration, or for the machine alone; 1 where a check fails.
 
-    `nodes`: ranks on all nodes of this Slurm job instead of `launch.processes` here.
+    `nodes`: ranks on all nodes of this Slurm job instead of those that `exlm pretrain` starts here.
     """
     checks: Checks = [("packages", doctor_checks.check_packages), ("limits", doctor_checks.check_limits)]
-    launch, runs = LaunchConfig(processes=2), Path(".")
+    launch, runs, processes = LaunchConfig(), Path("."), 2
     if path is not None:
         config = load_config(path, overrides)
-        launch, runs = config.launch, Path(config.runs)
+        launch, runs, processes = config.launch, Path(config.runs), config.local_processes
         checks += _checks_of_run(config)
-    checks += [("port", doctor_checks.check_port), ("ranks", lambda: check_ranks(launch, runs, nodes=nodes))]
+    checks += [
+        ("port", doctor_checks.check_port),
+        ("ranks", lambda: check_ranks(launch, runs, processes=None if nodes else processes)),
+    ]
     findings = examine(checks)
     print(table(findings))
     return int(failed(findings))

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from checkpoints import write_checkpoint
 
 from exlm_dist.config import RunConfig, dump_config
 from exlm_dist.data.manifest import MANIFEST, SCHEMA, sealed
@@ -117,12 +118,11 @@ def make_run(config: RunConfig, *, seconds_per_step: float = 0.5, level: float =
 def write_initial_checkpoint(config: RunConfig, folder: Path, step: int = 100) -> Path:
     """Checkpoint of the freshly initialised model."""
     from exlm_dist.model.build import build_model
-    from exlm_dist.training.checkpoint_files import write_checkpoint
 
     (folder / "checkpoints").mkdir(exist_ok=True)
     vocab_size = ShardDataset.open(Path(config.data.path), "valid").vocab_size
     model = build_model(config.model, vocab_size, seed=config.seed)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
     return write_checkpoint(
         folder,
         step,

@@ -1,6 +1,7 @@
 """Every setting of a run: typed schema, YAML with overrides, cross-checks, generated reference. No torch here."""
 
 from exlm_dist.config.check import check_config, check_division, check_length, check_world, largest_num_masks
+from exlm_dist.config.layouts import check_vocabulary, data_degree
 from exlm_dist.config.load import config_difference, dump_config, flatten, load_config
 from exlm_dist.config.schema import RunConfig
 
@@ -9,8 +10,10 @@ __all__ = [
     "check_config",
     "check_division",
     "check_length",
+    "check_vocabulary",
     "check_world",
     "config_difference",
+    "data_degree",
     "dump_config",
     "flatten",
     "largest_num_masks",

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 
+from exlm_dist.config.layouts import data_degree, layout_problems
 from exlm_dist.config.schema import ModelConfig, RunConfig
 from exlm_dist.utils.errors import ConfigError
 
 
 def check_config(config: RunConfig) -> None:
     """Raise ConfigError listing every rule the configuration breaks."""
-    problems = [*_model(config.model), *_training(config), *_parallel(config)]
+    problems = [*_model(config.model), *_training(config), *layout_problems(config)]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
 def check_world(config: RunConfig, world: int) -> None:
-    """Raise ConfigError where `world` data-parallel ranks cannot share the global batch equally."""
-    check_division(config.batch.sequences, config.batch.micro, world)
+    """Raise ConfigError where the layout does not fit `world` ranks, or its copies cannot share the global batch."""
+    check_division(config.batch.sequences, config.batch.micro, data_degree(config.parallel, world))
 
 
 def check_division(sequences: int, micro: int, world: int) -> None:
-    """Raise ConfigError naming both numbers and the nearest that fit, unless world x micro divides the global batch."""
+    """Raise ConfigError naming both numbers and the nearest that fit, unless world x micro divides the global batch;
+    `world`: data-parallel ranks."""
     group = world * micro
     if sequences % group == 0:
         return
@@ -29,7 +31,8 @@ def check_division(sequences: int, micro: int, world: int) -> None:
     micros = [size for size in range(1, sequences // world + 1) if sequences % (world * size) == 0]
     fits = f"; or batch.micro {min(micros, key=lambda size: abs(size - micro))}" if micros else ""
     raise ConfigError(
-        f"batch.sequences {sequences} is not a multiple of {world} ranks x batch.micro {micro} = {group}. "
+        f"batch.sequences {sequences} is not a multiple of {world} data-parallel ranks x batch.micro {micro} = "
+        f"{group}. "
         f"Nearest that fit: batch.sequences {nearest}{fits}."
     )
 
@@ -89,15 +92,6 @@ def _training(config: RunConfig) -> list[str]:
             f"Nearest: batch.sequences {_nearest(batch.sequences, batch.micro)}."
         )
     return problems
-
-
-def _parallel(config: RunConfig) -> list[str]:
-    degrees = {"tensor": config.parallel.tensor, "pipeline": config.parallel.pipeline}
-    return [
-        f"parallel.{name} {degree}: this version trains with data parallelism and ZeRO only. Set parallel.{name} 1."
-        for name, degree in degrees.items()
-        if degree > 1
-    ]
 
 
 def _nearest(value: int, step: int) -> int:

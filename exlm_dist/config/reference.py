@@ -8,7 +8,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from exlm_dist.config.schema import RESUMABLE, RunConfig
+from exlm_dist.config.schema import RESUMABLE, AutoCount, RunConfig
 from exlm_dist.utils.errors import ConfigError
 
 HEADER = """# Configuration
@@ -69,6 +69,8 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _kind(field: FieldInfo) -> str:
+    if field.annotation == AutoCount.__origin__:
+        return "auto | int, ≥ 1"
     if get_origin(field.annotation) is not None:
         return " | ".join(_literal(choice) for choice in get_args(field.annotation))
     signs = {annotated_types.Ge: "≥", annotated_types.Gt: ">", annotated_types.Le: "≤", annotated_types.Lt: "<"}

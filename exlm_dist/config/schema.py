@@ -5,15 +5,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
     """A group of settings: unknown keys are refused, values never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _auto_count(value: object) -> object:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise PydanticCustomError("auto_count", "Input should be auto or a whole number from 1")
+
+
+AutoCount = Annotated[Literal["auto"] | int, PlainValidator(_auto_count)]
 
 
 class DataConfig(Section):
@@ -162,10 +172,19 @@ class PrecisionConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Layout over ranks."""
+    """Layout over ranks: tensor x pipeline x data ranks in all (docs/parallelism.md)."""
 
-    tensor: int = Field(1, ge=1, description="Tensor-parallel degree.")
-    pipeline: int = Field(1, ge=1, description="Pipeline stages.")
+    tensor: int = Field(
+        1, ge=1, description="Ranks that share each layer: attention heads, feed-forward and vocabulary are split."
+    )
+    pipeline: int = Field(1, ge=1, description="Stages that the layers are cut into, one rank (or tensor group) each.")
+    data: AutoCount = Field(
+        "auto",
+        description="Copies of the model that share the global batch; auto: ranks / (tensor x pipeline).",
+    )
+    sequence: bool = Field(
+        False, description="Split norms, dropout and residuals along the tokens within a tensor group (needs tensor > 1)."
+    )
     zero: Literal[0, 1, 2, 3] = Field(
         1, description="DeepSpeed ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters."
     )
@@ -189,6 +208,11 @@ class CheckpointConfig(Section):
     every: int = Field(1000, ge=1, description="Steps between checkpoints; the last step is always saved.")
     keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
     best: bool = Field(True, description="Keep the one with the lowest evaluation nll as well.")
+    asynchronous: bool = Field(
+        True,
+        description="Write in a process beside each rank while training goes on, instead of waiting; either way from a copy in host memory, 12 bytes for each parameter that the rank owns.",
+    )
+    timeout: int = Field(900, ge=1, description="Seconds after which a save that is not written yet has failed.")
 
 
 class EvaluationConfig(Section):
@@ -213,15 +237,16 @@ class TrackingConfig(Section):
     system: bool = Field(True, description="Log CPU, memory and GPU load of the machine.")
     samples: bool = Field(
         False,
-        description="Every rank writes the ids of the samples of each step to `samples/` in the run folder, as proof of what was seen.",
+        description="Every data-parallel rank writes the ids of the samples of each step to `samples/` in the run folder, as proof of what was seen.",
     )
 
 
 class LaunchConfig(Section):
     """How processes are started and how long they may wait. Never part of what a run is."""
 
-    processes: int = Field(
-        1, ge=1, description="Local processes that `exlm pretrain` starts when no launcher has set RANK."
+    processes: AutoCount = Field(
+        "auto",
+        description="Local processes that `exlm pretrain` starts when no launcher has set RANK; auto, or fewer than that: parallel.tensor x parallel.pipeline x parallel.data (1 where that is auto).",
     )
     timeout: int = Field(600, ge=5, description="Seconds after which a collective that waits for another rank fails.")
     threads: int = Field(0, ge=0, description="CPU threads per process; 0: cores / local processes.")
@@ -279,6 +304,13 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     launch: LaunchConfig = LaunchConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+
+    @property
+    def local_processes(self) -> int:
+        """Processes that a launcher starts on this machine when nobody says how many."""
+        copies = 1 if self.parallel.data == "auto" else self.parallel.data
+        needed = self.parallel.tensor * self.parallel.pipeline * copies
+        return needed if self.launch.processes == "auto" else max(needed, self.launch.processes)
 
 
 #: Settings that may change when a run is resumed: they decide where and how fast, not what is computed.

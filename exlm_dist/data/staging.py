@@ -17,7 +17,7 @@ from pathlib import Path
 
 from exlm_dist.data.manifest import MANIFEST
 from exlm_dist.utils.errors import DataError
-from exlm_dist.utils.files import sync_directory
+from exlm_dist.utils.files import sync_path
 from exlm_dist.utils.logs import get_logger
 
 _log = get_logger(__name__)
@@ -77,14 +77,14 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 def _publish(folder: Path, out: Path, overwrite: bool) -> None:
     for inner in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        sync_directory(inner)
+        sync_path(inner)
     _check_target(out, overwrite)
     old = None
     if (out / MANIFEST).is_file():
         old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
         os.rename(out, old)
     os.rename(folder, out)
-    sync_directory(out.parent)
+    sync_path(out.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 

@@ -18,7 +18,7 @@ from exlm_dist.utils.errors import ConfigError
 def launch_local(path: str, overrides: Sequence[str], *, dry_run: bool) -> int:
     """Train on this machine with `launch.processes` ranks; the exit code of the run."""
     config = load_config(path, overrides)
-    processes = config.launch.processes
+    processes = config.local_processes
     check_world(config, processes)
     arguments = [path, *overrides]
     if dry_run:
@@ -31,13 +31,13 @@ def launch_local(path: str, overrides: Sequence[str], *, dry_run: bool) -> int:
 def launch_deepspeed(path: str, overrides: Sequence[str], *, hostfile: Path | None, dry_run: bool) -> int:
     """Train under the DeepSpeed launcher, here or on the hosts of `hostfile`; the exit code of the run."""
     config = load_config(path, overrides)
-    launch, arguments = config.launch, [path, *overrides]
+    processes, arguments = config.local_processes, [path, *overrides]
     if dry_run:
-        print(shlex.join(deepspeed_command(arguments, processes=launch.processes, port=0, hostfile=hostfile)))
+        print(shlex.join(deepspeed_command(arguments, processes=processes, port=0, hostfile=hostfile)))
         return 0
     restarts = Restarts.begin(config)
     return run_deepspeed(
-        arguments, restarts, processes=launch.processes, device=launch.device, hostfile=hostfile
+        arguments, restarts, processes=processes, device=config.launch.device, hostfile=hostfile
     )
 
 

@@ -29,13 +29,13 @@ SLOW_NETWORK = 1e9
 _TASK = 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
 
 
-def check_ranks(launch: LaunchConfig, runs: Path, *, nodes: bool) -> list[Finding]:
-    """Start ranks (`launch.processes` here, or with `nodes` those of the allocation) and judge what they report."""
+def check_ranks(launch: LaunchConfig, runs: Path, *, processes: int | None) -> list[Finding]:
+    """Start ranks (`processes` here; None: on all nodes of this Slurm job) and judge what they report."""
     runs.mkdir(parents=True, exist_ok=True)
     report = runs.resolve() / f".exlm-doctor-{uuid.uuid4().hex}"
     arguments = [str(report), launch.device, str(min(launch.timeout, PATIENCE))]
     try:
-        code = _on_nodes(arguments) if nodes else _here(arguments, launch.processes)
+        code = _on_nodes(arguments) if processes is None else _here(arguments, processes)
         if not report.is_file():
             what = f"the ranks ended with code {code}; their messages are above"
             if code == 0:
@@ -119,7 +119,7 @@ def _judge_reduction(ranks: list[dict[str, Any]]) -> Finding:
     if not all(rank["reduced_well"] for rank in ranks):
         return bad("all-reduce", "the sum over all ranks is wrong", "Try NCCL_DEBUG=INFO, NCCL_P2P_DISABLE=1.")
     if len(ranks) == 1:
-        return good("all-reduce", "one rank: nothing to exchange (launch.processes, or --nodes)")
+        return good("all-reduce", "one rank: nothing to exchange (more launch.processes, or --nodes)")
     if ranks[0]["backend"] == "nccl" and speed < SLOW_NETWORK:
         return doubtful("all-reduce", text, "Slow for GPUs. NCCL_DEBUG=INFO shows the network; set NCCL_SOCKET_IFNAME.")
     return good("all-reduce", text)

@@ -47,9 +47,9 @@ class Heart:
         temporary.write_text(json.dumps(about))
         os.replace(temporary, self._registration)
 
-    def beat(self) -> None:
-        """Say that this rank has moved."""
-        self.beats += 1
+    def beat(self, places: int = 1) -> None:
+        """Say that this rank has moved, past so many of the places at which all ranks beat."""
+        self.beats += places
         moment = time.monotonic()
         place = watchdog.PHASES.index(self.phase)
         os.pwrite(self._beat, watchdog.BEAT.pack(place, self.step, self.beats, moment), 0)
@@ -66,7 +66,7 @@ _heart: Heart | None = None
 
 
 def start(limits: WatchdogConfig, run: str) -> None:
-    """Begin to beat, in phase `start`; the first rank of the machine starts the watchdog. `run`: names the run.
+    """Begin to beat, in phase `start`; whichever rank of the machine comes first starts the watchdog. `run`: its name.
 
     Call it before anything slow. Does nothing where every limit is 0, or where the system shows no processes in /proc.
     """
@@ -76,17 +76,23 @@ def start(limits: WatchdogConfig, run: str) -> None:
         return
     folder = _folder(run)
     _heart = Heart(folder, int(os.environ.get("RANK", "0")))
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if watchdog.claim(folder):
         # -I -S: no site-packages, so it is there in 20 ms; a session of its own, so that Ctrl-C is for the ranks.
         command = [sys.executable, "-I", "-S", watchdog.__file__, str(folder), json.dumps(seconds)]
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, cwd="/")
 
 
-def beat(step: int | None = None) -> None:
-    """Say that this rank has moved. All ranks beat at the same places. `step`: optimizer steps done by now."""
+def beat(step: int) -> None:
+    """Say that this rank has come to the next place at which all ranks beat; `step`: optimizer steps done by now."""
     if _heart is not None:
-        _heart.step = _heart.step if step is None else step
+        _heart.step = step
         _heart.beat()
+
+
+def alive() -> None:
+    """Say that this rank still moves, at a place that others may not pass, or not as often."""
+    if _heart is not None:
+        _heart.beat(0)
 
 
 @contextlib.contextmanager
@@ -104,10 +110,10 @@ def enter(name: str) -> None:
     _enter(name)
 
 
-def beating(items: Iterable[Item]) -> Iterator[Item]:
-    """The items, with a beat at each."""
+def living(items: Iterable[Item]) -> Iterator[Item]:
+    """The items, with a sign of life at each."""
     for item in items:
-        beat()
+        alive()
         yield item
 
 

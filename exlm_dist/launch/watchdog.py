@@ -1,6 +1,6 @@
 """Ends a job whose ranks stand still: reads their heartbeats, puts all their stacks into the log, kills them.
 
-One such process per machine, started by the first rank there (`exlm_dist.launch.heartbeat`), whatever started the ranks. It is
+One such process per machine, started by the rank that comes first (`exlm_dist.launch.heartbeat`), whatever started the ranks. It is
 run by its path and needs the standard library alone, so it costs some milliseconds and works while the ranks cannot. It ends
 when no rank is left. Per rank the folder holds three files: `rank-N.json` (who it is), `rank-N.beat` (its heartbeat),
 `rank-N.stack` (written by the rank's own faulthandler when it is asked to).
@@ -26,8 +26,11 @@ BEAT = struct.Struct("<qqqd")
 #: Asks a rank for its stacks; its faulthandler answers even while a C call holds the interpreter.
 STACK_SIGNAL = signal.SIGUSR2
 POLL = 0.5
+CLAIMED = "watchdog"
 #: A poll that comes this much too late means that the machine, or the whole job, was suspended: nobody hung.
 SUSPENDED = 3.0
+#: Seconds after which the folder of a launch without ranks is no longer that of one that begins.
+STALE = 60.0
 #: Seconds that the ranks get to write their stacks.
 PATIENCE = 3.0
 #: Frames that show that a rank only waits for another one.
@@ -201,11 +204,39 @@ def main(folder: str, limits: str) -> None:
     """Watch `folder`; `limits`: JSON of seconds by phase."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # these are for the ranks; it ends with them
-    watch(Path(folder), json.loads(limits))
+    mine = Path(folder)
+    _sweep(mine)
+    while True:
+        watch(mine, json.loads(limits))
+        remove_empty(mine)
+        # A rank that came when the others had just gone did not start a watchdog: there was one.
+        if not read_ranks(mine) or not claim(mine):
+            return
+
+
+def _sweep(mine: Path) -> None:
+    """Remove what launches have left of which even the watchdog was killed, as Slurm does at the end of a step."""
+    for folder in mine.parent.glob(mine.name.rpartition("-")[0] + "-*"):
+        if folder != mine and time.time() - folder.stat().st_mtime > STALE and not read_ranks(folder):
+            remove_empty(folder)
+
+
+def claim(folder: Path) -> bool:
+    """Whether the caller is to start the watchdog of `folder`: true for the first that asks."""
     try:
+        os.close(os.open(folder / CLAIMED, os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        return False
+    return True
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove the folder of a launch, and the claim to it, unless a rank is registered there."""
+    try:
+        (folder / CLAIMED).unlink(missing_ok=True)
         os.rmdir(folder)
     except OSError:
-        pass  # another launch has moved in
+        pass  # not empty, or somebody else was faster
 
 
 if __name__ == "__main__":

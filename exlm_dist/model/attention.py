@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from exlm_dist.kernels.attention import attention_packed
 from exlm_dist.kernels.linear import Linear
 from exlm_dist.model.dropout import site_seed
 from exlm_dist.model.stream import Stream
+from exlm_dist.parallel.part import WHOLE, Cut, Part
 
 
 class SelfAttention(nn.Module):
@@ -19,10 +22,14 @@ class SelfAttention(nn.Module):
     positions the ordinary rotate-half of P/2 pairs with one row of angles per token.
     """
 
+    cuts: ClassVar[dict[str, Cut]] = {"qkv": "column", "out": "row"}
+    part: Part = WHOLE
+
     def __init__(self, width: int, heads: int, probability: float, *, layer: int, backend: str) -> None:
         super().__init__()
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width)
+        self.heads = heads
         self.head_width = width // heads
         self.probability = probability
         self.layer = layer
@@ -30,13 +37,16 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, stream: Stream, rows: Tensor | None = None) -> Tensor:
         """hidden [T, D] -> [T, D], or only `rows` of it; needs `stream.angles`."""
+        qkv = self.qkv(hidden).unflatten(1, (-1, 3, self.head_width))
         mixed = attention_packed(
-            self.qkv(hidden).view(len(hidden), -1, 3, self.head_width),
+            qkv,
             stream.angles,
             stream.cu_tokens,
             stream.max_tokens,
             dropout=self.probability if self.training else 0.0,
             seed=site_seed(stream.dropout_seed, self.layer, "weights"),
+            first_head=self.part.first(qkv.shape[1]),
+            all_heads=self.heads,
             backend=self.backend,
         )
         mixed = mixed.flatten(1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import Any, ClassVar
+
 from torch import Tensor, nn
 
 from exlm_dist.config.schema import ModelConfig
@@ -12,6 +13,7 @@ from exlm_dist.model.attention import SelfAttention
 from exlm_dist.model.dropout import dropout_add, site_seed
 from exlm_dist.model.feedforward import FeedForward
 from exlm_dist.model.stream import Stream
+from exlm_dist.parallel.part import WHOLE, Cut, Part
 
 NORM_EPS = 1e-5
 
@@ -22,6 +24,9 @@ class Block(nn.Module):
     The `last` block of a model attends with all tokens but goes on with the states only, unless the stream forbids it:
     the output layer reads nothing else, and most of the block's work lies behind the attention.
     """
+
+    cuts: ClassVar[dict[str, Cut]] = {"attention_norm": "rows", "ffn_norm": "rows"}
+    part: Part = WHOLE
 
     def __init__(self, config: ModelConfig, layer: int, backend: str, *, last: bool = False) -> None:
         super().__init__()
@@ -48,19 +53,24 @@ class Block(nn.Module):
         if self.pre_norm:
             hidden, normed = self.attention_norm(hidden)
             branch = self.attention(normed, stream, rows)
-            hidden = hidden if rows is None else F.embedding(rows, hidden)
-            hidden, normed = self.ffn_norm(hidden, branch, *self._dropout(stream, "attention"))
-            hidden = dropout_add(self.ffn(normed), hidden, *self._dropout(stream, "ffn"), backend=self.backend)
+            hidden = hidden if rows is None else self.part.take_rows(hidden, rows)
+            hidden, normed = self.ffn_norm(hidden, branch, **self._dropout(stream, "attention", hidden))
+            branch = self.ffn(normed)
+            hidden = dropout_add(branch, hidden, **self._dropout(stream, "ffn", hidden), backend=self.backend)
         else:
             branch = self.attention(hidden, stream, rows)
-            hidden = hidden if rows is None else F.embedding(rows, hidden)
-            _, hidden = self.attention_norm(hidden, branch, *self._dropout(stream, "attention"))
-            _, hidden = self.ffn_norm(hidden, self.ffn(hidden), *self._dropout(stream, "ffn"))
+            hidden = hidden if rows is None else self.part.take_rows(hidden, rows)
+            _, hidden = self.attention_norm(hidden, branch, **self._dropout(stream, "attention", hidden))
+            _, hidden = self.ffn_norm(hidden, self.ffn(hidden), **self._dropout(stream, "ffn", hidden))
         return stream.replace(hidden=hidden, selected=rows is not None)
 
-    def _dropout(self, stream: Stream, site: str) -> tuple[float, int]:
-        """Share and key of the dropout at `site`."""
-        return self.probability if self.training else 0.0, site_seed(stream.dropout_seed, self.layer, site)
+    def _dropout(self, stream: Stream, site: str, hidden: Tensor) -> dict[str, Any]:
+        """Share and key of the dropout at `site`, and the place of `hidden` among the rows of the micro-batch."""
+        return {
+            "probability": self.probability if self.training else 0.0,
+            "seed": site_seed(stream.dropout_seed, self.layer, site),
+            "first_row": self.part.first_row(len(hidden)),
+        }
 
 
 class AddNorm(nn.LayerNorm):
@@ -71,15 +81,22 @@ class AddNorm(nn.LayerNorm):
         self.backend = backend
 
     def forward(
-        self, residual: Tensor, branch: Tensor | None = None, probability: float = 0.0, seed: int = 0
+        self,
+        residual: Tensor,
+        branch: Tensor | None = None,
+        probability: float = 0.0,
+        seed: int = 0,
+        first_row: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """(the sum, its norm), [T, D] each; see `kernels.elementwise.add_norm`."""
-        key = {"dropout": probability, "seed": seed, "backend": self.backend}
+        key = {"dropout": probability, "seed": seed, "first_row": first_row, "backend": self.backend}
         return add_norm(branch, residual, self.weight, self.bias, eps=self.eps, **key)
 
 
 class FinalNorm(nn.LayerNorm):
     """LayerNorm after the last block, also in the post-norm form (which the authors' code normalises twice)."""
+
+    cuts: ClassVar[dict[str, Cut]] = {"weight": "rows", "bias": "rows"}
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=NORM_EPS)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -12,6 +15,7 @@ from exlm_dist.model.embedding import Embedding
 from exlm_dist.model.heads import Output
 from exlm_dist.model.initialisation import initialise
 from exlm_dist.model.stream import Stream
+from exlm_dist.parallel.held import Held, held_by
 
 
 class LanguageModel(nn.Module):
@@ -25,33 +29,64 @@ class LanguageModel(nn.Module):
         kernel_backend: str = "auto",
         activation_checkpointing: bool = False,
         token_dropout: int | None = None,
+        stage: range | None = None,
     ) -> None:
+        """`stage`: places of the layers that a pipeline stage has, counted embedding, blocks, norm, output; the others
+        are None."""
         super().__init__()
-        self.embedding = Embedding(
-            vocab_size, config.width, config.dropout, token_dropout, backend=kernel_backend
-        )
-        self.blocks = nn.ModuleList(
-            Block(config, layer, kernel_backend, last=layer == config.layers - 1) for layer in range(config.layers)
-        )
-        self.norm = FinalNorm(config.width)
-        weight = self.embedding.weight if config.tie_head else nn.Parameter(torch.empty(vocab_size, config.width))
-        self.output = Output(config, weight, kernel_backend)
+        places = range(config.layers + 3)
+        stage = places if stage is None else stage
+        self.tied = config.tie_head
         self.activation_checkpointing = activation_checkpointing
+        self.embedding = None
+        if 0 in stage:
+            self.embedding = Embedding(
+                vocab_size, config.width, config.dropout, token_dropout, backend=kernel_backend
+            )
+        self.blocks = nn.ModuleList(
+            Block(config, layer, kernel_backend, last=layer == config.layers - 1) if layer + 1 in stage else None
+            for layer in range(config.layers)
+        )
+        self.norm = FinalNorm(config.width) if places[-2] in stage else None
+        self.output = None
+        if places[-1] in stage:
+            shared = self.tied and self.embedding is not None
+            weight = self.embedding.weight if shared else nn.Parameter(torch.empty(vocab_size, config.width))
+            self.output = Output(config, weight, kernel_backend)
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The layers in order, each `Stream -> Stream`."""
+        """The layers held here, in order, each `Stream -> Stream`."""
+        return [layer for layer in self.places if layer is not None]
+
+    @property
+    def places(self) -> list[nn.Module | None]:
+        """The layers of the whole model in order, None for those that another stage holds."""
         return [self.embedding, *self.blocks, self.norm, self.output]
+
+    def held(self) -> list[Held]:
+        """The parameters here, under the names they have in the whole model: a tied matrix is the embedding's, which
+        also saves it."""
+        found = held_by(self)
+        if not self.tied or self.embedding is not None:
+            return found
+        first = {"name": "embedding.weight", "saved": False}
+        return [replace(held, **first) if held.name == "output.weight" else held for held in found]
 
     def forward(self, stream: Stream) -> Stream:
         """Run all layers; the result carries `match`, `transitions`, `log_likelihood`, and `predictions` on demand."""
-        for layer in self.layers:
-            recompute = self.activation_checkpointing and self.training and isinstance(layer, Block)
+        return run_layers(self.layers, stream, recompute=self.activation_checkpointing and self.training)
+
+
+def run_layers(layers: Iterable[nn.Module], stream: Stream, *, recompute: bool) -> Stream:
+    """The loop over the layers; with `recompute` the blocks keep their input alone for the backward pass."""
+    for layer in layers:
+        if recompute and isinstance(layer, Block):
             # Dropout is keyed by the stream, so there is no random state to keep.
-            stream = (
-                checkpoint(layer, stream, use_reentrant=False, preserve_rng_state=False) if recompute else layer(stream)
-            )
-        return stream
+            stream = checkpoint(layer, stream, use_reentrant=False, preserve_rng_state=False)
+        else:
+            stream = layer(stream)
+    return stream
 
 
 def build_model(
@@ -62,14 +97,24 @@ def build_model(
     kernel_backend: str = "auto",
     activation_checkpointing: bool = False,
     token_dropout: int | None = None,
+    stage: range | None = None,
+    split: Callable[[nn.Module], None] | None = None,
 ) -> LanguageModel:
-    """Model on the CPU in fp32 with its initial weights; they depend on `seed` and each parameter's name alone."""
-    model = LanguageModel(
-        config,
-        vocab_size,
-        kernel_backend=kernel_backend,
-        activation_checkpointing=activation_checkpointing,
-        token_dropout=token_dropout,
-    )
-    initialise(model, seed=seed, std=config.init_std)
+    """Model on the CPU in fp32 with its initial weights; they depend on `seed` and each parameter's name alone.
+
+    `stage`: the places of the layers that are held here. `split` (`parallel.tensor.split` with its group) cuts the
+    model down to what this rank holds of it; the full model never has any memory.
+    """
+    with torch.device("cpu" if split is None else "meta"):
+        model = LanguageModel(
+            config,
+            vocab_size,
+            kernel_backend=kernel_backend,
+            activation_checkpointing=activation_checkpointing,
+            token_dropout=token_dropout,
+            stage=stage,
+        )
+    if split is not None:
+        split(model)
+    initialise(model.held(), seed=seed, std=config.init_std)
     return model

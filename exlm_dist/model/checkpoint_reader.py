@@ -1,21 +1,23 @@
 """Reading a checkpoint: verify, weights, state. The one reader of the format, shared by training (resume), evaluation,
 analysis and export; it knows no rank and imports no DeepSpeed.
 
-A checkpoint is a folder `checkpoints/step-00001000/` with `model.safetensors` (fp32 parameters by canonical name),
-`optimizer.safetensors`, `state.json`, `config.yaml`, `tokenizer/`, `manifest.json`
-(`{"files": {relative path: {"sha256": hex, "bytes": int}}, ...}`) and
+A checkpoint is a folder `checkpoints/step-00001000/` with the pieces of parameters and moments
+(`exlm_dist.model.checkpoint_tensors`), `state.json`, `config.yaml`, `tokenizer/`, `manifest.json`
+(`{"format": 2, "files": {relative path: {"sha256": hex, "bytes": int}}, ...}`) and
 `COMPLETE` (the SHA-256 of `manifest.json` and a line end).
 No pickle is read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exlm_dist.config import RunConfig, load_config
+from exlm_dist.model.checkpoint_tensors import INDEX_FILE, Index, TensorReader, tensor_name
 from exlm_dist.utils.errors import CheckpointError
 from exlm_dist.utils.files import sha256_file
 from exlm_dist.utils.logs import get_logger
@@ -23,8 +25,9 @@ from exlm_dist.utils.logs import get_logger
 if TYPE_CHECKING:
     import torch
 
-MODEL_FILE = "model.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
+    from exlm_dist.config import RunConfig
+
+FORMAT = 2
 STATE_FILE = "state.json"
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
@@ -50,10 +53,11 @@ def checkpoint_folders(run_folder: Path) -> list[Path]:
     return sorted((path for path in folders if path.is_dir()), key=step_of, reverse=True)
 
 
-def verify(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
+def verify(folder: Path, *, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
     """The manifest of a whole checkpoint; CheckpointError naming the first thing that is wrong.
 
-    Checks the COMPLETE marker, the manifest against it, and size and SHA-256 of every file (`hashes=False`: size only).
+    Checks the COMPLETE marker, the manifest against it, and size and SHA-256 of every file. `hashes=False`: sizes only.
+    `share` (i, n): hashes of every n-th file from the i-th on, where n ranks share the reading.
     """
     folder = Path(folder)
     if not (folder / COMPLETE_FILE).is_file():
@@ -64,8 +68,13 @@ def verify(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
     if f"{sha256_file(manifest_path)}\n".encode() != (folder / COMPLETE_FILE).read_bytes():
         raise _unusable(folder, f"{MANIFEST_FILE} does not have the hash in {COMPLETE_FILE}")
     manifest = json.loads(manifest_path.read_text())
-    for name, entry in manifest["files"].items():
-        _verify_file(folder, name, entry, hashes)
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(
+            f"Checkpoint {folder} is of format {manifest['format']}; this version of exlm_dist reads format {FORMAT}. "
+            f"Use the version that wrote it ({STATE_FILE} names it)."
+        )
+    for number, (name, entry) in enumerate(sorted(manifest["files"].items())):
+        _verify_file(folder, name, entry, hashes and number % share[1] == share[0])
     return manifest
 
 
@@ -116,20 +125,27 @@ def find_checkpoint(path: Path) -> Path:
 
 def load_weights(folder: Path, *, verified: bool = False) -> dict[str, torch.Tensor]:
     """fp32 parameters by canonical name, on the CPU. The folder is verified first unless the caller has done so."""
-    return _load_tensors(folder, MODEL_FILE, verified)
+    return _load_tensors(folder, verified, lambda index: [None])
 
 
 def load_optimizer(folder: Path, *, verified: bool = False) -> dict[str, torch.Tensor]:
-    """Tensors of the optimizer by name, on the CPU, as training wrote them."""
-    return _load_tensors(folder, OPTIMIZER_FILE, verified)
+    """Moments of the optimizer, `exp_avg.<name>` and `exp_avg_sq.<name>`, fp32, on the CPU."""
+    return _load_tensors(folder, verified, lambda index: index.moments)
 
 
-def _load_tensors(folder: Path, name: str, verified: bool) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
+def _load_tensors(
+    folder: Path, verified: bool, which: Callable[[Index], Sequence[str | None]]
+) -> dict[str, torch.Tensor]:
+    import torch
 
     if not verified:
         verify(folder)
-    return load_file(Path(folder) / name)
+    tensors = TensorReader(folder)
+    return {
+        tensor_name(name, moment): torch.from_numpy(tensors.whole(name, moment))
+        for moment in which(tensors.index)
+        for name in tensors.index.shapes
+    }
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -139,14 +155,19 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def read_config(folder: Path) -> RunConfig:
     """The resolved config that the checkpoint (or run folder) was written with."""
+    from exlm_dist.config import load_config  # not above: the process that writes checkpoints starts sooner without
+
     return load_config(Path(folder) / CONFIG_FILE, [])
 
 
 def reference(folder: Path) -> dict[str, str]:
-    """What is logged about a checkpoint in place of its files: `checkpoint.step`, `.path`, `.sha256` of the weights."""
-    manifest = json.loads((Path(folder) / MANIFEST_FILE).read_text())
+    """What is logged about a checkpoint in place of its files: `checkpoint.step`, `.path`, `.sha256` of the index and the
+    files of the weights."""
+    files = json.loads((Path(folder) / MANIFEST_FILE).read_text())["files"]
+    weights = [name for name in sorted(files) if name == INDEX_FILE or name.startswith("model-")]
+    digest = hashlib.sha256("".join(f"{files[name]['sha256']}  {name}\n" for name in weights).encode()).hexdigest()
     return {
         "checkpoint.step": str(step_of(folder)),
         "checkpoint.path": str(Path(folder).resolve()),
-        "checkpoint.sha256": manifest["files"][MODEL_FILE]["sha256"],
+        "checkpoint.sha256": digest,
     }

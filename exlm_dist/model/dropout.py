@@ -13,11 +13,18 @@ def site_seed(dropout_seed: int, layer: int, site: str) -> int:
     return seed_from("dropout", dropout_seed, layer, site)
 
 
-def dropout(x: Tensor, probability: float, seed: int, *, backend: str = "auto") -> Tensor:
-    """`x` with each element zeroed with `probability` and the others scaled up; the identity at probability 0."""
-    return elementwise.dropout_add(x, None, dropout=probability, seed=seed, backend=backend)
+def dropout(x: Tensor, probability: float, seed: int, first_row: int = 0, *, backend: str = "auto") -> Tensor:
+    """`x` with each element zeroed with `probability` and the others scaled up; the identity at probability 0.
+
+    `x` may be rows `first_row`.. of a larger tensor, whose mask it then sees.
+    """
+    key = {"dropout": probability, "seed": seed, "first_row": first_row}
+    return elementwise.dropout_add(x, None, **key, backend=backend)
 
 
-def dropout_add(x: Tensor, residual: Tensor, probability: float, seed: int, *, backend: str = "auto") -> Tensor:
+def dropout_add(
+    x: Tensor, residual: Tensor, probability: float, seed: int, first_row: int = 0, *, backend: str = "auto"
+) -> Tensor:
     """`residual + dropout(x)` in one pass over the memory."""
-    return elementwise.dropout_add(x, residual, dropout=probability, seed=seed, backend=backend)
+    key = {"dropout": probability, "seed": seed, "first_row": first_row}
+    return elementwise.dropout_add(x, residual, **key, backend=backend)

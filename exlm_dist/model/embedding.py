@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exlm_dist.model.dropout import dropout, site_seed
 from exlm_dist.model.stream import Stream
+from exlm_dist.parallel.part import WHOLE, Cut, Part
 
 #: Share of masked tokens that the authors' token dropout assumes in training (mask 0.15, of which 0.8 are `<mask>`).
 _TRAINED_SHARE = 0.15 * 0.8
@@ -19,6 +22,9 @@ class Embedding(nn.Module):
     `token_dropout` is the id of `<mask>` where the authors' switch of that name is wanted: in training the vectors of
     `<mask>` become 0 and the others are scaled by (1 - 0.12) / (1 - share of `<mask>` in the expanded sequence).
     """
+
+    cuts: ClassVar[dict[str, Cut]] = {"weight": "embedding"}
+    part: Part = WHOLE
 
     def __init__(
         self,
@@ -37,12 +43,14 @@ class Embedding(nn.Module):
 
     def forward(self, stream: Stream) -> Stream:
         """Fill `hidden` [T, D]."""
-        hidden = F.embedding(stream.input_ids, self.weight)
+        stream = stream.aligned(self.part.row_multiple)
+        hidden = self.part.embed(stream.input_ids, self.weight)
+        first = self.part.first_row(len(hidden))
         if self.training and self.token_dropout is not None:
-            hidden = hidden * self._token_scale(stream)[:, None]
+            hidden = hidden * self._token_scale(stream)[first : first + len(hidden), None]
         if self.training:
             key = site_seed(stream.dropout_seed, -1, "embedding")
-            hidden = dropout(hidden, self.probability, key, backend=self.backend)
+            hidden = dropout(hidden, self.probability, key, first, backend=self.backend)
         return stream.replace(hidden=hidden)
 
     def _token_scale(self, stream: Stream) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.elementwise import gelu_gradient_
 from exlm_dist.kernels.linear import Linear, product
+from exlm_dist.parallel.part import Cut
 
 #: Inner activations [rows, F] worked on at a time on a CPU, in elements: few enough to stay in its cache.
 _BLOCK_ELEMENTS = 1 << 19
@@ -19,6 +20,8 @@ _BLOCK_ELEMENTS = 1 << 19
 
 class FeedForward(nn.Module):
     """down(gelu(up(x))) with the exact (erf) gelu."""
+
+    cuts: ClassVar[dict[str, Cut]] = {"up": "column", "down": "row"}
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -35,12 +38,17 @@ class GeluLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, F], before the gelu -> [T, D]."""
-        return _GeluLinear.apply(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias)
+
+    @staticmethod
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """gelu(x) weight^T + bias."""
+        return _GeluLinear.apply(x, weight, bias)
 
 
 class _GeluLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         if x.device.type != "cpu":
             return F.linear(F.gelu(x), weight, bias)
@@ -51,16 +59,17 @@ class _GeluLinear(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         if x.device.type != "cpu":
             grad_x = grad @ weight
-            return grad_x, grad.t() @ gelu_gradient_(grad_x, x), grad.sum(0)
+            return grad_x, grad.t() @ gelu_gradient_(grad_x, x), grad_bias
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         for rows in _blocks(x):
             grad_weight += product(grad[rows].t(), F.gelu(x[rows]))
             torch.ops.aten.gelu_backward.grad_input(product(grad[rows], weight), x[rows], grad_input=grad_x[rows])
-        return grad_x, grad_weight, grad.sum(0)
+        return grad_x, grad_weight, grad_bias
 
 
 def _blocks(x: Tensor) -> list[slice]:

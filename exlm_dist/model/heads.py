@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,10 +12,11 @@ from exlm_dist.config.schema import ModelConfig
 from exlm_dist.kernels.dag import dag_log_likelihood
 from exlm_dist.kernels.linear import Linear, linear
 from exlm_dist.kernels.transitions import transition_log_probs
-from exlm_dist.kernels.vocab import match_scores
+from exlm_dist.kernels.vocab import VocabShard, match_scores
 from exlm_dist.model.block import NORM_EPS
 from exlm_dist.model.objective import diagonal_log_likelihood, prior_marginals
 from exlm_dist.model.stream import Stream
+from exlm_dist.parallel.part import WHOLE, Cut, Part
 
 #: Largest number of logits that predictions hold at a time.
 _PREDICTION_LOGITS = 1 << 23
@@ -49,7 +52,15 @@ class StateProjection(nn.Linear):
 
 
 class TransitionHead(nn.Module):
-    """Log-probabilities of going from one state to another, from the features and places of the states."""
+    """Log-probabilities of going from one state to another, from the features and places of the states.
+
+    A rank that holds some of the heads computes their mixture as if there were no others; the mixtures of the ranks
+    are mixed by the share of the gate that falls to each: log E = log_sum(g + log E_rank) - log_sum(g), with g the
+    log-sum of the own raw gates and log_sum over the ranks.
+    """
+
+    cuts: ClassVar[dict[str, Cut]] = {"query": "heads", "key": "heads", "gate": "heads"}
+    part: Part = WHOLE
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
@@ -58,30 +69,38 @@ class TransitionHead(nn.Module):
         self.query = StateProjection(inputs, config.width)
         self.key = StateProjection(inputs, config.width)
         self.gate = StateProjection(inputs, config.heads)
-        self.heads = config.heads
         self.kind = config.transitions
         self.backend = backend
 
     def forward(self, features: Tensor, stream: Stream) -> Tensor:
         """features [S, D] of the states -> log-probabilities [B, L_max, L_max]."""
-        places = None if self.positions is None else self.positions(stream.max_tokens)
+        features = self.part.entering(features)
+        places = None if self.positions is None else self.part.entering(self.positions(stream.max_tokens))
         # Padding states point at token 0 and so take its place; their rows are never read.
         index = stream.expanded_index(stream.state_index)
-        shape = (len(features), self.heads, -1)
-        return transition_log_probs(
-            self.query(features, places, index).view(shape),
-            self.key(features, places, index).view(shape),
-            self.gate(features, places, index),
+        query, key, gate = (layer(features, places, index) for layer in (self.query, self.key, self.gate))
+        log_probs = transition_log_probs(
+            query.unflatten(1, (gate.shape[1], -1)),
+            key.unflatten(1, (gate.shape[1], -1)),
+            gate,
             stream.cu_states,
             stream.max_states,
             states_per_target=stream.states,
             kind=self.kind,
             backend=self.backend,
         )
+        if self.part.whole:
+            return log_probs
+        share = torch.logsumexp(gate.to(log_probs.dtype), 1)
+        share = stream.padded(share, stream.cu_states, stream.max_states, 0.0)[:, :, None]
+        return self.part.log_sum(log_probs + share) - self.part.log_sum(share)
 
 
 class Output(nn.Module):
     """Token head (dense, gelu, norm, vocabulary) and transition head at the states; likelihood of the targets."""
+
+    cuts: ClassVar[dict[str, Cut]] = {"weight": "vocabulary", "bias": "vocabulary"}
+    part: Part = WHOLE
 
     def __init__(self, config: ModelConfig, weight: nn.Parameter, backend: str) -> None:
         super().__init__()
@@ -89,6 +108,7 @@ class Output(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.weight = weight
         self.bias = nn.Parameter(torch.empty(len(weight)))
+        self.words = len(weight)
         self.objective = config.objective
         self.ends = 1 if config.anchors else config.states
         learned = config.objective == "exlm" and config.transitions != "uniform"
@@ -97,23 +117,35 @@ class Output(nn.Module):
 
     def forward(self, stream: Stream) -> Stream:
         """Fill `match`, `transitions` (ExLM) and `log_likelihood`; where `predict` is set also `predictions`."""
-        features = stream.hidden if stream.selected else F.embedding(stream.state_index, stream.hidden)
-        tokens = self.norm(F.gelu(self.dense(features)))
+        hidden = self.part.all_rows(stream.hidden)
+        features = hidden if stream.selected else F.embedding(stream.state_index, hidden)
+        tokens = self.part.entering(self.norm(F.gelu(self.dense(features))))
+        weight, bias, shard = self._vocabulary()
         match = match_scores(
             tokens,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             stream.target_ids,
             stream.cu_states,
             stream.cu_targets,
             stream.max_states,
             stream.max_targets,
+            shard=shard,
             backend=self.backend,
         )
         transitions = self._transitions(features, stream, match.dtype)
         likelihood = self._likelihood(match, transitions, stream)
         stream = stream.replace(match=match, transitions=transitions, ends=self.ends, log_likelihood=likelihood)
         return stream.replace(predictions=self._predict(tokens, stream)) if stream.predict else stream
+
+    def _vocabulary(self) -> tuple[Tensor, Tensor, VocabShard | None]:
+        """Vectors and biases of the words held here, without the rows that fill a part up to the size of the others."""
+        if self.part.whole:
+            return self.weight, self.bias, None
+        first = self.part.first(len(self.bias))
+        held = min(len(self.bias), self.words - first)
+        weight, bias = (rows if held == len(rows) else rows[:held] for rows in (self.weight, self.bias))
+        return weight, bias, VocabShard(first, self.part.log_sum, self.part.total)
 
     def _transitions(self, features: Tensor, stream: Stream, dtype: torch.dtype) -> Tensor | None:
         if self.objective == "mlm":
@@ -149,14 +181,16 @@ class Output(nn.Module):
         """argmax_w sum_u q_i(u) p_u(w) of each target i, [B, N_max]; a few sequences at a time."""
         prior = prior_marginals(stream, backend=self.backend)
         padded = stream.padded(tokens, stream.cu_states, stream.max_states, 0.0)
-        chunk = max(1, _PREDICTION_LOGITS // (stream.max_states * len(self.weight)))
-        return torch.cat(
-            [
-                (q @ self._logits(x).float().softmax(-1)).argmax(-1)
-                for q, x in zip(prior.split(chunk), padded.split(chunk))
-            ]
-        )
+        # As many words as any rank holds, so that all ranks take equally many turns.
+        chunk = max(1, _PREDICTION_LOGITS // (stream.max_states * len(self.bias)))
+        return torch.cat([self._best(q, x) for q, x in zip(prior.split(chunk), padded.split(chunk))])
 
-    def _logits(self, tokens: Tensor) -> Tensor:
-        """[B, L, V] of [B, L, D]."""
-        return linear(tokens.flatten(0, 1), self.weight, self.bias).unflatten(0, tokens.shape[:2])
+    def _best(self, prior: Tensor, tokens: Tensor) -> Tensor:
+        """prior [B, N, L], tokens [B, L, D] -> [B, N]."""
+        weight, bias, shard = self._vocabulary()
+        logits = linear(tokens.flatten(0, 1), weight, bias).float().unflatten(0, tokens.shape[:2])
+        if shard is None:
+            return (prior @ logits.softmax(-1)).argmax(-1)
+        log_sum = self.part.log_sum(logits.logsumexp(-1, keepdim=True))
+        values, words = (prior @ (logits - log_sum).exp()).max(-1)
+        return self.part.best(values, words + shard.first_token)

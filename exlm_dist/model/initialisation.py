@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Iterable
 
+import torch
+
+from exlm_dist.parallel.held import Held
 from exlm_dist.utils.seeding import seed_from
 
 
-def initial_value(name: str, shape: torch.Size, *, seed: int, std: float) -> torch.Tensor:
+def initial_value(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> torch.Tensor:
     """First value of the parameter `name`: N(0, std) for matrices, 0 for biases, 1 for gains of norms. CPU, fp32."""
     if name.endswith(".bias"):
         return torch.zeros(shape)
@@ -19,7 +21,14 @@ def initial_value(name: str, shape: torch.Size, *, seed: int, std: float) -> tor
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, *, seed: int, std: float) -> None:
-    """Give every parameter of `model` its initial value; a tied parameter counts once, under its first name."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(initial_value(name, parameter.shape, seed=seed, std=std))
+def initialise(parameters: Iterable[Held], *, seed: int, std: float) -> None:
+    """Give each parameter its initial value: of the full tensor the part that is held here, and 0 to what only fills it
+    up. One full tensor exists at a time."""
+    for held in parameters:
+        value = initial_value(held.name, held.shape, seed=seed, std=std)
+        part = held.slice
+        if part is None:
+            held.parameter.copy_(value)
+        else:
+            length = part.stop - part.start
+            held.parameter.zero_().narrow(part.dim, 0, length).copy_(value.narrow(part.dim, part.start, length))

@@ -73,12 +73,24 @@ class MaskedScores:
     correct: Tensor
     count: Tensor
 
+    def stacked(self) -> Tensor:
+        """The three as one tensor, [3] fp64."""
+        return torch.stack([self.nll.double(), self.correct.double(), self.count.double()])
+
+
+@torch.no_grad()
+def masked_scores(result: Stream, is_masked: Tensor) -> MaskedScores:
+    """Scores of the masked targets of a stream that has passed all layers with `predict`; is_masked [N] bool.
+
+    The full distribution decides the accuracy.
+    """
+    nll, count = masked_token_scores(result, is_masked)
+    wanted = result.padded(result.target_ids, result.cu_targets, result.max_targets, -1)
+    chosen = result.padded(is_masked, result.cu_targets, result.max_targets, False)
+    return MaskedScores(nll, ((result.predictions == wanted) & chosen).sum(), count)
+
 
 @torch.no_grad()
 def evaluate_masked(model: Callable[[Stream], Stream], stream: Stream, is_masked: Tensor) -> MaskedScores:
-    """Run `model` on `stream` and score its masked targets; the full distribution decides the accuracy."""
-    result = model(stream.replace(predict=True))
-    nll, count = masked_token_scores(result, is_masked)
-    wanted = stream.padded(stream.target_ids, stream.cu_targets, stream.max_targets, -1)
-    chosen = stream.padded(is_masked, stream.cu_targets, stream.max_targets, False)
-    return MaskedScores(nll, ((result.predictions == wanted) & chosen).sum(), count)
+    """Run `model` on `stream` and score its masked targets."""
+    return masked_scores(model(stream.replace(predict=True)), is_masked)

@@ -39,7 +39,7 @@ def score(model: LanguageModel, batches: Iterable[PackedBatch], device: torch.de
         for batch in batches:
             stream = Stream.from_batch(batch, device)
             scores = evaluate_masked(model, stream, torch.from_numpy(batch.is_masked).to(device))
-            sums += torch.stack([scores.nll.double(), scores.correct.double(), scores.count.double()])
+            sums += scores.stacked()
     finally:
         model.train(training)
     return Totals(*sums.tolist())

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -54,9 +55,38 @@ class Stream:
         sizes = {name: int(getattr(batch, name)) for name in ("max_tokens", "max_states", "max_targets", "states")}
         return Stream(**dict(zip(_ARRAYS, moved)), **sizes, dropout_seed=dropout_seed).to(device)
 
+    def to_tensors(self) -> tuple[Tensor, ...]:
+        """What the next pipeline stage needs: `hidden`, where there is one, and one int64 vector with all the rest.
+
+        The angles are computed anew there; results of the output layer do not travel.
+        """
+        arrays = [getattr(self, name) for name in _ARRAYS]
+        numbers = [*map(len, arrays), *(int(getattr(self, name)) for name in _NUMBERS)]
+        integers = torch.cat([torch.tensor(numbers, device=arrays[0].device), *arrays])
+        return (integers,) if self.hidden is None else (self.hidden.contiguous(), integers)
+
+    @staticmethod
+    def from_tensors(tensors: tuple[Tensor, ...]) -> Stream:
+        """The reverse of `to_tensors`. Reads sizes from the device."""
+        *hidden, integers = tensors
+        count = len(_ARRAYS) + len(_NUMBERS)
+        numbers = integers[:count].tolist()
+        lengths, values = numbers[: len(_ARRAYS)], dict(zip(_NUMBERS, numbers[len(_ARRAYS) :]))
+        values |= {name: bool(values[name]) for name in _FLAGS}
+        arrays = dict(zip(_ARRAYS, integers[count:].split(lengths)))
+        return Stream(**arrays, **values, hidden=hidden[0] if hidden else None)
+
     def replace(self, **changes: Any) -> Stream:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+    def aligned(self, multiple: int) -> Stream:
+        """The same micro-batch with T and S padded up to a `multiple`; padding tokens and states belong to nobody."""
+        tokens, states = (-len(rows) % multiple for rows in (self.input_ids, self.state_index))
+        if not tokens and not states:
+            return self
+        by_token = {name: F.pad(getattr(self, name), (0, tokens)) for name in ("input_ids", "position", "clone")}
+        return self.replace(**by_token, state_index=F.pad(self.state_index, (0, states)))
 
     def to(self, device: torch.device | str) -> Stream:
         """A copy with every tensor on `device`."""
@@ -105,6 +135,9 @@ _ARRAYS = (
     "target_ids",
     "cu_targets",
 )
+#: Flags, and numbers with them, that travel between stages beside the arrays.
+_FLAGS = ("predict", "select", "selected")
+_NUMBERS = ("max_tokens", "max_states", "max_targets", "states", "dropout_seed", *_FLAGS)
 #: Elements to which each array is aligned in the common buffer (64 bytes).
 _ALIGNMENT = 8
 

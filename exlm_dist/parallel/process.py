@@ -17,7 +17,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from exlm_dist.config.schema import LaunchConfig
+from exlm_dist.config.schema import LaunchConfig, ParallelConfig
+from exlm_dist.parallel.grid import Grid
+from exlm_dist.parallel.layout import Layout
 from exlm_dist.parallel.network import interface_towards
 from exlm_dist.utils import errors
 from exlm_dist.utils.errors import EXIT_RETRY, ConfigError, UserError
@@ -35,13 +37,15 @@ class PeerLost(UserError):
 
 @dataclass(frozen=True)
 class Process:
-    """This rank. `control` is a CPU group for decisions, so that agreeing never waits for a GPU."""
+    """This rank. `control` is a CPU group for decisions, so that agreeing never waits for a GPU; `grid` says which part
+    of the model and of the batch is its."""
 
     rank: int
     world: int
     local_rank: int
     device: torch.device
     control: Any
+    grid: Grid
 
     @property
     def is_first(self) -> bool:
@@ -58,6 +62,15 @@ class Process:
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on at least one rank."""
         return bool(self.gather([float(flag)]).any())
+
+    def collect(self, value: Any) -> list[Any]:
+        """`value` (JSON) of every rank, on every rank, in the order of the ranks."""
+        content = json.dumps(value).encode()
+        sizes = self.gather([len(content)])[:, 0].long().tolist()
+        mine = torch.frombuffer(bytearray(content.ljust(max(sizes))), dtype=torch.uint8)
+        every = [torch.empty_like(mine) for _ in sizes]
+        dist.all_gather(every, mine, group=self.control)
+        return [json.loads(data.numpy().tobytes()) for data in every]
 
     def share(self, value: Any) -> Any:
         """`value` (JSON) of rank 0, on every rank."""
@@ -97,11 +110,15 @@ class Process:
         return result
 
 
-def start(launch: LaunchConfig) -> Process:
-    """Join the process group of the job. ConfigError for a device that is not there or a rendezvous that fails."""
+def start(launch: LaunchConfig, parallel: ParallelConfig = ParallelConfig()) -> Process:
+    """Join the process group of the job and make those of the layout.
+
+    ConfigError for a layout that does not fit the ranks, a device that is not there or a rendezvous that fails.
+    """
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
     rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    layout = Layout.of(parallel, world)
     device = choose_device(launch.device, local_rank)
     # DeepSpeed picks its accelerator by itself; without this it warns, and on a GPU machine ignores `launch.device
     # cpu`.
@@ -113,7 +130,7 @@ def start(launch: LaunchConfig) -> Process:
     _join("nccl" if device.type == "cuda" else "gloo", rank, world, timeout)
     dist.new_group = functools.partial(_new_group, timeout=timeout)
     control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
-    return Process(rank, world, local_rank, device, control)
+    return Process(rank, world, local_rank, device, control, Grid.make(layout, rank))
 
 
 def _join(backend: str, rank: int, world: int, timeout: timedelta) -> None:

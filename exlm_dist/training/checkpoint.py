@@ -1,183 +1,148 @@
-"""State out of the engine and back into it, free of layout: fp32 parameters and moments by canonical name.
+"""State out of the engine and back into it, free of layout: fp32 parameters and moments by canonical name, in pieces.
 
-The same at every ZeRO stage, world size and precision, so any may change at a resume. Traps met here are listed in
-docs/checkpoints.md.
+Each rank reads and writes the numbers that it owns of the parameters that it holds: no tensor travels between ranks. The
+pieces are put together again at whatever ZeRO stage, world size, slicing and precision the run goes on with. Traps met
+here are listed in docs/checkpoints.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from exlm_dist.model import checkpoint_reader as reader
+from exlm_dist.model.checkpoint_tensors import Index, TensorReader
+from exlm_dist.model.pieces import Piece
+from exlm_dist.parallel.held import Held
 from exlm_dist.parallel.process import Process
 from exlm_dist.training.engine import Engine
+from exlm_dist.training.fragments import Fragments, fragments_of
 from exlm_dist.utils.errors import CheckpointError
 from exlm_dist.utils.logs import get_logger
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 #: State of the dynamic loss scale (fp16), as DeepSpeed names it.
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-Tensors = dict[str, torch.Tensor]
 logger = get_logger(__name__)
 
 
-def take(engine: Engine) -> tuple[Tensors, Tensors, dict[str, Any]]:
-    """(parameters, moments, scalars) of the engine; the tensors are filled on rank 0 only. A collective.
+@dataclass(frozen=True)
+class Owned:
+    """Numbers `start` to `stop` of the flattened part of a parameter that this rank holds: those it saves."""
+
+    held: Held
+    start: int
+    stop: int
+
+
+def owned(engine: Engine) -> list[Owned]:
+    """What this rank saves; together, the ranks save every number once."""
+    fragments = fragments_of(engine)
+    saved = [Owned(held, *_unpadded(held, fragments)) for held in engine.parameters if held.saved]
+    if fragments.replicated:
+        saved = _share(saved, *engine.replica)
+    return [part for part in saved if part.stop > part.start]
+
+
+def _unpadded(held: Held, fragments: Fragments) -> tuple[int, int]:
+    """Range of the fragment without the padding at the end of the local tensor."""
+    start, stop = fragments.extent(held)
+    size = math.prod(held.part_shape)
+    return min(start, size), min(stop, size)
+
+
+def _share(parts: list[Owned], replica: int, replicas: int) -> list[Owned]:
+    """The equal share of one of several replicas: a consecutive stretch of all parts."""
+    total = sum(part.stop - part.start for part in parts)
+    low, high = total * replica // replicas, total * (replica + 1) // replicas
+    shares, at = [], 0
+    for part in parts:
+        end = at + part.stop - part.start
+        start, stop = max(low, at), min(high, end)
+        shares.append(Owned(part.held, part.start + start - at, part.start + max(start, stop) - at))
+        at = end
+    return shares
+
+
+def layout(engine: Engine, parts: list[Owned]) -> Index:
+    """The index of what all ranks save, on every rank. A collective. CheckpointError where it does not make up the
+    model."""
+    pieces = {part.held.name: [Piece(part.held.slice, part.start, part.stop, engine.process.rank)] for part in parts}
+    mine = Index({held.name: held.shape for held in engine.parameters}, {}, MOMENTS)
+    mine.pieces.update({name: pieces.get(name, []) for name in mine.shapes})
+    index = Index.merged(engine.process.collect(mine.as_json()))
+    index.check()
+    return index
+
+
+def copy_out(engine: Engine, parts: list[Owned], into: torch.Tensor) -> None:
+    """Copy parameters, then each moment in turn, of `parts` to the flat fp32 CPU tensor `into`; all one after the other.
 
     Only after the first optimizer step: before it there are no moments.
     """
-    read = _reader(engine)
-    keep = engine.process.is_first
-    model: Tensors = {}
-    optimizer: Tensors = {}
-    for name, parameter in engine.parameters:
-        for key in (None, *MOMENTS):
-            value = read(parameter, key).detach().reshape(engine.shapes[name])
-            if keep:
-                (model if key is None else optimizer)[name if key is None else f"{key}.{name}"] = value.float().to(
-                    "cpu", copy=True
-                )
-    scalars: dict[str, Any] = {"optimizer_step": _optimizer_step(engine)}
+    fragments = fragments_of(engine)
+    at = 0
+    with torch.no_grad():
+        for moment in (None, *MOMENTS):
+            for part in parts:
+                first = fragments.extent(part.held)[0]
+                values = fragments.read(part.held, moment)[part.start - first : part.stop - first]
+                into[at : at + len(values)].copy_(values)
+                at += len(values)
+
+
+def scalars(engine: Engine) -> dict[str, Any]:
+    """Counters of optimizer and loss scale."""
+    result: dict[str, Any] = {"optimizer_step": int(next(iter(engine.inner_optimizer.state.values()))["step"])}
     if engine.dtype == torch.float16:
         scaler = engine.deepspeed.optimizer.loss_scaler
-        scalars["loss_scale"] = {name: getattr(scaler, name) for name in LOSS_SCALE if hasattr(scaler, name)}
-    return model, optimizer, scalars
+        result["loss_scale"] = {name: getattr(scaler, name) for name in LOSS_SCALE if hasattr(scaler, name)}
+    return result
 
 
-def check(engine: Engine, model: Tensors, optimizer: Tensors) -> None:
-    """CheckpointError when names or shapes are not those of the model."""
-    expected = {name: tuple(shape) for name, shape in engine.shapes.items()}
-    _compare(expected, {name: tuple(value.shape) for name, value in model.items()}, "parameters")
-    moments = {f"{key}.{name}": shape for name, shape in expected.items() for key in MOMENTS}
-    _compare(moments, {name: tuple(value.shape) for name, value in optimizer.items()}, "optimizer states")
-
-
-def put(engine: Engine, model: Tensors, optimizer: Tensors, scalars: dict[str, Any]) -> None:
-    """The reverse of `take`, on every rank with all tensors. A collective. The moments must exist: `prime` first."""
-    write = _writer(engine)
-    with torch.no_grad():
-        for name, parameter in engine.parameters:
-            write(parameter, model[name], None)
-            for key in MOMENTS:
-                write(parameter, optimizer[f"{key}.{name}"], key)
-            _refresh(engine, parameter, model[name])
-    for state in engine.inner_optimizer.state.values():
-        state["step"].fill_(scalars["optimizer_step"])
-    if "loss_scale" in scalars and engine.dtype == torch.float16:
-        for name, value in scalars["loss_scale"].items():
-            setattr(engine.deepspeed.optimizer.loss_scaler, name, value)
-
-
-def _compare(expected: dict[str, tuple], found: dict[str, tuple], what: str) -> None:
+def check(present: Index, saved: Index) -> None:
+    """CheckpointError when parameters, shapes or moments of a checkpoint are not those of the model."""
+    expected, found = present.shapes, saved.shapes
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         lines = [
             f"  {name}: {found.get(name, 'absent')} in the checkpoint, {expected.get(name, 'absent')} in the model"
             for name in wrong[:5]
         ]
-        raise CheckpointError(f"{len(wrong)} {what} of the checkpoint do not fit the model:\n" + "\n".join(lines))
+        raise CheckpointError(f"{len(wrong)} parameters of the checkpoint do not fit the model:\n" + "\n".join(lines))
+    if present.moments != saved.moments:
+        raise CheckpointError(f"the checkpoint has the optimizer states {saved.moments}, not {present.moments}.")
 
 
-def _optimizer_step(engine: Engine) -> int:
-    return int(next(iter(engine.inner_optimizer.state.values()))["step"])
+def put(engine: Engine, tensors: TensorReader, state: dict[str, Any]) -> None:
+    """Fill the engine from a checkpoint; each rank reads what it needs. The moments must exist: `engine.prime` first."""
+    fragments = fragments_of(engine)
+    with torch.no_grad():
+        for held in engine.parameters:
+            start, stop = fragments.extent(held)
+            for moment in (None, *MOMENTS):
+                if stop > start:
+                    fragments.write(held, moment, _padded(tensors, held, moment, start, stop))
+            if fragments.copies_whole(held):
+                fragments.refresh(held, _padded(tensors, held, None, 0, fragments.local_numel(held)))
+    for entry in engine.inner_optimizer.state.values():
+        entry["step"].fill_(state["optimizer_step"])
+    if "loss_scale" in state and engine.dtype == torch.float16:
+        for name, value in state["loss_scale"].items():
+            setattr(engine.deepspeed.optimizer.loss_scaler, name, value)
 
 
-def _masters(engine: Engine) -> dict[nn.Parameter, torch.Tensor] | None:
-    """At ZeRO 0: the tensor the optimizer updates, for each parameter (itself in fp32). None at 1 to 3.
-
-    DeepSpeed's accessors do not work at 0; its 16-bit wrapper has the fp32 copies in `fp32_groups`.
-    """
-    if engine.zero > 0:
-        return None
-    if engine.dtype == torch.float32:
-        return {parameter: parameter for _, parameter in engine.parameters}
-    wrapper = engine.deepspeed.optimizer
-    return {
-        half: full
-        for halves, fulls in zip(wrapper.fp16_groups, wrapper.fp32_groups)
-        for half, full in zip(halves, fulls)
-    }
-
-
-def _reader(engine: Engine) -> Callable[[nn.Parameter, str | None], torch.Tensor]:
-    masters = _masters(engine)
-    if masters is not None:
-        state = engine.inner_optimizer.state
-        return lambda parameter, key: masters[parameter] if key is None else state[masters[parameter]][key]
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    return lambda parameter, key: (
-        safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
-    )
-
-
-def _writer(engine: Engine) -> Callable[[nn.Parameter, torch.Tensor, str | None], Any]:
-    masters = _masters(engine)
-    if masters is not None:
-        state = engine.inner_optimizer.state
-        return lambda parameter, value, key: (
-            masters[parameter] if key is None else state[masters[parameter]][key]
-        ).copy_(value)
-    from deepspeed import utils
-
-    if engine.zero == 3:
-
-        def write(parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
-            # Not the setter for full values: it fails on the last rank when the size is not a multiple of the world
-            # size.
-            part = _part(value, parameter.ds_tensor.numel(), engine.process)
-            if key is None:
-                utils.safe_set_local_fp32_param(parameter, part)
-            else:
-                utils.safe_set_local_optimizer_state(parameter, part, key)
-
-        return write
-
-    def write_fragment(parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
-        if key is None:
-            utils.safe_set_full_fp32_param(parameter, value)
-        else:
-            utils.safe_set_full_optimizer_state(parameter, value, key)
-
-    return write_fragment
-
-
-def _part(value: torch.Tensor, size: int, process: Process) -> torch.Tensor:
-    """This rank's part of `value` at ZeRO 3: equal parts, the end filled with zeros."""
-    flat = value.flatten()
-    flat = torch.nn.functional.pad(flat, (0, size * process.world - flat.numel()))
-    return flat[size * process.rank : size * (process.rank + 1)].contiguous()
-
-
-def _refresh(engine: Engine, parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """The working copy: DeepSpeed's setters write the master copy alone, and the next step would run on stale
-    weights."""
-    if engine.zero < 3:
-        parameter.data.copy_(value)
-        return
-    import deepspeed
-
-    # Not `ds_tensor` alone: small parameters are kept gathered, and would go on with their old values.
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        if engine.process.is_first:
-            parameter.data.copy_(value)
-
-
-def prime(engine: Engine, micro_batch: Any) -> None:
-    """One optimizer step that changes nothing, so that there are moments to write to. `put` must follow.
-
-    The gradient of a real micro-batch times 0 at rate 0; a loss scale or step count it moves is overwritten by `put`.
-    """
-    engine.set_learning_rate(0.0)
-    loss, _, _ = engine.forward(micro_batch, None, last=True)
-    engine.backward(loss * 0.0)
-    engine.step()
+def _padded(tensors: TensorReader, held: Held, moment: str | None, start: int, stop: int) -> torch.Tensor:
+    """Numbers `start` to `stop` of the flattened local tensor; 0 where that is padding."""
+    size = math.prod(held.part_shape)
+    values = torch.zeros(stop - start)
+    low, high = min(start, size), min(stop, size)
+    values[: high - low] = torch.from_numpy(tensors.read(held.name, moment, held.slice, low, high))
+    return values
 
 
 def select(run_folder: Path, process: Process) -> tuple[Path, dict[str, Any]] | None:
@@ -190,10 +155,10 @@ def select(run_folder: Path, process: Process) -> tuple[Path, dict[str, Any]] | 
     rejected = []
     for name in candidates:
         folder = Path(run_folder) / reader.CHECKPOINTS / name
-        reason = _rejection(folder, process)
-        if not process.any(reason is not None):
+        reasons = process.collect(_rejection(folder, process))
+        reason = next((reason for reason in reasons if reason), None)
+        if reason is None:
             return folder, process.first_only(lambda folder=folder: reader.read_state(folder))
-        reason = process.first_only(lambda reason=reason: reason) or "it is not whole on another rank"
         rejected.append(f"{name}: {reason}")
         if process.is_first:
             logger.warning("checkpoint rejected: %s", reason)
@@ -207,19 +172,11 @@ def select(run_folder: Path, process: Process) -> tuple[Path, dict[str, Any]] | 
 
 
 def _rejection(folder: Path, process: Process) -> str | None:
-    """Why this rank cannot use the checkpoint. The first rank of each machine reads all of it; the others look at
-    sizes."""
+    """Why this rank cannot use the checkpoint. The ranks share the reading of the files; each looks at all sizes."""
     try:
-        reader.verify(folder, hashes=process.local_rank == 0)
+        reader.verify(folder, share=(process.rank, process.world))
     except CheckpointError as error:
-        if not process.is_first:
-            logger.warning("%s", error)
         return str(error)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         return f"{folder} cannot be read: {error}"
     return None
-
-
-def not_finite(model: Tensors) -> Iterator[str]:
-    """Names of parameters that hold a NaN or an infinity."""
-    return (name for name, value in model.items() if not torch.isfinite(value).all())

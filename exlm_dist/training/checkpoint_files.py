@@ -1,42 +1,55 @@
-"""Checkpoints on disk: written whole or not at all, selected, thinned out. Pure files: knows no rank and no DeepSpeed.
+"""Checkpoints on disk: written whole or not at all, selected, thinned out. Pure files: knows no rank and no torch.
 
-The format is described in docs/checkpoints.md and read by `exlm_dist.model.checkpoint_reader`. Order of a save:
-temporary
+The format is described in docs/checkpoints.md and read by `exlm_dist.model.checkpoint_reader`. Order of a save: temporary
 folder, every file with fsync, manifest with their hashes, COMPLETE with the hash of the manifest, rename, pointer
-`latest`.
-A kill at any moment leaves either the former state or the new checkpoint; `latest` is a hint for people, never read.
+`latest`. A kill at any moment leaves either the former state or the new checkpoint; `latest` is a hint for people, never
+read.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from exlm_dist.model import checkpoint_reader as reader
+from exlm_dist.model.checkpoint_tensors import INDEX_FILE, write_header
+from exlm_dist.model.pieces import Shape
 from exlm_dist.utils.errors import CheckpointError
-from exlm_dist.utils.files import sync_directory, write_atomic
+from exlm_dist.utils.files import sync_path, write_all, write_atomic
 from exlm_dist.utils.logs import get_logger
 
 LATEST = "latest"
-FORMAT = 1
 #: Beside the tensors: headers, state, config, and a margin for the log of the run.
 SPACE_MARGIN = 16 << 20
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: Bytes hashed and written at a time.
+BLOCK = 4 << 20
+REMEDY = "Older checkpoints are untouched. Free space there, or lower checkpoint.keep."
 
-Tensors = Mapping[str, torch.Tensor]
+Entries = dict[str, dict[str, Any]]
 logger = get_logger(__name__)
 
 
-class DiskFull(CheckpointError):
-    """There is no room for a checkpoint. Nothing was left behind, older checkpoints are untouched."""
+class SaveFailed(CheckpointError):
+    """A checkpoint could not be written. Nothing that could be taken for one is left, older ones are untouched."""
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A file of fp32 tensors whose numbers lie one after the other in memory, from byte `offset` on."""
+
+    name: str
+    tensors: Mapping[str, Shape]
+    offset: int
+    bytes: int
 
 
 def folder_of(run_folder: Path, step: int) -> Path:
@@ -44,115 +57,122 @@ def folder_of(run_folder: Path, step: int) -> Path:
     return Path(run_folder) / reader.CHECKPOINTS / f"step-{step:08d}"
 
 
-def write_checkpoint(
-    run_folder: Path,
-    step: int,
-    *,
-    model: Tensors,
-    optimizer: Tensors,
-    state: Mapping[str, Any],
-    config: str,
-    tokenizer: Path,
-) -> Path:
-    """Publish the checkpoint of `step` and return its folder. DiskFull or CheckpointError: nothing of it is left.
-
-    `model`: fp32 parameters by canonical name; `optimizer`: `exp_avg.<name>`, `exp_avg_sq.<name>`; `tokenizer`: its
-    folder.
-    """
-    target = folder_of(run_folder, step)
+def begin(target: Path, needed: int) -> Path:
+    """Make the folder that becomes `target` when it is published. SaveFailed, with both numbers, unless `needed` bytes
+    and a margin are free."""
+    free = shutil.disk_usage(target.parent).free
+    if free < needed + SPACE_MARGIN:
+        raise SaveFailed(
+            f"a checkpoint needs {(needed + SPACE_MARGIN) / 1e6:.0f} MB but only {free / 1e6:.0f} MB are free in "
+            f"{target.parent}. {REMEDY}"
+        )
     temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     try:
-        ensure_space(target.parent, sum(tensor.numel() * 4 for part in (model, optimizer) for tensor in part.values()))
-        temporary.mkdir()
-        _fill(temporary, model, optimizer, state, config, Path(tokenizer))
-        _publish(temporary, target)
-    except OSError as error:
-        kind = DiskFull if error.errno in _FULL else CheckpointError
-        raise kind(
-            f"checkpoint of step {step} could not be written to {target.parent}: {error.strerror or error}. "
-            "Older checkpoints are untouched. Free space there, or lower checkpoint.keep."
-        ) from error
-    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return target
+        os.mkdir(temporary)
+        os.mkdir(temporary / reader.TOKENIZER_FOLDER)
+    except OSError as error:
+        raise _failed(error, temporary) from error
+    return temporary
 
 
-def ensure_space(folder: Path, needed: int) -> None:
-    """DiskFull, with both numbers, unless `needed` bytes and a margin are free in the file system of `folder`."""
-    free = shutil.disk_usage(folder).free
-    if free < needed + SPACE_MARGIN:
-        raise DiskFull(
-            f"a checkpoint needs {(needed + SPACE_MARGIN) / 1e6:.0f} MB but only {free / 1e6:.0f} MB are free in "
-            f"{folder}. Older checkpoints are untouched. Free space there, or lower checkpoint.keep."
-        )
+def not_finite(file: TensorFile, memory: Any) -> str | None:
+    """Name of a tensor that holds a NaN or an infinity, if there is one."""
+    at = file.offset
+    for name, shape in file.tensors.items():
+        count = math.prod(shape)
+        values = np.frombuffer(memory, np.float32, count, at)
+        with np.errstate(all="ignore"):
+            total = values.sum()  # cheap, and tells unless it overflows itself
+        if not np.isfinite(total) and not np.isfinite(values).all():
+            return name
+        at += count * 4
+    return None
 
 
-def _fill(
-    folder: Path, model: Tensors, optimizer: Tensors, state: Mapping[str, Any], config: str, tokenizer: Path
-) -> None:
-    files = {
-        reader.MODEL_FILE: _write_file(folder / reader.MODEL_FILE, lambda put: put_safetensors(model, put)),
-        reader.OPTIMIZER_FILE: _write_file(folder / reader.OPTIMIZER_FILE, lambda put: put_safetensors(optimizer, put)),
-    }
-    small = {
-        reader.STATE_FILE: json.dumps(state, indent=2, sort_keys=True).encode() + b"\n",
-        reader.CONFIG_FILE: config.encode(),
-    }
-    (folder / reader.TOKENIZER_FOLDER).mkdir()
-    for path in sorted(path for path in tokenizer.iterdir() if path.is_file()):
-        small[f"{reader.TOKENIZER_FOLDER}/{path.name}"] = path.read_bytes()
-    for name, content in small.items():
-        files[name] = _write_file(folder / name, lambda put, content=content: put(content))
-    manifest = {"format": FORMAT, "step": state["step"], "files": files}
-    entry = _write_file(
-        folder / reader.MANIFEST_FILE, lambda put: put(json.dumps(manifest, indent=2, sort_keys=True).encode())
-    )
-    sync_directory(folder / reader.TOKENIZER_FOLDER)
-    sync_directory(folder)
-    _write_file(folder / reader.COMPLETE_FILE, lambda put: put(entry["sha256"].encode() + b"\n"))
-    sync_directory(folder)
+def write_files(
+    folder: Path, tensors: Iterable[TensorFile], memory: Any, texts: Mapping[str, str], copies: Mapping[str, str]
+) -> Entries:
+    """Write one rank's files into the folder of `begin` and force them to the disk; size and SHA-256 of each by name.
 
-
-def _write_file(path: Path, fill: Callable[[Callable[[Any], None]], None]) -> dict[str, Any]:
-    """Write a file through `fill(put)`, force it to the disk, and return its size and SHA-256."""
-    digest = hashlib.sha256()
-    with open(path, "xb") as file:
-
-        def put(data: Any) -> None:
-            file.write(data)
-            digest.update(data)
-
-        fill(put)
-        file.flush()
-        os.fsync(file.fileno())
-        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
-
-
-def put_safetensors(tensors: Tensors, put: Callable[[Any], None]) -> None:
-    """Write fp32 `tensors` in the safetensors format, one at a time, in the order of their names.
-
-    (The library's own writer reports a full disk as text; this one raises OSError, and is hashed as it goes.)
+    `memory` holds the numbers of the tensors; `texts`: content by name; `copies`: path of the original by name.
+    SaveFailed.
     """
-    header: dict[str, Any] = {}
-    offset = 0
-    for name in sorted(tensors):
-        assert tensors[name].dtype == torch.float32, name
-        end = offset + tensors[name].numel() * 4
-        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    put(len(text).to_bytes(8, "little") + text)
-    for name in sorted(tensors):
-        put(memoryview(tensors[name].detach().cpu().contiguous().reshape(-1).numpy()).cast("B"))
+    entries = {}
+    try:
+        for file in tensors:
+            numbers = memoryview(memory).cast("B")[file.offset : file.offset + file.bytes]
+            entries[file.name] = _write_file(folder / file.name, [write_header(file.tensors), numbers])
+        for name, text in texts.items():
+            entries[name] = _write_file(folder / name, [text.encode()])
+        for name, source in copies.items():
+            entries[name] = _write_file(folder / name, [Path(source).read_bytes()])
+    except OSError as error:
+        raise _failed(error, folder) from error
+    return entries
 
 
-def _publish(temporary: Path, target: Path) -> None:
-    if target.exists():  # a damaged one that training has now passed again
-        _discard(target)
-    os.rename(temporary, target)
-    sync_directory(target.parent)
-    write_atomic(target.parent / LATEST, target.name + "\n")
+def small_files(index: str, state: Mapping[str, Any], config: str, tokenizer: Path) -> dict[str, dict[str, str]]:
+    """`texts` and `copies` for `write_files`: what a checkpoint holds beside tensors. `tokenizer`: its folder."""
+    return {
+        "texts": {
+            INDEX_FILE: index,
+            reader.STATE_FILE: json.dumps(state, indent=2, sort_keys=True) + "\n",
+            reader.CONFIG_FILE: config,
+        },
+        "copies": {
+            f"{reader.TOKENIZER_FOLDER}/{path.name}": str(path)
+            for path in sorted(Path(tokenizer).iterdir())
+            if path.is_file()
+        },
+    }
+
+
+def publish(temporary: Path, target: Path, step: int, files: Entries) -> None:
+    """Turn the folder, with all `files` in it, into the checkpoint `target`. SaveFailed."""
+    try:
+        for name, entry in files.items():
+            if (temporary / name).stat().st_size != entry["bytes"]:
+                raise SaveFailed(f"{temporary / name} is not as long as it was written. {REMEDY}")
+        manifest = {"format": reader.FORMAT, "step": step, "files": files}
+        text = json.dumps(manifest, indent=2, sort_keys=True).encode()
+        entry = _write_file(temporary / reader.MANIFEST_FILE, [text])
+        sync_path(temporary / reader.TOKENIZER_FOLDER)
+        sync_path(temporary)
+        _write_file(temporary / reader.COMPLETE_FILE, [entry["sha256"].encode() + b"\n"])
+        sync_path(temporary)
+        if target.exists():  # a damaged one that training has now passed again
+            _discard(target)
+        os.rename(temporary, target)
+        sync_path(target.parent)
+        write_atomic(target.parent / LATEST, target.name + "\n")
+    except OSError as error:
+        raise _failed(error, temporary) from error
+
+
+def _write_file(path: Path, parts: list[bytes | memoryview]) -> dict[str, Any]:
+    """Write a new file, force it to the disk, and return its size and SHA-256."""
+    digest, size = hashlib.sha256(), 0
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        for part in parts:
+            for start in range(0, len(part), BLOCK):
+                block = part[start : start + BLOCK]
+                digest.update(block)
+                write_all(handle, block)
+                size += len(block)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _failed(error: OSError, temporary: Path) -> SaveFailed:
+    if isinstance(error, FileNotFoundError):
+        return SaveFailed(
+            f"{error.filename} is not there. Is the run folder on a file system that all machines of the job share?"
+        )
+    return SaveFailed(f"{temporary} could not be written: {error.strerror or error}. {REMEDY}")
 
 
 def _discard(folder: Path) -> None:
@@ -168,7 +188,8 @@ def clean(run_folder: Path) -> None:
     folder = Path(run_folder) / reader.CHECKPOINTS
     for pattern in (".tmp-*", ".trash-*", f".{LATEST}.*"):
         for path in folder.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            # Writers of a launch that is just ending may still be at work in it.
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def retain(run_folder: Path, keep: int, best: bool) -> list[Path]:
@@ -176,7 +197,7 @@ def retain(run_folder: Path, keep: int, best: bool) -> list[Path]:
 
     Those that are not whole are left for people to look at. Returns what was removed.
     """
-    whole = [folder for folder in reader.checkpoint_folders(run_folder) if _looks_whole(folder)]
+    whole = [folder for folder in reader.checkpoint_folders(run_folder) if looks_whole(folder)]
     kept = set(whole[:keep])
     if best:
         scores = {folder: evaluation_nll(folder) for folder in whole}
@@ -190,10 +211,11 @@ def retain(run_folder: Path, keep: int, best: bool) -> list[Path]:
 
 def has_whole(run_folder: Path) -> bool:
     """Whether the run has a checkpoint that looks whole (sizes, not hashes)."""
-    return any(_looks_whole(folder) for folder in reader.checkpoint_folders(run_folder))
+    return any(looks_whole(folder) for folder in reader.checkpoint_folders(run_folder))
 
 
-def _looks_whole(folder: Path) -> bool:
+def looks_whole(folder: Path) -> bool:
+    """Whether marker, manifest and sizes are right (hashes are not compared)."""
     try:
         reader.verify(folder, hashes=False)
     except (CheckpointError, OSError, ValueError):

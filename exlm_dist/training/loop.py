@@ -38,7 +38,7 @@ def train(config: RunConfig) -> int:
 
     session = None
     try:
-        session = Session(config, processes.start(config.launch))
+        session = Session(config, processes.start(config.launch, config.parallel))
         code = run(session, interruption)
         session.disband()
         processes.finish()
@@ -59,18 +59,20 @@ def run(session: Session, interruption: Interruption) -> int:
         return EXIT_DONE
     if session.step and session.evaluation is None and session.evaluation_is_due():
         session.evaluate()  # the signal that ended the last launch left no time for it
-    pace = Pace(session.expected_save_seconds())
+    pace = Pace()
     while session.step < config.schedule.steps:
         with pace.phase("step"):
             session.train_step()
+            session.attend_save()
         heartbeat.enter("step")
         last = session.step == config.schedule.steps
-        due = {"evaluation": session.evaluation_is_due(), "save": session.save_is_due()}
-        stop = interruption.agreed(session.process, pace.seconds_to_safety(due)) and not last
-        if due["evaluation"] and not stop:
+        evaluate, save = session.evaluation_is_due(), session.save_is_due()
+        ahead = pace.until_next_edge(evaluate) + session.seconds_to_save(due=save)
+        stop = interruption.agreed(session.process, ahead) and not last
+        if evaluate and not stop:
             with pace.phase("evaluation"):
                 session.evaluate()
-        if due["save"] or stop:
+        if save or stop:
             with pace.phase("save"):
                 session.save(needed=stop or last)
         if stop:

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from exlm_dist.model.block import Block
 from exlm_dist.model.build import LanguageModel
-from exlm_dist.model.objective import evaluate_masked, loss_sum
+from exlm_dist.model.objective import loss_sum, masked_scores
 from exlm_dist.model.stream import Stream
 
 
@@ -28,20 +28,9 @@ class Objective(nn.Module):
         With `is_masked` [N] the scores are [nll sum, correct, count] over the masked tokens, under the dropout of
         training.
         """
-        if is_masked is None:
-            return *loss_sum(self.run(stream), self.reduction), None
-        result: list[Stream] = []
-
-        def run(stream: Stream) -> Stream:
-            # evaluate_masked runs without gradients; the pass itself needs them, and is made only once.
-            with torch.enable_grad():
-                result.append(self.run(stream))
-            return result[0]
-
-        scores = evaluate_masked(run, stream, is_masked)
-        return *loss_sum(result[0], self.reduction), torch.stack(
-            [scores.nll.float(), scores.correct.float(), scores.count.float()]
-        )
+        result = self.run(stream.replace(predict=is_masked is not None))
+        scores = None if is_masked is None else masked_scores(result, is_masked).stacked()
+        return *loss_sum(result, self.reduction), scores
 
     def run(self, stream: Stream) -> Stream:
         """All layers."""

@@ -1,11 +1,11 @@
-"""How long the parts of this run take, so that it can stop in time."""
+"""How long the parts of this run take, so that it can stop in time, and where it is, for the watchdog."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from exlm_dist.launch import heartbeat
 
@@ -14,31 +14,24 @@ RECENT = 100
 
 
 class Pace:
-    """Measures phases of the loop and tells the watchdog which one the rank is in."""
+    """Measures the phases of the loop."""
 
-    def __init__(self, expected_save: float) -> None:
-        """`expected_save`: seconds to assume for a save until one was measured."""
-        self._steps: deque[float] = deque(maxlen=RECENT)
-        self._longest = {"save": 0.0, "evaluation": 0.0}
-        self._expected_save = expected_save
+    def __init__(self) -> None:
+        self._seconds: dict[str, deque[float]] = {}
         self._started = False
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Be in phase `name` (step, save, evaluation) inside. The first step, which compiles, belongs to `start`."""
+        compiles = not self._started and name == "step"
         begun = time.monotonic()
-        with heartbeat.phase(name) if name != "step" or self._started else contextlib.nullcontext():
+        with contextlib.nullcontext() if compiles else heartbeat.phase(name):
             yield
-        seconds = time.monotonic() - begun
-        if name != "step":
-            self._longest[name] = max(self._longest[name], seconds)
-        elif self._started:
-            self._steps.append(seconds)
         self._started = True
+        if not compiles:
+            self._seconds.setdefault(name, deque(maxlen=RECENT)).append(time.monotonic() - begun)
 
-    def seconds_to_safety(self, due: Mapping[str, bool]) -> float:
-        """Seconds until the next step edge is behind us and saved, if the loop goes on now; `due`: what comes before that
-        step."""
-        save = self._longest["save"] or self._expected_save
-        before = save * due["save"] + self._longest["evaluation"] * due["evaluation"]
-        return before + max(self._steps, default=0.0) + save
+    def until_next_edge(self, evaluate: bool) -> float:
+        """Seconds from a step edge to the next one, by the slowest of late; `evaluate`: an evaluation comes before."""
+        parts = ["step", "evaluation"] if evaluate else ["step"]
+        return sum(max(self._seconds.get(name, [0.0])) for name in parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import platform
@@ -9,11 +10,10 @@ import subprocess
 from pathlib import Path
 
 import exlm_dist
-from exlm_dist.config import RunConfig, dump_config
-
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions that may decide the bits of a result."""
     return {
@@ -23,9 +23,10 @@ def versions() -> dict[str, str]:
     }
 
 
+@functools.cache
 def git_commit() -> str:
     """Commit of the checkout this package runs from, `+` appended where it was altered; empty for an installed
-    package."""
+    package. Looked at once: what is running is what was imported."""
     root = Path(exlm_dist.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return ""
@@ -42,6 +43,6 @@ def _git(root: Path, *arguments: str) -> str:
     ).stdout.strip()
 
 
-def config_hash(config: RunConfig) -> str:
-    """SHA-256 of the resolved configuration."""
-    return hashlib.sha256(dump_config(config).encode()).hexdigest()
+def config_hash(text: str) -> str:
+    """SHA-256 of the resolved configuration as it is dumped."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -6,28 +6,31 @@ import math
 from pathlib import Path
 from typing import Any
 
-from exlm_dist.config import RunConfig, check_world, config_difference, dump_config
+from exlm_dist.config import RunConfig, check_vocabulary, check_world, config_difference, dump_config
 from exlm_dist.data.loader import Loader, eval_batches
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.data.tokenizer import load_tokenizer
 from exlm_dist.launch import heartbeat
 from exlm_dist.model import checkpoint_reader as reader
-from exlm_dist.model.scoring import Totals, score
+from exlm_dist.model.checkpoint_tensors import TensorReader
+from exlm_dist.model.scoring import Totals
 from exlm_dist.parallel.process import Process
 from exlm_dist.tracking import EVENTS, EventLog, Tracker
 from exlm_dist.training import checkpoint, checkpoint_files, provenance
-from exlm_dist.training.engine import Engine, working_dtype
+from exlm_dist.training.checkpoint_writer import DISK, LOST, VALUES
+from exlm_dist.training.engine import Engine, build_engine, working_dtype
 from exlm_dist.training.observers import Meter, Progress
 from exlm_dist.training.run_folder import LOCK_PATIENCE, RunFolder, difference_table
 from exlm_dist.training.sample_log import SampleLog
-from exlm_dist.training.step import optimizer_step, to_stream
+from exlm_dist.training.saving import Saved, Saver, WriterLost
+from exlm_dist.training.step import optimizer_step
 from exlm_dist.utils.errors import CheckpointError, RunStopped
 from exlm_dist.utils.logs import get_logger
 
 #: Seconds that sending the last events to MLflow may take at the end of a launch, by how it ended.
 SENDING = {"FINISHED": 30.0, "KILLED": 5.0, "FAILED": 3.0}
-#: Bytes per second of a slow shared file system, hashing included.
-SLOWEST_WRITE = 100e6
+#: A checkpoint in bytes, and bytes per second of a slow shared file system, hashing included.
+BYTES_PER_PARAMETER, SLOWEST_WRITE = 12, 100e6
 logger = get_logger(__name__)
 
 
@@ -37,13 +40,16 @@ class Session:
 
     def __init__(self, config: RunConfig, process: Process) -> None:
         self.config, self.process = config, process
+        self._config_text = dump_config(config)
         self._folder: RunFolder | None = None
         self._events: EventLog | None = None
         self._tracker: Tracker | None = None
         self._loader: Loader | None = None
         self._samples: SampleLog | None = None
+        self._saver: Saver | None = None
         self.engine: Engine | None = None
         self.step = 0
+        self._slowest_save = 0.0
         self.evaluation: dict[str, float] | None = None  # of the current step
 
     def open(self) -> bool:
@@ -59,6 +65,7 @@ class Session:
             if self.train_data.manifest["splits"]["valid"]["shards"]
             else None
         )
+        check_vocabulary(self.train_data.vocab_size, config.parallel.tensor)
         self.tokenizer = load_tokenizer(self.train_data.tokenizer_path)
         found = checkpoint.select(self.path, process)
         state = found[1] if found else {"step": 0, "progress": {}}
@@ -68,7 +75,16 @@ class Session:
         if self.step >= config.schedule.steps:
             return False
         self._loader = process.together(self._make_loader)
-        self.engine = Engine(config, process, self.train_data.vocab_size)
+        length = float(self.train_data.lengths.mean()) + 2
+        self.engine = build_engine(config, process, self.train_data.vocab_size, length)
+        self._saver = Saver(
+            self.path,
+            self.engine,
+            config.checkpoint,
+            config=self._config_text,
+            tokenizer=self.train_data.tokenizer_path,
+            log=self.path / EVENTS,
+        )
         if found:
             self._resume(*found)
         progress = Progress(**state["progress"])
@@ -78,17 +94,20 @@ class Session:
                 # The launch that wrote it may have been killed before it could say so.
                 self._log_checkpoint(found[0], self.step, self.evaluation)
             self._tracker = Tracker.start(self.path, config, self._events)
-        if config.tracking.samples:
-            self._samples = SampleLog(self.path, process.rank, process.world)
+        if config.tracking.samples and process.grid.speaks:
+            self._samples = SampleLog(self.path, process.grid.data.rank, process.grid.data.size)
         self.meter = Meter(config, process, self._events, progress)
         logger.info(
-            "%s: %s step %d of %d, %.1f M parameters, %d ranks x %d micro-batches of %d, ZeRO %d, %s on %s",
+            "%s: %s step %d of %d, %.1f M parameters, tensor %d x pipeline %d x data %d ranks, "
+            "%d micro-batches of %d on each, ZeRO %d, %s on %s",
             config.name,
             "continuing after" if found else "starting at",
             self.step,
             config.schedule.steps,
             self.engine.num_parameters / 1e6,
-            process.world,
+            config.parallel.tensor,
+            config.parallel.pipeline,
+            process.grid.data.size,
             self.engine.accumulation,
             config.batch.micro,
             self.engine.zero,
@@ -135,7 +154,7 @@ class Session:
         )
 
     def _packing(self) -> dict[str, Any]:
-        config, process = self.config, self.process
+        config, data = self.config, self.process.grid.data
         return {
             "masking": config.masking,
             "states": config.model.states,
@@ -144,16 +163,15 @@ class Session:
             "max_positions": config.model.max_positions,
             "bucket": config.data.bucket,
             "vocab_size": self.train_data.vocab_size,
-            "rank": process.rank,
-            "world": process.world,
+            "rank": data.rank,
+            "world": data.size,
         }
 
     def _resume(self, folder: Path, state: dict[str, Any]) -> None:
-        model, optimizer = reader.load_weights(folder, verified=True), reader.load_optimizer(folder, verified=True)
-        self.process.together(lambda: checkpoint.check(self.engine, model, optimizer))
-        batch = self._loader.step(self.step).micro_batches[0]
-        checkpoint.prime(self.engine, to_stream(batch, self.config, self.process.device))
-        checkpoint.put(self.engine, model, optimizer, state)
+        tensors = self.process.together(lambda: TensorReader(folder))
+        self.process.together(lambda: checkpoint.check(self._saver.index, tensors.index))
+        self.engine.prime(self._loader.step(self.step).micro_batches)
+        checkpoint.put(self.engine, tensors, state)
 
     def train_step(self) -> None:
         """One optimizer step."""
@@ -178,9 +196,9 @@ class Session:
 
     def evaluate(self) -> None:
         """nll and accuracy per masked token on the held-out split; all ranks take part."""
-        with self.meter.pause(), self.engine.plain_model() as model:
+        with self.meter.pause():
             batches = eval_batches(self.valid_data, sequences=self.config.evaluation.sequences, **self._packing())
-            mine = score(model, heartbeat.beating(batches), self.process.device)
+            mine = self.engine.evaluate(heartbeat.living(batches))
             sums = self.process.gather([mine.nll, mine.correct, mine.count]).sum(0).tolist()
             self.evaluation = Totals(*sums).means()
         if self._events is not None:
@@ -189,52 +207,60 @@ class Session:
             logger.info("step %d  held-out nll %.4f  accuracy %.4f per masked token", self.step, values["valid/nll"],
                         values["valid/accuracy"])
 
-    def expected_save_seconds(self) -> float:
-        """A careful guess for the first save of a launch; later ones are measured."""
-        return 12 * self.engine.num_parameters / SLOWEST_WRITE
-
     def save(self, *, needed: bool = False) -> None:
-        """Write a checkpoint. A full disk is only an alarm while an older checkpoint is there, unless this one is
-        `needed`."""
+        """Save the present state: begin it, or where it is `needed` or `checkpoint.asynchronous` is off, finish it.
+
+        A save that fails is only an alarm while an older checkpoint is there, unless this one is `needed`; else
+        SaveFailed or WriterLost, on every rank. RunStopped, as soon as it is seen, where a parameter is not finite.
+        """
         self.meter.judge()
         with self.meter.pause():
-            model, optimizer, scalars = checkpoint.take(self.engine)
-            failure = self.process.first_only(lambda: self._write(model, optimizer, scalars, needed))
-        if failure and self.process.is_first:
-            logger.error("%s Training goes on.", failure)
-            self._events.tags({f"save_failed_step_{self.step}": failure})
+            self._conclude(self._saver.wait(), needed=False)
+            failed = self._saver.start(self.step, self._state())
+            if failed or needed or not self.config.checkpoint.asynchronous:
+                self._conclude(failed or self._saver.wait(), needed)
 
-    def _write(
-        self, model: checkpoint.Tensors, optimizer: checkpoint.Tensors, scalars: dict[str, Any], needed: bool
-    ) -> str | None:
-        """On rank 0. None, or why nothing was written."""
-        broken = next(checkpoint.not_finite(model), None)
-        if broken is not None:
-            raise RunStopped(
-                f"parameter {broken} is not finite after step {self.step}; it was not saved. "
-                "Lower optimizer.lr or set optimizer.clip, and go on from an older checkpoint."
-            )
-        self._events.flush()
-        try:
-            folder = checkpoint_files.write_checkpoint(
-                self.path,
-                self.step,
-                model=model,
-                optimizer=optimizer,
-                state=self._state(scalars),
-                config=dump_config(self.config),
-                tokenizer=self.train_data.tokenizer_path,
-            )
-        except checkpoint_files.DiskFull as error:
-            if needed or not checkpoint_files.has_whole(self.path):
-                raise
-            return str(error)
-        self._log_checkpoint(folder, self.step, self.evaluation)
-        removed = checkpoint_files.retain(self.path, self.config.checkpoint.keep, self.config.checkpoint.best)
-        logger.info(
-            "step %d saved%s", self.step, f"; removed {', '.join(folder.name for folder in removed)}" if removed else ""
+    def seconds_to_save(self, *, due: bool) -> float:
+        """Seconds until the state after the next step could be on disk, that step not counted; `due`: a save comes
+        before. As the slowest save of this launch; before there was one, as on a slow file system."""
+        one = self._slowest_save or BYTES_PER_PARAMETER * self.engine.num_parameters / SLOWEST_WRITE
+        return one * (2 if due or self._saver.busy else 1)
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._saver.busy
+
+    def attend_save(self) -> None:
+        """At a step edge: see whether a save under way is done."""
+        self._conclude(self._saver.attend(), needed=False)
+
+    def _conclude(self, saved: Saved | None, needed: bool) -> None:
+        if saved is None:
+            return
+        self._slowest_save = max(self._slowest_save, saved.seconds)
+        if saved.failure is not None:
+            older = self.process.first_only(lambda: checkpoint_files.has_whole(self.path))
+            if needed or not older or saved.kind == VALUES:
+                error = {DISK: checkpoint_files.SaveFailed, LOST: WriterLost, VALUES: RunStopped}[saved.kind]
+                raise error(f"step {saved.step} was not saved: {saved.failure}")
+        if self._events is not None:
+            self._report(saved)
+
+    def _report(self, saved: Saved) -> None:
+        """On rank 0."""
+        if saved.failure is not None:
+            logger.error("step %d was not saved: %s Training goes on.", saved.step, saved.failure)
+            self._events.tags({f"save_failed_step_{saved.step}": saved.failure})
+            return
+        self._log_checkpoint(saved.folder, saved.step, saved.evaluation)
+        self._events.metrics(
+            saved.step, {"checkpoint/stall_seconds": saved.stall, "checkpoint/seconds": saved.seconds}
         )
-        return None
+        if saved.alarm:
+            logger.error("%s", saved.alarm)
+        removed = f"; removed {', '.join(saved.removed)}" if saved.removed else ""
+        logger.info("step %d saved in %.1f s, training waited %.2f s%s", saved.step, saved.seconds, saved.stall, removed)
 
     def _log_checkpoint(self, folder: Path, step: int, evaluation: dict[str, float] | None) -> None:
         """Log the evaluation of a checkpoint as a child run that names the checkpoint; a second time does nothing."""
@@ -242,21 +268,23 @@ class Session:
             tags = {"split": "valid", "tokens": int(evaluation["tokens"]), **reader.reference(folder)}
             self._events.child_run("evaluation", step, _valid_metrics(evaluation), tags)
 
-    def _state(self, scalars: dict[str, Any]) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         config, engine = self.config, self.engine
         return {
             "step": self.step,
             "seed": config.seed,
             "evaluation": self.evaluation,
             "progress": vars(self.meter.progress),
-            **scalars,
+            **checkpoint.scalars(engine),
             **self._fingerprints(),
-            "config_hash": provenance.config_hash(config),
+            "config_hash": provenance.config_hash(self._config_text),
             "versions": provenance.versions(),
             "git_commit": provenance.git_commit(),
             "parameters": engine.num_parameters,
             "layout": {
                 "world": self.process.world,
+                "tensor": config.parallel.tensor,
+                "pipeline": config.parallel.pipeline,
                 "zero": engine.zero,
                 "dtype": str(engine.dtype).removeprefix("torch."),
                 "micro": config.batch.micro,
@@ -276,6 +304,8 @@ class Session:
             self._loader.close()
         if self._samples is not None:
             self._samples.close()
+        if self._saver is not None:
+            self._saver.close()
         if self._tracker is not None:
             self._tracker.close(status, timeout=SENDING[status])
         if self._events is not None:

@@ -1,4 +1,4 @@
-"""One optimizer step: the micro-batches of this rank, their loss over the global denominator, the update."""
+"""One optimizer step and what it leaves to be reported."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import numpy as np
 import torch
 
 from exlm_dist.config.schema import RunConfig
-from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.loader import StepBatches
-from exlm_dist.model.stream import Stream
 from exlm_dist.training.engine import Engine
 from exlm_dist.training.schedule import learning_rate
-from exlm_dist.utils.seeding import seed_from
 
 
 @dataclass(frozen=True)
@@ -30,30 +27,16 @@ class StepResult:
     padding_share: float
 
 
-def to_stream(batch: PackedBatch, config: RunConfig, device: torch.device) -> Stream:
-    """A micro-batch on the device, with the key of its dropout masks: a pure function of the seed and its place in the
-    run."""
-    return Stream.from_batch(batch, device, dropout_seed=seed_from(config.seed, "dropout", batch.step, batch.index))
-
-
 def optimizer_step(engine: Engine, batches: StepBatches, config: RunConfig, *, scored: bool) -> StepResult:
     """Run one step. The loss is divided by the sequences (or targets) of the global batch, so that any split of it
-    into ranks
-    and micro-batches gives the same gradient. `scored`: also measure nll and accuracy on the last micro-batch."""
-    device = engine.process.device
+    into ranks and micro-batches gives the same gradient. `scored`: also measure nll and accuracy on the last
+    micro-batch."""
     denominator = batches.num_sequences if config.loss.reduction == "sequence" else batches.num_targets
     rate = learning_rate(batches.step, config.optimizer.lr, config.schedule)
     engine.set_learning_rate(rate)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    invalid, scores = [], None
-    for batch in batches.micro_batches:
-        last = batch is batches.micro_batches[-1]
-        is_masked = torch.from_numpy(batch.is_masked).to(device) if scored and last else None
-        loss, left_out, scores = engine.forward(to_stream(batch, config, device), is_masked, last=last)
-        engine.backward(loss / denominator)
-        total += loss.detach() / denominator
-        invalid.append((batch.sample_ids, left_out))
-    norm = engine.step()
+    done = engine.train(batches.micro_batches, denominator, scored=scored)
+    invalid = [(batch.sample_ids, left_out) for batch, left_out in zip(batches.micro_batches, done.invalid)]
+    sizes = replace(batches, micro_batches=[])
     return StepResult(
-        batches.step, total, invalid, scores, norm, rate, replace(batches, micro_batches=[]), batches.padding_share
+        batches.step, done.loss, invalid, done.scores, done.grad_norm, rate, sizes, batches.padding_share
     )

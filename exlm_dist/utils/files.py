@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 
-def sync_directory(path: Path) -> None:
-    """Flush the directory entry table of `path`, so that a rename in it survives a power cut."""
+def sync_path(path: Path) -> None:
+    """Force to the disk what has been written to a file, or the entries of a directory (so that a rename in it survives a
+    power cut)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -18,19 +19,27 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
+def write_all(handle: int, data: bytes | memoryview) -> None:
+    """Write all of `data` to an open file; a disk that fills up meanwhile is an OSError."""
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[os.write(handle, rest) :]
+
+
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Replace the file at `path` by `content` in one step: readers see the old or the new one, never a part."""
-    data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            write_all(handle, content.encode() if isinstance(content, str) else content)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    sync_path(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from made_run import make_data
-from parallel.harness import RankFailed, run_processes
+from made_run import make_data, write_initial_checkpoint
+from parallel.harness import RankFailed, on_ranks, run_processes
 from training_runs import _before_step, _train, final_hashes, log_of, tiny, train_on
 
 from exlm_dist.config import dump_config
+from exlm_dist.launch.restart import newest_step
 from exlm_dist.model import checkpoint_reader as reader
 from exlm_dist.utils.errors import EXIT_DONE, EXIT_SAVED
 
@@ -23,6 +25,14 @@ from exlm_dist.utils.errors import EXIT_DONE, EXIT_SAVED
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return make_data(tmp_path_factory.mktemp("data") / "prepared")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    """A run that nothing interrupted."""
+    config = tiny(tmp_path_factory.mktemp("undisturbed"), "run", data)
+    assert train_on(config, 2) == [EXIT_DONE] * 2
+    return config
 
 
 def stopped_in_a_step(rank, settings):
@@ -58,7 +68,75 @@ def test_a_stopped_rank_ends_the_run_with_its_name_and_all_stacks(hang, words, d
     assert caught.value.codes == [-signal.SIGKILL] * 2
     text = log_of(config)
     assert all(word in text for word in words) and "distributed_c10d.py" in text and "cannot show its stack" in text
-    assert reader.step_of(reader.newest_checkpoint(tmp_path / "hang")) == 4
+
+
+def signals_in_a_save(rank, settings):
+    """USR1 when the save of step 8 begins, TERM while its numbers are copied, TERM again when it has been given away."""
+    from exlm_dist.training import checkpoint
+    from exlm_dist.training.session import Session
+
+    save, copy_out, saved = Session.save, checkpoint.copy_out, []
+
+    def signalled_save(session, **keywords):
+        saved.append(session.step)
+        if rank == 1 and session.step == 8:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        save(session, **keywords)
+        if rank == 1 and session.step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def signalled_copy(*arguments):
+        if rank == 1 and saved[-1] == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return copy_out(*arguments)
+
+    Session.save, checkpoint.copy_out = signalled_save, signalled_copy
+    code = _train(rank, settings, None)
+    return code, saved
+
+
+def test_signals_in_the_middle_of_a_save(data, undisturbed, tmp_path):
+    config = tiny(tmp_path, "signals", data)
+    assert run_processes(signals_in_a_save, 2, config.model_dump(), timeout=60) == [(EXIT_SAVED, [4, 8, 9])] * 2
+    assert reader.step_of(reader.newest_checkpoint(tmp_path / "signals")) == 9
+    assert train_on(config, 2) == [EXIT_DONE] * 2
+    assert final_hashes(config) == final_hashes(undisturbed)
+
+
+@pytest.mark.parametrize("content", ["", "step-00000199\n", "\0garbage"])
+def test_the_pointer_to_the_latest_checkpoint_is_never_followed(content, data, tmp_path):
+    config = tiny(tmp_path, "pointer", data)
+    (tmp_path / "pointer").mkdir()
+    folder = write_initial_checkpoint(config, tmp_path / "pointer")
+    (folder.parent / "latest").write_text(content)
+    assert reader.newest_checkpoint(tmp_path / "pointer") == folder and newest_step(tmp_path / "pointer") == 100
+
+
+def chosen(process, folders):
+    from exlm_dist.training import checkpoint
+
+    found = checkpoint.select(Path(folders[process.rank]), process)
+    return found[0].name, found[1]["step"]
+
+
+def test_ranks_that_see_different_checkpoints_take_the_same_one(undisturbed, tmp_path):
+    """As with folders that are not shared: rank 1 lacks the newest."""
+    whole, other = Path(undisturbed.runs) / "run", tmp_path / "other"
+    shutil.copytree(whole, other)
+    shutil.rmtree(other / "checkpoints/step-00000012")
+    assert on_ranks(chosen, 2, [str(whole), str(other)]) == [("step-00000008", 8)] * 2
+
+
+def count_files(rank, settings):
+    counts = {}
+    _before_step(lambda step: counts.setdefault(step, len(os.listdir("/proc/self/fd"))))
+    return _train(rank, settings, None), counts
+
+
+def test_open_files_do_not_grow_with_the_steps(data, tmp_path):
+    config = tiny(tmp_path, "files", data, schedule={"steps": 60})
+    (ended, counts), = run_processes(count_files, 1, config.model_dump(), timeout=60)
+    assert ended == EXIT_DONE and max(counts[step] for step in range(50, 60)) <= max(counts[step] for step in range(10))
 
 
 def slow_steps(rank, settings):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import full_state
 from made_run import make_data
 from parallel.harness import on_ranks
 from training_runs import tiny
@@ -22,8 +23,7 @@ def first_step(process, settings):
     """(gradients by name, loss, samples of this rank) of step 0, through the engine's own optimizer state."""
     from exlm_dist.data.loader import Loader
     from exlm_dist.data.shards import ShardDataset
-    from exlm_dist.training import checkpoint
-    from exlm_dist.training.engine import Engine
+    from exlm_dist.training.engine import build_engine
     from exlm_dist.training.step import optimizer_step
 
     config = RunConfig.model_validate(settings)
@@ -43,17 +43,17 @@ def first_step(process, settings):
         world=process.world,
         prefetch=0,
     )
-    engine = Engine(config, process, dataset.vocab_size)
+    engine = build_engine(config, process, dataset.vocab_size, 20.0)
     batches = loader.step(0)
     samples = sorted(int(sample) for batch in batches.micro_batches for sample in batch.sample_ids)
     result = optimizer_step(engine, batches, config, scored=False)
     loss = float(process.gather([float(result.loss)]).sum())
-    _, moments, _ = checkpoint.take(engine)
+    state = full_state(engine)
     norm = float(result.grad_norm)
     engine.close()
     gradients = {
-        name: value.numpy() / (1 - config.optimizer.beta1)
-        for name, value in moments.items()
+        name: value / (1 - config.optimizer.beta1)
+        for name, value in state.items()
         if name.startswith("exp_avg.")
     }
     return gradients, loss, samples, norm

@@ -17,7 +17,7 @@ from exlm_dist.config import RunConfig
 from exlm_dist.model import checkpoint_reader as reader
 from exlm_dist.tracking import read_events
 from exlm_dist.training.run_folder import RunFolder
-from exlm_dist.utils.errors import EXIT_DATA, EXIT_DONE, EXIT_RETRY, EXIT_STOP, EXIT_USAGE
+from exlm_dist.utils.errors import EXIT_DATA, EXIT_DONE, EXIT_RETRY, EXIT_SAVED, EXIT_STOP, EXIT_USAGE
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,10 @@ def flip_a_bit(path: Path, place: float = 0.5) -> None:
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path):
     config = copy_of(finished, tmp_path)
-    flip_a_bit(tmp_path / "finished/checkpoints/step-00000012/model.safetensors")
+    flip_a_bit(tmp_path / "finished/checkpoints/step-00000012/model-00001.safetensors")
     assert train_on(config, 2) == [EXIT_DONE] * 2
     assert final_hashes(config) == final_hashes(finished)
-    assert "step-00000012" in (text := log_of(config)) and "model.safetensors is damaged" in text
+    assert "step-00000012" in (text := log_of(config)) and "model-00001.safetensors is damaged" in text
 
 
 def test_all_checkpoints_damaged(finished, tmp_path):
@@ -219,24 +219,70 @@ def test_disk_full_at_the_first_save(data, tmp_path):
     assert codes == [EXIT_STOP] and "MB are free" in text
 
 
+@pytest.mark.parametrize(
+    "rank, point, why", [(1, "fsync:1:error", "No space left on device"), (1, "write:3:kill", "exit code -9")]
+)
+def test_a_writer_that_fails_is_an_alarm_and_nothing_is_published(rank, point, why, data, finished, tmp_path):
+    """At its first save in a launch that has an older checkpoint: that of step 8 is missing, step 12 is there."""
+    config = tiny(tmp_path, "writer", data, evaluation={"every": 0})
+    assert train_on(config, 2, ("signal", 0, 5, signal.SIGTERM)) == [EXIT_SAVED] * 2
+    assert train_on(config, 2, ("writer", rank, point)) == [EXIT_DONE] * 2
+    steps = [reader.step_of(folder) for folder in reader.checkpoint_folders(tmp_path / "writer")]
+    assert steps == [12, 6] and f"step 8 was not saved: rank {rank}: " in (text := log_of(config)) and why in text
+    assert not list((tmp_path / "writer/checkpoints").glob(".t*"))
+    assert final_hashes(config) == final_hashes(finished)
+    tags = [event["values"] for event in read_events(tmp_path / "writer/events.jsonl") if event["kind"] == "tags"]
+    assert any(why in values.get("save_failed_step_8", "") for values in tags)
+
+
+def test_a_writer_that_is_lost_after_the_rename_has_published(data, finished, tmp_path):
+    config = tiny(tmp_path, "writer", data, evaluation={"every": 0})
+    assert train_on(config, 2, ("writer", 0, "replace:1:kill")) == [EXIT_DONE] * 2
+    assert "exit code -9" in (text := log_of(config)) and "was not saved" not in text
+    steps = [reader.step_of(folder) for folder in reader.checkpoint_folders(tmp_path / "writer")]
+    assert steps == [12, 8] and final_hashes(config) == final_hashes(finished)
+
+
+def test_a_writer_that_hangs_at_the_last_save_ends_the_run_within_the_limit(data, tmp_path):
+    config = tiny(tmp_path, "hang", data, checkpoint={"every": 100, "timeout": 2}, launch={"timeout": 60})
+    text, codes = failure_of(config, 2, _train, ("writer", 1, "fsync:1:hang"))
+    assert codes == [EXIT_RETRY] * 2
+    assert "step 12 was not saved: rank 1" in text and "did not finish within checkpoint.timeout, 2 s" in text
+    assert not reader.checkpoint_folders(tmp_path / "hang")
+
+
+def test_the_next_save_waits_for_the_former(data, tmp_path):
+    """The writer of rank 0 takes a second for one file of step 4: training is at step 8 by then, and waits."""
+    config = tiny(tmp_path, "slow", data, evaluation={"every": 0})
+    assert run_processes(_train, 2, config.model_dump(), ("slow", 0, "fsync:1:slow"), timeout=60) == [EXIT_DONE] * 2
+    steps = [reader.step_of(folder) for folder in reader.checkpoint_folders(tmp_path / "slow")]
+    assert steps == [12, 8] and "not saved" not in log_of(config)
+
+
 def poisoned(rank, settings):
-    """A parameter becomes infinite after step 3."""
-    from exlm_dist.training.engine import Engine
+    """A parameter of rank 1 becomes infinite after step 3."""
+    from exlm_dist.training.engine import PlainEngine
 
-    plain, count = Engine.step, {"steps": 0}
+    plain, count = PlainEngine.train, {"steps": 0}
 
-    def step(engine):
-        norm = plain(engine)
+    def train(engine, *arguments, **keywords):
+        result = plain(engine, *arguments, **keywords)
         count["steps"] += 1
-        if count["steps"] == 4:
-            engine.parameters[2][1].data.fill_(float("inf"))
-        return norm
+        if count["steps"] == 4 and rank == 1:
+            engine.parameters[-1].parameter.data.fill_(float("inf"))
+        return result
 
-    Engine.step = step
+    PlainEngine.train = train
     return _train(rank, settings, None)
 
 
-def test_parameters_that_are_not_finite_are_never_saved(data, tmp_path):
-    text, codes = failure_of(tiny(tmp_path, "poison", data, parallel={"zero": 0}), 1, poisoned)
-    assert codes == [EXIT_STOP] and "is not finite after step 4" in text
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_parameters_that_are_not_finite_are_never_saved(asynchronous, data, tmp_path):
+    """Beside training, the sequences that have no likelihood with such parameters may stop the run first."""
+    checkpoint = {"every": 4, "asynchronous": asynchronous}
+    text, codes = failure_of(
+        tiny(tmp_path, "poison", data, parallel={"zero": 0}, checkpoint=checkpoint), 2, poisoned
+    )
+    assert codes == [EXIT_STOP] * 2
+    assert "is not finite after step 4" in text or (asynchronous and "have no finite likelihood" in text)
     assert not reader.checkpoint_folders(tmp_path / "poison")

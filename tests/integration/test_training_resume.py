@@ -47,12 +47,15 @@ def test_sigkill_then_the_same_bits(zero, dtype, data, whole, tmp_path):
     assert final_hashes(config) == final_hashes(whole(zero, dtype))
 
 
-@pytest.mark.parametrize("call, number", [("fsync", 1), ("fsync", 4), ("rename", 1), ("fsync", 9), ("replace", 1)])
-def test_sigkill_inside_a_save(call, number, data, whole, tmp_path):
+@pytest.mark.parametrize(
+    "rank, call, number",
+    [(0, "fsync", 1), (1, "fsync", 2), (0, "write", 9), (0, "rename", 1), (0, "fsync", 9), (0, "replace", 1)],
+)
+def test_sigkill_inside_a_save(rank, call, number, data, whole, tmp_path):
     """The second save (step 8) dies at that system call: the first is still there, or the second is whole already."""
     config = tiny(tmp_path, "killed", data)
     assert train_on(config, 2, ("step", 0, 5))[0] == -signal.SIGKILL
-    assert train_on(config, 2, ("call", 0, call, number))[0] == -signal.SIGKILL
+    assert train_on(config, 2, ("writer", rank, f"{call}:{number}:rank"))[rank] == -signal.SIGKILL
     left = reader.newest_checkpoint(tmp_path / "killed")
     assert reader.step_of(left) in (4, 8)
     assert train_on(config, 2) == [EXIT_DONE] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 from collections.abc import Mapping
@@ -13,6 +14,9 @@ from parallel.harness import RankFailed, run_processes
 
 from exlm_dist.config import RunConfig
 from exlm_dist.model import checkpoint_reader as reader
+
+
+CRASH_POINTS = Path(__file__).resolve().parents[1] / "crash_points"
 
 
 def tiny(runs: Path, name: str, data: Path, **sections: Any) -> RunConfig:
@@ -46,13 +50,13 @@ def tiny(runs: Path, name: str, data: Path, **sections: Any) -> RunConfig:
 
 def train_on(config: RunConfig, world: int, death: tuple | None = None, *, timeout: float = 90.0) -> list[int]:
     """Exit codes of `train(config)` on `world` real processes. `death`: ("step", rank, n) kills a rank before its step
-    n with
-    SIGKILL, ("call", rank, name, n) at the n-th time it calls os.`name` while saving; ("signal", rank, n, number)
-    sends a signal."""
+    n with SIGKILL; ("signal", rank, n, number) sends a signal; ("writer", rank, point) is for the process that writes
+    its checkpoints: see tests/crash_points/sitecustomize.py. "slow" is the same for a writer that lags behind."""
     try:
         return run_processes(_train, world, config.model_dump(), death, timeout=timeout)
     except RankFailed as failure:
         if death is not None and death[0] != "signal":
+            print(failure)  # shown where the test then fails
             return failure.codes
         raise
 
@@ -64,8 +68,13 @@ def _train(rank: int, settings: dict[str, Any], death: tuple | None) -> int:
     # The server that the ranks are forked from has kept the standard error of the first test.
     os.dup2(os.open(f"{settings['runs']}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
     configure_logging("WARNING")
+    if death is not None and death[0] != "slow":
+        _finish_saves_before_steps()
     if death is not None and death[1] == rank:
-        {"step": _die_at_step, "call": _die_at_call, "signal": _signal_at_step}[death[0]](*death[2:])
+        if death[0] in ("writer", "slow"):
+            _crash_writer(settings["runs"], death[2])
+        else:
+            {"step": _die_at_step, "signal": _signal_at_step}[death[0]](*death[2:])
     return train(RunConfig.model_validate(settings))
 
 
@@ -81,6 +90,19 @@ def _before_step(action: Any) -> None:
     Session.train_step = train_step
 
 
+def _finish_saves_before_steps() -> None:
+    """So that a death at step n finds the save of an earlier step done: these steps take milliseconds."""
+    from exlm_dist.training.session import Session
+
+    plain = Session.attend_save
+
+    def attend_save(session: Session) -> None:
+        while session.saving:
+            plain(session)
+
+    Session.attend_save = attend_save
+
+
 def _die_at_step(number: int) -> None:
     _before_step(lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == number else None)
 
@@ -89,29 +111,11 @@ def _signal_at_step(number: int, which: int) -> None:
     _before_step(lambda step: os.kill(os.getpid(), which) if step == number else None)
 
 
-def _die_at_call(name: str, number: int) -> None:
-    """Counts only calls made inside `write_checkpoint`."""
-    from exlm_dist.training import checkpoint_files
-
-    plain_write, plain_call = checkpoint_files.write_checkpoint, getattr(os, name)
-    calls = {"inside": False, "count": 0}
-
-    def call(*arguments: Any, **keywords: Any) -> Any:
-        if calls["inside"]:
-            calls["count"] += 1
-            if calls["count"] == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return plain_call(*arguments, **keywords)
-
-    def write(*arguments: Any, **keywords: Any) -> Path:
-        calls["inside"] = True
-        try:
-            return plain_write(*arguments, **keywords)
-        finally:
-            calls["inside"] = False
-
-    setattr(os, name, call)
-    checkpoint_files.write_checkpoint = write
+def _crash_writer(runs: str, point: str) -> None:
+    file = Path(runs) / "crash_point"
+    file.write_text(point)
+    os.environ["EXLM_CRASH_POINT"] = str(file)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(CRASH_POINTS), os.environ.get("PYTHONPATH", "")])
 
 
 def log_of(config: RunConfig) -> str:
@@ -120,7 +124,7 @@ def log_of(config: RunConfig) -> str:
 
 
 def final_hashes(config: RunConfig) -> dict[str, str]:
-    """SHA-256 of parameters and of optimizer state after the last step."""
+    """SHA-256 of every parameter and moment after the last step; the layout that wrote them plays no part."""
     folder = Path(config.runs) / config.name / reader.CHECKPOINTS / f"step-{config.schedule.steps:08d}"
-    files = reader.verify(folder)["files"]
-    return {name: files[name]["sha256"] for name in (reader.MODEL_FILE, reader.OPTIMIZER_FILE)}
+    tensors = reader.load_weights(folder) | reader.load_optimizer(folder)
+    return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in sorted(tensors.items())}

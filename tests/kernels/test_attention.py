@@ -91,6 +91,20 @@ def test_dropout_is_a_function_of_the_seed():
     np.testing.assert_allclose((sums.detach()[..., 0] * 40 * 0.75).numpy(), counts.numpy(), atol=1e-9)
 
 
+def test_heads_held_apart_have_the_masks_of_all(form, monkeypatch):
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 300)  # so that the heads decide how many sequences go together
+    qkv, angles, starts, longest = example([5, 5, 5, 3, 5], heads=6)
+    whole = attention(*qkv, angles, starts, longest, dropout=0.3, seed=3)
+    grads = torch.autograd.grad(whole.square().sum(), qkv)
+    for heads in (slice(0, 1), slice(1, 4), slice(4, 6)):
+        part = [tensor[:, heads].detach().requires_grad_() for tensor in qkv]
+        place = {"first_head": heads.start, "all_heads": 6}
+        out = attention(*part, angles, starts, longest, dropout=0.3, seed=3, **place)
+        torch.testing.assert_close(out, whole[:, heads], rtol=0, atol=1e-14)
+        for ours, all_heads in zip(torch.autograd.grad(out.square().sum(), part), grads):
+            torch.testing.assert_close(ours, all_heads[:, heads], rtol=0, atol=1e-13)
+
+
 def test_large_scores_stay_finite():
     qkv, angles, starts, longest = example([6, 9], dtype=torch.float32)
     out = attention(qkv[0] * 200, qkv[1] * 200, qkv[2], angles, starts, longest)
@@ -182,6 +196,7 @@ def test_scores_use_the_rotation():
         ({"max_tokens": 3}, ["4", "3"]),
         ({"cu_tokens": torch.tensor([0, 4, 9])}, ["9", "8"]),
         ({"dropout": 1.0}, ["1.0"]),
+        ({"first_head": 3, "all_heads": 4}, ["3 to 4", "4 heads"]),
     ],
 )
 def test_wrong_arguments_are_named(change, numbers):

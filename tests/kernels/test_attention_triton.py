@@ -184,7 +184,7 @@ def kept_weights(seed: int, sequence: int, head: int, count: int, share: float) 
     return (mixed(rows[:, None] + place * gamma & 0xFFFFFFFF) >> 8) >= round(share * 2**24)
 
 
-def masked_attention(case: Problem, share: float, seed: int) -> list[Tensor]:
+def masked_attention(case: Problem, share: float, seed: int, first_head: int = 0) -> list[Tensor]:
     """Output and gradients with the mask applied by hand, in fp64."""
     parts = [part.double().detach().requires_grad_() for part in case.qkv.unbind(2)]
     q, k = (naive_rotate(part, case.angles) for part in parts[:2])
@@ -192,7 +192,8 @@ def masked_attention(case: Problem, share: float, seed: int) -> list[Tensor]:
     for sequence, (begin, length) in enumerate(zip(starts_of(case.lengths).tolist(), case.lengths)):
         own = slice(begin, begin + length)
         scores = torch.einsum("ihp,jhp->hij", q[own], k[own]) * q.shape[-1] ** -0.5
-        keep = torch.stack([kept_weights(seed, sequence, head, length, share) for head in range(q.shape[1])])
+        heads = range(first_head, first_head + q.shape[1])
+        keep = torch.stack([kept_weights(seed, sequence, head, length, share) for head in heads])
         weights = scores.softmax(-1) * keep.to(DEVICE) / (1 - round(share * 2**24) / 2**24)
         rows.append(torch.einsum("hij,jhp->ihp", weights, parts[2][own]))
     out = torch.cat(rows)
@@ -208,6 +209,13 @@ def test_dropout_forward_and_backward_agree_and_tiles_do_not_matter(
     use(monkeypatch, Plan(chosen, chosen, chosen))
     case, seed = Problem([7, 35], width=32, heads=2), (1 << 63) + 12345
     for got, want in zip(case.run("triton", dropout=0.3, seed=seed), masked_attention(case, 0.3, seed)):
+        assert float((got - want).norm() / want.norm()) < BOUNDS[torch.float32]
+
+
+def test_heads_held_apart_have_the_masks_of_all() -> None:
+    case, share = Problem([7, 19], width=32, heads=2), {"dropout": 0.3, "seed": 9}
+    found = case.run("triton", **share, first_head=5, all_heads=8)
+    for got, want in zip(found, masked_attention(case, 0.3, 9, first_head=5)):
         assert float((got - want).norm() / want.norm()) < BOUNDS[torch.float32]
 
 

@@ -22,9 +22,10 @@ def leaves(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator).to(DEVICE).requires_grad_() for shape in shapes]
 
 
-def mask(rows: int, width: int, dropout: float, seed: int = SEED) -> torch.Tensor:
+def mask(rows: int, width: int, dropout: float, seed: int = SEED, first_row: int = 0) -> torch.Tensor:
     """What the Triton form multiplies a branch by."""
-    return dropout_add(torch.ones(rows, width, device=DEVICE), None, dropout=dropout, seed=seed, backend="triton")
+    key = {"dropout": dropout, "seed": seed, "first_row": first_row}
+    return dropout_add(torch.ones(rows, width, device=DEVICE), None, **key, backend="triton")
 
 
 @pytest.mark.parametrize("rows,width", [(1, 1), (3, 48), (7, 64), (2, 1030)])
@@ -79,6 +80,22 @@ def test_mask_is_a_pure_function_with_the_right_share(dropout):
         assert abs((centred.flatten()[lag:] * centred.flatten()[:-lag]).mean().item()) < 0.02
     for other in (SEED + 1, SEED ^ (1 << 45)):
         assert abs((centred * (mask(64, 1024, dropout, other) == 0)).mean().item()) < 0.02
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_rows_held_apart_have_the_mask_of_all(backend):
+    key = {"dropout": 0.25, "seed": SEED, "backend": backend}
+    inputs = leaves((11, 30), (11, 30), (30,), (30,))
+    hidden, normed = add_norm(*inputs, eps=1e-5, **key)
+    grads = torch.autograd.grad((hidden * normed).sum(), inputs[:2])
+    for rows in (slice(0, 3), slice(3, 8), slice(8, 11)):
+        part = [tensor[rows].detach().requires_grad_() for tensor in inputs[:2]]
+        own = add_norm(*part, *inputs[2:], eps=1e-5, **key, first_row=rows.start)
+        torch.testing.assert_close(own, (hidden[rows], normed[rows]))
+        for ours, all_rows in zip(torch.autograd.grad((own[0] * own[1]).sum(), part), grads):
+            torch.testing.assert_close(ours, all_rows[rows])
+        alone = dropout_add(part[0], None, **key, first_row=rows.start)
+        torch.testing.assert_close(alone, dropout_add(inputs[0], None, **key)[rows])
 
 
 def test_gelu_gradient():

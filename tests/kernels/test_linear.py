@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,6 +84,33 @@ def test_no_rows_give_no_rows_and_zero_gradients():
 def test_same_values_on_every_call():
     layer, x = Linear(256, 192), torch.randn(333, 256)
     assert torch.equal(layer(x), layer(x))
+
+
+def test_ever_new_shapes_do_not_fill_the_memory():
+    """oneDNN's own limits would keep code and scratch space of all of them."""
+    code = """
+import torch
+from pathlib import Path
+from exlm_dist.kernels.linear import linear
+
+def held():
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in line)
+
+weights = [torch.randn(size, 256, requires_grad=True) for size in (768, 1024)]
+
+def step(rows):
+    for weight in weights:
+        linear(torch.randn(rows, 256, requires_grad=True), weight).sum().backward()
+
+for rows in range(400, 440):
+    step(rows)
+before = held()
+for rows in range(440, 640):
+    step(rows)
+print((held() - before) / 1024)
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert float(printed.stdout) < 100  # MiB; 600 without limits
 
 
 def test_without_onednn_torch_multiplies(monkeypatch):

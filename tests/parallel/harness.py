@@ -19,7 +19,15 @@ from typing import Any
 
 from exlm_dist.launch.local import free_port
 
-PRELOAD = ["torch", "torch._dynamo", "deepspeed", "safetensors.torch", "exlm_dist.training.session"]
+PRELOAD = [
+    "torch",
+    "torch._dynamo",
+    "deepspeed",
+    "safetensors.torch",
+    "exlm_dist.training.session",
+    "exlm_dist.parallel.tensor",
+    "exlm_dist.parallel.pipeline",
+]
 #: Seconds the others get to end by themselves once one rank has failed.
 GRACE = 4.0
 

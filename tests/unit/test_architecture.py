@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "launch": BASE,
     "tracking": BASE,
     "model": BASE | {"kernels", "data", "parallel"},
+    "planning": BASE | {"model"},
     "training": BASE | {"kernels", "data", "parallel", "launch", "tracking", "model"},
     "evaluation": BASE | {"kernels", "data", "parallel", "tracking", "model"},
     "analysis": BASE | {"kernels", "data", "tracking", "model", "evaluation"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from exlm_dist.kernels.attention.mask import DropoutMask
 from exlm_dist.kernels.checks import work_dtype
 
 # Attention weights held at a time, in elements: few enough to stay in the cache of a CPU core.
@@ -28,21 +30,21 @@ class _Block:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, *, dropout: float, seed: int
+    q: Tensor, k: Tensor, v: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, mask: DropoutMask
 ) -> Tensor:
     """See `exlm_dist.kernels.attention.attention`."""
-    return _Attention.apply(q, k, v, angles, cu_tokens, max_tokens, dropout, seed)
+    return _Attention.apply(q, k, v, angles, cu_tokens, max_tokens, mask)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, angles, cu_tokens, max_tokens, dropout, seed):
+    def forward(ctx, q, k, v, angles, cu_tokens, max_tokens, mask):
         ctx.save_for_backward(q, k, v, angles, cu_tokens)
-        ctx.settings = (max_tokens, dropout, seed)
-        noise = _Dropout(dropout, seed, q.device)
+        ctx.settings = (max_tokens, mask)
+        noise = _Dropout(mask, q)
         turn = _Rotation(angles, work_dtype(q), q.shape[-1] ** -0.5)
         out = _Output(q)
-        for block in _blocks(cu_tokens, max_tokens, q.shape[1]):
+        for block in _blocks(cu_tokens, max_tokens, mask.all_heads):
             weights = _weights(turn.query(_read(q, block), block), turn.key(_read(k, block), block), block)
             kept = noise.draw(weights)
             if kept is not None:
@@ -54,11 +56,11 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out):
         q, k, v, angles, cu_tokens = ctx.saved_tensors
-        max_tokens, dropout, seed = ctx.settings
-        noise = _Dropout(dropout, seed, q.device)
+        max_tokens, mask = ctx.settings
+        noise = _Dropout(mask, q)
         turn = _Rotation(angles, work_dtype(q), q.shape[-1] ** -0.5)
         grads = _Output(q), _Output(k), _Output(v)
-        for block in _blocks(cu_tokens, max_tokens, q.shape[1]):
+        for block in _blocks(cu_tokens, max_tokens, mask.all_heads):
             query, key = turn.query(_read(q, block), block), turn.key(_read(k, block), block)
             value, grad = _read(v, block), _read(grad_out, block)
             weights = _weights(query, key, block)
@@ -67,7 +69,7 @@ class _Attention(torch.autograd.Function):
             grads[0].write(block, turn.back_query(_multiply(grad_scores, key), block))
             grads[1].write(block, turn.back_key(_multiply(grad_scores.mT, query), block))
             grads[2].write(block, grad_value)
-        return *(grad.packed(noise.scale) for grad in grads), *[None] * 5
+        return *(grad.packed(noise.scale) for grad in grads), *[None] * 4
 
 
 def _back_through_weights(
@@ -191,21 +193,24 @@ class _Rotation:
 class _Dropout:
     """Masks of attention weights drawn in block order from one generator, so that backward draws the same ones.
 
-    16 random bits per weight: the share kept is a multiple of 2^-16 and the scale is its exact inverse.
+    16 random bits per weight: the share kept is a multiple of 2^-16 and the scale is its exact inverse. The numbers of
+    all heads of the layer are drawn and those of other ranks let go, so that a head has one mask wherever it is held.
     """
 
-    def __init__(self, share: float, seed: int, device: torch.device) -> None:
-        self._dropped = min(round(share * 65536), 65535)
+    def __init__(self, mask: DropoutMask, query: Tensor) -> None:
+        self._dropped = min(round(mask.share * 65536), 65535)
         self.scale = 65536 / (65536 - self._dropped)
+        self._all, self._heads = mask.all_heads, slice(mask.first_head, mask.first_head + query.shape[1])
         self._generator = None
         if self._dropped:
-            self._generator = torch.Generator(device).manual_seed(seed)
+            self._generator = torch.Generator(query.device).manual_seed(mask.seed)
 
     def draw(self, weights: Tensor) -> Tensor | None:
         """Bool mask of the weights that stay, shaped as `weights`; None where nothing is dropped."""
         if self._generator is None:
             return None
-        count = weights.numel()
+        shape = (len(weights), self._all, *weights.shape[2:])
+        count = math.prod(shape)
         words = torch.empty(-(-count // 4), dtype=torch.int64, device=weights.device)
         words.random_(-(2**63), None, generator=self._generator)
-        return words.view(torch.int16)[:count].view(weights.shape) >= self._dropped - 32768
+        return words.view(torch.int16)[:count].view(shape)[:, self._heads] >= self._dropped - 32768

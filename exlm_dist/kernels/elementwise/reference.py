@@ -12,8 +12,13 @@ from torch.autograd import Function
 _LANES = 1 << 16
 
 
-def keep_mask(shape: torch.Size, probability: float, seed: int, device: torch.device) -> tuple[Tensor, float]:
+def keep_mask(
+    shape: torch.Size, probability: float, seed: int, device: torch.device, first_row: int = 0
+) -> tuple[Tensor, float]:
     """Boolean mask (True: keep) and the factor that makes what is kept unbiased.
+
+    With `first_row` the mask is that of rows first_row.. of a taller tensor: the numbers of the rows before are drawn
+    and let go.
 
     Each 64-bit random number serves four elements; the probability is thereby rounded to 1/65536, and the factor is the
     inverse of the rounded one, so that the expectation is exact. On a CPU this is about five times faster than drawing
@@ -21,9 +26,10 @@ def keep_mask(shape: torch.Size, probability: float, seed: int, device: torch.de
     """
     dropped = min(round(probability * _LANES), _LANES - 1)
     generator = torch.Generator(device).manual_seed(seed)
-    count = shape.numel()
-    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
-    keep = words.view(torch.int16)[:count].view(shape) >= dropped - _LANES // 2
+    first = first_row * shape[1:].numel()
+    stop = first + shape.numel()
+    words = torch.empty((stop + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    keep = words.view(torch.int16)[first:stop].view(shape) >= dropped - _LANES // 2
     return keep, _LANES / (_LANES - dropped)
 
 
@@ -47,19 +53,31 @@ class _DropoutAdd(Function):
         return grad_x, grad if ctx.has_residual else None, None, None
 
 
-def dropout_add(branch: Tensor, residual: Tensor | None, *, dropout: float, seed: int) -> Tensor:
+def dropout_add(
+    branch: Tensor, residual: Tensor | None, *, dropout: float, seed: int, first_row: int
+) -> Tensor:
     """See `exlm_dist.kernels.elementwise.dropout_add`."""
     if dropout == 0.0:
         return branch if residual is None else residual + branch
-    keep, scale = keep_mask(branch.shape, dropout, seed, branch.device)
+    keep, scale = keep_mask(branch.shape, dropout, seed, branch.device, first_row)
     return _DropoutAdd.apply(branch, residual, keep, scale)
 
 
 def add_norm(
-    branch: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor, *, eps: float, dropout: float, seed: int
+    branch: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    dropout: float,
+    seed: int,
+    first_row: int,
 ) -> tuple[Tensor, Tensor]:
     """See `exlm_dist.kernels.elementwise.add_norm`."""
-    hidden = residual if branch is None else dropout_add(branch, residual, dropout=dropout, seed=seed)
+    hidden = residual
+    if branch is not None:
+        hidden = dropout_add(branch, residual, dropout=dropout, seed=seed, first_row=first_row)
     return hidden, F.layer_norm(hidden, (hidden.shape[-1],), weight, bias, eps)
 
 

@@ -1,7 +1,8 @@
 """Triton form of what lies between the matrix products: tensors are read once and written once, no mask is kept.
 
-Whether an element of a dropped tensor stays is a hash of (seed, row, column): the backward pass, or a second forward
-pass, makes the same mask again. Letters: R rows (tokens), W width. Names: o_ offsets, b_ loaded tile, m_ mask.
+Whether an element of a dropped tensor stays is a hash of (seed, first_row + row, column): the backward pass, a second
+forward pass, or another rank that holds other rows of the same tensor, makes the same mask again. Letters: R rows
+(tokens), W width. Names: o_ offsets, b_ loaded tile, m_ mask.
 Gradients of the norm's weight and bias are summed by a fixed number of programs, then over these in a fixed order.
 """
 
@@ -41,13 +42,13 @@ def _kept(seed_low, seed_high, row, o_column, dropped):
     return (word >> 8).to(tl.int32) >= dropped
 
 
-@triton.jit(do_not_specialize=["rows", "seed_low", "seed_high", "dropped"])
+@triton.jit(do_not_specialize=["rows", "first_row", "seed_low", "seed_high", "dropped"])
 def add_norm_kernel(
     branch, residual,  # [R, W] in; either may be absent
     weight, bias,  # [W] in
     hidden, normed,  # [R, W] out: residual + dropout(branch), and its LayerNorm
     mean, scale,  # [R] fp32 out: of the LayerNorm
-    rows, seed_low, seed_high, dropped, dropout_scale, eps,
+    rows, first_row, seed_low, seed_high, dropped, dropout_scale, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     BRANCH: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +63,8 @@ def add_norm_kernel(
     if BRANCH:
         b_branch = tl.load(branch + o_out, mask=inside, other=0.0).to(tl.float32)
         if DROPOUT:
-            b_branch = tl.where(_kept(seed_low, seed_high, row, o_column, dropped), b_branch * dropout_scale, 0.0)
+            kept = _kept(seed_low, seed_high, first_row + row, o_column, dropped)
+            b_branch = tl.where(kept, b_branch * dropout_scale, 0.0)
         b_sum = (b_sum + b_branch).to(hidden.dtype.element_ty)
         tl.store(hidden + o_out, b_sum, mask=inside)
         b_sum = b_sum.to(tl.float32)
@@ -78,13 +80,13 @@ def add_norm_kernel(
         tl.store(scale + row, b_scale)
 
 
-@triton.jit(do_not_specialize=["rows", "seed_low", "seed_high", "dropped"])
+@triton.jit(do_not_specialize=["rows", "first_row", "seed_low", "seed_high", "dropped"])
 def add_norm_gradient_kernel(
     hidden, weight, mean, scale,  # as `add_norm_kernel` left them
     grad_normed, grad_hidden,  # [R, W] in; the second may be absent
     grad_residual, grad_branch,  # [R, W] out
     weight_sums, bias_sums,  # [programs, W] fp32 out
-    rows, seed_low, seed_high, dropped, dropout_scale,
+    rows, first_row, seed_low, seed_high, dropped, dropout_scale,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BRANCH: tl.constexpr, PASSED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """One program: rows program, program + programs, ...; grad_branch only if it differs from grad_residual."""
@@ -110,7 +112,7 @@ def add_norm_gradient_kernel(
         b_grad = b_grad.to(grad_residual.dtype.element_ty)
         tl.store(grad_residual + o_row, b_grad, mask=inside)
         if BRANCH and DROPOUT:
-            kept = _kept(seed_low, seed_high, tl.cast(row, tl.int32), o_column, dropped)
+            kept = _kept(seed_low, seed_high, first_row + tl.cast(row, tl.int32), o_column, dropped)
             b_branch = tl.where(kept, b_grad.to(tl.float32) * dropout_scale, 0.0)
             tl.store(grad_branch + o_row, b_branch.to(grad_branch.dtype.element_ty), mask=inside)
     o_sum = program * WIDTH + o_column
@@ -131,16 +133,24 @@ def gelu_gradient_kernel(grad, x, activated, elements, BLOCK: tl.constexpr):
     tl.store(grad + o_out, (b_grad * b_slope).to(grad.dtype.element_ty), mask=inside)
 
 
-def dropout_add(branch: Tensor, residual: Tensor | None, *, dropout: float, seed: int) -> Tensor:
+def dropout_add(branch: Tensor, residual: Tensor | None, *, dropout: float, seed: int, first_row: int) -> Tensor:
     """See `exlm_dist.kernels.elementwise.dropout_add`."""
-    return _DropoutAdd.apply(branch, residual, dropout, seed)
+    return _DropoutAdd.apply(branch, residual, (dropout, seed, first_row))
 
 
 def add_norm(
-    branch: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor, *, eps: float, dropout: float, seed: int
+    branch: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    dropout: float,
+    seed: int,
+    first_row: int,
 ) -> tuple[Tensor, Tensor]:
     """See `exlm_dist.kernels.elementwise.add_norm`."""
-    return _AddNorm.apply(branch, residual, weight, bias, eps, dropout, seed)
+    return _AddNorm.apply(branch, residual, weight, bias, eps, (dropout, seed, first_row))
 
 
 def gelu_gradient_(grad: Tensor, x: Tensor) -> Tensor:
@@ -153,19 +163,19 @@ def gelu_gradient_(grad: Tensor, x: Tensor) -> Tensor:
 
 class _DropoutAdd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, branch, residual, dropout, seed):
-        ctx.key, ctx.has_residual = (dropout, seed), residual is not None
-        return _dropped(branch, residual, dropout, seed)
+    def forward(ctx, branch, residual, key):
+        ctx.key, ctx.has_residual = key, residual is not None
+        return _dropped(branch, residual, key)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _dropped(grad, None, *ctx.key), grad if ctx.has_residual else None, None, None
+        return _dropped(grad, None, ctx.key), grad if ctx.has_residual else None, None
 
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, branch, residual, weight, bias, eps, dropout, seed):
+    def forward(ctx, branch, residual, weight, bias, eps, key):
         residual = residual.contiguous()
         rows, width = residual.shape
         hidden = residual if branch is None else torch.empty_like(residual)
@@ -173,9 +183,9 @@ class _AddNorm(torch.autograd.Function):
         mean, scale = torch.empty((2, rows), dtype=torch.float32, device=residual.device)
         if branch is not None:
             branch = branch.contiguous()
-        _forward(branch, residual, weight, bias, hidden, normed, mean, scale, eps, dropout, seed)
+        _forward(branch, residual, weight, bias, hidden, normed, mean, scale, eps, key)
         ctx.save_for_backward(hidden, weight, mean, scale)
-        ctx.settings = (branch is not None, dropout, seed)
+        ctx.settings = (branch is not None, key)
         ctx.set_materialize_grads(False)
         # Without a branch the residual itself goes on, so that both its gradients meet in one pass over the memory.
         return hidden, normed
@@ -184,14 +194,14 @@ class _AddNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_hidden, grad_normed):
         hidden, weight, mean, scale = ctx.saved_tensors
-        has_branch, dropout, seed = ctx.settings
+        has_branch, key = ctx.settings
         rows, width = hidden.shape
         if grad_normed is None:
             grad_normed = torch.zeros_like(hidden)
         programs = max(1, min(PROGRAMS, rows))
         sums = torch.empty((2, programs, width), dtype=torch.float32, device=hidden.device)
         grad_residual = torch.empty_like(hidden)
-        dropped = has_branch and dropout > 0
+        dropped = has_branch and key[0] > 0
         grad_branch = torch.empty_like(hidden) if dropped else grad_residual
         launch(
             add_norm_gradient_kernel,
@@ -199,40 +209,40 @@ class _AddNorm(torch.autograd.Function):
             {"hidden": hidden, "weight": weight, "mean": mean, "scale": scale, "grad_normed": grad_normed.contiguous(),
              "grad_hidden": None if grad_hidden is None else grad_hidden.contiguous(), "grad_residual": grad_residual,
              "grad_branch": grad_branch, "weight_sums": sums[0], "bias_sums": sums[1], "rows": rows,
-             **_key(dropout, seed)},
+             **_key(*key)},
             {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "BRANCH": has_branch,
-             "PASSED": grad_hidden is not None, "DROPOUT": dropout > 0},
+             "PASSED": grad_hidden is not None, "DROPOUT": key[0] > 0},
             warps=_warps(width),
         )  # fmt: skip
         grad_weight, grad_bias = sums.sum(1).to(weight.dtype)
-        return grad_branch if has_branch else None, grad_residual, grad_weight, grad_bias, None, None, None
+        return grad_branch if has_branch else None, grad_residual, grad_weight, grad_bias, None, None
 
 
-def _dropped(branch: Tensor, residual: Tensor | None, dropout: float, seed: int) -> Tensor:
+def _dropped(branch: Tensor, residual: Tensor | None, key: tuple[float, int, int]) -> Tensor:
     branch = branch.contiguous()
     out = torch.empty_like(branch)
     residual = None if residual is None else residual.contiguous()
-    _forward(branch, residual, None, None, out, None, None, None, 0.0, dropout, seed)
+    _forward(branch, residual, None, None, out, None, None, None, 0.0, key)
     return out
 
 
-def _forward(branch, residual, weight, bias, hidden, normed, mean, scale, eps, dropout, seed) -> None:
+def _forward(branch, residual, weight, bias, hidden, normed, mean, scale, eps, key) -> None:
     rows, width = hidden.shape
     launch(
         add_norm_kernel,
         (rows,),
         {"branch": branch, "residual": residual, "weight": weight, "bias": bias, "hidden": hidden, "normed": normed,
-         "mean": mean, "scale": scale, "rows": rows, **_key(dropout, seed), "eps": eps},
+         "mean": mean, "scale": scale, "rows": rows, **_key(*key), "eps": eps},
         {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "BRANCH": branch is not None,
-         "RESIDUAL": residual is not None, "NORM": normed is not None, "DROPOUT": dropout > 0},
+         "RESIDUAL": residual is not None, "NORM": normed is not None, "DROPOUT": key[0] > 0},
         warps=_warps(width),
     )  # fmt: skip
 
 
-def _key(dropout: float, seed: int) -> dict[str, int | float]:
+def _key(dropout: float, seed: int, first_row: int) -> dict[str, int | float]:
     """Arguments that decide the mask. The share that is dropped is rounded to 2^-24, and the scale made to fit."""
     dropped = round(dropout * 2**DROP_BITS)
-    return {"seed_low": _signed(seed), "seed_high": _signed(seed >> 32), "dropped": dropped,
+    return {"first_row": first_row, "seed_low": _signed(seed), "seed_high": _signed(seed >> 32), "dropped": dropped,
             "dropout_scale": 2**DROP_BITS / (2**DROP_BITS - dropped)}  # fmt: skip
 
 

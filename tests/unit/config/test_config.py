@@ -102,7 +102,6 @@ def test_base_is_laid_under(write):
         (["--masking.keep", "0.6", "--masking.random", "0.5"], ["more than 1"]),
         (["--schedule.warmup", "10"], ["schedule.warmup 10", "schedule.steps 10"]),
         (["--batch.sequences", "100", "--batch.micro", "32"], ["100", "32", "Nearest: batch.sequences 96"]),
-        (["--parallel.tensor", "2"], ["parallel.tensor 2", "Set parallel.tensor 1"]),
     ],
 )
 def test_settings_that_contradict_each_other(write, overrides, words):
@@ -122,7 +121,7 @@ def test_world_that_does_not_divide_the_batch(write):
     config = load_config(write(MINIMAL), ["--batch.sequences", "96", "--batch.micro", "32"])
     check_world(config, 3)
     with pytest.raises(
-        ConfigError, match=r"96 is not a multiple of 2 ranks x batch.micro 32 = 64.*64 or 128; or batch.micro 24"
+        ConfigError, match=r"96 is not a multiple of 2 data-parallel ranks x batch.micro 32 = 64.*64 or 128; or batch.micro 24"
     ):
         check_world(config, 2)
 
@@ -147,7 +146,7 @@ def test_difference_names_only_what_decides_the_result(write):
 @pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
 def test_shipped_configurations_load(path):
     config = load_config(path)
-    check_world(config, config.launch.processes)
+    check_world(config, config.local_processes)
     assert path.stem in (config.name, config.name.removeprefix("ablation_"))
 
 

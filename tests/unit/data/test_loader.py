@@ -221,9 +221,9 @@ def test_close_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(("batch", "micro", "world", "words"), [
-    (100, 8, 4, ["batch.sequences 100", "4 ranks x batch.micro 8 = 32", "96 or 128", "or batch.micro 5"]),
-    (10, 4, 1, ["batch.sequences 10", "1 ranks x batch.micro 4 = 4", "8 or 12", "or batch.micro 5"]),
-    (3, 4, 2, ["batch.sequences 3", "2 ranks x batch.micro 4 = 8", "fit: batch.sequences 8."]),
+    (100, 8, 4, ["batch.sequences 100", "4 data-parallel ranks x batch.micro 8 = 32", "96 or 128", "or batch.micro 5"]),
+    (10, 4, 1, ["batch.sequences 10", "1 data-parallel ranks x batch.micro 4 = 4", "8 or 12", "or batch.micro 5"]),
+    (3, 4, 2, ["batch.sequences 3", "2 data-parallel ranks x batch.micro 4 = 8", "fit: batch.sequences 8."]),
 ])
 def test_batch_that_does_not_divide(batch: int, micro: int, world: int, words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:

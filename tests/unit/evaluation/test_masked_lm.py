@@ -12,6 +12,7 @@ from made_run import make_config, make_data, make_run, write_initial_checkpoint
 
 from exlm_dist.evaluation.masked_lm import Evaluation, evaluate_checkpoint
 from exlm_dist.model import checkpoint_reader as reader
+from exlm_dist.model.checkpoint_tensors import model_file
 from exlm_dist.tracking import read_events
 from exlm_dist.utils.errors import CheckpointError, ConfigError, DataError
 
@@ -88,12 +89,12 @@ def test_mask_ratio_is_checked(run, ratio):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, caplog):
     config = reader.read_config(run)
     newer = write_initial_checkpoint(config, run, step=200)
-    with open(newer / reader.MODEL_FILE, "r+b") as file:
+    with open(newer / model_file(0), "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\xff")
     assert evaluate_checkpoint(run, record=False).step == 100
     assert "step-00000200" in caplog.text and "damaged" in caplog.text
-    with pytest.raises(CheckpointError, match="model.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match="model-00000.safetensors is damaged"):
         evaluate_checkpoint(newer)
 
 
@@ -102,7 +103,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, caplog):
     [
         (lambda folder: (folder / "COMPLETE").unlink(), "no COMPLETE marker"),
         (lambda folder: (folder / "COMPLETE").write_text("0" * 64), "hash in COMPLETE"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda folder: (folder / model_file(0)).unlink(), "model-00000.safetensors is missing"),
         (lambda folder: (folder / "state.json").write_text("{}"), "bytes, not"),
     ],
 )

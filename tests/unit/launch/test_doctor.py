@@ -154,8 +154,8 @@ def test_what_ranks_report_is_judged(change, check, status, words):
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
 def test_ranks_that_cannot_start(config, tmp_path, capfd):
-    launch = config.launch.model_copy(update={"processes": 2, "device": "cuda"})
-    (finding,) = doctor_ranks.check_ranks(launch, tmp_path / "runs", nodes=False)
+    launch = config.launch.model_copy(update={"device": "cuda"})
+    (finding,) = doctor_ranks.check_ranks(launch, tmp_path / "runs", processes=2)
     assert finding.status == FAIL and "the ranks ended with code 2" in finding.text
     assert "torch sees no CUDA device" in capfd.readouterr().err
 

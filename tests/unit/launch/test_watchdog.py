@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -29,12 +30,12 @@ def beats(number):
 """
 
 
-def run(tmp_path: Path, code: str, ranks: int = 3) -> int:
+def run(tmp_path: Path, code: str, ranks: int = 3, first: str = "") -> int:
     environments = rank_environments(ranks, tmp_path)
     folder = tmp_path / "tmp"
     folder.mkdir(exist_ok=True)
     return supervise(
-        [sys.executable, "-c", RANK + code],
+        [sys.executable, "-c", "import os\n" + first + RANK + code],
         [{**environment, "TMPDIR": str(folder)} for environment in environments],
         grace=5.0,
     )
@@ -72,7 +73,7 @@ with heartbeat.phase('save'):
     def a_call_that_never_returns():
         ctypes.PyDLL(None).sleep(60)
     if rank == 2: a_call_that_never_returns()
-    heartbeat.beat()
+    heartbeat.beat(3)
     time.sleep(60)"""
     assert run(tmp_path, code) == EXIT_RETRY
     text = capfd.readouterr().err
@@ -83,7 +84,7 @@ def test_ranks_that_move_and_phases_without_a_limit_are_left_alone(tmp_path, cap
     code = """
 time.sleep(1.2)
 heartbeat.enter('step')
-for _ in heartbeat.beating(range(30)): time.sleep(0.05)
+for _ in heartbeat.living(range(30)): time.sleep(0.05)
 with heartbeat.phase('evaluation'): time.sleep(1.2)
 if rank == 0: heartbeat.stop()"""
     assert run(tmp_path, code) == 0
@@ -94,6 +95,32 @@ if rank == 0: heartbeat.stop()"""
 def test_it_ends_with_the_ranks_even_when_they_are_killed(tmp_path):
     assert run(tmp_path, "beats(3); os.kill(os.getpid(), signal.SIGKILL)") == EXIT_RETRY
     gone(tmp_path)
+
+
+def test_the_first_rank_may_die_at_once(tmp_path, capfd):
+    """Rank 0 is killed before it has done anything; the others still have a watchdog."""
+    code = """
+heartbeat.enter('step')
+time.sleep(60)"""
+    assert run(tmp_path, code, first="if os.environ['RANK'] == '0': os.kill(os.getpid(), 9)\n") == EXIT_RETRY
+    assert "ranks 1, 2 have stood still" in capfd.readouterr().err
+    gone(tmp_path)
+
+
+def test_what_killed_launches_left_is_swept_away(tmp_path):
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    born = watchdog.process_state(sleeper.pid)[1]
+    folders = {}
+    for name, pid, age in (("dead", 1 << 22, 100), ("alive", sleeper.pid, 100), ("new", 1 << 22, 0), ("mine", 1 << 22, 100)):
+        folders[name] = tmp_path / f"exlm-watch-0-{name}"
+        folders[name].mkdir()
+        (folders[name] / "rank-0.beat").write_bytes(watchdog.BEAT.pack(0, 0, 1, 0.0))
+        (folders[name] / "rank-0.json").write_text(json.dumps({"rank": 0, "pid": pid, "born": born, "error_file": ""}))
+        os.utime(folders[name], (time.time() - age,) * 2)
+    watchdog._sweep(folders["mine"])
+    sleeper.kill()
+    sleeper.wait()
+    assert {name for name, folder in folders.items() if folder.exists()} == {"alive", "new", "mine"}
 
 
 def rank_like(number: int, beats: int, pid: int = 0) -> watchdog.Rank:

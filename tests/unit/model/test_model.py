@@ -129,6 +129,17 @@ def test_bucket_padding_and_neighbours_change_nothing(changes):
     assert torch.allclose(alone.log_likelihood, whole[0].log_likelihood[:1], rtol=1e-12)
 
 
+def test_rows_up_to_a_multiple_change_nothing():
+    config = small()
+    stream = Stream.from_batch(batch_for(config))
+    aligned = stream.aligned(7)
+    assert len(stream.input_ids) % 7 and len(stream.state_index) % 7 and stream.aligned(1) is stream
+    assert len(aligned.input_ids) % 7 == len(aligned.state_index) % 7 == 0
+    model = build_model(config, VOCABULARY, seed=1).double()
+    first, second = (model(each).log_likelihood for each in (stream, aligned))
+    assert torch.allclose(first, second, rtol=1e-12)
+
+
 def test_recomputed_activations_give_the_same_gradient_with_dropout():
     config = small(dropout=0.2, attention_dropout=0.2)
     batch = batch_for(config)

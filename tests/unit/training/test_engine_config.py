@@ -6,11 +6,14 @@ import pytest
 import torch
 from made_run import make_config
 
+from exlm_dist.parallel.grid import Grid, Line
+from exlm_dist.parallel.layout import Layout
 from exlm_dist.parallel.process import Process, threads
 from exlm_dist.training.engine import adamw, deepspeed_config, working_dtype
 from exlm_dist.utils.errors import ConfigError
 
-CPU = Process(0, 2, 0, torch.device("cpu"), None)
+TWO_COPIES = Grid(Layout(data=2), tensor=(one := Line(0, 1, None)), pipeline=one, data=Line(0, 2, None), model=one)
+CPU = Process(0, 2, 0, torch.device("cpu"), None, TWO_COPIES)
 
 
 def config(tmp_path, **sections):

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from exlm_dist.kernels.attention.mask import DropoutMask
 from exlm_dist.kernels.attention.schedule import Range, plan
 from exlm_dist.kernels.attention.triton.backward import backward_keys, backward_queries
 from exlm_dist.kernels.attention.triton.forward import forward
@@ -25,19 +26,19 @@ DROP_BITS = 24
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, *, dropout: float, seed: int
+    q: Tensor, k: Tensor, v: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, mask: DropoutMask
 ) -> Tensor:
     """See `exlm_dist.kernels.attention.attention`. Head widths 32, 64, 96, 128; fp32, bf16, fp16; else ValueError."""
     _check(q)
-    return _Attention.apply(*_alike(q, k, v), angles, cu_tokens, max_tokens, dropout, seed)
+    return _Attention.apply(*_alike(q, k, v), angles, cu_tokens, max_tokens, mask)
 
 
 def attention_packed(
-    qkv: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, *, dropout: float, seed: int
+    qkv: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, mask: DropoutMask
 ) -> Tensor:
     """See `exlm_dist.kernels.attention.attention_packed`; limits as for `attention`."""
     _check(qkv)
-    return _Packed.apply(qkv if qkv.stride(-1) == 1 else qkv.contiguous(), angles, cu_tokens, max_tokens, dropout, seed)
+    return _Packed.apply(qkv if qkv.stride(-1) == 1 else qkv.contiguous(), angles, cu_tokens, max_tokens, mask)
 
 
 def _check(operand: Tensor) -> None:
@@ -50,8 +51,8 @@ def _check(operand: Tensor) -> None:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, angles, cu_tokens, max_tokens, dropout, seed):
-        ctx.call = _Call(q, angles, cu_tokens, max_tokens, dropout, seed)
+    def forward(ctx, q, k, v, angles, cu_tokens, max_tokens, mask):
+        ctx.call = _Call(q, angles, cu_tokens, max_tokens, mask)
         out, statistic = ctx.call.forward(q, k, v)
         ctx.save_for_backward(q, k, v, out, statistic)
         return out
@@ -61,14 +62,14 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_out):
         grads = torch.empty((3, *grad_out.shape), dtype=grad_out.dtype, device=grad_out.device)
         ctx.call.backward(*ctx.saved_tensors, grad_out, *grads)
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None
 
 
 class _Packed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, angles, cu_tokens, max_tokens, dropout, seed):
+    def forward(ctx, qkv, angles, cu_tokens, max_tokens, mask):
         q, k, v = qkv.unbind(2)
-        ctx.call = _Call(q, angles, cu_tokens, max_tokens, dropout, seed)
+        ctx.call = _Call(q, angles, cu_tokens, max_tokens, mask)
         out, statistic = ctx.call.forward(q, k, v)
         ctx.save_for_backward(qkv, out, statistic)
         return out
@@ -79,24 +80,25 @@ class _Packed(torch.autograd.Function):
         qkv, out, statistic = ctx.saved_tensors
         grads = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
         ctx.call.backward(*qkv.unbind(2), out, statistic, grad_out, *grads.unbind(2))
-        return grads, None, None, None, None, None
+        return grads, None, None, None, None
 
 
 class _Call:
     """What forward and backward of one call share: sizes, turning table, dropout, tiles."""
 
     def __init__(
-        self, q: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, dropout: float, seed: int
+        self, q: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, mask: DropoutMask
     ) -> None:
         self.tokens, self.heads, self.width = q.shape
         self.max_tokens = max(max_tokens, 1)
         self.sequences = len(cu_tokens) - 1
-        self.dropped = round(dropout * 2**DROP_BITS)
+        self.dropped = round(mask.share * 2**DROP_BITS)
         self.plan = plan(self.width, q.dtype.itemsize, self.dropped > 0, capability(q.device))
         self.arguments = {
             "table": _turns(angles), "cu": cu_tokens.contiguous(), "tokens": self.tokens, "sequences": self.sequences,
             "heads": self.heads, "stride": q.stride(0), "stride_head": q.stride(1),
-            "scale": self.width**-0.5 * LOG2_E, "seed_low": _signed(seed), "seed_high": _signed(seed >> 32),
+            "scale": self.width**-0.5 * LOG2_E, "first_head": mask.first_head,
+            "seed_low": _signed(mask.seed), "seed_high": _signed(mask.seed >> 32),
             "dropped": self.dropped, "dropout_scale": 2**DROP_BITS / (2**DROP_BITS - self.dropped),
         }  # fmt: skip
         half = self.width // 2

@@ -19,14 +19,14 @@ from exlm_dist.kernels.attention.triton.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "dropped", "lower", "upper"])
+@triton.jit(do_not_specialize=["first_head", "seed_low", "seed_high", "dropped", "lower", "upper"])
 def backward_queries(
     q, k, v, table, cu, out, grad_out, statistic,  # as in `forward`; grad_out contiguous
     delta,  # [H, T] fp32 out: sum of grad_out * out per row
     turned,  # [T, H, BP] out: q turned, for `backward_keys`
     grad_q,  # [T, H, P] out, strides (stride_grad, stride_grad_head, 1)
     tokens, sequences, heads, chunks, lower, upper, stride, stride_head, stride_grad, stride_grad_head,
-    scale, grad_scale, seed_low, seed_high, dropped, dropout_scale,
+    scale, grad_scale, first_head, seed_low, seed_high, dropped, dropout_scale,
     P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,7 @@ def backward_queries(
     b_stat = tl.load(statistic + row + o_query, mask=o_query < left, other=float("inf"))
     b_row_key = o_query
     if DROPOUT:
-        b_row_key = row_keys(seed_low, seed_high, sequence, head, chunk * BQ + o_query)
+        b_row_key = row_keys(seed_low, seed_high, sequence, first_head + head, chunk * BQ + o_query)
     b_gq = tl.zeros([BQ, BP], tl.float32)
     p_k = k + first * stride + head * stride_head
     p_v = v + first * stride + head * stride_head
@@ -80,12 +80,12 @@ def backward_queries(
     store_turned_back(p_gq, p_turn, b_gq * grad_scale, o_query, left, stride_grad, BQ, HALF, BH)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "dropped", "lower", "upper"])
+@triton.jit(do_not_specialize=["first_head", "seed_low", "seed_high", "dropped", "lower", "upper"])
 def backward_keys(
     turned, k, v, table, cu, grad_out, statistic, delta,  # turned and delta as `backward_queries` left them
     grad_k, grad_v,
     tokens, sequences, heads, chunks, lower, upper, stride, stride_head, stride_grad, stride_grad_head,
-    scale, grad_scale, seed_low, seed_high, dropped, dropout_scale,
+    scale, grad_scale, first_head, seed_low, seed_high, dropped, dropout_scale,
     P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -124,7 +124,7 @@ def backward_keys(
         b_grad = product(b_v, tl.trans(b_go), tl.zeros([BK, BQ], tl.float32))
         b_used = b_weight
         if DROPOUT:
-            b_row_key = row_keys(seed_low, seed_high, sequence, head, query + o_query)
+            b_row_key = row_keys(seed_low, seed_high, sequence, first_head + head, query + o_query)
             kept = keeps(b_row_key[None, :], (chunk * BK + o_key)[:, None], dropped)
             b_used = tl.where(kept, b_weight, 0.0)
             b_grad = tl.where(kept, b_grad * dropout_scale, 0.0)

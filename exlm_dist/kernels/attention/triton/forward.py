@@ -15,7 +15,7 @@ from exlm_dist.kernels.attention.triton.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "dropped", "lower", "upper"])
+@triton.jit(do_not_specialize=["first_head", "seed_low", "seed_high", "dropped", "lower", "upper"])
 def forward(
     q, k, v,  # [T, H, P] in, strides (stride, stride_head, 1)
     table,  # [T, P] fp32 in: cosines and sines
@@ -23,7 +23,7 @@ def forward(
     out,  # [T, H, P] out, contiguous
     statistic,  # [H, T] fp32 out
     tokens, sequences, heads, chunks, lower, upper, stride, stride_head,
-    scale, seed_low, seed_high, dropped, dropout_scale,
+    scale, first_head, seed_low, seed_high, dropped, dropout_scale,
     P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +52,7 @@ def forward(
         b_top = b_top + (tl.full([BQ], float("-inf"), tl.float32),)
         if DROPOUT:
             o_row = chunk * (TILES * BQ) + tile * BQ + o_query
-            b_keys = b_keys + (row_keys(seed_low, seed_high, sequence, head, o_row),)
+            b_keys = b_keys + (row_keys(seed_low, seed_high, sequence, first_head + head, o_row),)
     p_k = k + first * stride + head * stride_head
     p_v = v + first * stride + head * stride_head
     p_turn = table + first * P

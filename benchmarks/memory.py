@@ -1,0 +1,277 @@
+"""Measured peak memory of training steps on a CPU beside the prediction of `exlm_dist/planning/memory.py`.
+
+    python benchmarks/memory.py                    # every case, about five minutes; writes a CSV to results/
+    python benchmarks/memory.py --select ranks=2   # the cases whose name contains this
+
+What is measured is the growth of the resident size, at its highest, over the process before the model was built; a
+tiny model has made a step by then, so that libraries and their buffers are loaded. MALLOC_MMAP_THRESHOLD_ is set, so
+that the C library gives every block of 64 KiB and more back to the system when it is freed: the peak is then that of
+what is allocated. With the default the library moves its threshold up to 32 MiB and keeps what was freed, and the peak
+depends on the order of the blocks (column `default`: the same case without the setting, with --default).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import numpy as np  # noqa: E402
+
+from exlm_dist.config import check_config  # noqa: E402
+from exlm_dist.config.schema import RunConfig  # noqa: E402
+from exlm_dist.launch.local import free_port  # noqa: E402
+from exlm_dist.planning.job import Job  # noqa: E402
+from exlm_dist.planning.memory import KINDS, Peak, memory_per_rank  # noqa: E402
+
+MIB = 2**20
+STEPS = 2  # the moments of AdamW exist from the second one on
+THRESHOLD = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run; `micro` sequences in a micro-batch, `accumulation` micro-batches of a rank and step."""
+
+    objective: str = "exlm"
+    transitions: str = "dense"
+    layers: int = 4
+    width: int = 256
+    heads: int = 4
+    length: int = 128
+    states: int = 4
+    vocabulary: int = 8192
+    micro: int = 16
+    accumulation: int = 1
+    ranks: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+    zero: int = 1
+    recompute: bool = False
+    dropout: float = 0.1
+    dtype: str = "fp32"
+
+    def config(self) -> RunConfig:
+        """The run configuration."""
+        plain = {"states": 1, "anchors": False, "transitions": "uniform"} if self.objective == "mlm" else {}
+        model = {
+            "objective": self.objective, "layers": self.layers, "width": self.width, "heads": self.heads,
+            "ffn": 4 * self.width, "states": self.states, "transitions": self.transitions, "dropout": self.dropout,
+            "attention_dropout": self.dropout, "max_positions": 4 * self.length, **plain,
+        }  # fmt: skip
+        config = RunConfig(
+            name="memory",
+            data={"path": "none"},
+            model=model,
+            schedule={"steps": 10},
+            batch={"sequences": self.micro * self.accumulation * self.copies, "micro": self.micro},
+            parallel={**self.layout(), "zero": self.zero, "activation_checkpointing": self.recompute},
+            precision={"dtype": self.dtype},
+        )
+        check_config(config)
+        return config
+
+    @property
+    def copies(self) -> int:
+        """Data-parallel degree."""
+        return self.ranks // (self.tensor * self.pipeline)
+
+    def layout(self) -> dict[str, int | bool]:
+        """Degrees, which all cases measured in the same processes share."""
+        return {"tensor": self.tensor, "pipeline": self.pipeline, "sequence": self.sequence}
+
+    def predicted(self) -> Peak:
+        """What the planner says."""
+        return memory_per_rank(Job(self.config(), self.vocabulary, self.length, self.ranks))
+
+    @property
+    def name(self) -> str:
+        """What differs from the default."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return " ".join(f"{key}={value}" for key, value in changed.items()) or "default"
+
+
+TINY = Case(layers=2, width=32, heads=2, length=16, vocabulary=64, micro=2)
+CASES = [
+    *(Case(zero=zero, recompute=recompute) for zero in (0, 1, 2) for recompute in (False, True)),
+    Case(transitions="sparse"),
+    Case(objective="mlm"),
+    Case(objective="mlm", zero=2, recompute=True),
+    Case(dropout=0.0),
+    Case(accumulation=2, zero=2, micro=2, width=384, heads=6),
+    Case(width=512, heads=8, micro=4),
+    Case(layers=8, width=128, length=512, micro=4),
+    Case(vocabulary=32000, width=128, micro=32),
+    Case(vocabulary=72, length=48, micro=128),
+    Case(vocabulary=72, length=48, micro=128, recompute=True, layers=8),
+    Case(states=8, layers=2, micro=8),
+    *(Case(ranks=2, zero=zero, recompute=recompute) for zero in (1, 2) for recompute in (False, True)),
+    Case(ranks=2, objective="mlm", zero=2),
+    Case(ranks=2, transitions="sparse", width=384, heads=6, micro=2),
+    Case(ranks=2, zero=2, accumulation=2, micro=2, width=384, heads=6),
+    Case(ranks=2, zero=3),
+    Case(dtype="bf16", layers=3, width=384, heads=6, micro=1, accumulation=2),
+    *(Case(ranks=2, zero=zero, dtype="bf16", layers=3, width=384, heads=6, micro=1) for zero in (1, 2, 3)),
+    Case(ranks=2, tensor=2),
+    Case(ranks=2, tensor=2, sequence=True),
+    Case(ranks=2, tensor=2, width=384, heads=6, micro=2),
+    Case(ranks=2, pipeline=2, accumulation=4, micro=8),
+    Case(ranks=2, pipeline=2, accumulation=4, micro=8, recompute=True),
+    Case(ranks=2, pipeline=2, width=384, heads=6, micro=2),
+]
+
+
+def measure(cases: list[Case], *, default_malloc: bool = False, timeout: float = 600.0) -> list[float]:
+    """Bytes at the peak of the worst rank of each case, measured one after the other in `ranks` processes.
+
+    All cases must have the same ranks and degrees.
+    """
+    world = cases[0].ranks
+    assert all((case.ranks, case.layout()) == (world, cases[0].layout()) for case in cases), "one layout in a call"
+    port = str(free_port())
+    started = []
+    for rank in range(world):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+        quiet = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **({} if default_malloc else THRESHOLD)}
+        command = [sys.executable, __file__, "--run", json.dumps([asdict(case) for case in cases])]
+        environment = {**os.environ, **place, **meeting, **quiet}
+        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    try:
+        printed = [process.communicate(timeout=timeout)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    if any(process.returncode for process in started):
+        raise RuntimeError(f"a measured process ended with {[process.returncode for process in started]}")
+    ranks = [json.loads(text.splitlines()[-1]) for text in printed]
+    return [max(peaks) for peaks in zip(*ranks)]
+
+
+def run_rank(cases: list[Case]) -> list[int]:
+    """Peaks of this rank, in bytes."""
+    from exlm_dist.config.schema import LaunchConfig, ParallelConfig
+    from exlm_dist.parallel import process as processes
+
+    layout = {"ranks": cases[0].ranks, **cases[0].layout()}
+    process = processes.start(LaunchConfig(timeout=120, device="cpu", threads=1), ParallelConfig(**cases[0].layout()))
+    train(replace(TINY, **layout), process)
+    peaks = []
+    for case in cases:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts anew
+        before = resident("VmRSS")
+        train(case, process)
+        peaks.append(resident("VmHWM") - before)
+    processes.finish()
+    return peaks
+
+
+def train(case: Case, process) -> None:
+    """A few steps of the package's own engine on random tokens."""
+    from exlm_dist.training.engine import build_engine
+    from exlm_dist.training.step import optimizer_step
+
+    config = case.config()
+    engine = build_engine(config, process, case.vocabulary, case.length)
+    for step in range(STEPS):
+        optimizer_step(engine, make_step(case, config, step), config, scored=False)
+    engine.close()
+
+
+def make_step(case: Case, config: RunConfig, step: int):
+    """This rank's micro-batches of a step, sequences of the full length."""
+    from exlm_dist.data.loader import StepBatches
+
+    batches = [make_batch(case, config, index, step) for index in range(case.accumulation)]
+    targets = sum(batch.num_targets for batch in batches) * case.copies
+    return StepBatches(step, batches, config.batch.sequences, targets, targets, 0, 0, 0.0)
+
+
+def make_batch(case: Case, config: RunConfig, index: int, step: int):
+    """Random tokens through the package's own masking, expansion and packing."""
+    from exlm_dist.data.expansion import expand, wrap
+    from exlm_dist.data.masking import mask_batch, sample_keys
+    from exlm_dist.data.packing import pack
+    from exlm_dist.data.tokenizer import NUM_SPECIAL
+
+    lengths = np.full(case.micro, case.length - 2)
+    tokens = np.random.default_rng(step).integers(NUM_SPECIAL, case.vocabulary, lengths.sum())
+    samples, epochs = np.arange(case.micro) + 1000 * index, np.full(case.micro, step)
+    keys = sample_keys(0, epochs, samples)
+    masks = mask_batch(tokens, lengths, keys, ratio=config.masking.ratio, vocab_size=case.vocabulary)
+    expanded = expand(wrap(tokens, lengths, masks, anchors=config.model.anchors), config.model.states)
+    identity = {"sample_ids": samples, "epochs": epochs, "step": step, "index": index}
+    return pack(expanded, 0, case.micro, states=config.model.states, bucket=1, **identity)
+
+
+def resident(what: str) -> int:
+    """Bytes of a line of /proc/self/status: VmRSS now, VmHWM at the highest."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
+
+
+def rows_of(cases: list[Case], also_default: bool) -> list[dict[str, str | float]]:
+    """A row of the table for each case."""
+    rows = []
+    for case in cases:
+        peak, predicted = measure([case])[0], case.predicted()
+        row = {"case": case.name, "measured": peak / MIB, "predicted": predicted.total / MIB}
+        row |= {"ratio": predicted.total / peak, "moment": predicted.moment}
+        row |= {kind: predicted.parts[kind] / MIB if kind in predicted.parts else 0.0 for kind in KINDS}
+        if also_default:
+            row["default"] = measure([case], default_malloc=True)[0] / MIB
+        rows.append(row)
+        both = f"{row['measured']:8.1f} {row['predicted']:8.1f} MiB  {row['ratio']:.3f}"
+        print(f"{both}  {predicted.moment:30} {case.name}", flush=True)
+    return rows
+
+
+def write(rows: list[dict[str, str | float]], folder: Path) -> Path:
+    """The table with hardware, versions and commit."""
+    import torch
+
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    shared = {"date": date.today().isoformat(), "commit": commit.strip(), "machine": platform.machine(),
+              "torch": torch.__version__, "python": platform.python_version()}  # fmt: skip
+    path = folder / f"memory_{shared['date']}.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *shared])
+        writer.writeheader()
+        for row in rows:
+            rounded = {k: round(v, 3 if k == "ratio" else 1) if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow({**rounded, **shared})
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--select", default="", help="only cases whose name contains one of these")
+    parser.add_argument("--default", action="store_true", help="also measure with the default settings of malloc")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the CSV")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        print(json.dumps(run_rank([Case(**case) for case in json.loads(options.run)])), flush=True)
+        return
+    words = options.select.split(",")
+    rows = rows_of([case for case in CASES if any(word in case.name for word in words)], options.default)
+    worst = max(abs(row["ratio"] - 1) for row in rows)
+    print(f"largest difference {worst:.1%}; {write(rows, options.out)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""Which attention weights are dropped, in terms that do not depend on who holds which heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DropoutMask:
+    """The mask of heads `first_head`.. of a layer with `all_heads` heads: the `share` that is dropped, and its key."""
+
+    share: float
+    seed: int
+    first_head: int
+    all_heads: int

@@ -1,0 +1,73 @@
+"""Which rank is where: pure arithmetic, without torch.
+
+Ranks are numbered pipeline stage first, then data, then tensor, the last one fastest: a tensor group is a run of
+neighbours (one machine), and the stages of a pipeline lie farthest apart. That is the order of DeepSpeed's
+`PipeModelDataParallelTopology` and of megatron-core's default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from exlm_dist.config.layouts import data_degree
+from exlm_dist.config.schema import ParallelConfig
+
+Axis = Literal["pipeline", "data", "tensor"]
+AXES: tuple[Axis, ...] = ("pipeline", "data", "tensor")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Coordinates of a rank."""
+
+    pipeline: int
+    data: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of tensor, pipeline and data parallelism."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+
+    @staticmethod
+    def of(parallel: ParallelConfig, world: int) -> Layout:
+        """The layout of a configuration on `world` ranks; ConfigError where it does not fit them."""
+        return Layout(parallel.tensor, parallel.pipeline, data_degree(parallel, world))
+
+    @property
+    def world(self) -> int:
+        """Ranks in all."""
+        return self.tensor * self.pipeline * self.data
+
+    def place(self, rank: int) -> Place:
+        """Coordinates of `rank`."""
+        if not 0 <= rank < self.world:
+            raise ValueError(f"rank {rank} is not below the {self.world} ranks of {self}")
+        rest, tensor = divmod(rank, self.tensor)
+        pipeline, data = divmod(rest, self.data)
+        return Place(pipeline, data, tensor)
+
+    def rank(self, place: Place) -> int:
+        """The rank at `place`."""
+        return (place.pipeline * self.data + place.data) * self.tensor + place.tensor
+
+    def groups(self, *along: Axis) -> list[list[int]]:
+        """The ranks that differ only in the axes `along`, group by group; each group ascends."""
+        fixed = [axis for axis in AXES if axis not in along]
+        found = []
+        for values in product(*(range(getattr(self, axis)) for axis in fixed)):
+            others = dict(zip(fixed, values))
+            members = product(*(range(getattr(self, axis)) for axis in AXES if axis in along))
+            moving = [axis for axis in AXES if axis in along]
+            found.append([self.rank(Place(**others, **dict(zip(moving, member)))) for member in members])
+        return found
+
+    def group_of(self, rank: int, *along: Axis) -> list[int]:
+        """The ranks that differ from `rank` only in the axes `along`."""
+        return next(group for group in self.groups(*along) if rank in group)

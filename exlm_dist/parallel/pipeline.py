@@ -1,0 +1,71 @@
+"""The seam to DeepSpeed's pipeline: a list of layers as the stages of a `PipelineModule`.
+
+DeepSpeed brings the schedule (one forward, one backward), the exchange of tensors between stages, the gradient of the
+tied matrix and the groups; which layers are on which stage, how they are run and what the last stage makes of them is
+said here by us. Traps met: docs/parallelism.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from exlm_dist.parallel.grid import Grid
+
+#: What a stage does: its layers and the tensors that came in -> the tensors for the next stage, or the loss.
+Work = Callable[[Sequence[nn.Module], tuple[Tensor, ...]], Any]
+
+
+class Stages(PipelineModule):
+    """The stage of this rank. `layers[i]`: layer i, None where another stage holds it; `bounds`: layers of each stage.
+
+    Where `tied` is set, the first and the last layer share their attribute `weight`: each end has a copy, DeepSpeed
+    sums the gradients of the two, and only that of the first stage counts in norms.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module | None], bounds: Sequence[range], grid: Grid, work: Work, *, tied: bool
+    ) -> None:
+        self._bounds, self._work = bounds, work
+        super().__init__(
+            layers=[_spec(layer, tied and place in (0, len(layers) - 1)) for place, layer in enumerate(layers)],
+            topology=PipeModelDataParallelTopology(grid.pipeline.size, grid.tensor.size, grid.data.size),
+            dynamic_shape=True,
+        )
+        # DeepSpeed takes all of a tied layer to be a copy; here only the weight is one.
+        copied = tied and grid.pipeline.is_last
+        for layer in self.tied_modules.values():
+            for name, parameter in layer.named_parameters():
+                parameter.ds_pipe_replicated = copied and name == "weight"
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = [self._bounds[0].start, *(layers.stop for layers in self._bounds)]
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(self.parts[stage], self.parts[stage + 1])
+
+    def _synchronize_tied_weights(self) -> None:
+        # Recorded by autograd, the broadcast would stand between the weight and its gradient.
+        with torch.no_grad():
+            super()._synchronize_tied_weights()
+
+    def forward(self, tensors: tuple[Tensor, ...]) -> Any:
+        """Run this stage on what the one before has sent (on the first stage: on what was loaded)."""
+        return self._work(self.forward_funcs, tensors)
+
+
+class _Made(nn.Module):
+    """Stands for a layer that exists already, where DeepSpeed wants a class to make one from."""
+
+    def __new__(cls, layer: nn.Module) -> nn.Module:  # type: ignore[misc]
+        return layer
+
+
+def _spec(layer: nn.Module | None, tied: bool) -> Any:
+    if tied:
+        return TiedLayerSpec("tied", _Made, layer, tied_weight_attr="weight")
+    return LayerSpec(nn.Identity) if layer is None else layer

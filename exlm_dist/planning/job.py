@@ -1,0 +1,179 @@
+"""A run on a number of ranks, with the sizes that memory, traffic and time are worked out from. No torch here.
+
+Letters: T tokens and S states of a micro-batch (bucket padding counted), B sequences in it, N and L the most targets
+and states of a sequence, D width, F feed-forward width, H heads, V vocabulary; t, p and d the degrees of tensor,
+pipeline and data parallelism, m micro-batches of a rank and step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+from exlm_dist.config import RunConfig, data_degree
+from exlm_dist.config.schema import ModelConfig
+from exlm_dist.model.cost import Sizes, expected_masked, learns_transitions
+from exlm_dist.model.stages import cut_layers, layer_costs
+
+FP32, INT64 = 4, 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """`config` on `world` ranks, for sequences of `length` tokens; `gpu`: Triton kernels and bf16 where dtype is auto.
+
+    ConfigError, on first use of the degrees, where the layout does not fit the ranks.
+    """
+
+    config: RunConfig
+    vocab_size: int
+    length: int
+    world: int
+    gpu: bool = False
+
+    @property
+    def model(self) -> ModelConfig:
+        """Architecture."""
+        return self.config.model
+
+    @property
+    def tensor(self) -> int:
+        """t."""
+        return self.config.parallel.tensor
+
+    @property
+    def pipeline(self) -> int:
+        """p."""
+        return self.config.parallel.pipeline
+
+    @cached_property
+    def data(self) -> int:
+        """d."""
+        return data_degree(self.config.parallel, self.world)
+
+    @property
+    def along_tokens(self) -> int:
+        """Parts that sequence parallelism cuts the tokens into outside the split layers (1 without it)."""
+        return self.tensor if self.config.parallel.sequence else 1
+
+    @property
+    def accumulation(self) -> int:
+        """m."""
+        return max(1, self.config.batch.sequences // (self.config.batch.micro * self.data))
+
+    @property
+    def element(self) -> int:
+        """Bytes per number of weights and activations."""
+        dtype = self.config.precision.dtype
+        return FP32 if dtype == "fp32" or (dtype == "auto" and not self.gpu) else 2
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Expected sizes of one sequence."""
+        return Sizes.of(self.model, self.length, expected_masked(self.length, self.config.masking.ratio))
+
+    @cached_property
+    def tokens(self) -> float:
+        """T."""
+        return self._padded(self.sizes.expanded)
+
+    @cached_property
+    def states(self) -> float:
+        """S."""
+        return self._padded(self.sizes.states)
+
+    @cached_property
+    def longest(self) -> tuple[int, int]:
+        """(targets, states) to which the sequences of a micro-batch are padded: one more masked token than expected."""
+        targets = math.ceil(self.sizes.targets)
+        return targets, self.model.states * targets
+
+    @property
+    def pairs(self) -> float:
+        """Scores of targets at states, B N L."""
+        targets, states = self.longest
+        return self.config.batch.micro * targets * states
+
+    @property
+    def moves(self) -> float:
+        """Moves between states, B L L."""
+        return self.config.batch.micro * self.longest[1] ** 2
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the vocabulary that a tensor rank holds, padding counted."""
+        return -(-self.vocab_size // self.tensor)
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.model.width // self.model.heads
+
+    def _padded(self, per_sequence: float) -> float:
+        size, bucket = per_sequence * self.config.batch.micro, self.config.data.bucket
+        return size if bucket == 1 else -(-size // bucket) * bucket
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """The layers of each pipeline stage."""
+        cut = _cut(self.model, self.vocab_size, self.length, self.config.masking.ratio, self.pipeline)
+        last = self.model.layers + 2
+        return [
+            Stage(i, sum(1 <= layer <= self.model.layers for layer in layers), 0 in layers, last in layers, len(cut))
+            for i, layers in enumerate(cut)
+        ]
+
+
+@cache
+def _cut(model: ModelConfig, vocab_size: int, length: int, ratio: float, stages: int) -> list[range]:
+    return cut_layers(layer_costs(model, vocab_size, length, ratio), stages)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Part of the model on one pipeline stage: `blocks` blocks, the embedding if first, norm and output if last."""
+
+    index: int
+    blocks: int
+    first: bool
+    last: bool
+    of: int
+
+    def in_flight(self, micro_batches: int) -> int:
+        """Micro-batches whose activations the stage keeps at once: 1F1B, so the stages behind it and its own."""
+        return min(self.of - self.index, micro_batches)
+
+
+def parameters_of_stage(job: Job, stage: Stage) -> dict[str, int]:
+    """Numbers that a rank of this stage holds, by part; the copy of a tied matrix on the last stage counts there.
+
+    Split over t: heads, feed-forward, vocabulary and the transition head (by heads); norms, biases of what is summed
+    over the ranks, the dense map of the token head and the table of places are on every rank.
+    """
+    model, tensor = job.model, job.tensor
+    width = model.width
+    split = width * (4 * width + 2 * model.ffn) + 3 * width + model.ffn
+    parts = {"blocks": stage.blocks * (split // tensor + 6 * width)}
+    if stage.first:
+        parts["embedding"] = job.vocabulary * width
+    if stage.last:
+        own = not (model.tie_head and stage.first)
+        parts["norm"] = 2 * width
+        parts["token head"] = width * width + 3 * width + job.vocabulary + (job.vocabulary * width if own else 0)
+        if learns_transitions(model):
+            inputs = width * (2 if model.transition_positions else 1)
+            places = model.max_positions * width if model.transition_positions else 0
+            parts["transition head"] = places + (2 * width + model.heads) * (inputs + 1) // tensor
+    return parts
+
+
+def largest_tensor(job: Job, stage: Stage) -> int:
+    """Numbers of the largest parameter that a rank of this stage holds."""
+    model, tensor = job.model, job.tensor
+    sizes = [model.width * max(3 * model.width, model.ffn) // tensor]
+    if stage.first or stage.last:
+        sizes.append(job.vocabulary * model.width)
+    if stage.last and learns_transitions(model) and model.transition_positions:
+        sizes += [model.max_positions * model.width, 2 * model.width * model.width // tensor]
+    return max(sizes)

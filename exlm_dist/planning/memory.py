@@ -1,0 +1,214 @@
+"""Bytes that a rank holds at the worst moment of a step. No torch here.
+
+A step has four moments at which memory can be largest: the loss (all activations, the work of the output layer), the
+backward pass of a block, the reduction of the gradients, and the update. Each is a sum of parts; the largest is the
+prediction. What DeepSpeed allocates was read from its sources (0.19: `zero/stage_1_and_2.py`, `bf16_optimizer.py`,
+`zero/stage3.py`) and measured (`benchmarks/memory.py`). Letters as in `planning/job.py`; P numbers on a rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from exlm_dist.planning import activations
+from exlm_dist.planning.job import FP32, Job, Stage, largest_tensor, parameters_of_stage
+
+KINDS = (
+    "weights", "gradients", "optimizer", "activations", "states and logits", "buffers", "scratch", "compiled products"
+)  # fmt: skip
+HOST = "optimizer (host)"
+#: Elements of a communication bucket (`BUCKET` of `training/engine.py`).
+BUCKET = 50_000_000
+Parts = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment of a step at which a rank of `stage` holds most, and its parts in bytes (`HOST` is in host memory)."""
+
+    stage: int
+    moment: str
+    parts: Parts
+
+    @property
+    def total(self) -> float:
+        """Bytes on the device."""
+        return sum(size for kind, size in self.parts.items() if kind != HOST)
+
+
+def memory_per_rank(job: Job) -> Peak:
+    """The worst moment of the worst rank."""
+    return max((peak_of_stage(job, stage) for stage in job.stages), key=lambda peak: peak.total)
+
+
+def peak_of_stage(job: Job, stage: Stage) -> Peak:
+    """The worst moment of a rank of `stage`."""
+    moments = moments_of_stage(job, stage)
+    return max((Peak(stage.index, name, parts) for name, parts in moments.items()), key=lambda peak: peak.total)
+
+
+def moments_of_stage(job: Job, stage: Stage) -> dict[str, Parts]:
+    """Parts of every moment, from the second step on (the moments of AdamW exist)."""
+    count, largest = sum(parameters_of_stage(job, stage).values()), largest_tensor(job, stage)
+    always = _always(job, count) | {"compiled products": activations.compiled_products(job, stage)}
+    moments = {
+        name: _join(always, _gradients(job, count, done), parts) for name, (done, parts) in _forward(job, stage).items()
+    }
+    moments["reduction"] = _join(always, _reduction(job, count, largest))
+    moments["update"] = _join(always, _update(job, count, largest))
+    return moments
+
+
+def _join(*several: Parts) -> Parts:
+    joined: Parts = {}
+    for parts in several:
+        for kind, size in parts.items():
+            joined[kind] = joined.get(kind, 0.0) + size
+    return {kind: joined[kind] for kind in (*KINDS, HOST) if joined.get(kind)}
+
+
+def _always(job: Job, count: int) -> Parts:
+    """Weights, and master weights and moments of AdamW."""
+    zero, half = job.config.parallel.zero, job.element < FP32
+    master = FP32 if half or zero else 0
+    states = count * (master + 2 * FP32) / (job.data if zero else 1)
+    weights = count * job.element / (job.data if zero == 3 else 1)
+    parts = {"weights": weights, HOST if job.config.parallel.offload else "optimizer": states}
+    if zero == 3:
+        # Parameters gathered ahead and not let go yet (`stage3_max_live_parameters` and the prefetch bucket), as they
+        # came from the ranks and once more in order.
+        parts["buffers"] = 2 * job.element * min(count, 5 * bucket(count))
+    return parts
+
+
+def bucket(count: int) -> int:
+    """Elements of the communication bucket of a rank that holds `count` numbers."""
+    return min(BUCKET, count)
+
+
+def _forward(job: Job, stage: Stage) -> dict[str, tuple[int, Parts]]:
+    """Parts of the moments of forward and backward pass, each with how many parameters have their gradient by then."""
+    parameters = parameters_of_stage(job, stage)
+    count, per_block = sum(parameters.values()), parameters["blocks"] // stage.blocks
+    kept = activations.block_input(job) if job.config.parallel.activation_checkpointing else activations.block(job)
+    entry = activations.embedding(job) if stage.first else activations.block_input(job)
+    whole = stage.blocks - stage.last
+    waiting = _waiting(job, stage, entry + stage.blocks * kept)
+    behind = sum(size for part, size in parameters.items() if part not in ("blocks", "embedding"))
+    # The gradient that the output layer gives to a tied matrix waits for that of the embedding.
+    table = job.vocabulary * job.model.width * job.element
+    tied = table if stage.first and stage.last and job.model.tie_head else 0
+    moments = {}
+    if stage.last:
+        before = waiting + entry + whole * kept
+        moments |= _output_moments(job, before, behind, tied)
+        behind += per_block
+    for left in {0, whole - 1} if whole else ():
+        done = behind + (whole - 1 - left) * per_block
+        before = waiting + entry + left * kept
+        for name, parts in _block_moments(job, before, tied).items():
+            moments[f"{name} of block {left}"] = done, parts
+    if stage.first:
+        scratch = activations.block_input(job) + table + tied
+        done = count - parameters["embedding"]
+        moments["embedding"] = (done, {"activations": waiting + entry, "scratch": scratch})
+    return moments
+
+
+def _waiting(job: Job, stage: Stage, kept: float) -> float:
+    """Activations of the micro-batches in flight behind the current one, with the hidden states sent on."""
+    sent = 0.0 if stage.last else activations.block_input(job)
+    received = 0.0 if stage.last else activations.block_input(job)
+    others = stage.in_flight(job.accumulation) - 1
+    return others * (kept + sent) + (sent + received if stage.of > 1 else 0.0)
+
+
+def _output_moments(job: Job, before: float, head_parameters: int, tied: float) -> dict[str, tuple[int, Parts]]:
+    recomputed = job.config.parallel.activation_checkpointing
+    own = job.states * job.model.width * job.element if recomputed else activations.last_block(job)
+    loss = {
+        "activations": before + own + activations.head(job),
+        "states and logits": activations.graph(job),
+        "scratch": activations.output_work(job),
+    }
+    inner = activations.feed_forward_work(job, job.states)
+    last = {"activations": before + activations.last_block(job), "scratch": inner + tied}
+    attention = {
+        "activations": before + activations.attention_part(job),
+        "scratch": activations.attention_work(job) + tied,
+    }
+    return {
+        "loss": (0, loss),
+        "feed-forward of the last block": (head_parameters, last),
+        "attention of the last block": (head_parameters, attention),
+    }
+
+
+def _block_moments(job: Job, before: float, tied: float) -> dict[str, Parts]:
+    """Backward pass of a block, `before` being kept of what comes before it."""
+    return {
+        "feed-forward": {
+            "activations": before + activations.block(job),
+            "scratch": activations.feed_forward_work(job, job.tokens) + tied,
+        },
+        "attention": {
+            "activations": before + activations.attention_part(job),
+            "scratch": activations.attention_work(job) + tied,
+        },
+    }
+
+
+def _gradients(job: Job, count: int, done: int) -> Parts:
+    """During the backward pass, when `done` of `count` numbers have their gradient in this micro-batch."""
+    zero, half, repeated = job.config.parallel.zero, job.element < FP32, job.accumulation > 1
+    if job.config.parallel.offload and zero:
+        return {"buffers": job.element * _filled(job, count, done)}
+    if zero >= 2:
+        reduced = count if half or repeated or zero == 3 else max(0, done - bucket(count))
+        return {"gradients": FP32 * reduced / job.data, "buffers": job.element * _filled(job, count, done)}
+    if zero == 1 and half:
+        return {"gradients": _twice(job, count)}
+    return {"gradients": job.element * (count if repeated else done)}
+
+
+def _twice(job: Job, count: int) -> float:
+    """DeepSpeed's BF16 optimizer sums in fp32, and sets the bf16 gradients to zero rather than let them go."""
+    return (FP32 + job.element) * count
+
+
+def _filled(job: Job, count: int, done: int) -> float:
+    """Elements of the reduction buckets that are in memory; a CPU has no more of them than was written to."""
+    if job.gpu:
+        return 2 * bucket(count)
+    return min(bucket(count), done)
+
+
+def _reduction(job: Job, count: int, largest: int) -> Parts:
+    """End of the backward pass: buckets are filled, and copied once more to be sent."""
+    zero, half = job.config.parallel.zero, job.element < FP32
+    share, copy = count / job.data, max(bucket(count), min(count, largest))
+    cast = FP32 * copy if half and zero else 0
+    if job.config.parallel.offload and zero:
+        return {"buffers": job.element * (_filled(job, count, count) + copy) + cast}
+    if zero >= 2:
+        kept = FP32 * share if half or zero == 3 or job.accumulation > 1 or count > BUCKET else 0
+        return {"gradients": kept, "buffers": job.element * (_filled(job, count, count) + copy) + cast}
+    if zero == 1 and half:
+        return {"gradients": _twice(job, count), "buffers": FP32 * copy}
+    staged = bucket(count) if zero == 1 and (job.gpu or count > BUCKET) else 0
+    return {"gradients": job.element * count, "buffers": job.element * (copy + staged)}
+
+
+def _update(job: Job, count: int, largest: int) -> Parts:
+    """AdamW; on a CPU it has two temporary tensors of the size of the one it updates, on a GPU it is fused."""
+    zero, half = job.config.parallel.zero, job.element < FP32
+    share = count / job.data if zero else count
+    if job.config.parallel.offload:
+        return {}
+    temporary = 0 if job.gpu else 2 * FP32 * (share if zero or half else largest)
+    if zero == 0:
+        return {"gradients": (job.element + (FP32 if half else 0)) * count, "scratch": temporary}
+    if zero == 1 and half:
+        return {"gradients": _twice(job, count), "scratch": temporary}
+    flat = FP32 * share if job.gpu else 0
+    return {"gradients": FP32 * share, "scratch": max(temporary, flat)}

@@ -1,0 +1,160 @@
+"""What `exlm plan` and `exlm config check` print. No torch here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from exlm_dist.config import RunConfig
+from exlm_dist.model.cost import count_parameters, flops_per_sequence
+from exlm_dist.planning.communication import GROUPS
+from exlm_dist.planning.hardware import Hardware
+from exlm_dist.planning.job import Job
+from exlm_dist.planning.memory import HOST, KINDS, memory_per_rank
+from exlm_dist.planning.planner import GIB, Plan, Request, find_plans, recommended
+
+_LENGTH_UNKNOWN = 128
+_VOCABULARY_UNKNOWN = 32_000
+_SHOWN = KINDS[:-1]  # without what only a CPU has
+_SHORT = {"states and logits": "states", "activations": "activ."}
+
+
+def prepared_sizes(path: Path) -> tuple[int | None, int | None]:
+    """(longest sequence, vocabulary size) of the prepared data in `path`; None for what its manifest does not tell."""
+    manifest = path / "manifest.json"
+    if not manifest.is_file():
+        return None, None
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    return content.get("max_length"), content.get("vocab_size")
+
+
+def plan_text(
+    config: RunConfig, *, gpus: int, memory: float, margin: float, hardware: Hardware,
+    length: int | None = None, vocab_size: int | None = None, top: int = 8,
+) -> str:  # fmt: skip
+    """Answer of `exlm plan`: the layouts that fit, the fastest of each grid first, and the lines to paste.
+
+    `memory` in bytes; `length` and `vocab_size` default to those of the prepared data. ConfigError where nothing fits.
+    """
+    length, vocab_size, whence = _sizes(config, length, vocab_size)
+    request = Request(config, vocab_size, length, gpus, memory, margin, hardware)
+    plans = find_plans(request)
+    best = recommended(plans)
+    parameters = sum(count_parameters(config.model, vocab_size).values())
+    return "\n".join([
+        f"{config.name}: {parameters / 1e6:,.0f} M parameters, {config.batch.sequences} sequences a step of {length} "
+        f"tokens ({best.job.sizes.expanded:.0f} expanded), vocabulary {vocab_size}{whence}",
+        f"{gpus} GPUs of {memory / GIB:g} GiB, of which {request.usable / GIB:.1f} are used at most; "
+        f"{hardware.node_size} in a node; {hardware.flops / 1e12:g} TFLOP/s, memory "
+        f"{hardware.memory_bandwidth / 1e9:g}, link {hardware.link_bandwidth / 1e9:g}, "
+        f"network {hardware.network_bandwidth / 1e9:g} GB/s",
+        f"{len(plans)} layouts fit. The fastest of each grid: GiB of the worst rank, GiB sent in a step by the rank "
+        "that sends most; * the one recommended:",
+        "",
+        *_table(_of_each_grid(plans)[:top], best),
+        "",
+        _reasons(best),
+        "",
+        *config_lines(best.config),
+    ])  # fmt: skip
+
+
+def config_lines(config: RunConfig) -> list[str]:
+    """YAML of the settings that a layout decides."""
+    parallel = config.parallel
+    names = ("tensor", "pipeline", "data", "sequence", "zero", "activation_checkpointing", "offload")
+    settings = ", ".join(f"{name}: {json.dumps(getattr(parallel, name))}" for name in names)
+    return [f"parallel: {{{settings}}}", f"batch: {{sequences: {config.batch.sequences}, micro: {config.batch.micro}}}"]
+
+
+def _of_each_grid(plans: list[Plan]) -> list[Plan]:
+    """The fastest of each (tensor, pipeline, data)."""
+    first: dict[tuple[int, int, int], Plan] = {}
+    for plan in plans:
+        first.setdefault((plan.job.tensor, plan.job.pipeline, plan.job.data), plan)
+    return list(first.values())
+
+
+def _table(plans: list[Plan], best: Plan) -> list[str]:
+    """A row for each plan, the recommended one marked (and added where it is not among them)."""
+    head = ["tensor", "pipe", "data", "seq", "zero", "recomp", "micro", "m"]
+    head += [_SHORT.get(kind, kind) for kind in _SHOWN] + ["total"]
+    head += [f"{group} GiB" for group in GROUPS] + ["bubble", "step s"]
+    shown = plans if best in plans else [*plans, best]
+    rows = [["", *head], *(["*" if plan is best else "", *_row(plan)] for plan in shown)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head) + 1)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+
+
+def _row(plan: Plan) -> list[str]:
+    parallel, parts = plan.config.parallel, plan.peak.parts
+    cells = [str(value) for value in (parallel.tensor, parallel.pipeline, plan.job.data)]
+    cells += ["yes" if parallel.sequence else "no", str(parallel.zero)]
+    cells += ["yes" if parallel.activation_checkpointing else "no"]
+    cells += [str(plan.config.batch.micro), str(plan.job.accumulation)]
+    cells += [f"{parts[kind] / GIB:.1f}" if kind in parts else "-" for kind in _SHOWN]
+    cells += [f"{plan.peak.total / GIB:.1f}"]
+    for group in GROUPS:
+        sent = sum(traffic.sent for traffic in plan.traffic if traffic.group == group)
+        cells.append(f"{sent / GIB:.2f}" if sent else "-")
+    return [*cells, f"{plan.bubble:.0%}" if plan.job.pipeline > 1 else "-", f"{plan.time.total:.3f}"]
+
+
+def _reasons(plan: Plan) -> str:
+    """Where the time goes, and the moment that decides the memory."""
+    spent = {name: seconds for name, seconds in vars(plan.time).items() if seconds > 0.0005}
+    parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in spent.items())
+    host = f", optimizer on the host {plan.peak.parts[HOST] / GIB:.1f} GiB" if HOST in plan.peak.parts else ""
+    return (
+        f"Recommended: {plan.time.total:.3f} s a step ({parts}); memory is largest at the {plan.peak.moment}, "
+        f"stage {plan.peak.stage}{host}."
+    )
+
+
+def _sizes(config: RunConfig, length: int | None, vocab_size: int | None) -> tuple[int, int, str]:
+    """(length, vocabulary, where they are from if not from the data or the caller)."""
+    known_length, known_vocabulary = prepared_sizes(Path(config.data.path))
+    guessed = [
+        name for name, given in (("--length", length or known_length), ("--vocab-size", vocab_size or known_vocabulary))
+        if not given
+    ]  # fmt: skip
+    whence = f" (assumed, as {config.data.path} is not prepared: give {' and '.join(guessed)} to say otherwise)"
+    found = length or known_length or _LENGTH_UNKNOWN, vocab_size or known_vocabulary or _VOCABULARY_UNKNOWN
+    return *found, whence if guessed else ""
+
+
+def cost_table(config: RunConfig, vocab_size: int, length: int, world: int) -> list[tuple[str, str]]:
+    """Rows (what, value) for `exlm config check`, for sequences of `length` tokens on `world` ranks."""
+    job = Job(config, vocab_size, length, world, gpu=config.launch.device != "cpu")
+    parameters = count_parameters(config.model, vocab_size)
+    flops = flops_per_sequence(config.model, vocab_size, job.sizes)
+    peak, total, sizes = memory_per_rank(job), sum(flops.values()), job.sizes
+    accumulation = config.batch.sequences / (job.data * config.batch.micro)
+    where = "GPU" if job.gpu else "CPU"
+    return [
+        ("sequence length, vocabulary", f"{length}, {vocab_size}"),
+        ("parameters", f"{sum(parameters.values()):,} ({_parts(parameters, 1e6, 'M')})"),
+        (
+            "expanded length (expected)",
+            f"{sizes.expanded:.1f} tokens, {sizes.states:.1f} states, {sizes.targets:.1f} targets",
+        ),
+        ("FLOPs per sequence", f"{total / 1e9:.4g} GF ({_parts(flops, 1e9, 'GF')})"),
+        ("FLOPs per step", f"{total * config.batch.sequences / 1e12:.4g} TF for {config.batch.sequences} sequences"),
+        ("micro-batches per rank and step", f"{accumulation:g} on {world} ranks of {config.batch.micro} sequences"),
+        (
+            f"memory per rank ({where}, predicted)",
+            f"{peak.total / 2**20:,.0f} MiB at the {peak.moment} ({_parts(peak.parts, 2**20, 'MiB')})",
+        ),
+    ]
+
+
+def describe(config: RunConfig, *, world: int = 1, length: int | None = None, vocab_size: int | None = None) -> str:
+    """The cost table as text; `length` and `vocab_size` default to those of the prepared data, else 128 and 32000."""
+    length, vocab_size, _ = _sizes(config, length, vocab_size)
+    rows = cost_table(config, vocab_size, length, world)
+    left = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{left}}  {value}" for name, value in rows)
+
+
+def _parts(parts: dict[str, float], unit: float, symbol: str) -> str:
+    return ", ".join(f"{name} {value / unit:.4g}" for name, value in parts.items()) + f" {symbol}"

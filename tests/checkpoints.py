@@ -1,0 +1,101 @@
+"""Checkpoints made without an engine, as one or several ranks would write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exlm_dist.model.checkpoint_tensors import Index, model_file, optimizer_file, shape_in_file, tensor_name
+from exlm_dist.model.pieces import Piece, overlaps
+from exlm_dist.training import checkpoint_files as files
+
+Arrays = Mapping[str, np.ndarray]
+Cut = Callable[[tuple[int, ...]], list[Piece]]
+
+
+def whole(shape: tuple[int, ...]) -> list[Piece]:
+    """One rank that has all of it."""
+    return [Piece(None, 0, int(np.prod(shape)), 0)]
+
+
+def numbers_of(array: np.ndarray, piece: Piece) -> np.ndarray:
+    """What a piece holds of a full array: the definition, by slicing."""
+    if piece.slice is not None:
+        array = array.take(range(piece.slice.start, piece.slice.stop), axis=piece.slice.dim)
+    return array.reshape(-1)[piece.start : piece.stop]
+
+
+def full_state(engine: Any) -> dict[str, np.ndarray]:
+    """Parameters and moments (`exp_avg.<name>`, ...) of an engine, full, on every rank: what a save and a load make of
+    them, without the files. A collective; after the first step."""
+    import torch
+    import torch.distributed as dist
+
+    from exlm_dist.training import checkpoint
+
+    parts = checkpoint.owned(engine)
+    index = checkpoint.layout(engine, parts)
+    sizes = [part.stop - part.start for part in parts]
+    moments = (None, *checkpoint.MOMENTS)
+    numbers = torch.full((len(moments) * sum(sizes),), torch.nan)
+    checkpoint.copy_out(engine, parts, numbers)
+    keys = [(moment, part.held.name) for moment in moments for part in parts]
+    mine = dict(zip(keys, (values.numpy() for values in numbers.split(sizes * len(moments)))))
+    every: list[Any] = [None] * engine.process.world
+    dist.all_gather_object(every, mine)
+    result = {}
+    for moment in moments:
+        for name, shape in index.shapes.items():
+            whole_of_it = Piece(None, 0, int(np.prod(shape)), 0)
+            full = result[tensor_name(name, moment)] = np.full(shape, np.nan, np.float32)
+            for piece in index.pieces[name]:
+                for into, out_of, count in overlaps(shape, whole_of_it, piece):
+                    full.reshape(-1)[into : into + count] = every[piece.rank][moment, name][out_of : out_of + count]
+    return result
+
+
+def write_checkpoint(
+    run_folder: Path,
+    step: int,
+    *,
+    model: Arrays,
+    optimizer: Arrays,
+    state: Mapping[str, Any],
+    config: str,
+    tokenizer: Path,
+    cut: Cut = whole,
+) -> Path:
+    """Write and publish in this process. `optimizer`: `exp_avg.<name>`, ... of every parameter, or nothing; `cut`: the
+    pieces of a parameter of a shape."""
+    pieces = {name: cut(array.shape) for name, array in model.items()}
+    moments = tuple(dict.fromkeys(name.split(".")[0] for name in optimizer))
+    index = Index({name: array.shape for name, array in model.items()}, pieces, moments)
+    target = files.folder_of(run_folder, step)
+    size = 4 * sum(array.size for arrays in (model, optimizer) for array in arrays.values())
+    temporary = files.begin(target, size)
+    entries = files.write_files(
+        temporary, [], b"", **files.small_files(index.as_text(), state, config, Path(tokenizer))
+    )
+    for rank in sorted({piece.rank for parts in pieces.values() for piece in parts}):
+        for file, wanted, arrays in (
+            (model_file(rank), (None,), model),
+            (optimizer_file(rank), moments, optimizer),
+        ):
+            parts = [
+                (tensor_name(name, moment), piece, arrays[tensor_name(name, moment)])
+                for moment in wanted
+                for name in model
+                for piece in pieces[name]
+                if piece.rank == rank
+            ]
+            memory = b"".join(numbers_of(array, piece).astype(np.float32).tobytes() for _, piece, array in parts)
+            shapes = {name: shape_in_file(array.shape, piece) for name, piece, array in parts}
+            if parts:
+                entries |= files.write_files(
+                    temporary, [files.TensorFile(file, shapes, 0, len(memory))], memory, {}, {}
+                )
+    files.publish(temporary, target, step, entries)
+    return target

@@ -1,0 +1,259 @@
+"""Saved at one layout, loaded at another, saved there: parameters and moments are equal to the last bit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import numbers_of, write_checkpoint
+from made_run import make_data
+from parallel.harness import on_ranks
+from training_runs import tiny, train_on
+
+from exlm_dist.config import RunConfig
+from exlm_dist.model import checkpoint_reader as reader
+from exlm_dist.model.pieces import Piece
+from exlm_dist.parallel.held import Held, Slice
+from exlm_dist.utils.errors import EXIT_SAVED
+
+STEP = 4
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> RunConfig:
+    """A run of a few steps whose last checkpoint is cut as no layout of the tests cuts it."""
+    folder = tmp_path_factory.mktemp("saved")
+    sizes = {"batch": {"sequences": 8, "micro": 1}, "model": {"heads": 4}}
+    config = tiny(folder, "run", make_data(folder / "prepared"), **sizes)
+    assert train_on(config, 1, ("signal", 0, STEP - 1, signal.SIGTERM)) == [EXIT_SAVED]
+    checkpoint = folder / "run/checkpoints" / f"step-{STEP:08d}"
+    model, optimizer, state = reader.load_weights(checkpoint), reader.load_optimizer(checkpoint), reader.read_state(checkpoint)
+    shutil.rmtree(checkpoint)
+    write_checkpoint(
+        folder / "run",
+        STEP,
+        model={name: value.numpy() for name, value in model.items()},
+        optimizer={name: value.numpy() for name, value in optimizer.items()},
+        state=state,
+        config=(folder / "run/config.yaml").read_text(),
+        tokenizer=folder / "prepared/tokenizer",
+        cut=odd_pieces,
+    )
+    return config
+
+
+def odd_pieces(shape: tuple[int, ...]) -> list[Piece]:
+    """Thirds along the last dimension, each in two ranges, by six ranks."""
+    edges = [shape[-1] * third // 3 for third in range(4)]
+    pieces = []
+    for number, (start, stop) in enumerate(zip(edges, edges[1:])):
+        size = int(np.prod(shape[:-1])) * (stop - start)
+        cut = Slice(len(shape) - 1, start, stop)
+        pieces += [Piece(cut, 0, size // 4, 2 * number), Piece(cut, size // 4, size, 2 * number + 1)]
+    return pieces
+
+
+def load_and_save(process, settings, cases):
+    """For each (ZeRO stage, dtype, degrees) in turn: resume, compare the weights that the model works with, save as the
+    next step. Stage 3 partitions every parameter in bf16; in fp32 it keeps the small ones whole, as it does by default."""
+    from exlm_dist.parallel.grid import Grid
+    from exlm_dist.parallel.layout import Layout
+    from exlm_dist.training import engine as engines
+    from exlm_dist.training.session import Session
+
+    plain = engines.deepspeed_config
+
+    def all_partitioned(*arguments):
+        result = plain(*arguments)
+        result["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return result
+
+    for number, (stage, dtype, degrees) in enumerate(cases):
+        engines.deepspeed_config = all_partitioned if (stage, dtype) == (3, "bf16") else plain
+        config = RunConfig.model_validate(
+            settings
+            | {
+                "runs": f"{settings['runs']}/{number}",
+                "parallel": {"zero": stage, **degrees},
+                "precision": {"dtype": dtype},
+            }
+        )
+        grid = Grid.make(Layout.of(config.parallel, process.world), process.rank)
+        session = Session(config, dataclasses.replace(process, grid=grid))
+        assert session.open() and session.step == STEP
+        compare_weights(session.engine, Path(config.runs) / "run/checkpoints" / f"step-{STEP:08d}")
+        session.step += 1
+        session.save(needed=True)
+        session.disband()
+        session.close("KILLED")
+
+
+def compare_weights(engine, folder):
+    """What the model of this rank works with is its part of the saved weights, in the working precision."""
+    import torch
+
+    weights = reader.load_weights(folder)
+    at_hand = [held.parameter for held in engine.parameters]
+    with engine._plain_model() if engine.zero == 3 else contextlib.nullcontext() as model:
+        for held, local in zip(engine.parameters, at_hand if model is None else model.parameters()):
+            size = int(np.prod(held.part_shape))
+            part = numbers_of(weights[held.name].numpy(), Piece(held.slice, 0, size, 0))
+            wanted = torch.from_numpy(part.copy()).to(local.dtype)
+            assert torch.equal(local.detach().reshape(-1)[:size], wanted), held.name
+
+
+FP32 = [(stage, "fp32", {}) for stage in range(4)]
+WORLDS = {
+    1: [(0, "fp32", {}), (1, "bf16", {}), (3, "fp32", {})],
+    2: [
+        *FP32,
+        (0, "bf16", {}),
+        (1, "bf16", {}),
+        (3, "bf16", {}),
+        (2, "fp32", {"offload": True}),
+        (3, "fp32", {"offload": True}),
+        (1, "fp32", {"tensor": 2}),
+        (0, "fp32", {"tensor": 2, "sequence": True}),
+        (1, "bf16", {"pipeline": 2}),
+    ],
+    4: [
+        *FP32,
+        (1, "fp32", {"tensor": 2, "data": 2}),
+        (3, "fp32", {"tensor": 2, "data": 2}),
+        (1, "fp32", {"tensor": 2, "pipeline": 2}),
+        (1, "fp32", {"pipeline": 2, "data": 2}),
+        (1, "bf16", {"tensor": 4}),
+    ],
+}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_any_layout_loads_any_pieces_and_saves_them_again(world, saved, tmp_path):
+    cases = WORLDS[world]
+    for number in range(len(cases)):
+        shutil.copytree(Path(saved.runs) / "run", tmp_path / str(number) / "run")
+    settings = saved.model_dump() | {"runs": str(tmp_path)}
+    on_ranks(load_and_save, world, settings, cases, timeout=150)
+    for number, case in enumerate(cases):
+        folder = tmp_path / str(number) / "run/checkpoints"
+        before, after = (tensors_of(folder / f"step-{step:08d}") for step in (STEP, STEP + 1))
+        assert before.keys() == after.keys() and len(before) > 30
+        assert [name for name in before if before[name].tobytes() != after[name].tobytes()] == [], case
+        assert len(list((folder / f"step-{STEP + 1:08d}").glob("optimizer-*"))) == world
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    tensors = reader.load_weights(folder) | reader.load_optimizer(folder)
+    return {name: value.numpy() for name, value in tensors.items()}
+
+
+SHAPES = {"table": (10, 6), "across": (4, 12), "along": (12, 4), "vector": (12,), "common": (5,), "tied": (3, 2)}
+CUTS = {"table": 0, "across": 1, "along": 0, "vector": 0}
+
+
+class Sliced:
+    """Stands for an engine at ZeRO 0: hand-made slices of given tensors for a tensor-parallel degree."""
+
+    zero = 0
+
+    def __init__(self, process, degree, values):
+        import torch
+
+        self.process, self.dtype = process, torch.float32
+        self.replica = process.rank // degree, process.world // degree
+        number, values = process.rank % degree, values or {}
+        self.parameters = []
+        for name, shape in SHAPES.items():
+            cut, local = None, list(shape)
+            if name in CUTS:
+                dim = CUTS[name]
+                local[dim] = -(-shape[dim] // degree)  # the table is padded where the degree does not divide it
+                start = min(number * local[dim], shape[dim])
+                cut = Slice(dim, start, min(start + local[dim], shape[dim]))
+            parameter = torch.nn.Parameter(torch.full(local, torch.nan))
+            self.parameters.append(Held(name, parameter, shape, cut, saved=cut is not None or number == 0))
+        # A copy of a matrix that another stage saves; it is loaded all the same.
+        copy = torch.nn.Parameter(torch.full(SHAPES["tied"], torch.nan))
+        self.parameters.append(Held("tied", copy, SHAPES["tied"], None, saved=False))
+        self.inner_optimizer = torch.optim.AdamW([held.parameter for held in self.parameters], lr=0.0)
+        for held in self.parameters:
+            held.parameter.grad = torch.zeros_like(held.parameter)
+        self.inner_optimizer.step()
+        self.fill(values)
+
+    def fill(self, values):
+        """Set what this rank holds from full arrays, by slicing."""
+        import torch
+
+        for held in self.parameters:
+            for moment in (None, "exp_avg", "exp_avg_sq") if values else ():
+                full = torch.from_numpy(values[held.name if moment is None else f"{moment}.{held.name}"])
+                part = full if held.slice is None else full.narrow(
+                    held.slice.dim, held.slice.start, held.slice.stop - held.slice.start
+                )
+                local = held.parameter.data if moment is None else self.inner_optimizer.state[held.parameter][moment]
+                local.zero_()
+                local[tuple(slice(0, size) for size in part.shape)] = part
+
+    def locals(self):
+        """Copies of all local tensors."""
+        state = self.inner_optimizer.state
+        return [
+            tensor.detach().clone()
+            for held in self.parameters
+            for tensor in (held.parameter, state[held.parameter]["exp_avg"], state[held.parameter]["exp_avg_sq"])
+        ]
+
+
+def save_sliced(process, degree, run, values):
+    from exlm_dist.config.schema import CheckpointConfig
+    from exlm_dist.training.saving import Saver
+
+    (Path(run) / "events.jsonl").touch()
+    about = {"config": "name: x\n", "tokenizer": Path(run).parent / "tokenizer", "log": Path(run) / "events.jsonl"}
+    saver = Saver(Path(run), Sliced(process, degree, values), CheckpointConfig(timeout=30), **about)
+    assert saver.start(1, {"step": 1, "evaluation": None, "optimizer_step": 1}) is None
+    saved = saver.wait()
+    saver.close()
+    assert saved.failure is None
+    return sum(part.stop - part.start for part in saver._parts)
+
+
+def load_sliced(process, degree, run, values):
+    import torch
+
+    from exlm_dist.model.checkpoint_tensors import TensorReader
+    from exlm_dist.training import checkpoint
+
+    folder = reader.newest_checkpoint(Path(run))
+    engine, wanted = Sliced(process, degree, None), Sliced(process, degree, values)
+    checkpoint.check(checkpoint.layout(engine, checkpoint.owned(engine)), TensorReader(folder).index)
+    checkpoint.put(engine, TensorReader(folder), reader.read_state(folder))
+    assert all(torch.equal(one, other) for one, other in zip(engine.locals(), wanted.locals()))
+
+
+@pytest.mark.parametrize("world, degree", [(2, 2), (4, 2), (4, 4), (3, 3), (2, 1)])
+def test_slices_and_paddings_of_tensor_parallel_ranks(world, degree, tmp_path):
+    """Rows, columns, a padded table, parameters that all ranks have, and a tied copy; replicas share the saving."""
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "tokenizer").mkdir()
+    dice = np.random.default_rng(0)
+    values = {
+        prefix + name: dice.standard_normal(shape, np.float32)
+        for prefix in ("", "exp_avg.", "exp_avg_sq.")
+        for name, shape in SHAPES.items()
+    }
+    counts = on_ranks(save_sliced, world, degree, str(tmp_path / "run"), values)
+    assert sum(counts) == sum(int(np.prod(shape)) for shape in SHAPES.values())
+    # Ranks with the same slices share them evenly.
+    assert all(max(counts[first::degree]) - min(counts[first::degree]) <= 1 for first in range(degree))
+    found = tensors_of(reader.newest_checkpoint(tmp_path / "run"))
+    assert found.keys() == values.keys()
+    assert all(np.array_equal(found[name], values[name]) for name in values)
+    for other_world, other_degree in ((1, 1), (4, 4)):
+        on_ranks(load_sliced, other_world, other_degree, str(tmp_path / "run"), values)

@@ -45,8 +45,8 @@ class Session:
         self._events: EventLog | None = None
         self._tracker: Tracker | None = None
         self._loader: Loader | None = None
-        self._saver: Saver | None = None
         self._samples: SampleLog | None = None
+        self._saver: Saver | None = None
         self.engine: Engine | None = None
         self.step = 0
         self._slowest_save = 0.0
@@ -260,8 +260,7 @@ class Session:
         if saved.alarm:
             logger.error("%s", saved.alarm)
         removed = f"; removed {', '.join(saved.removed)}" if saved.removed else ""
-        took = f"{saved.seconds:.1f} s, training waited {saved.stall:.2f} s"
-        logger.info("step %d saved in %s%s", saved.step, took, removed)
+        logger.info("step %d saved in %.1f s, training waited %.2f s%s", saved.step, saved.seconds, saved.stall, removed)
 
     def _log_checkpoint(self, folder: Path, step: int, evaluation: dict[str, float] | None) -> None:
         """Log the evaluation of a checkpoint as a child run that names the checkpoint; a second time does nothing."""
@@ -303,10 +302,10 @@ class Session:
         time."""
         if self._loader is not None:
             self._loader.close()
-        if self._saver is not None:
-            self._saver.close()
         if self._samples is not None:
             self._samples.close()
+        if self._saver is not None:
+            self._saver.close()
         if self._tracker is not None:
             self._tracker.close(status, timeout=SENDING[status])
         if self._events is not None:

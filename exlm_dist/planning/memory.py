@@ -17,6 +17,9 @@ KINDS = (
     "weights", "gradients", "optimizer", "activations", "states and logits", "buffers", "scratch", "compiled products"
 )  # fmt: skip
 HOST = "optimizer (host)"
+#: What a save is written from: fp32 weights and moments that a rank owns (docs/checkpoints.md).
+COPY = "copy for saves (host)"
+ON_HOST = (HOST, COPY)
 #: Elements of a communication bucket (`BUCKET` of `training/engine.py`).
 BUCKET = 50_000_000
 Parts = dict[str, float]
@@ -24,7 +27,7 @@ Parts = dict[str, float]
 
 @dataclass(frozen=True)
 class Peak:
-    """The moment of a step at which a rank of `stage` holds most, and its parts in bytes (`HOST` is in host memory)."""
+    """The moment of a step at which a rank of `stage` holds most, and its parts in bytes (`ON_HOST`: host memory)."""
 
     stage: int
     moment: str
@@ -33,7 +36,7 @@ class Peak:
     @property
     def total(self) -> float:
         """Bytes on the device."""
-        return sum(size for kind, size in self.parts.items() if kind != HOST)
+        return sum(size for kind, size in self.parts.items() if kind not in ON_HOST)
 
 
 def memory_per_rank(job: Job) -> Peak:
@@ -64,7 +67,7 @@ def _join(*several: Parts) -> Parts:
     for parts in several:
         for kind, size in parts.items():
             joined[kind] = joined.get(kind, 0.0) + size
-    return {kind: joined[kind] for kind in (*KINDS, HOST) if joined.get(kind)}
+    return {kind: joined[kind] for kind in (*KINDS, *ON_HOST) if joined.get(kind)}
 
 
 def _always(job: Job, count: int) -> Parts:
@@ -73,7 +76,8 @@ def _always(job: Job, count: int) -> Parts:
     master = FP32 if half or zero else 0
     states = count * (master + 2 * FP32) / (job.data if zero else 1)
     weights = count * job.element / (job.data if zero == 3 else 1)
-    parts = {"weights": weights, HOST if job.config.parallel.offload else "optimizer": states}
+    where = HOST if job.config.parallel.offload else "optimizer"
+    parts = {"weights": weights, where: states, COPY: 3 * FP32 * count / job.data}
     if zero == 3:
         # Parameters gathered ahead and not let go yet (`stage3_max_live_parameters` and the prefetch bucket), as they
         # came from the ranks and once more in order.

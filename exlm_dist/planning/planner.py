@@ -10,7 +10,7 @@ from exlm_dist.config import RunConfig, check_config, check_vocabulary, check_wo
 from exlm_dist.planning.communication import Traffic, bubble, worst_traffic
 from exlm_dist.planning.hardware import Hardware, StepTime, step_time
 from exlm_dist.planning.job import Job
-from exlm_dist.planning.memory import HOST, Peak, memory_per_rank
+from exlm_dist.planning.memory import ON_HOST, Peak, memory_per_rank
 from exlm_dist.utils.errors import ConfigError
 
 GIB = 2**30
@@ -159,7 +159,7 @@ def _nothing_works(request: Request) -> str:
 
 
 def _nothing_fits(request: Request, best: Plan) -> str:
-    parts = {kind: size for kind, size in best.peak.parts.items() if kind != HOST}
+    parts = {kind: size for kind, size in best.peak.parts.items() if kind not in ON_HOST}
     largest = max(parts, key=lambda kind: parts[kind])
     parallel = best.config.parallel
     needed = best.peak.total / (1 - request.margin) / GIB

@@ -10,7 +10,7 @@ from exlm_dist.model.cost import count_parameters, flops_per_sequence
 from exlm_dist.planning.communication import GROUPS
 from exlm_dist.planning.hardware import Hardware
 from exlm_dist.planning.job import Job
-from exlm_dist.planning.memory import HOST, KINDS, memory_per_rank
+from exlm_dist.planning.memory import KINDS, ON_HOST, memory_per_rank
 from exlm_dist.planning.planner import GIB, Plan, Request, find_plans, recommended
 
 _LENGTH_UNKNOWN = 128
@@ -104,10 +104,10 @@ def _reasons(plan: Plan) -> str:
     """Where the time goes, and the moment that decides the memory."""
     spent = {name: seconds for name, seconds in vars(plan.time).items() if seconds > 0.0005}
     parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in spent.items())
-    host = f", optimizer on the host {plan.peak.parts[HOST] / GIB:.1f} GiB" if HOST in plan.peak.parts else ""
+    host = sum(plan.peak.parts.get(kind, 0.0) for kind in ON_HOST) / GIB
     return (
         f"Recommended: {plan.time.total:.3f} s a step ({parts}); memory is largest at the {plan.peak.moment}, "
-        f"stage {plan.peak.stage}{host}."
+        f"stage {plan.peak.stage}. Each rank holds {host:.1f} GiB of host memory besides."
     )
 
 

@@ -11,7 +11,7 @@ from exlm_dist.config.schema import ModelConfig, RunConfig
 from exlm_dist.model.cost import count_parameters
 from exlm_dist.planning import activations, memory
 from exlm_dist.planning.job import Job, parameters_of_stage
-from exlm_dist.planning.memory import HOST, memory_per_rank, moments_of_stage
+from exlm_dist.planning.memory import COPY, HOST, memory_per_rank, moments_of_stage
 
 ROOT = Path(__file__).resolve().parents[3]
 VOCABULARY = 50_265
@@ -69,7 +69,12 @@ def test_zero_stages_are_ordered(dtype, accumulation):
 def test_offload_moves_the_optimizer_to_the_host():
     here, there = (memory_per_rank(job(data=8, offload=offload)) for offload in (False, True))
     assert there.parts[HOST] == here.parts["optimizer"] and "optimizer" not in there.parts
-    assert there.total < here.total and there.total == sum(there.parts.values()) - there.parts[HOST]
+    assert there.total < here.total and there.total == sum(there.parts.values()) - there.parts[HOST] - there.parts[COPY]
+
+
+def test_the_copy_for_saves_is_shared_by_the_data_ranks():
+    alone, shared = (memory_per_rank(job(data=data)).parts[COPY] for data in (1, 8))
+    assert alone == 12 * sum(count_parameters(ModelConfig(**WIDE), VOCABULARY).values()) == 8 * shared
 
 
 def test_stages_hold_the_model_between_them():
@@ -103,7 +108,7 @@ def test_a_stage_keeps_the_micro_batches_that_are_behind_it():
 def test_the_peak_is_the_largest_moment_and_its_parts_add_up():
     this = job(gpu=False)
     peak = memory_per_rank(this)
-    moments = {name: sum(parts.values()) for name, parts in moments_of_stage(this, this.stages[0]).items()}
+    moments = {name: sum(parts.values()) - parts[COPY] for name, parts in moments_of_stage(this, this.stages[0]).items()}
     assert peak.total == max(moments.values()) == moments[peak.moment]
     assert {"loss", "reduction", "update", "embedding"} <= set(moments)
 

@@ -237,7 +237,7 @@ class TrackingConfig(Section):
     system: bool = Field(True, description="Log CPU, memory and GPU load of the machine.")
     samples: bool = Field(
         False,
-        description="Every rank writes the ids of the samples of each step to `samples/` in the run folder, as proof of what was seen.",
+        description="Every data-parallel rank writes the ids of the samples of each step to `samples/` in the run folder, as proof of what was seen.",
     )
 
 

@@ -26,7 +26,9 @@ def add_launch(commands: argparse._SubParsersAction, command: Callable[..., argp
         parser.add_argument("config", help="YAML file")
         parser.add_argument("--dry-run", action="store_true", help="print what would be started, and stop")
     deepspeed.add_argument(
-        "--hostfile", type=Path, help="hosts and slots; default: processes on this machine, launch.processes or what the layout needs"
+        "--hostfile",
+        type=Path,
+        help="hosts and slots; default: processes on this machine, launch.processes or what the layout needs",
     )
     slurm.add_argument("--account", default="my-account", help="whom the cluster bills")
     slurm.add_argument("--partition", default="gpu", help="part of the cluster")

@@ -77,9 +77,10 @@ trap 'say "TERM: saving before Slurm ends the job"; told=end; pass_on' TERM
 run_ranks() { # sets `code`: the largest exit code of the ranks, 128 and more for one that a signal killed
     say "starting the ranks at step $before"
     rm -f "$EXLM_ERRORS"/rank-*
+    # block: neighbouring ranks, those of a tensor-parallel group, share a node.
     # --wait: ranks that do not notice that another one has ended have so many seconds to do so, then they are killed.
     srun --mpi=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$WORLD_SIZE" --ntasks-per-node="$per_node" \
-        --cpus-per-task="$cpus" --kill-on-bad-exit=0 --wait="${EXLM_GRACE:-60}" \
+        --distribution=block --cpus-per-task="$cpus" --kill-on-bad-exit=0 --wait="${EXLM_GRACE:-60}" \
         --open-mode=append --output="$logs/node-%n-%N.log" \
         "${container[@]}" bash -c "$rank" rank "${exlm[@]}" pretrain "$config" "${overrides[@]}" &
     srun_pid=$!

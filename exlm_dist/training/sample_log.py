@@ -1,6 +1,7 @@
 """Which samples each step saw, written by the ranks that saw them (`tracking.samples`): proof, not bookkeeping.
 
-`samples/rank-00000.jsonl` in the run folder has one line per step that the rank completed; a step that is run again after
+`samples/rank-00000.jsonl` in the run folder has one line per step that the data-parallel rank completed (one of the ranks
+that hold a copy of the model writes it); a step that is run again after
 a restart is written again. The file is appended to and never read while training.
 """
 
@@ -19,7 +20,7 @@ FOLDER = "samples"
 
 
 class SampleLog:
-    """Appends the sample ids of one copy of the model, one line a step: `rank` of `world` copies (data parallelism)."""
+    """Appends the sample ids of this data-parallel rank, of `world` ones, one line a step."""
 
     def __init__(self, run_folder: Path, rank: int, world: int) -> None:
         self._rank, self._world = rank, world

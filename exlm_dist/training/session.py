@@ -45,8 +45,8 @@ class Session:
         self._events: EventLog | None = None
         self._tracker: Tracker | None = None
         self._loader: Loader | None = None
-        self._saver: Saver | None = None
         self._samples: SampleLog | None = None
+        self._saver: Saver | None = None
         self.engine: Engine | None = None
         self.step = 0
         self._slowest_save = 0.0
@@ -302,10 +302,10 @@ class Session:
         time."""
         if self._loader is not None:
             self._loader.close()
-        if self._saver is not None:
-            self._saver.close()
         if self._samples is not None:
             self._samples.close()
+        if self._saver is not None:
+            self._saver.close()
         if self._tracker is not None:
             self._tracker.close(status, timeout=SENDING[status])
         if self._events is not None:

@@ -6,11 +6,11 @@
 - pieces: each rank writes what it owns, while training waits (checkpoint.asynchronous false)
 - beside: each rank copies what it owns and a process beside it writes, while training goes on (the default)
 
-A real run of the demonstration molecules; the sides take turns at saving it, and in the first round, which is not timed,
-what each has written must equal what can be gathered, bit by bit. `stall`: seconds that training waited; `written`: until the checkpoint was
-published; `slower`: step time while the writer is at work over that of the quiet steps of the same round. `read whole`
-and `read parts`: resuming with every rank reading all of the checkpoint, or what it owns. Seconds are those of the
-slowest rank. Writes a CSV with hardware, versions and commit to results/.
+A real run of the demonstration molecules; the sides take turns at saving it, and in the first round, which is not
+timed, what each has written must equal what can be gathered, bit by bit. `stall`: seconds that training waited;
+`written`: until the checkpoint was published; `slower`: step time while the writer is at work over that of the quiet
+steps of the same round. `read whole` and `read parts`: resuming with every rank reading all of the checkpoint, or what
+it owns. Seconds are those of the slowest rank. Writes a CSV with hardware, versions and commit to results/.
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ sys.path.insert(0, str(ROOT))
 from exlm_dist.config import RunConfig, dump_config  # noqa: E402
 from exlm_dist.launch.local import free_port  # noqa: E402
 from exlm_dist.model import checkpoint_reader as reader  # noqa: E402
-from exlm_dist.model.checkpoint_tensors import Index, TensorReader, model_file, optimizer_file, tensor_name  # noqa: E402
+from exlm_dist.model.checkpoint_tensors import (  # noqa: E402
+    Index,
+    TensorReader,
+    model_file,
+    optimizer_file,
+    tensor_name,
+)
 from exlm_dist.model.pieces import Piece  # noqa: E402
 from exlm_dist.tracking import EVENTS  # noqa: E402
 from exlm_dist.training import checkpoint, checkpoint_files  # noqa: E402
@@ -215,7 +221,9 @@ class Whole:
     def __init__(self, tensors: TensorReader) -> None:
         moments = (None, *tensors.index.moments)
         self._tensors = {
-            (name, moment): tensors.whole(name, moment).reshape(-1) for moment in moments for name in tensors.index.shapes
+            (name, moment): tensors.whole(name, moment).reshape(-1)
+            for moment in moments
+            for name in tensors.index.shapes
         }
 
     def read(self, name: str, moment: str | None, cut: None, start: int, stop: int) -> Any:

@@ -16,7 +16,7 @@ from exlm_dist.utils.errors import ConfigError
 
 
 def launch_local(path: str, overrides: Sequence[str], *, dry_run: bool) -> int:
-    """Train on this machine with `launch.processes` ranks; the exit code of the run."""
+    """Train on this machine with `launch.processes` ranks (auto: those of the layout); the exit code of the run."""
     config = load_config(path, overrides)
     processes = config.local_processes
     check_world(config, processes)

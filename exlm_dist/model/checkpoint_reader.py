@@ -161,8 +161,8 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def reference(folder: Path) -> dict[str, str]:
-    """What is logged about a checkpoint in place of its files: `checkpoint.step`, `.path`, `.sha256` of the index and the
-    files of the weights."""
+    """What is logged about a checkpoint in place of its files: `checkpoint.step`, `.path`, `.sha256` of the index and
+    the files of the weights."""
     files = json.loads((Path(folder) / MANIFEST_FILE).read_text())["files"]
     weights = [name for name in sorted(files) if name == INDEX_FILE or name.startswith("model-")]
     digest = hashlib.sha256("".join(f"{files[name]['sha256']}  {name}\n" for name in weights).encode()).hexdigest()

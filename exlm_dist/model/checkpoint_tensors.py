@@ -1,8 +1,9 @@
 """The tensors of a checkpoint: an index that names every piece, and reading any part of a parameter from the pieces.
 
-`index.json`: `{"moments": ["exp_avg", "exp_avg_sq"], "parameters": {name: {"shape": [...], "pieces": [{"rank": 3, "range":
-[0, 4096], "slice": [1, 0, 64]}, ...]}}}`. The piece of `name` by rank 3 is the tensor `name` in `model-00003.safetensors`
-and the tensors `exp_avg.name`, `exp_avg_sq.name` in `optimizer-00003.safetensors`, all fp32 and of the same extent.
+`index.json`: `{"moments": ["exp_avg", "exp_avg_sq"], "parameters": {name: {"shape": [...], "pieces": [{"rank": 3,
+"range": [0, 4096], "slice": [1, 0, 64]}, ...]}}}`. The piece of `name` by rank 3 is the tensor `name` in
+`model-00003.safetensors` and the tensors `exp_avg.name`, `exp_avg_sq.name` in `optimizer-00003.safetensors`, all fp32
+and of the same extent.
 """
 
 from __future__ import annotations

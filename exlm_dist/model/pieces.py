@@ -1,8 +1,9 @@
 """Parameters in pieces: which numbers of a full tensor a piece holds, whether pieces make up the whole, and how to put
 another cut together from them. Arithmetic only: no files and no torch.
 
-A rank holds a `Slice` of a parameter (all of it without tensor parallelism) and owns a range `start:stop` of that slice,
-flattened row by row: its ZeRO fragment. So a piece is (slice, start, stop), and needs no other rank to be written.
+A rank holds a `Slice` of a parameter (all of it without tensor parallelism) and owns a range `start:stop` of that
+slice, flattened row by row: its ZeRO fragment. So a piece is (slice, start, stop), and needs no other rank to be
+written.
 """
 
 from __future__ import annotations
@@ -55,8 +56,10 @@ def gap(shape: Shape, pieces: Iterable[Piece]) -> str | None:
         return None
     pieces = [piece for piece in pieces if piece.numel]
     dims = {None if piece.slice is None else piece.slice.dim for piece in pieces}
-    if len(dims) != 1:
-        return "it has no pieces" if not dims else f"its pieces are cut along different dimensions {sorted(map(str, dims))}"
+    if not dims:
+        return "it has no pieces"
+    if len(dims) > 1:
+        return f"its pieces are cut along different dimensions {sorted(map(str, dims))}"
     dim = dims.pop()
     if dim is None:
         return _break([(piece.start, piece.stop) for piece in pieces], math.prod(shape), "numbers")

@@ -1,4 +1,5 @@
-"""What a rank holds of a model, in terms that do not depend on the layout: the seam between parameters and checkpoints."""
+"""What a rank holds of a model, in terms that do not depend on the layout: the seam between parameters and
+checkpoints."""
 
 from __future__ import annotations
 

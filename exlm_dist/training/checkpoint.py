@@ -1,8 +1,8 @@
 """State out of the engine and back into it, free of layout: fp32 parameters and moments by canonical name, in pieces.
 
-Each rank reads and writes the numbers that it owns of the parameters that it holds: no tensor travels between ranks. The
-pieces are put together again at whatever ZeRO stage, world size, slicing and precision the run goes on with. Traps met
-here are listed in docs/checkpoints.md.
+Each rank reads and writes the numbers that it owns of the parameters that it holds: no tensor travels between ranks.
+The pieces are put together again at whatever ZeRO stage, world size, slicing and precision the run goes on with. Traps
+met here are listed in docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def layout(engine: Engine, parts: list[Owned]) -> Index:
 
 
 def copy_out(engine: Engine, parts: list[Owned], into: torch.Tensor) -> None:
-    """Copy parameters, then each moment in turn, of `parts` to the flat fp32 CPU tensor `into`; all one after the other.
+    """Copy parameters, then each moment in turn, of `parts` to the flat fp32 CPU tensor `into`, one after the other.
 
     Only after the first optimizer step: before it there are no moments.
     """
@@ -119,7 +119,7 @@ def check(present: Index, saved: Index) -> None:
 
 
 def put(engine: Engine, tensors: TensorReader, state: dict[str, Any]) -> None:
-    """Fill the engine from a checkpoint; each rank reads what it needs. The moments must exist: `engine.prime` first."""
+    """Fill the engine from a checkpoint; each rank reads what it needs. The moments must exist: `Engine.prime`."""
     fragments = fragments_of(engine)
     with torch.no_grad():
         for held in engine.parameters:

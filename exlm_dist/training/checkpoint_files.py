@@ -1,9 +1,9 @@
 """Checkpoints on disk: written whole or not at all, selected, thinned out. Pure files: knows no rank and no torch.
 
-The format is described in docs/checkpoints.md and read by `exlm_dist.model.checkpoint_reader`. Order of a save: temporary
-folder, every file with fsync, manifest with their hashes, COMPLETE with the hash of the manifest, rename, pointer
-`latest`. A kill at any moment leaves either the former state or the new checkpoint; `latest` is a hint for people, never
-read.
+The format is described in docs/checkpoints.md and read by `exlm_dist.model.checkpoint_reader`. Order of a save:
+temporary folder, every file with fsync, manifest with their hashes, COMPLETE with the hash of the manifest, rename,
+pointer `latest`. A kill at any moment leaves either the former state or the new checkpoint; `latest` is a hint for
+people, never read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from exlm_dist.model.checkpoint_tensors import INDEX_FILE, write_header
 from exlm_dist.model.pieces import Shape
 from exlm_dist.utils.errors import CheckpointError
 from exlm_dist.utils.files import sync_path, write_all, write_atomic
-from exlm_dist.utils.logs import get_logger
 
 LATEST = "latest"
 #: Beside the tensors: headers, state, config, and a margin for the log of the run.
@@ -35,7 +34,6 @@ BLOCK = 4 << 20
 REMEDY = "Older checkpoints are untouched. Free space there, or lower checkpoint.keep."
 
 Entries = dict[str, dict[str, Any]]
-logger = get_logger(__name__)
 
 
 class SaveFailed(CheckpointError):

@@ -24,14 +24,12 @@ from exlm_dist.training import checkpoint_files as files
 from exlm_dist.training.interruption import SIGNALS
 from exlm_dist.utils.errors import CheckpointError, ConfigError
 from exlm_dist.utils.files import sync_path
-from exlm_dist.utils.logs import get_logger
 
 Job = dict[str, Any]
 Reply = dict[str, Any]
 _PR_SET_PDEATHSIG = 1
 #: What has failed: writing, the process that writes, or the training (a parameter is not finite).
 DISK, LOST, VALUES = "disk", "lost", "values"
-logger = get_logger(__name__)
 
 
 class Memory:
@@ -157,7 +155,8 @@ class ProcessWriter:
 
     def _lost(self, why: str) -> Reply:
         self._end()
-        return {"failure": f"the process that writes the checkpoint {why}. Older checkpoints are untouched.", "kind": LOST}
+        failure = f"the process that writes the checkpoint {why}. Older checkpoints are untouched."
+        return {"failure": failure, "kind": LOST}
 
     def close(self) -> None:
         """As in `Writer`. (A process that waits for a job has nothing to lose.)"""

@@ -323,9 +323,10 @@ def quiet_deepspeed() -> Iterator[ModuleType]:
         from deepspeed.utils import logger as noisy
 
         noisy.setLevel(getattr(logging, os.environ["DEEPSPEED_LOG_LEVEL"].upper(), logging.ERROR))
-        # Compiled at start (a minute); a rank killed meanwhile leaves a lock on which every later process waits for
-        # ever.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # No extension counts as compatible: its shared-memory all-reduce is compiled at start (a minute), and a rank
+        # killed meanwhile leaves a lock on which every later process waits for ever. Asking which of them are runs
+        # compilers, whose folders a killed rank leaves too.
+        deepspeed.ops.__compatible_ops__ = {}
         _import_without_compiler("deepspeed.runtime.zero.muon.original_muon")
         yield deepspeed
 

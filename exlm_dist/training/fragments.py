@@ -1,6 +1,7 @@
-"""Where DeepSpeed keeps the fp32 numbers that a rank updates: one class per kind of ZeRO, all with the same five methods.
+"""Where DeepSpeed keeps the fp32 numbers that a rank updates: one class per kind of ZeRO, all with the same methods.
 
-A fragment is the range of a flattened local tensor (padding included) for which this rank holds master copy and moments.
+A fragment is the range of a flattened local tensor (padding included) for which this rank holds master copy and
+moments.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from exlm_dist.training.engine import Engine
 
 
 class Fragments(Protocol):
-    """Access to the fragments of a rank. `moment`: None for the parameter, else the name of a state of the optimizer."""
+    """Access to the fragments of a rank. `moment`: None for the parameter, else a state of the optimizer."""
 
     #: Whether every data-parallel rank holds all of them.
     replicated: bool

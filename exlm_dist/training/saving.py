@@ -82,7 +82,8 @@ class Saver:
         self._index_text = self.index.as_text() if self._process.is_first else ""
         numel = sum(part.stop - part.start for part in self._parts) * (1 + len(checkpoint.MOMENTS))
         self._memory = self._process.together(lambda: Memory(numel * 4))
-        self._numbers = torch.frombuffer(self._memory.bytes, dtype=torch.float32, count=numel) if numel else torch.empty(0)
+        # At least one number: torch makes no tensor of none.
+        self._numbers = torch.frombuffer(self._memory.bytes, dtype=torch.float32, count=max(numel, 1))
         self._writer: Writer = (
             ProcessWriter(self._memory, settings.timeout) if settings.asynchronous else InlineWriter(self._memory)
         )
@@ -126,7 +127,8 @@ class Saver:
             "sync": [],
         }
         if self._process.is_first:
-            job |= {"sync": [str(self._log)]} | files.small_files(self._index_text, state, self._config, self._tokenizer)
+            job["sync"] = [str(self._log)]
+            job |= files.small_files(self._index_text, state, self._config, self._tokenizer)
         return job
 
     def _tensor_files(self) -> list[files.TensorFile]:

@@ -10,8 +10,8 @@ from typing import Any
 
 
 def sync_path(path: Path) -> None:
-    """Force to the disk what has been written to a file, or the entries of a directory (so that a rename in it survives a
-    power cut)."""
+    """Force to the disk what has been written to a file, or the entries of a directory (so that a rename in it survives
+    a power cut)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,9 +1,9 @@
-"""Makes one system call of the process that writes checkpoints fail: Python imports this at its start when the folder is
-on PYTHONPATH.
+"""Makes one system call of the process that writes checkpoints fail: Python imports this at its start when the folder
+is on PYTHONPATH.
 
-EXLM_CRASH_POINT is a file that holds `CALL:NUMBER:HOW`; it is removed when the time has come, so it happens once. The NUMBER-th call of os.CALL fails as HOW says: `error` (no space left), `kill`
-(SIGKILL of this process), `rank` (SIGKILL of the rank it writes for), `hang` (it never returns), `slow` (it takes a
-second).
+EXLM_CRASH_POINT is a file that holds `CALL:NUMBER:HOW`; it is removed when the time has come, so it happens once. The
+NUMBER-th call of os.CALL fails as HOW says: `error` (no space left), `kill` (SIGKILL of this process), `rank` (SIGKILL
+of the rank it writes for), `hang` (it never returns), `slow` (it takes a second).
 """
 
 import errno

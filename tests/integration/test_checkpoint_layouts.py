@@ -32,7 +32,8 @@ def saved(tmp_path_factory) -> RunConfig:
     config = tiny(folder, "run", make_data(folder / "prepared"), **sizes)
     assert train_on(config, 1, ("signal", 0, STEP - 1, signal.SIGTERM)) == [EXIT_SAVED]
     checkpoint = folder / "run/checkpoints" / f"step-{STEP:08d}"
-    model, optimizer, state = reader.load_weights(checkpoint), reader.load_optimizer(checkpoint), reader.read_state(checkpoint)
+    model, optimizer = reader.load_weights(checkpoint), reader.load_optimizer(checkpoint)
+    state = reader.read_state(checkpoint)
     shutil.rmtree(checkpoint)
     write_checkpoint(
         folder / "run",
@@ -60,7 +61,7 @@ def odd_pieces(shape: tuple[int, ...]) -> list[Piece]:
 
 def load_and_save(process, settings, cases):
     """For each (ZeRO stage, dtype, degrees) in turn: resume, compare the weights that the model works with, save as the
-    next step. Stage 3 partitions every parameter in bf16; in fp32 it keeps the small ones whole, as it does by default."""
+    next step. Stage 3 partitions every parameter in bf16; in fp32 it keeps the small ones whole, as is its default."""
     from exlm_dist.parallel.grid import Grid
     from exlm_dist.parallel.layout import Layout
     from exlm_dist.training import engine as engines

@@ -108,7 +108,8 @@ def test_what_is_written_is_read(run):
 def test_the_files_of_one_rank_are_ordinary_safetensors(run):
     folder = save(run, 1)
     found = load_file(folder / "model-00000.safetensors")
-    assert all(np.array_equal(found[name], value) and found[name].shape == value.shape for name, value in tensors().items())
+    for name, value in tensors().items():
+        assert np.array_equal(found[name], value) and found[name].shape == value.shape
     assert set(load_file(folder / "optimizer-00000.safetensors")) == set(moments(1))
 
 
@@ -245,7 +246,7 @@ def test_a_save_that_fails_anywhere_leaves_the_old_one_or_the_new(run, how, reco
 def test_a_file_that_another_machine_has_written_to_its_own_disk(run):
     temporary = files.begin(files.folder_of(run, 1), 0)
     elsewhere = {"model-00001.safetensors": {"bytes": 8, "sha256": "0"}}
-    with pytest.raises(files.SaveFailed, match="model-00001.safetensors is not there. Is the run folder on a file system"):
+    with pytest.raises(files.SaveFailed, match="model-00001.safetensors is not there. Is the run folder on"):
         files.publish(temporary, files.folder_of(run, 1), 1, elsewhere)
     (temporary / "model-00001.safetensors").write_bytes(b"short")
     with pytest.raises(files.SaveFailed, match="not as long as it was written"):

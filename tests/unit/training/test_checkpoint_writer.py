@@ -84,7 +84,8 @@ def test_it_writes_what_is_in_memory_when_the_job_is_given(memory, writer, tmp_p
 def test_a_failure_is_told_and_the_next_job_is_done(writer, tmp_path):
     writer.submit(job(tmp_path / "nowhere"))
     failure = reply_of(writer)
-    assert "file system that all machines of the job share" in failure["failure"] and failure["kind"] == checkpoint_writer.DISK
+    assert "file system that all machines of the job share" in failure["failure"]
+    assert failure["kind"] == checkpoint_writer.DISK
     writer.submit(job(tmp_path))
     assert "files" in reply_of(writer)
 
@@ -127,7 +128,8 @@ def test_a_hanging_process_is_ended_at_the_limit(memory, tmp_path):
     os.kill(pid, signal.SIGSTOP)
     writer.submit({**job(tmp_path), "texts": {"long": "x" * 1_000_000}})  # more than a pipe holds
     reply = reply_of(writer)
-    assert reply["kind"] == checkpoint_writer.LOST and "did not finish within checkpoint.timeout, 1 s" in reply["failure"]
+    assert reply["kind"] == checkpoint_writer.LOST
+    assert "did not finish within checkpoint.timeout, 1 s" in reply["failure"]
     assert gone(pid)
     writer.close()
 

@@ -91,6 +91,14 @@ def render(job: Job) -> str:
     return "\n".join(lines) + "\n" + COMMON + BODIES[job.kind]
 
 
+def write_files(folder: str | Path) -> None:
+    """Write the job files of the repository."""
+    for name, job in FILES.items():
+        path = Path(folder) / f"{name}.sh"
+        write_atomic(path, render(job))
+        path.chmod(0o755)
+
+
 def _asked(job: Job) -> list[str]:
     ranks = f"--gpus-per-node={job.gpus_per_node}" if job.gpus_per_node else f"--ntasks-per-node={job.ranks_per_node}"
     return [

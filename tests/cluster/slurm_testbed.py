@@ -85,6 +85,14 @@ class Slurm:
         """Output of a command of Slurm."""
         return run(list(command), self.environment)
 
+    def lose(self, job: Job, node: str) -> None:
+        """What happens to processes of a job, and to Slurm's own, on a node that loses its power."""
+        ranks = [process for process in job.ranks() if process.environ()["SLURMD_NODENAME"] == node]
+        managers = [parent for rank in ranks for parent in rank.parents() if parent.name() == "slurmstepd"]
+        daemon = psutil.Process(int((self.bed / "pid" / f"slurmd-{node}").read_text()))
+        for process in (daemon, *managers, *ranks):
+            process.kill()
+
     def submit(self, script: Path, *arguments: str, options: list[str], **environment: str) -> Job:
         """`sbatch OPTIONS SCRIPT ARGUMENTS` in the shared folder."""
         command = ["sbatch", "--parsable", *options, str(script), *arguments]

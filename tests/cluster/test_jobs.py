@@ -57,7 +57,7 @@ def jobs(slurm: Slurm, scenes, server: str) -> dict[str, Job]:
         return slurm.submit(PRETRAIN, "tiny.yaml", *arguments, options=fixed, EXLM_GRACE="5", **environment)
 
     tracked = ["--tracking.mlflow", "true"]
-    limited = ["--nodes=2", "--gpus-per-node=1", "--time=1", "--warning=25", "--name=limited", "--launch.margin=5"]
+    limited = ["--nodes=2", "--gpus-per-node=1", "--time=1", "--warning=10", "--name=limited", "--launch.margin=5"]
     made = {
         "hurt": submit("--name", "hurt", *tracked, "--tracking.uri", server, options=["--nodes=2", "--time=10"]),
         "limited": slurm.launch("tiny.yaml", *limited, *tracked),
@@ -98,7 +98,7 @@ def test_lost_ranks_signals_requeues_and_lost_nodes(slurm, jobs, server, monkeyp
         (
             lambda: slurm.ask("scancel", "--signal=USR1", job.number),
             lambda: slurm.ask("scontrol", "requeue", job.number),
-            lambda: slurm.ask("scontrol", "update", f"NodeName={job.nodes()[1]}", "State=DOWN", "Reason=test"),
+            lambda: lose_second_node(slurm, job),
         ),
         start=1,
     ):
@@ -112,6 +112,13 @@ def test_lost_ranks_signals_requeues_and_lost_nodes(slurm, jobs, server, monkeyp
     with mlflow_server(slurm.folder / "served", int(server.rpartition(":")[2])):
         assert sync(run, timeout=60)
     assert_one_tracked_run(slurm.folder / "served" / "mlflow.db", "hurt")
+
+
+def lose_second_node(slurm: Slurm, job: Job) -> None:
+    """Slurm is told of it, as a health check would do."""
+    node = job.nodes()[1]
+    slurm.lose(job, node)
+    slurm.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
 
 
 def test_a_time_limit_of_a_minute_is_met_and_the_job_requeues_itself(slurm, jobs):
@@ -176,3 +183,35 @@ def assert_one_tracked_run(database: Path, name: str) -> None:
         query = "select step from metrics where run_uuid = ? and key = 'train/loss' order by step"
         points = [step for (step,) in connection.execute(query, [found[0][0]])]
     assert points == list(range(10, STEPS + 1, 10))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_lost_node_that_slurm_finds_by_itself(slurm):
+    """Takes minutes: the time after which this Slurm gives a silent node up is one of them."""
+    make_data(slurm.folder / "data-lost")
+    (slurm.folder / "lost.yaml").write_text(yaml.safe_dump({"name": "undisturbed", **TINY, "data": {"path": "data-lost"}}))
+    options = ["--nodes=2", "--gpus-per-node=1", "--time=30"]
+    other = slurm.submit(PRETRAIN, "lost.yaml", options=options)
+    job = slurm.submit(PRETRAIN, "lost.yaml", "--name", "lost", options=options)
+    run = slurm.folder / "runs" / "lost"
+    run_until(lambda: newest_step(run) > 0, job, "checkpoint", LIMIT)
+    slurm.lose(job, job.nodes()[1])
+    assert job.wait(600) == "COMPLETED" and job.restarts >= 1, job.log()
+    assert other.wait(LIMIT) == "COMPLETED"
+    assert_same(run, slurm.folder / "runs" / "undisturbed")
+    assert_every_sample_once(run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demonstration_trains_to_its_end(slurm):
+    """The configuration that a new user tries first, on two nodes."""
+    from exlm_dist.data.demo_molecules import prepare_demo_smiles
+
+    prepare_demo_smiles(out=slurm.folder / "data" / "demo_smiles", count=2000, max_length=128, workers=2, overwrite=False)
+    config = ROOT / "configs" / "pretrain" / "demo_smiles_exlm.yaml"
+    arguments = [str(config), "--launch.device", "cpu", "--tracking.mlflow", "false"]
+    job = slurm.submit(PRETRAIN, *arguments, options=["--nodes=2", "--gpus-per-node=1", "--time=30"])
+    assert job.wait(800) == "COMPLETED", job.log()
+    assert newest_step(slurm.folder / "runs" / "demo_smiles_exlm") == 200

@@ -5,7 +5,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 version = next(
-    line.split('"')[1] for line in Path("exlm_dist/__init__.py").read_text().splitlines() if line.startswith("__version__")
+    line.split('"')[1]
+    for line in Path("exlm_dist/__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
 )
 
 setup(

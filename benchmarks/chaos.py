@@ -236,7 +236,9 @@ def leftovers(folder: Path) -> list[str]:
     deadline = time.monotonic() + 5
     temporary = Path(os.environ["TMPDIR"])
     # torch keeps an (empty) cache there, made when it is imported.
-    while (found := [path for path in temporary.iterdir() if path.name[:13] != "torchinductor"]) and time.monotonic() < deadline:
+    while (
+        found := [path for path in temporary.iterdir() if path.name[:13] != "torchinductor"]
+    ) and time.monotonic() < deadline:
         time.sleep(0.1)
     return [f"left behind: {path}" for path in [*left, *map(str, found)]]
 
@@ -271,7 +273,9 @@ def line(outcome: Outcome) -> str:
     """One trial in one line."""
     kind = "bitwise" if outcome.bitwise else "rounding"
     verdict = "; ".join(outcome.problems) or f"ok ({kind})"
-    return f"seed {outcome.seed}  {outcome.seconds:5.1f} s  ranks {outcome.worlds}  {', '.join(outcome.kills)}  {verdict}"
+    return (
+        f"seed {outcome.seed}  {outcome.seconds:5.1f} s  ranks {outcome.worlds}  {', '.join(outcome.kills)}  {verdict}"
+    )
 
 
 def summary(outcomes: list[Outcome], good: int) -> str:

@@ -70,7 +70,10 @@ def synthetic(folder: Path, name: str, count: int) -> ShardDataset:
     writer.write(generator.integers(NUM_SPECIAL, vocabulary, lengths.sum()), lengths)
     shards = [entry.as_dict() for entry in writer.close()]
     manifest = {
-        "schema": SCHEMA, "domain": name, "vocab_size": vocabulary, "max_length": int(lengths.max()),
+        "schema": SCHEMA,
+        "domain": name,
+        "vocab_size": vocabulary,
+        "max_length": int(lengths.max()),
         "splits": {"train": {"sequences": count, "shards": shards}, "valid": {"sequences": 0, "shards": []}},
         "tokenizer": {"fingerprint": "none", "files": {}},
     }
@@ -107,9 +110,19 @@ def contenders(
     longest = int(dataset.lengths[:count].max())
     itemsize = token_dtype(dataset.vocab_size).itemsize
     loader = Loader(
-        FirstSequences(dataset, count), masking=MaskingConfig(), states=args.states, anchors=True, seed=0,
-        global_batch=args.batch, micro=args.micro, max_positions=(longest + 2) * args.states, bucket=64,
-        vocab_size=dataset.vocab_size, rank=0, world=1, prefetch=0,
+        FirstSequences(dataset, count),
+        masking=MaskingConfig(),
+        states=args.states,
+        anchors=True,
+        seed=0,
+        global_batch=args.batch,
+        micro=args.micro,
+        max_positions=(longest + 2) * args.states,
+        bucket=64,
+        vocab_size=dataset.vocab_size,
+        rank=0,
+        world=1,
+        prefetch=0,
     )
 
     def ours() -> int:
@@ -166,14 +179,21 @@ def measure(name: str, dataset: ShardDataset, args: argparse.Namespace, folder: 
     for contender in CONTENDERS:
         rates = sorted(count / duration for duration in seconds[contender])
         ratios = sorted(own / duration for own, duration in zip(seconds[contender], seconds[OURS]))
-        rows.append({
-            "corpus": name, "contender": contender, "sequences": str(count), "mean_length": f"{tokens / count:.1f}",
-            "median_per_s": f"{statistics.median(rates):.0f}",
-            "min_per_s": f"{rates[0]:.0f}", "max_per_s": f"{rates[-1]:.0f}",
-            "tokens_per_s": f"{statistics.median(rates) * tokens / count:.0f}",
-            "ours_is_times_faster": f"{statistics.median(ratios):.2f}",
-            "times_min": f"{ratios[0]:.2f}", "times_max": f"{ratios[-1]:.2f}",
-        })
+        rows.append(
+            {
+                "corpus": name,
+                "contender": contender,
+                "sequences": str(count),
+                "mean_length": f"{tokens / count:.1f}",
+                "median_per_s": f"{statistics.median(rates):.0f}",
+                "min_per_s": f"{rates[0]:.0f}",
+                "max_per_s": f"{rates[-1]:.0f}",
+                "tokens_per_s": f"{statistics.median(rates) * tokens / count:.0f}",
+                "ours_is_times_faster": f"{statistics.median(ratios):.2f}",
+                "times_min": f"{ratios[0]:.2f}",
+                "times_max": f"{ratios[-1]:.2f}",
+            }
+        )
     return rows
 
 
@@ -182,9 +202,16 @@ def provenance(args: argparse.Namespace) -> dict[str, str]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return {
-        "repeats": str(args.repeats), "batch": str(args.batch), "micro": str(args.micro), "states": str(args.states),
-        "date": date.today().isoformat(), "commit": commit.strip(), "cpu": f"{cpu}, 1 of {os.cpu_count()} cores",
-        "python": platform.python_version(), "numpy": np.__version__, "webdataset": wds.__version__,
+        "repeats": str(args.repeats),
+        "batch": str(args.batch),
+        "micro": str(args.micro),
+        "states": str(args.states),
+        "date": date.today().isoformat(),
+        "commit": commit.strip(),
+        "cpu": f"{cpu}, 1 of {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "webdataset": wds.__version__,
     }
 
 

@@ -104,9 +104,7 @@ class _Batch:
         sizes = f"{kind}, n {min(self.lengths)}..{self.longest}, B={len(self.lengths)}, H={self.heads}, P={self.width}"
         bound = 2e-2 if self.grad.dtype == torch.bfloat16 else 1e-5
         runs = {name: self._whole(name, side) for name, side in sides.items()}
-        return Case(
-            "attention", sizes, "ours", runs, lambda name: self._error(runs[name]()), bound, least, aim, floors
-        )
+        return Case("attention", sizes, "ours", runs, lambda name: self._error(runs[name]()), bound, least, aim, floors)
 
     def _whole(self, name: str, side: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
         """Forward and backward of a side: [out, grad q, grad k, grad v]."""

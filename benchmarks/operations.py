@@ -80,7 +80,9 @@ class Run:
         deadline = time.monotonic() + PATIENCE
         while not condition():
             if time.monotonic() > deadline or self.command.poll() is not None:
-                raise RuntimeError(f"{what}: not within {PATIENCE:g} s, or the command ended:\n{self.log.read_text()[-2000:]}")
+                raise RuntimeError(
+                    f"{what}: not within {PATIENCE:g} s, or the command ended:\n{self.log.read_text()[-2000:]}"
+                )
             time.sleep(0.005)
         return time.monotonic()
 
@@ -234,7 +236,9 @@ def stall_of_a_save() -> dict[str, str]:
     newest = max((ROOT / "benchmarks" / "results").glob("checkpoint_*.csv"))
     sides = {found["side"]: found for found in csv.DictReader(newest.open())}
     share = 100 * float(sides["beside"]["over_pieces"])
-    return row("stall per save", share, "% of a synchronous save", "under 5", f"{sides['beside']['stall_s']} s; {newest.name}")
+    return row(
+        "stall per save", share, "% of a synchronous save", "under 5", f"{sides['beside']['stall_s']} s; {newest.name}"
+    )
 
 
 def row(quantity: str, value: float, unit: str, aim: str, detail: str) -> dict[str, str]:

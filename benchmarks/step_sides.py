@@ -171,5 +171,3 @@ def check_equal(device: torch.device) -> float:
         loss = float(loss_sum(result, "sequence")[0]) / batch.num_sequences
         expected = float(other.to(device)(PaddedBatch.from_packed(batch).to(device)))
     return abs(loss - expected) / abs(expected)
-
-

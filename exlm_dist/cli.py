@@ -177,8 +177,12 @@ def _add_doctor(commands) -> None:
         overrides=True,
         epilog=OVERRIDES,
     )
-    doctor.add_argument("config", nargs="?", help="YAML file of the run to be; without it only the machine is looked at")
-    doctor.add_argument("--nodes", action="store_true", help="ranks on all nodes of this Slurm job, not launch.processes here")
+    doctor.add_argument(
+        "config", nargs="?", help="YAML file of the run to be; without it only the machine is looked at"
+    )
+    doctor.add_argument(
+        "--nodes", action="store_true", help="ranks on all nodes of this Slurm job, not launch.processes here"
+    )
 
 
 def _add_after_training(commands) -> None:
@@ -219,7 +223,12 @@ def _add_config(commands) -> None:
         epilog=OVERRIDES,
     )
     job = _command(
-        actions, "job", _config_job, "for job files: the run folder, and launch.restarts", overrides=True, epilog=OVERRIDES
+        actions,
+        "job",
+        _config_job,
+        "for job files: the run folder, and launch.restarts",
+        overrides=True,
+        epilog=OVERRIDES,
     )
     for parser in (show, check, job):
         parser.add_argument("config", help="YAML file")

@@ -1,8 +1,8 @@
 """Reader of the golden values: everything is found through `index.json`, so any set of the same form can be dropped in.
 
-    for name in golden_cases("rope2d.npz"):            # names only; empty where the set is absent
-        case = Golden("rope2d.npz").case(name)
-        case.settings["D"]; case["in/q"]; case.tensor("out/q_rot", torch.float64); case.group("grad/")
+for name in golden_cases("rope2d.npz"):            # names only; empty where the set is absent
+    case = Golden("rope2d.npz").case(name)
+    case.settings["D"]; case["in/q"]; case.tensor("out/q_rot", torch.float64); case.group("grad/")
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Golden:
 
     def group(self, prefix: str) -> dict[str, np.ndarray]:
         """Arrays whose full name starts with `prefix`, by the rest of the name."""
-        return {name[len(prefix):]: self[name] for name in self.names(prefix)}
+        return {name[len(prefix) :]: self[name] for name in self.names(prefix)}
 
 
 class Case:

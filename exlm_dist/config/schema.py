@@ -183,7 +183,8 @@ class ParallelConfig(Section):
         description="Copies of the model that share the global batch; auto: ranks / (tensor x pipeline).",
     )
     sequence: bool = Field(
-        False, description="Split norms, dropout and residuals along the tokens within a tensor group (needs tensor > 1)."
+        False,
+        description="Split norms, dropout and residuals along the tokens within a tensor group (needs tensor > 1).",
     )
     zero: Literal[0, 1, 2, 3] = Field(
         1, description="DeepSpeed ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters."

@@ -82,13 +82,23 @@ class Recipe:
         if len(lengths) == 0 or lengths.min() < 1:
             raise DataError("the data has no sequences, or empty ones: prepare it again")
         check_length(
-            int(lengths.max()) + 2, ratio=self.ratio, states=self.states, anchors=self.anchors,
+            int(lengths.max()) + 2,
+            ratio=self.ratio,
+            states=self.states,
+            anchors=self.anchors,
             max_positions=self.max_positions,
         )
 
     def batches(
-        self, dataset: Dataset, plan: list[np.ndarray], samples: np.ndarray, epochs: np.ndarray, keys: np.ndarray, *,
-        step: int, indices: list[int],
+        self,
+        dataset: Dataset,
+        plan: list[np.ndarray],
+        samples: np.ndarray,
+        epochs: np.ndarray,
+        keys: np.ndarray,
+        *,
+        step: int,
+        indices: list[int],
     ) -> list[PackedBatch]:
         """Read, mask, expand and pack the micro-batches `plan` (each an array of rows of `samples`, `epochs`, `keys`);
         `indices`: their numbers within the step."""
@@ -100,10 +110,19 @@ class Recipe:
             first = 0
             for number in group:
                 members = plan[number]
-                result.append(pack(
-                    expanded, first, first + len(members), states=self.states, bucket=self.bucket,
-                    sample_ids=samples[members], epochs=epochs[members], step=step, index=indices[number],
-                ))
+                result.append(
+                    pack(
+                        expanded,
+                        first,
+                        first + len(members),
+                        states=self.states,
+                        bucket=self.bucket,
+                        sample_ids=samples[members],
+                        epochs=epochs[members],
+                        step=step,
+                        index=indices[number],
+                    )
+                )
                 first += len(members)
         return result
 
@@ -130,8 +149,21 @@ class Loader:
     """Training data: `step(t)` is global batch t, in any order of t; with `prefetch` > 0 a thread prepares more."""
 
     def __init__(
-        self, dataset: Dataset, *, masking: MaskingConfig, states: int, anchors: bool, seed: int, global_batch: int,
-        micro: int, max_positions: int, bucket: int, vocab_size: int, rank: int, world: int, prefetch: int,
+        self,
+        dataset: Dataset,
+        *,
+        masking: MaskingConfig,
+        states: int,
+        anchors: bool,
+        seed: int,
+        global_batch: int,
+        micro: int,
+        max_positions: int,
+        bucket: int,
+        vocab_size: int,
+        rank: int,
+        world: int,
+        prefetch: int,
     ) -> None:
         """`global_batch` sequences a step over `world` ranks, `micro` in a micro-batch; the rest as in the schema.
 
@@ -181,8 +213,18 @@ class Loader:
 
 
 def eval_batches(
-    dataset: Dataset, *, masking: MaskingConfig, states: int, anchors: bool, sequences: int, micro: int,
-    max_positions: int, bucket: int, vocab_size: int, rank: int, world: int,
+    dataset: Dataset,
+    *,
+    masking: MaskingConfig,
+    states: int,
+    anchors: bool,
+    sequences: int,
+    micro: int,
+    max_positions: int,
+    bucket: int,
+    vocab_size: int,
+    rank: int,
+    world: int,
 ) -> Iterator[PackedBatch]:
     """This rank's batches over the first `sequences` samples (all, if the split has fewer).
 

@@ -40,8 +40,14 @@ class Masks:
 
 
 def mask_batch(
-    tokens: np.ndarray, lengths: np.ndarray, keys: np.ndarray, *,
-    ratio: float, keep: float = 0.0, random: float = 0.0, vocab_size: int,
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    keys: np.ndarray,
+    *,
+    ratio: float,
+    keep: float = 0.0,
+    random: float = 0.0,
+    vocab_size: int,
 ) -> Masks:
     """Masks of a ragged batch: `tokens` int[sum], `lengths` int64[B], `keys` uint64[B] of `sample_keys`."""
     counts = num_masks(lengths, keys, ratio)
@@ -90,8 +96,14 @@ def choose_places(lengths: np.ndarray, counts: np.ndarray, keys: np.ndarray) -> 
 
 
 def visible_tokens(
-    originals: np.ndarray, places: np.ndarray, lengths: np.ndarray, counts: np.ndarray, keys: np.ndarray,
-    keep: float, random: float, vocab_size: int,
+    originals: np.ndarray,
+    places: np.ndarray,
+    lengths: np.ndarray,
+    counts: np.ndarray,
+    keys: np.ndarray,
+    keep: float,
+    random: float,
+    vocab_size: int,
 ) -> np.ndarray:
     """int64[N]: what stands at each masked place, decided by one draw u: kept if u < keep, a random ordinary token if
     u < keep + random, else MASK. `originals` int[N] are the tokens there, `places` their flat payload indices."""

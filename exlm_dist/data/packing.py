@@ -39,8 +39,16 @@ def rounded_up(size: int, bucket: int) -> int:
 
 
 def pack(
-    expanded: Expanded, first: int, last: int, *, states: int, bucket: int,
-    sample_ids: np.ndarray, epochs: np.ndarray, step: int, index: int,
+    expanded: Expanded,
+    first: int,
+    last: int,
+    *,
+    states: int,
+    bucket: int,
+    sample_ids: np.ndarray,
+    epochs: np.ndarray,
+    step: int,
+    index: int,
 ) -> PackedBatch:
     """Cut sequences first..last-1 out of `expanded` into a micro-batch of their own, sizes padded up to `bucket`.
 

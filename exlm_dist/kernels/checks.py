@@ -18,9 +18,7 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> 
 def check_segments(name: str, starts: Tensor, total: int, longest: int) -> None:
     """ValueError unless `starts` [B+1] are int64 cumulative lengths within `total`, none longer than `longest`."""
     if starts.dim() != 1 or len(starts) < 2 or starts.dtype != torch.int64:
-        raise ValueError(
-            f"{name} must be int64 [B+1] with B >= 1, got {starts.dtype} of shape {list(starts.shape)}"
-        )
+        raise ValueError(f"{name} must be int64 [B+1] with B >= 1, got {starts.dtype} of shape {list(starts.shape)}")
     if starts.device.type != "cpu":
         return
     lengths = starts.diff()

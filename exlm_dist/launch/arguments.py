@@ -11,7 +11,9 @@ SUMMARY = "Start a run through a launcher, or (--dry-run) print what would be st
 _OF_THE_JOB = ("account", "partition", "nodes", "gpus_per_node", "tasks_per_node", "time", "warning", "array")
 
 
-def add_launch(commands: argparse._SubParsersAction, command: Callable[..., argparse.ArgumentParser], epilog: str) -> None:
+def add_launch(
+    commands: argparse._SubParsersAction, command: Callable[..., argparse.ArgumentParser], epilog: str
+) -> None:
     """Add `launch` to `commands`; `command` makes a sub-command, `epilog` explains overrides."""
     launch = commands.add_parser("launch", help="start a run through a launcher", description=SUMMARY)
     launchers = launch.add_subparsers(dest="launcher", required=True, metavar="LAUNCHER")

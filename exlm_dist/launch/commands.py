@@ -36,9 +36,7 @@ def launch_deepspeed(path: str, overrides: Sequence[str], *, hostfile: Path | No
         print(shlex.join(deepspeed_command(arguments, processes=processes, port=0, hostfile=hostfile)))
         return 0
     restarts = Restarts.begin(config)
-    return run_deepspeed(
-        arguments, restarts, processes=processes, device=config.launch.device, hostfile=hostfile
-    )
+    return run_deepspeed(arguments, restarts, processes=processes, device=config.launch.device, hostfile=hostfile)
 
 
 def launch_slurm(job: Job, path: str, overrides: Sequence[str], *, sweep: Path | None, dry_run: bool) -> int:

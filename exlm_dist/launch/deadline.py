@@ -30,7 +30,10 @@ def end_of_job(time_limit: float, environment: Mapping[str, str] = os.environ) -
 
 
 def _ask_slurm(job: str) -> float | None:
-    for command in (["squeue", "--noheader", "--jobs", job, "--format=%e"], ["scontrol", "--oneliner", "show", "job", job]):
+    for command in (
+        ["squeue", "--noheader", "--jobs", job, "--format=%e"],
+        ["scontrol", "--oneliner", "show", "job", job],
+    ):
         if shutil.which(command[0]) is None:
             continue
         try:

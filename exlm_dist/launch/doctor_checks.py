@@ -166,7 +166,11 @@ def check_port() -> Finding:
         try:
             probe.bind(("", int(port)))
         except OSError as error:
-            return bad("port", f"MASTER_PORT {port} on {socket.gethostname()}: {error.strerror}", "Unset it, or name a free one.")
+            return bad(
+                "port",
+                f"MASTER_PORT {port} on {socket.gethostname()}: {error.strerror}",
+                "Unset it, or name a free one.",
+            )
     return good("port", f"MASTER_PORT {port} is free on {socket.gethostname()}")
 
 

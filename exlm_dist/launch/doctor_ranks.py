@@ -40,7 +40,9 @@ def check_ranks(launch: LaunchConfig, runs: Path, *, processes: int | None) -> l
             what = f"the ranks ended with code {code}; their messages are above"
             if code == 0:
                 what = f"the ranks ran, but what they wrote to {runs} is not seen on {socket.gethostname()}"
-            return [bad("ranks", what, "Every node must see the folder `runs`, and reach the first node over the network.")]
+            return [
+                bad("ranks", what, "Every node must see the folder `runs`, and reach the first node over the network.")
+            ]
         return judge(json.loads(report.read_text()))
     finally:
         for path in report.parent.glob(report.name + "*"):
@@ -55,7 +57,9 @@ def _here(arguments: list[str], processes: int) -> int:
 def _on_nodes(arguments: list[str]) -> int:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
-        raise ConfigError("--nodes looks at the nodes of a Slurm job, but this is none. Call it inside salloc or sbatch.")
+        raise ConfigError(
+            "--nodes looks at the nodes of a Slurm job, but this is none. Call it inside salloc or sbatch."
+        )
     nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
     gpus = os.environ.get("SLURM_GPUS_PER_NODE", "").rpartition(":")[2]
     per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE") or gpus or 1)
@@ -66,7 +70,13 @@ def _on_nodes(arguments: list[str]) -> int:
         "MASTER_ADDR": _first_address(),
         "MASTER_PORT": str(33000 + int(job) % 8000),
     }
-    command = ["srun", "--mpi=none", f"--nodes={nodes}", f"--ntasks={nodes * per_node}", f"--ntasks-per-node={per_node}"]
+    command = [
+        "srun",
+        "--mpi=none",
+        f"--nodes={nodes}",
+        f"--ntasks={nodes * per_node}",
+        f"--ntasks-per-node={per_node}",
+    ]
     command += ["--kill-on-bad-exit=1", "bash", "-c", _TASK, "rank", sys.executable, "-m", MODULE, *arguments]
     try:
         return subprocess.run(command, env=environment, timeout=PATIENCE + 60).returncode
@@ -86,7 +96,13 @@ def _first_address() -> str:
 
 def judge(ranks: list[dict[str, Any]]) -> list[Finding]:
     """Findings from what each rank reported (`exlm_dist.parallel.probe`)."""
-    return [_judge_devices(ranks), _judge_versions(ranks), _judge_reduction(ranks), _judge_files(ranks), _judge_clocks(ranks)]
+    return [
+        _judge_devices(ranks),
+        _judge_versions(ranks),
+        _judge_reduction(ranks),
+        _judge_files(ranks),
+        _judge_clocks(ranks),
+    ]
 
 
 def _judge_devices(ranks: list[dict[str, Any]]) -> Finding:
@@ -128,7 +144,9 @@ def _judge_reduction(ranks: list[dict[str, Any]]) -> Finding:
 def _judge_files(ranks: list[dict[str, Any]]) -> Finding:
     blind = [f"{rank['host']} does not see the file of rank {other}" for rank in ranks for other in rank["unseen"]]
     if blind:
-        return bad("shared files", "; ".join(blind[:4]), "Set `runs` to a folder on a file system that all nodes share.")
+        return bad(
+            "shared files", "; ".join(blind[:4]), "Set `runs` to a folder on a file system that all nodes share."
+        )
     return good("shared files", "the first rank of each machine sees what the others wrote")
 
 

@@ -24,7 +24,15 @@ from exlm_dist.launch.local import ERROR_FILE
 from exlm_dist.utils.errors import ConfigError
 
 #: What tells the launches on a machine apart; the same for all ranks of one.
-_OF_THE_LAUNCH = ("EXLM_LAUNCH", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "SLURM_NODEID", "MASTER_ADDR", "MASTER_PORT")
+_OF_THE_LAUNCH = (
+    "EXLM_LAUNCH",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "SLURM_RESTART_COUNT",
+    "SLURM_NODEID",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 Item = TypeVar("Item")
 
 

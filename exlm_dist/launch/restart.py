@@ -70,12 +70,17 @@ class Restarts:
                 "%s: %d restarts (launch.restarts) since the checkpoint of step %d and none got to the next one. "
                 "Starting again would meet the same end: see the messages above. Shorten checkpoint.every if single "
                 "ranks die now and then; exclude a machine that is always the one.",
-                self.run_folder, self.count, self.step,
+                self.run_folder,
+                self.count,
+                self.step,
             )
             return EXIT_STOP
         self.count += 1
         logger.warning(
             "%s: starting the ranks again after step %d (restart %d of %d without a newer checkpoint)",
-            self.run_folder, step, self.count, self.limit,
+            self.run_folder,
+            step,
+            self.count,
+            self.limit,
         )
         return None

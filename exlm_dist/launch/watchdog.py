@@ -99,7 +99,9 @@ def watch(folder: Path, limits: Mapping[str, float]) -> None:
         if now - seen > POLL + SUSPENDED:
             excused = now
         seen = now
-        late = {rank.rank for rank in ranks if limits[rank.phase] and now - max(rank.moment, excused) > limits[rank.phase]}
+        late = {
+            rank.rank for rank in ranks if limits[rank.phase] and now - max(rank.moment, excused) > limits[rank.phase]
+        }
         if late & suspects:  # seen twice, so not read in the middle of a beat
             end_job(folder, ranks, limits)
             _see_them_gone(folder)
@@ -161,7 +163,11 @@ def describe(culprits: list[Rank], limits: Mapping[str, float], now: float) -> s
     """One sentence: ranks, phase, seconds, limit."""
     first = culprits[0]
     seconds = now - max(rank.moment for rank in culprits)
-    who = f"rank {first.rank} has" if len(culprits) == 1 else f"ranks {', '.join(str(rank.rank) for rank in culprits)} have"
+    who = (
+        f"rank {first.rank} has"
+        if len(culprits) == 1
+        else f"ranks {', '.join(str(rank.rank) for rank in culprits)} have"
+    )
     why = {"T": " (the process is stopped, by SIGSTOP or a debugger)", "D": " (the process waits for a device)"}
     return (
         f"{who} stood still for {seconds:.0f} s in phase {first.phase}, after {first.step} steps"

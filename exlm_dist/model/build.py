@@ -40,9 +40,7 @@ class LanguageModel(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.embedding = None
         if 0 in stage:
-            self.embedding = Embedding(
-                vocab_size, config.width, config.dropout, token_dropout, backend=kernel_backend
-            )
+            self.embedding = Embedding(vocab_size, config.width, config.dropout, token_dropout, backend=kernel_backend)
         self.blocks = nn.ModuleList(
             Block(config, layer, kernel_backend, last=layer == config.layers - 1) if layer + 1 in stage else None
             for layer in range(config.layers)

@@ -71,9 +71,7 @@ class Engine:
     def _split(self) -> Callable[[nn.Module], None]:
         from exlm_dist.parallel.tensor import split
 
-        return functools.partial(
-            split, group=self.process.grid.tensor.group, sequence=self.config.parallel.sequence
-        )
+        return functools.partial(split, group=self.process.grid.tensor.group, sequence=self.config.parallel.sequence)
 
     def start(self, module: nn.Module, **arguments: Any) -> None:
         """Make optimizer and DeepSpeed engine for `module`, whose parameters are `parameters`."""

@@ -63,7 +63,10 @@ class Interruption:
         """
         if not self._out_of_time and self.deadline.is_near(seconds):
             self._out_of_time = True
-            logger.info("the time of the job ends at %s: saving now", time.strftime("%H:%M:%S", time.localtime(self.deadline.end)))
+            logger.info(
+                "the time of the job ends at %s: saving now",
+                time.strftime("%H:%M:%S", time.localtime(self.deadline.end)),
+            )
         return process.any(self.received is not None or self._out_of_time)
 
     def restore(self) -> None:

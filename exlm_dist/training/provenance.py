@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import exlm_dist
+
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
 
 

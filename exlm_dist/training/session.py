@@ -204,8 +204,12 @@ class Session:
         if self._events is not None:
             values = _valid_metrics(self.evaluation)
             self._events.metrics(self.step, values)
-            logger.info("step %d  held-out nll %.4f  accuracy %.4f per masked token", self.step, values["valid/nll"],
-                        values["valid/accuracy"])
+            logger.info(
+                "step %d  held-out nll %.4f  accuracy %.4f per masked token",
+                self.step,
+                values["valid/nll"],
+                values["valid/accuracy"],
+            )
 
     def save(self, *, needed: bool = False) -> None:
         """Save the present state: begin it, or where it is `needed` or `checkpoint.asynchronous` is off, finish it.
@@ -254,13 +258,13 @@ class Session:
             self._events.tags({f"save_failed_step_{saved.step}": saved.failure})
             return
         self._log_checkpoint(saved.folder, saved.step, saved.evaluation)
-        self._events.metrics(
-            saved.step, {"checkpoint/stall_seconds": saved.stall, "checkpoint/seconds": saved.seconds}
-        )
+        self._events.metrics(saved.step, {"checkpoint/stall_seconds": saved.stall, "checkpoint/seconds": saved.seconds})
         if saved.alarm:
             logger.error("%s", saved.alarm)
         removed = f"; removed {', '.join(saved.removed)}" if saved.removed else ""
-        logger.info("step %d saved in %.1f s, training waited %.2f s%s", saved.step, saved.seconds, saved.stall, removed)
+        logger.info(
+            "step %d saved in %.1f s, training waited %.2f s%s", saved.step, saved.seconds, saved.stall, removed
+        )
 
     def _log_checkpoint(self, folder: Path, step: int, evaluation: dict[str, float] | None) -> None:
         """Log the evaluation of a checkpoint as a child run that names the checkpoint; a second time does nothing."""

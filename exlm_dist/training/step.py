@@ -37,6 +37,4 @@ def optimizer_step(engine: Engine, batches: StepBatches, config: RunConfig, *, s
     done = engine.train(batches.micro_batches, denominator, scored=scored)
     invalid = [(batch.sample_ids, left_out) for batch, left_out in zip(batches.micro_batches, done.invalid)]
     sizes = replace(batches, micro_batches=[])
-    return StepResult(
-        batches.step, done.loss, invalid, done.scores, done.grad_norm, rate, sizes, batches.padding_share
-    )
+    return StepResult(batches.step, done.loss, invalid, done.scores, done.grad_norm, rate, sizes, batches.padding_share)

@@ -24,7 +24,9 @@ def why_not() -> str | None:
     """Why there can be no Slurm on this machine; None: there can."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
     missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name, path=path) is None]
-    return f"{', '.join(missing)} not installed (apt-get install munge slurmctld slurmd slurm-client)" if missing else None
+    return (
+        f"{', '.join(missing)} not installed (apt-get install munge slurmctld slurmd slurm-client)" if missing else None
+    )
 
 
 def run(command: list[str], environment: dict[str, str], *, folder: Path = ROOT, timeout: float = 60) -> str:
@@ -39,7 +41,9 @@ def run_until(condition: Callable[[], object], job: Job, what: str, limit: float
     deadline = time.monotonic() + limit
     while not condition():
         ended = job.state() in ENDED and not condition()
-        assert not ended and time.monotonic() < deadline, f"no {what} {'at its end' if ended else f'in {limit:g} s'}:\n{job.log()}"
+        assert not ended and time.monotonic() < deadline, (
+            f"no {what} {'at its end' if ended else f'in {limit:g} s'}:\n{job.log()}"
+        )
         time.sleep(0.1)
 
 
@@ -144,7 +148,11 @@ class Job:
         for process in psutil.process_iter():
             try:
                 environment = process.environ()
-                if environment.get("SLURM_JOB_ID") == job_id and "pretrain" in process.cmdline() and "RANK" in environment:
+                if (
+                    environment.get("SLURM_JOB_ID") == job_id
+                    and "pretrain" in process.cmdline()
+                    and "RANK" in environment
+                ):
                     yield process
             except psutil.Error:
                 continue

@@ -190,7 +190,9 @@ def assert_one_tracked_run(database: Path, name: str) -> None:
 def test_a_lost_node_that_slurm_finds_by_itself(slurm):
     """Takes minutes: the time after which this Slurm gives a silent node up is one of them."""
     make_data(slurm.folder / "data-lost")
-    (slurm.folder / "lost.yaml").write_text(yaml.safe_dump({"name": "undisturbed", **TINY, "data": {"path": "data-lost"}}))
+    (slurm.folder / "lost.yaml").write_text(
+        yaml.safe_dump({"name": "undisturbed", **TINY, "data": {"path": "data-lost"}})
+    )
     options = ["--nodes=2", "--gpus-per-node=1", "--time=30"]
     other = slurm.submit(PRETRAIN, "lost.yaml", options=options)
     job = slurm.submit(PRETRAIN, "lost.yaml", "--name", "lost", options=options)
@@ -209,7 +211,9 @@ def test_the_demonstration_trains_to_its_end(slurm):
     """The configuration that a new user tries first, on two nodes."""
     from exlm_dist.data.demo_molecules import prepare_demo_smiles
 
-    prepare_demo_smiles(out=slurm.folder / "data" / "demo_smiles", count=2000, max_length=128, workers=2, overwrite=False)
+    prepare_demo_smiles(
+        out=slurm.folder / "data" / "demo_smiles", count=2000, max_length=128, workers=2, overwrite=False
+    )
     config = ROOT / "configs" / "pretrain" / "demo_smiles_exlm.yaml"
     arguments = [str(config), "--launch.device", "cpu", "--tracking.mlflow", "false"]
     job = slurm.submit(PRETRAIN, *arguments, options=["--nodes=2", "--gpus-per-node=1", "--time=30"])

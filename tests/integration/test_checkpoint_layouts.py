@@ -194,8 +194,10 @@ class Sliced:
         for held in self.parameters:
             for moment in (None, "exp_avg", "exp_avg_sq") if values else ():
                 full = torch.from_numpy(values[held.name if moment is None else f"{moment}.{held.name}"])
-                part = full if held.slice is None else full.narrow(
-                    held.slice.dim, held.slice.start, held.slice.stop - held.slice.start
+                part = (
+                    full
+                    if held.slice is None
+                    else full.narrow(held.slice.dim, held.slice.start, held.slice.stop - held.slice.start)
                 )
                 local = held.parameter.data if moment is None else self.inner_optimizer.state[held.parameter][moment]
                 local.zero_()

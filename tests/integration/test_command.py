@@ -118,7 +118,11 @@ def test_run_folder_holds_the_resolved_configuration_and_the_events(run):
         (["--optimizer.lrr", "1"], 2, "Did you mean optimizer.lr?"),
         (["--schedule.steps", "7"], 78, "schedule.steps  6                  7"),
         (["--model.max_positions", "8", "--name", "short"], 2, "model.max_positions 8"),
-        (["--batch.sequences", "6", "--name", "odd"], 2, "6 is not a multiple of 2 data-parallel ranks x batch.micro 2 = 4"),
+        (
+            ["--batch.sequences", "6", "--name", "odd"],
+            2,
+            "6 is not a multiple of 2 data-parallel ranks x batch.micro 2 = 4",
+        ),
         (["--data.path", "nowhere", "--name", "empty"], 77, "exlm prepare"),
     ],
     ids=["unknown key", "other settings", "too long", "does not divide", "no shards"],

@@ -135,7 +135,7 @@ def count_files(rank, settings):
 
 def test_open_files_do_not_grow_with_the_steps(data, tmp_path):
     config = tiny(tmp_path, "files", data, schedule={"steps": 60})
-    (ended, counts), = run_processes(count_files, 1, config.model_dump(), timeout=60)
+    ((ended, counts),) = run_processes(count_files, 1, config.model_dump(), timeout=60)
     assert ended == EXIT_DONE and max(counts[step] for step in range(50, 60)) <= max(counts[step] for step in range(10))
 
 

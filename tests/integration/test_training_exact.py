@@ -52,9 +52,7 @@ def first_step(process, settings):
     norm = float(result.grad_norm)
     engine.close()
     gradients = {
-        name: value / (1 - config.optimizer.beta1)
-        for name, value in state.items()
-        if name.startswith("exp_avg.")
+        name: value / (1 - config.optimizer.beta1) for name, value in state.items() if name.startswith("exp_avg.")
     }
     return gradients, loss, samples, norm
 

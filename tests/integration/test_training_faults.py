@@ -280,9 +280,7 @@ def poisoned(rank, settings):
 def test_parameters_that_are_not_finite_are_never_saved(asynchronous, data, tmp_path):
     """Beside training, the sequences that have no likelihood with such parameters may stop the run first."""
     checkpoint = {"every": 4, "asynchronous": asynchronous}
-    text, codes = failure_of(
-        tiny(tmp_path, "poison", data, parallel={"zero": 0}, checkpoint=checkpoint), 2, poisoned
-    )
+    text, codes = failure_of(tiny(tmp_path, "poison", data, parallel={"zero": 0}, checkpoint=checkpoint), 2, poisoned)
     assert codes == [EXIT_STOP] * 2
     assert "is not finite after step 4" in text or (asynchronous and "have no finite likelihood" in text)
     assert not reader.checkpoint_folders(tmp_path / "poison")

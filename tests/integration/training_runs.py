@@ -15,7 +15,6 @@ from parallel.harness import RankFailed, run_processes
 from exlm_dist.config import RunConfig
 from exlm_dist.model import checkpoint_reader as reader
 
-
 CRASH_POINTS = Path(__file__).resolve().parents[1] / "crash_points"
 
 

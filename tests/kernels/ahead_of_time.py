@@ -64,9 +64,7 @@ class Report:
         )
 
 
-HEADER = (
-    f"{'case':34} {'kernel':20} {'target':7} {'warps':>5} {'registers':>9} {'local':>6} {'shared':>7}  result"
-)
+HEADER = f"{'case':34} {'kernel':20} {'target':7} {'warps':>5} {'registers':>9} {'local':>6} {'shared':>7}  result"
 
 
 def compile_launch(case: str, item: Launch, target: tuple[int, int]) -> Report:

@@ -56,9 +56,7 @@ def path_scores(match: Tensor, moves: Tensor, targets: int, states: int, ends: i
     """(paths, log-probability of each) of one graph."""
     chosen = paths(targets, states, ends)
     scores = [
-        sum(match[i, u] for i, u in enumerate(path))
-        + sum(moves[v, u] for v, u in zip(path, path[1:]))
-        - math.log(ends)
+        sum(match[i, u] for i, u in enumerate(path)) + sum(moves[v, u] for v, u in zip(path, path[1:])) - math.log(ends)
         for path in chosen
     ]
     return chosen, torch.stack([torch.as_tensor(score) for score in scores]) if scores else torch.empty(0)

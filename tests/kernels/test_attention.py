@@ -48,9 +48,7 @@ def test_equals_written_out(form, lengths):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradcheck(form, dropout):
     qkv, angles, starts, longest = example([3, 5], width=4, extra=1)
-    assert torch.autograd.gradcheck(
-        lambda *x: attention(*x, angles, starts, longest, dropout=dropout, seed=3), qkv
-    )
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, angles, starts, longest, dropout=dropout, seed=3), qkv)
 
 
 def test_padding_tokens_give_zero_and_no_gradient(form):
@@ -83,9 +81,7 @@ def test_dropout_is_a_function_of_the_seed():
     assert not torch.equal(run(1, 0.1), run(2, 0.1))
     # With v = 1 an output is the sum of the kept weights over the share kept: 1 on average.
     ones = torch.ones_like(v)
-    sums = torch.stack([
-        attention(q * 0, k, ones, angles, starts, longest, dropout=0.25, seed=s) for s in range(20)
-    ])
+    sums = torch.stack([attention(q * 0, k, ones, angles, starts, longest, dropout=0.25, seed=s) for s in range(20)])
     assert abs(float(sums.detach().mean()) - 1) < 0.01
     counts = (sums.detach()[..., 0] * 40 * 0.75).round()
     np.testing.assert_allclose((sums.detach()[..., 0] * 40 * 0.75).numpy(), counts.numpy(), atol=1e-9)
@@ -201,8 +197,12 @@ def test_scores_use_the_rotation():
 )
 def test_wrong_arguments_are_named(change, numbers):
     arguments = {
-        "q": torch.zeros(8, 2, 8), "k": torch.zeros(8, 2, 8), "v": torch.zeros(8, 2, 8),
-        "angles": torch.zeros(8, 4), "cu_tokens": torch.tensor([0, 4, 8]), "max_tokens": 4,
+        "q": torch.zeros(8, 2, 8),
+        "k": torch.zeros(8, 2, 8),
+        "v": torch.zeros(8, 2, 8),
+        "angles": torch.zeros(8, 4),
+        "cu_tokens": torch.tensor([0, 4, 8]),
+        "max_tokens": 4,
     } | change
     with pytest.raises(ValueError) as error:
         attention(**arguments)

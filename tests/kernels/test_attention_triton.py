@@ -38,7 +38,7 @@ class Problem:
         self.angles = rotary_angles(place % 97, place % 5, width).to(DEVICE)
         self.lengths, self.cu_tokens = lengths, starts_of(lengths).to(DEVICE)
         for rows in (self.qkv, self.grad, self.angles):
-            rows[sum(lengths):] = float("nan")
+            rows[sum(lengths) :] = float("nan")
 
     def run(self, backend: str, dtype: torch.dtype | None = None, **options) -> list[Tensor]:
         """[out, grad q, grad k, grad v] in fp64 without the padding rows, which are checked to be 0 for the kernels."""

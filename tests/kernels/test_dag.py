@@ -87,8 +87,10 @@ def test_impossible_has_no_gradient_and_no_nan(form):
     out = dag_log_likelihood(match, moves, *sizes)
     assert (out[:3] == -math.inf).all() and out[3].isfinite()
     loss = torch.where(out.isfinite(), out, 0).sum()
-    for grad in (*torch.autograd.grad(loss, (match, moves), retain_graph=True),
-                 *torch.autograd.grad(out.sum(), (match, moves))):
+    for grad in (
+        *torch.autograd.grad(loss, (match, moves), retain_graph=True),
+        *torch.autograd.grad(out.sum(), (match, moves)),
+    ):
         assert (grad[:3] == 0).all() and grad.isfinite().all() and (grad[3] != 0).any()
     path, score = dag_best_path(match, moves, *sizes)
     assert (path[:3] == -1).all() and (score[:3] == -math.inf).all()
@@ -162,8 +164,7 @@ def test_golden(case, dtype):
     torch.where(valid, out * case.tensor("in/cot", dtype), 0).sum().backward()
     for name, tensor in (("match_all", match), ("links", moves)):
         limit = 1e-6 if exact else 2e-4 if large else 4e-6
-        torch.testing.assert_close(
-            tensor.grad.double(), case.tensor(f"grad/{name}", torch.float64), rtol=0, atol=limit)
+        torch.testing.assert_close(tensor.grad.double(), case.tensor(f"grad/{name}", torch.float64), rtol=0, atol=limit)
 
     path, score = dag_best_path(match, moves, *sizes)
     assert torch.equal(path[valid], case.tensor("out/path")[valid])
@@ -185,8 +186,10 @@ def test_golden(case, dtype):
 @pytest.mark.parametrize("operation", [dag_log_likelihood, dag_posteriors, dag_best_path])
 def test_wrong_arguments_are_named(operation, change, words):
     arguments = {
-        "match": torch.zeros(2, 3, 6), "transitions": torch.zeros(2, 6, 6),
-        "num_targets": torch.tensor([3, 2]), "num_states": torch.tensor([6, 5]),
+        "match": torch.zeros(2, 3, 6),
+        "transitions": torch.zeros(2, 6, 6),
+        "num_targets": torch.tensor([3, 2]),
+        "num_states": torch.tensor([6, 5]),
     } | change
     with pytest.raises(ValueError) as error:
         operation(**arguments)

@@ -133,9 +133,7 @@ def test_golden(case: str) -> None:
     assert torch.equal(value.isfinite(), valid)
     want = golden.tensor("out/loglik").to(DEVICE)
     torch.testing.assert_close(value[valid].double(), want[valid].double(), rtol=1e-6, atol=2e-5)
-    path, score = dag_best_path(
-        *(tensor.to(DEVICE) for tensor in graph), ends=1, backend="triton"
-    )
+    path, score = dag_best_path(*(tensor.to(DEVICE) for tensor in graph), ends=1, backend="triton")
     assert torch.equal(path[valid], golden.tensor("out/path").long().to(DEVICE)[valid])
 
 

@@ -112,8 +112,10 @@ def test_golden(case, dtype, tolerance):
     last token, all without allowed successor) are not states here; with `max_transition_length=99999` the last state
     gets their lifted row, so it is left out there. Gradients are those of -1, which has no lifted rows."""
     case = Golden("links.npz").case(case)
-    weights = {name.removeprefix("encoder."): torch.from_numpy(array).to(dtype).requires_grad_()
-               for name, array in case.group("w/").items()}
+    weights = {
+        name.removeprefix("encoder."): torch.from_numpy(array).to(dtype).requires_grad_()
+        for name, array in case.group("w/").items()
+    }
     features = case.tensor("in/features", dtype).requires_grad_()
     inputs = features
     if case.settings["links_feature"] != "feature":
@@ -121,11 +123,13 @@ def test_golden(case, dtype, tolerance):
     heads, states = case.settings["heads"], case.tensor("in/is_ext_state")
     rows = inputs[states]
     project = lambda name: torch.nn.functional.linear(  # noqa: E731
-        rows, weights[f"{name}_linear.weight"], weights[f"{name}_linear.bias"])
+        rows, weights[f"{name}_linear.weight"], weights[f"{name}_linear.bias"]
+    )
     query, key = (project(name).unflatten(-1, (heads, -1)) for name in ("query", "key"))
     lengths = states.sum(1).tolist()
     out = transition_log_probs(
-        query, key, project("gate"), starts_of(lengths), max(lengths), states_per_target=case.settings["k"])
+        query, key, project("gate"), starts_of(lengths), max(lengths), states_per_target=case.settings["k"]
+    )
 
     total, cotangents = 0.0, case.tensor("in/cot", dtype)
     for b, length in enumerate(lengths):
@@ -157,8 +161,12 @@ def test_golden(case, dtype, tolerance):
 )
 def test_wrong_arguments_are_named(change, words):
     arguments = {
-        "query": torch.zeros(6, 2, 4), "key": torch.zeros(6, 2, 4), "gate": torch.zeros(6, 2),
-        "cu_states": torch.tensor([0, 4, 6]), "max_states": 4, "states_per_target": 2,
+        "query": torch.zeros(6, 2, 4),
+        "key": torch.zeros(6, 2, 4),
+        "gate": torch.zeros(6, 2),
+        "cu_states": torch.tensor([0, 4, 6]),
+        "max_states": 4,
+        "states_per_target": 2,
     } | change
     with pytest.raises(ValueError) as error:
         transition_log_probs(**arguments)

@@ -102,7 +102,11 @@ def test_batch_mates_and_order_change_nothing() -> None:
     parts = [tensor.split(lengths) for tensor in inputs]
     whole = evaluate(inputs, lengths, 1, "dense", "triton", torch.float32)[0]
     permuted = evaluate(
-        [torch.cat([part[b] for b in order]) for part in parts], [lengths[b] for b in order], 1, "dense", "triton",
+        [torch.cat([part[b] for b in order]) for part in parts],
+        [lengths[b] for b in order],
+        1,
+        "dense",
+        "triton",
         torch.float32,
     )[0]
     assert torch.equal(permuted, whole[order])

@@ -28,8 +28,8 @@ def in_full(tensors, sizes):
     logs = torch.log_softmax(hidden @ weight.t() + bias, dim=-1)
     out = torch.full((len(states) - 1, most, longest), -math.inf, dtype=hidden.dtype)
     for b in range(len(out)):
-        part = logs[states[b]:states[b + 1]][:, ids[targets[b]:targets[b + 1]]].t()
-        out[b, :part.shape[0], :part.shape[1]] = part
+        part = logs[states[b] : states[b + 1]][:, ids[targets[b] : targets[b + 1]]].t()
+        out[b, : part.shape[0], : part.shape[1]] = part
     return out
 
 
@@ -104,11 +104,19 @@ def test_golden(case, dtype):
     ids = case.tensor("in/targets")
     targets = ids.shape[1]
     out = match_scores(
-        hidden, torch.eye(vocabulary, dtype=dtype), torch.zeros(vocabulary, dtype=dtype), ids.flatten(),
-        starts_of([length] * count), starts_of([targets] * count), length, targets)
+        hidden,
+        torch.eye(vocabulary, dtype=dtype),
+        torch.zeros(vocabulary, dtype=dtype),
+        ids.flatten(),
+        starts_of([length] * count),
+        starts_of([targets] * count),
+        length,
+        targets,
+    )
     tolerance = 1e-9 if dtype == torch.float64 else 2e-5 * max(1.0, case.settings["scale"] / 10)
     torch.testing.assert_close(
-        out.double(), case.tensor("out/match_all", torch.float64), rtol=0, atol=max(tolerance, 1e-9))
+        out.double(), case.tensor("out/match_all", torch.float64), rtol=0, atol=max(tolerance, 1e-9)
+    )
     (out * case.tensor("in/cot", dtype)).sum().backward()
     expected = case.tensor("grad/logits", torch.float64).flatten(0, 1)
     torch.testing.assert_close(hidden.grad.double(), expected, rtol=0, atol=4e-6)
@@ -126,9 +134,14 @@ def test_golden(case, dtype):
 )
 def test_wrong_arguments_are_named(change, words):
     arguments = {
-        "hidden": torch.zeros(6, 5), "weight": torch.zeros(9, 5), "bias": torch.zeros(9),
-        "target_ids": torch.zeros(3, dtype=torch.int64), "cu_states": torch.tensor([0, 4, 6]),
-        "cu_targets": torch.tensor([0, 2, 3]), "max_states": 4, "max_targets": 3,
+        "hidden": torch.zeros(6, 5),
+        "weight": torch.zeros(9, 5),
+        "bias": torch.zeros(9),
+        "target_ids": torch.zeros(3, dtype=torch.int64),
+        "cu_states": torch.tensor([0, 4, 6]),
+        "cu_targets": torch.tensor([0, 2, 3]),
+        "max_states": 4,
+        "max_targets": 3,
     } | change
     with pytest.raises(ValueError) as error:
         match_scores(**arguments)

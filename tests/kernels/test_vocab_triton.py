@@ -34,7 +34,14 @@ class Case:
 
     @classmethod
     def make(
-        cls, targets: list[int], k: int, width: int, vocabulary: int, *, seed: int = 0, scale: float = 1.0,
+        cls,
+        targets: list[int],
+        k: int,
+        width: int,
+        vocabulary: int,
+        *,
+        seed: int = 0,
+        scale: float = 1.0,
         padding: int = 3,
     ) -> Case:
         """Random; the first tokens repeat, and `padding` states and targets belong to no sequence."""
@@ -54,8 +61,14 @@ class Case:
         leaves = [tensor.detach().requires_grad_() for tensor in (hidden, weight[words].clone(), bias[words].clone())]
         states = starts_of([self.k * n for n in self.targets]).to(DEVICE)
         match = match_scores(
-            *leaves, self.ids.to(DEVICE), states, starts_of(self.targets).to(DEVICE), self.grad.shape[2],
-            self.grad.shape[1], shard=shard, backend=backend,
+            *leaves,
+            self.ids.to(DEVICE),
+            states,
+            starts_of(self.targets).to(DEVICE),
+            self.grad.shape[2],
+            self.grad.shape[1],
+            shard=shard,
+            backend=backend,
         )
         rest = 0.0 if backend == "reference" else torch.nan
         match.backward(self.grad.to(match).where(match.isfinite(), rest))

@@ -61,9 +61,7 @@ def trajectory(process, settings):
         "vocab_size": datasets["train"].vocab_size,
         "rank": process.grid.data.rank, "world": process.grid.data.size,
     }  # fmt: skip
-    loader = Loader(
-        datasets["train"], seed=config.seed, global_batch=config.batch.sequences, prefetch=0, **packing
-    )
+    loader = Loader(datasets["train"], seed=config.seed, global_batch=config.batch.sequences, prefetch=0, **packing)
     engine = build_engine(config, process, packing["vocab_size"], 20.0)
     initial = pieces(engine, None)
     rows, first = [], None
@@ -120,9 +118,7 @@ MODELS = {
     "dropout": {"model": {"dropout": 0.1, "attention_dropout": 0.1}},
     "sparse": {"model": {"dropout": 0.0, "attention_dropout": 0.0, "transitions": "sparse"}},
     "untied": {"model": {"dropout": 0.1, "attention_dropout": 0.1, "tie_head": False, "layers": 3, "norm": "post"}},
-    "mlm": {
-        "model": {"dropout": 0.0, "attention_dropout": 0.0, "objective": "mlm", "states": 1, "anchors": False}
-    },
+    "mlm": {"model": {"dropout": 0.0, "attention_dropout": 0.0, "objective": "mlm", "states": 1, "anchors": False}},
 }
 
 

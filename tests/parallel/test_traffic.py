@@ -24,6 +24,7 @@ LAYOUTS = {
     "dp2 zero2": {"data": 2, "zero": 2},
 }
 
+
 def settings(layout: dict, accumulation: int = 2) -> dict:
     copies = layout.get("data", 1)
     return {

@@ -72,9 +72,7 @@ def _mask(held: int, share: float, seed: int, first_head: int, all_heads: int | 
     return mask
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, dropout: float
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, dropout: float) -> None:
     """ValueError on shapes and shares that do not fit."""
     check_shape("q", q, (None, None, None))
     tokens, heads, width = q.shape

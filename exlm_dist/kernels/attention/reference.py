@@ -72,9 +72,7 @@ class _Attention(torch.autograd.Function):
         return *(grad.packed(noise.scale) for grad in grads), *[None] * 4
 
 
-def _back_through_weights(
-    weights: Tensor, kept: Tensor | None, value: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor]:
+def _back_through_weights(weights: Tensor, kept: Tensor | None, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the scores and the values from that of the output; `weights` is spent."""
     grad_weights = _multiply(grad, value.mT)
     if kept is not None:
@@ -114,7 +112,7 @@ def _padded_block(cu_tokens: Tensor, length: int) -> _Block:
 def _read(rows: Tensor, block: _Block) -> Tensor:
     """Rows [T, H, P] of a block as [count, H, length, P] in the working type; padding gives 0."""
     if block.index is None:
-        part = rows[block.start:block.stop].unflatten(0, (block.count, block.length))
+        part = rows[block.start : block.stop].unflatten(0, (block.count, block.length))
     else:
         part = rows[block.index].masked_fill(~block.valid[:, :, None, None], 0)
     return part.transpose(1, 2).to(work_dtype(rows))
@@ -143,7 +141,7 @@ class _Output:
         """Put [count, H, length, P] to its rows."""
         part = part.transpose(1, 2)
         if block.index is None:
-            self._rows[block.start:block.stop].unflatten(0, (block.count, block.length)).copy_(part)
+            self._rows[block.start : block.stop].unflatten(0, (block.count, block.length)).copy_(part)
         else:
             index = torch.where(block.valid, block.index, len(self._rows) - 1)
             self._rows[index] = part.to(self._rows.dtype)

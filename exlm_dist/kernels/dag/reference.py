@@ -17,9 +17,7 @@ def dag_log_likelihood(
     return _LogLikelihood.apply(match, transitions, num_targets, num_states, ends)
 
 
-def dag_posteriors(
-    match: Tensor, transitions: Tensor, num_targets: Tensor, num_states: Tensor, *, ends: int
-) -> Tensor:
+def dag_posteriors(match: Tensor, transitions: Tensor, num_targets: Tensor, num_states: Tensor, *, ends: int) -> Tensor:
     """See `exlm_dist.kernels.dag.dag_posteriors`."""
     graph = Graph.of(match, transitions, num_targets, num_states, ends)
     return walk_back(graph, forward(graph))[0]

@@ -53,9 +53,7 @@ class _DropoutAdd(Function):
         return grad_x, grad if ctx.has_residual else None, None, None
 
 
-def dropout_add(
-    branch: Tensor, residual: Tensor | None, *, dropout: float, seed: int, first_row: int
-) -> Tensor:
+def dropout_add(branch: Tensor, residual: Tensor | None, *, dropout: float, seed: int, first_row: int) -> Tensor:
     """See `exlm_dist.kernels.elementwise.dropout_add`."""
     if dropout == 0.0:
         return branch if residual is None else residual + branch

@@ -47,9 +47,7 @@ class _Transitions(torch.autograd.Function):
         ctx.settings = (max_states, group)
         heads = query.shape[1]
         segments = Segments.of(cu_states, max_states, len(query))
-        out = torch.empty(
-            (segments.count, max_states, max_states), dtype=work_dtype(query), device=query.device
-        )
+        out = torch.empty((segments.count, max_states, max_states), dtype=work_dtype(query), device=query.device)
         for rows, part in _parts(segments, heads):
             log_heads, _, log_gate = _head_log_probs(query, key, gate, part, group)
             out[rows] = torch.logsumexp(log_heads.add_(log_gate), dim=1)

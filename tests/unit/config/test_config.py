@@ -121,7 +121,8 @@ def test_world_that_does_not_divide_the_batch(write):
     config = load_config(write(MINIMAL), ["--batch.sequences", "96", "--batch.micro", "32"])
     check_world(config, 3)
     with pytest.raises(
-        ConfigError, match=r"96 is not a multiple of 2 data-parallel ranks x batch.micro 32 = 64.*64 or 128; or batch.micro 24"
+        ConfigError,
+        match=r"96 is not a multiple of 2 data-parallel ranks x batch.micro 32 = 64.*64 or 128; or batch.micro 24",
     ):
         check_world(config, 2)
 

@@ -37,7 +37,10 @@ def assert_equals_row(ours: Expanded, case: Case, row: int) -> None:
     own = len(ours.input_ids)
     assert own == case.settings["expanded_length"][row]
     for name, value in {
-        "ext_src_tokens": ours.input_ids, "ext_index": ours.position, "pos_dim1": ours.position, "pos_dim2": ours.clone,
+        "ext_src_tokens": ours.input_ids,
+        "ext_index": ours.position,
+        "pos_dim1": ours.position,
+        "pos_dim2": ours.clone,
     }.items():
         assert np.array_equal(case[f"out/{name}"][row][:own], value), name
     states = np.flatnonzero(case["out/is_ext_state"][row])

@@ -22,12 +22,28 @@ from exlm_dist.utils.errors import ConfigError, DataError
 
 DATA = FakeDataset(varied_lengths(101))
 DEFAULTS = {
-    "masking": MaskingConfig(ratio=0.2), "states": 3, "anchors": True, "seed": 5, "global_batch": 16, "micro": 2,
-    "max_positions": 256, "bucket": 1, "vocab_size": 512, "rank": 0, "world": 1, "prefetch": 0,
+    "masking": MaskingConfig(ratio=0.2),
+    "states": 3,
+    "anchors": True,
+    "seed": 5,
+    "global_batch": 16,
+    "micro": 2,
+    "max_positions": 256,
+    "bucket": 1,
+    "vocab_size": 512,
+    "rank": 0,
+    "world": 1,
+    "prefetch": 0,
 }
 EVALUATION = {
-    "masking": MaskingConfig(ratio=0.4, eval_ratio=0.15, random=0.5), "states": 3, "anchors": True, "sequences": 50,
-    "micro": 8, "max_positions": 256, "bucket": 1, "vocab_size": 512,
+    "masking": MaskingConfig(ratio=0.4, eval_ratio=0.15, random=0.5),
+    "states": 3,
+    "anchors": True,
+    "sequences": 50,
+    "micro": 8,
+    "max_positions": 256,
+    "bucket": 1,
+    "vocab_size": 512,
 }
 
 
@@ -220,11 +236,19 @@ def test_close_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture) -> None:
         release.set()
 
 
-@pytest.mark.parametrize(("batch", "micro", "world", "words"), [
-    (100, 8, 4, ["batch.sequences 100", "4 data-parallel ranks x batch.micro 8 = 32", "96 or 128", "or batch.micro 5"]),
-    (10, 4, 1, ["batch.sequences 10", "1 data-parallel ranks x batch.micro 4 = 4", "8 or 12", "or batch.micro 5"]),
-    (3, 4, 2, ["batch.sequences 3", "2 data-parallel ranks x batch.micro 4 = 8", "fit: batch.sequences 8."]),
-])
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "words"),
+    [
+        (
+            100,
+            8,
+            4,
+            ["batch.sequences 100", "4 data-parallel ranks x batch.micro 8 = 32", "96 or 128", "or batch.micro 5"],
+        ),
+        (10, 4, 1, ["batch.sequences 10", "1 data-parallel ranks x batch.micro 4 = 4", "8 or 12", "or batch.micro 5"]),
+        (3, 4, 2, ["batch.sequences 3", "2 data-parallel ranks x batch.micro 4 = 8", "fit: batch.sequences 8."]),
+    ],
+)
 def test_batch_that_does_not_divide(batch: int, micro: int, world: int, words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         loader(global_batch=batch, micro=micro, world=world)
@@ -232,7 +256,9 @@ def test_batch_that_does_not_divide(batch: int, micro: int, world: int, words: l
 
 
 def test_expanded_length_over_the_limit() -> None:
-    with pytest.raises(ConfigError, match=r"62 tokens expand to up to 90 .* model.max_positions 80. Set model.max_positions to 90"):
+    with pytest.raises(
+        ConfigError, match=r"62 tokens expand to up to 90 .* model.max_positions 80. Set model.max_positions to 90"
+    ):
         loader(FakeDataset(np.array([5, 60])), max_positions=80)
     loader(FakeDataset(np.array([5, 60])), max_positions=90)
 

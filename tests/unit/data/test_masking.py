@@ -40,7 +40,29 @@ def test_golden_masks() -> None:
 
 GOLDEN_PLACES = [3, 4, 7, 9, 10, 14, 15, 19, 24, 25, 27, 30, 34, 35, 44, 49, 50, 51, 53, 55, 56, 58, 59]
 GOLDEN_VISIBLE = [
-    103, 104, 185, 12, 421, 390, 131, 4, 399, 169, 142, 4, 4, 135, 144, 4, 150, 114, 101, 155, 4, 490, 16,
+    103,
+    104,
+    185,
+    12,
+    421,
+    390,
+    131,
+    4,
+    399,
+    169,
+    142,
+    4,
+    4,
+    135,
+    144,
+    4,
+    150,
+    114,
+    101,
+    155,
+    4,
+    490,
+    16,
 ]
 
 
@@ -53,7 +75,10 @@ def test_golden_corruption() -> None:
 
 @given(
     st.lists(st.integers(1, 90), min_size=1, max_size=12),
-    st.floats(0.01, 0.99), st.floats(0, 0.5), st.floats(0, 0.5), st.integers(0, 2**63 - 1),
+    st.floats(0.01, 0.99),
+    st.floats(0, 0.5),
+    st.floats(0, 0.5),
+    st.integers(0, 2**63 - 1),
 )
 def test_masks_are_those_of_each_sample_alone(
     lengths: list[int], ratio: float, keep: float, random: float, seed: int

@@ -12,7 +12,11 @@ from exlm_dist.data.order import permute, sample_at
 def test_splitmix64_gives_its_published_values() -> None:
     words = numbered(np.array([1234567], np.uint64), np.arange(5))
     assert words.tolist() == [
-        6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821,
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
     ]
 
 
@@ -31,13 +35,16 @@ def test_mix_flips_half_of_the_bits() -> None:
         assert abs(share - 0.5) < 0.02
 
 
-@pytest.mark.parametrize(("seed", "epoch", "num", "indices", "expected"), [
-    (0, 0, 10, range(10), [1, 0, 9, 2, 6, 3, 8, 4, 5, 7]),
-    (0, 1, 10, range(10), [7, 6, 1, 9, 0, 4, 2, 5, 8, 3]),
-    (7, 0, 10, range(10), [7, 4, 2, 9, 6, 1, 0, 5, 3, 8]),
-    (1, 3, 10**9, [0, 1, 2, 999_999_999], [306446009, 85893244, 530706615, 199665165]),
-    (2**63 - 1, 5, 2**40 + 1, range(3), [576910328837, 954975195793, 689042239418]),
-])
+@pytest.mark.parametrize(
+    ("seed", "epoch", "num", "indices", "expected"),
+    [
+        (0, 0, 10, range(10), [1, 0, 9, 2, 6, 3, 8, 4, 5, 7]),
+        (0, 1, 10, range(10), [7, 6, 1, 9, 0, 4, 2, 5, 8, 3]),
+        (7, 0, 10, range(10), [7, 4, 2, 9, 6, 1, 0, 5, 3, 8]),
+        (1, 3, 10**9, [0, 1, 2, 999_999_999], [306446009, 85893244, 530706615, 199665165]),
+        (2**63 - 1, 5, 2**40 + 1, range(3), [576910328837, 954975195793, 689042239418]),
+    ],
+)
 def test_golden_order(seed: int, epoch: int, num: int, indices: list[int], expected: list[int]) -> None:
     assert permute(np.array(indices), seed, epoch, num).tolist() == expected
 

@@ -45,7 +45,10 @@ def test_rounding_up(size: int, bucket: int) -> None:
 
 
 @given(
-    st.lists(st.integers(1, 40), min_size=2, max_size=9), st.integers(1, 4), st.booleans(), st.sampled_from([1, 7, 64]),
+    st.lists(st.integers(1, 40), min_size=2, max_size=9),
+    st.integers(1, 4),
+    st.booleans(),
+    st.sampled_from([1, 7, 64]),
     st.integers(0, 99),
 )
 def test_a_part_packs_as_it_would_alone(lengths: list[int], states: int, anchors: bool, bucket: int, seed: int) -> None:

@@ -111,7 +111,12 @@ def test_what_killed_launches_left_is_swept_away(tmp_path):
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     born = watchdog.process_state(sleeper.pid)[1]
     folders = {}
-    for name, pid, age in (("dead", 1 << 22, 100), ("alive", sleeper.pid, 100), ("new", 1 << 22, 0), ("mine", 1 << 22, 100)):
+    for name, pid, age in (
+        ("dead", 1 << 22, 100),
+        ("alive", sleeper.pid, 100),
+        ("new", 1 << 22, 0),
+        ("mine", 1 << 22, 100),
+    ):
         folders[name] = tmp_path / f"exlm-watch-0-{name}"
         folders[name].mkdir()
         (folders[name] / "rank-0.beat").write_bytes(watchdog.BEAT.pack(0, 0, 1, 0.0))

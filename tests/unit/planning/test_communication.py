@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from unit.planning.test_memory import WIDE, job
 
 from exlm_dist.planning.communication import Traffic, bubble, traffic_of_stage, worst_traffic
 from exlm_dist.planning.job import parameters_of_stage
-from unit.planning.test_memory import WIDE, job
 
 
 def sent(job_, group: str) -> float:

@@ -108,7 +108,9 @@ def test_a_stage_keeps_the_micro_batches_that_are_behind_it():
 def test_the_peak_is_the_largest_moment_and_its_parts_add_up():
     this = job(gpu=False)
     peak = memory_per_rank(this)
-    moments = {name: sum(parts.values()) - parts[COPY] for name, parts in moments_of_stage(this, this.stages[0]).items()}
+    moments = {
+        name: sum(parts.values()) - parts[COPY] for name, parts in moments_of_stage(this, this.stages[0]).items()
+    }
     assert peak.total == max(moments.values()) == moments[peak.moment]
     assert {"loss", "reduction", "update", "embedding"} <= set(moments)
 

@@ -1,13 +1,15 @@
-"""Kills ranks of real runs at random moments, restarts them on random numbers of ranks, and compares with undisturbed runs.
+"""Kills ranks of real runs at random moments, restarts them on random numbers of ranks, and compares with undisturbed
+runs.
 
     python benchmarks/chaos.py --trials 20                 # a few seconds each
     python benchmarks/chaos.py --trials 1 --seed 17        # trial 17 again
 
-A trial trains a tiny ExLM to its end. Up to three times a random rank gets SIGKILL or SIGSTOP at a random moment, weighted to the
-start, the load of a checkpoint, a step and a save; then all ranks are started again, half of the trials on the same number
-of ranks, the others on 1, 2 or 4. Every trial must complete by itself, see in each step the samples of the undisturbed run,
-and end with its loss curve: on one number of ranks to the last bit, parameters and moments included; else within ROUNDING.
-Nothing may be left behind. The plan of a trial is a function of its seed; the moment a signal arrives is the machine's.
+A trial trains a tiny ExLM to its end. Up to three times a random rank gets SIGKILL or SIGSTOP at a random moment,
+weighted to the start, the load of a checkpoint, a step and a save; then all ranks are started again, half of the trials
+on the same number of ranks, the others on 1, 2 or 4. Every trial must complete by itself, see in each step the samples
+of the undisturbed run, and end with its loss curve: on one number of ranks to the last bit, parameters and moments
+included; else within ROUNDING. Nothing may be left behind. The plan of a trial is a function of its seed; the moment a
+signal arrives is the machine's.
 """
 
 from __future__ import annotations

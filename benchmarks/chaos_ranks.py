@@ -1,4 +1,5 @@
-"""Ranks of a run for chaos.py: forked from a process that has imported torch once, and killed from outside at a planned moment."""
+"""Ranks of a run for chaos.py: forked from a process that has imported torch once, and killed from outside at a planned
+moment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What an interruption costs: restart in place, detection of a hang, goodput under failures; with real runs of `exlm pretrain`.
+"""What an interruption costs: restart in place, detection of a hang, goodput under failures; with real runs of
+`exlm pretrain`.
 
     python benchmarks/operations.py                        # 2 ranks on this machine, about six minutes
     python benchmarks/operations.py --minutes 0 --rounds 1 # without the goodput
@@ -6,11 +7,12 @@
 - restart: SIGKILL of a rank until all ranks of the next launch have done a step (imports, meeting, loading included)
 - requeue (--requeue, with slurm/testbed up): `scontrol requeue` until all ranks have done a step
 - hang: SIGSTOP of a rank until the watchdog has ended the job, less the limit
-- goodput: a rank is killed every --every seconds; seconds in steps that were not lost, over seconds of wall time. Predicted
-  from the restart, the time between checkpoints and their stall, all measured in the same run before the first failure
+- goodput: a rank is killed every --every seconds; seconds in steps that were not lost, over seconds of wall time.
+  Predicted from the restart, the time between checkpoints and their stall, all measured in the same run before the first failure
 - stall: taken from the newest results of benchmarks/checkpoint.py
 
-The run is watched from outside, through the heartbeats of its ranks. Writes a CSV with machine, versions and commit to results/.
+The run is watched from outside, through the heartbeats of its ranks. Writes a CSV with machine, versions and commit
+to results/.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ HANG_LIMIT = 3
 ROW = ("quantity", "value", "unit", "aim", "detail")
 #: What others report (docs/operations.md has the sources).
 ANCHORS = {
-    "restart in place": "in-process restart of nvidia-resiliency-ext about 1.5 s and the user's start; FlashRecovery 150 s at 4,800 devices",
+    "restart in place": "in-process restart of nvidia-resiliency-ext about 1.5 s and the user's start; "
+    "FlashRecovery 150 s at 4,800 devices",
     "restart by requeue": "Slurm's default alone: 121 s until a requeued job may start",
     "hang found after its limit": "gloo alone: 30 minutes by default",
     "goodput measured": "Llama 3: over 90 %, ByteRobust: 97 %, with failures hours apart",

@@ -1,4 +1,5 @@
-"""The command `exlm doctor`: brings together what the rooms know and the checks of `exlm_dist.launch.doctor*`. No torch."""
+"""The command `exlm doctor`: brings together what the rooms know and the checks of `exlm_dist.launch.doctor*`. No
+torch."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ exlm=("${EXLM_PYTHON:-$python}" -m exlm_dist.cli)
 job=$SLURM_JOB_ID
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-    line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "${EXLM_SWEEP:?names the file whose lines are the arguments of the array tasks}")
+    line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "${EXLM_SWEEP:?names the file of the arguments, a line per array task}")
     [ -n "$line" ] || { say "error: $EXLM_SWEEP has no line $SLURM_ARRAY_TASK_ID"; exit 2; }
     mapfile -t words < <(xargs -n 1 printf '%s\n' <<<"$line")
     set -- "$@" "${words[@]}"

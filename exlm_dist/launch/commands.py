@@ -42,7 +42,8 @@ def launch_deepspeed(path: str, overrides: Sequence[str], *, hostfile: Path | No
 def launch_slurm(job: Job, path: str, overrides: Sequence[str], *, sweep: Path | None, dry_run: bool) -> int:
     """Submit a job (one for each line of `sweep` where `job.array` is set); the exit code of sbatch.
 
-    ConfigError before anything is submitted: for the settings of every line, and where the ranks do not divide the batch.
+    ConfigError before anything is submitted: for the settings of every line, and where the ranks do not divide the
+    batch.
     """
     for line in _lines(job, sweep):
         config = load_config(path, [*overrides, *line])

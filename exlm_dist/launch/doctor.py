@@ -1,4 +1,5 @@
-"""`exlm doctor`: what would waste GPU hours, found before they are spent. Never imports torch (the ranks it starts do)."""
+"""`exlm doctor`: what would waste GPU hours, found before they are spent. Never imports torch (the ranks it
+starts do)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The checks of `exlm doctor` that need ranks: they are started as those of a run are, here or by srun on every node of the
-allocation, and say what they saw."""
+"""The checks of `exlm doctor` that need ranks: they are started as those of a run are, here or by srun on every node of
+the allocation, and say what they saw."""
 
 from __future__ import annotations
 

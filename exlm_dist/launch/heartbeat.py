@@ -1,6 +1,8 @@
-"""The heartbeat of this rank: where it is in its work, written so that the watchdog of the machine can see it stand still.
+"""The heartbeat of this rank: where it is in its work, written so that the watchdog of the machine can see it stand
+still.
 
-A beat is one small write into the page cache (two microseconds). A process has one heart; without `start` all calls do nothing.
+A beat is one small write into the page cache (two microseconds). A process has one heart; without `start` all calls do
+nothing.
 """
 
 from __future__ import annotations

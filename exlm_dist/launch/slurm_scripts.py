@@ -1,9 +1,9 @@
 """The bodies of the Slurm job files: what follows the `#SBATCH` lines. Bash, because the node that runs a batch script
 may have nothing else (Python can be inside the container).
 
-What `PRETRAIN` does with the exit codes of `exlm_dist.utils.errors`: 0 ends the job; 75 puts it back into the queue; lost
-ranks are started again inside the allocation, which takes seconds; all else ends it. Attempts in a row that leave the
-newest checkpoint where it was end the job with 78 when there are more than `launch.restarts`.
+What `PRETRAIN` does with the exit codes of `exlm_dist.utils.errors`: 0 ends the job; 75 puts it back into the queue;
+lost ranks are started again inside the allocation, which takes seconds; all else ends it. Attempts in a row that leave
+the newest checkpoint where it was end the job with 78 when there are more than `launch.restarts`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ exlm=("${EXLM_PYTHON:-$python}" -m exlm_dist.cli)
 job=$SLURM_JOB_ID
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-    line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "${EXLM_SWEEP:?names the file whose lines are the arguments of the array tasks}")
+    line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "${EXLM_SWEEP:?names the file of the arguments, a line per array task}")
     [ -n "$line" ] || { say "error: $EXLM_SWEEP has no line $SLURM_ARRAY_TASK_ID"; exit 2; }
     mapfile -t words < <(xargs -n 1 printf '%s\n' <<<"$line")
     set -- "$@" "${words[@]}"
@@ -61,11 +61,11 @@ logs=$run/slurm/$job
 mkdir -p "$logs/errors" || exit 2
 EXLM_ERRORS=$(cd "$logs/errors" && pwd)
 export EXLM_ERRORS
-say "job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)): $WORLD_SIZE ranks on $SLURM_JOB_NODELIST; logs of the nodes in $logs"
+say "job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)): $WORLD_SIZE ranks on $SLURM_JOB_NODELIST; logs in $logs"
 
 # Slurm warns this shell: USR1 before the time limit (--signal=B:USR1@...), TERM when it ends the job itself (scancel,
-# preemption, requeue). Both are passed on as USR1, on which the ranks save and end with 75. `srun` runs in the background
-# because bash runs a trap only between commands, or while it waits.
+# preemption, requeue). Both are passed on as USR1, on which the ranks save and end with 75. `srun` runs in the
+# background because bash runs a trap only between commands, or while it waits.
 told="" woken="" srun_pid=""
 pass_on() {
     woken=1

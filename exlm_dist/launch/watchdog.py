@@ -1,9 +1,9 @@
 """Ends a job whose ranks stand still: reads their heartbeats, puts all their stacks into the log, kills them.
 
-One such process per machine, started by the rank that comes first (`exlm_dist.launch.heartbeat`), whatever started the ranks. It is
-run by its path and needs the standard library alone, so it costs some milliseconds and works while the ranks cannot. It ends
-when no rank is left. Per rank the folder holds three files: `rank-N.json` (who it is), `rank-N.beat` (its heartbeat),
-`rank-N.stack` (written by the rank's own faulthandler when it is asked to).
+One such process per machine, started by the rank that comes first (`exlm_dist.launch.heartbeat`), whatever started the
+ranks. It is run by its path and needs the standard library alone, so it costs some milliseconds and works while the
+ranks cannot. It ends when no rank is left. Per rank the folder holds three files: `rank-N.json` (who it is),
+`rank-N.beat` (its heartbeat), `rank-N.stack` (written by the rank's own faulthandler when it is asked to).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pathlib import Path
 
 #: What a rank can be busy with; each has a limit in the section `watchdog` of the configuration.
 PHASES = ("start", "step", "save", "evaluation", "end")
-#: Phase, step, number of beats so far, moment of the last one (CLOCK_MONOTONIC, the same for all processes of a machine).
+#: Phase, step, number of beats so far, moment of the last one (CLOCK_MONOTONIC, the same for all processes of a
+#: machine).
 BEAT = struct.Struct("<qqqd")
 #: Asks a rank for its stacks; its faulthandler answers even while a C call holds the interpreter.
 STACK_SIGNAL = signal.SIGUSR2

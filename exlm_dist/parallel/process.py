@@ -110,7 +110,7 @@ class Process:
         return result
 
 
-def start(launch: LaunchConfig, parallel: ParallelConfig = ParallelConfig()) -> Process:
+def start(launch: LaunchConfig, parallel: ParallelConfig | None = None) -> Process:
     """Join the process group of the job and make those of the layout.
 
     ConfigError for a layout that does not fit the ranks, a device that is not there or a rendezvous that fails.
@@ -118,7 +118,7 @@ def start(launch: LaunchConfig, parallel: ParallelConfig = ParallelConfig()) -> 
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
     rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    layout = Layout.of(parallel, world)
+    layout = Layout.of(parallel or ParallelConfig(), world)
     device = choose_device(launch.device, local_rank)
     # DeepSpeed picks its accelerator by itself; without this it warns, and on a GPU machine ignores `launch.device
     # cpu`.

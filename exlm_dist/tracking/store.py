@@ -225,8 +225,8 @@ def _whole_database(mlflow: Any, uri: str) -> Iterator[None]:
 
 
 def _make_database(mlflow: Any, path: Path) -> None:
-    """MLflow's tables, made aside and renamed: where a kill interrupts their making (seconds), MLflow can never open the
-    file again."""
+    """MLflow's tables, made aside and renamed: where a kill interrupts their making (seconds), MLflow can never open
+    the file again."""
     aside = path.with_name(f"{path.name}.new")
     for suffix in ("", "-journal", "-wal", "-shm"):
         Path(f"{aside}{suffix}").unlink(missing_ok=True)

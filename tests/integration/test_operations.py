@@ -1,4 +1,4 @@
-"""Runs that nothing can stop: hung ranks are named and ended, lost ranks come back by themselves, the clock is obeyed."""
+"""Runs that nothing can stop: hung ranks are named and ended, lost ranks come back, the clock is obeyed."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_stopped_rank_ends_the_run_with_its_name_and_all_stacks(hang, words, d
 
 
 def signals_in_a_save(rank, settings):
-    """USR1 when the save of step 8 begins, TERM while its numbers are copied, TERM again when it has been given away."""
+    """USR1 when the save of step 8 begins, TERM while its numbers are copied, TERM again when it is given away."""
     from exlm_dist.training import checkpoint
     from exlm_dist.training.session import Session
 

@@ -1,4 +1,5 @@
-"""What of the elementwise operations is compiled ahead of time: the shipped widths, with and without branch and dropout."""
+"""What of the elementwise operations is compiled ahead of time: the shipped widths, with and without branch and
+dropout."""
 
 from __future__ import annotations
 

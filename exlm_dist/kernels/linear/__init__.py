@@ -1,4 +1,5 @@
-"""Matrix products of dense layers: the vendor's own on a GPU, oneDNN's on an x86 processor (why: README.md beside this)."""
+"""Matrix products of dense layers: the vendor's own on a GPU, oneDNN's on an x86 processor (why: README.md beside
+this)."""
 
 from __future__ import annotations
 
@@ -94,6 +95,6 @@ def _by_onednn(a: Tensor, b: Tensor) -> bool:
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    """The matrix, copied if it is neither contiguous nor the transpose of one: oneDNN takes such a one hundreds of times
-    slower."""
+    """The matrix, copied if it is neither contiguous nor the transpose of one: oneDNN takes such a one hundreds of
+    times slower."""
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()

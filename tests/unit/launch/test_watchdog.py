@@ -1,4 +1,5 @@
-"""The watchdog ends a job that stands still, names the rank, and shows the stacks; with ranks that are a few lines of Python."""
+"""The watchdog ends a job that stands still, names the rank, and shows the stacks; with ranks that are a few lines of
+Python."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ def mixed(x):
 
 @triton.jit
 def row_keys(seed_low, seed_high, sequence, head, o_query):
-    """Start of each query row's stream of random words: a hash of (seed, sequence, head, query); `head` counts all heads
-    of the layer, also those that other ranks hold."""
+    """Start of each query row's stream of random words: a hash of (seed, sequence, head, query); `head` counts all
+    heads of the layer, also those that other ranks hold."""
     gamma = tl.full([], 0x9E3779B9, tl.uint32)
     key = mixed(tl.cast(seed_low, tl.uint32, bitcast=True) + gamma)
     key = mixed(key ^ tl.cast(seed_high, tl.uint32, bitcast=True))

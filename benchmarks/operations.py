@@ -8,7 +8,8 @@
 - requeue (--requeue, with slurm/testbed up): `scontrol requeue` until all ranks have done a step
 - hang: SIGSTOP of a rank until the watchdog has ended the job, less the limit
 - goodput: a rank is killed every --every seconds; seconds in steps that were not lost, over seconds of wall time.
-  Predicted from the restart, the time between checkpoints and their stall, all measured in the same run before the first failure
+  Predicted from the restart, the time between checkpoints and their stall, all measured in the same run before the
+  first failure
 - stall: taken from the newest results of benchmarks/checkpoint.py
 
 The run is watched from outside, through the heartbeats of its ranks. Writes a CSV with machine, versions and commit

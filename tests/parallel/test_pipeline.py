@@ -24,7 +24,8 @@ from parallel.sharded import assembled, pieces
 from exlm_dist.config import RunConfig, dump_config
 from exlm_dist.parallel.layout import Layout
 from exlm_dist.tracking import read_events
-from exlm_dist.utils.errors import EXIT_DONE, EXIT_RETRY
+from exlm_dist.training.sample_log import samples_of_steps
+from exlm_dist.utils.errors import EXIT_DONE, EXIT_RETRY, EXIT_SAVED
 
 STEPS = 10
 SECTIONS = {
@@ -238,26 +239,57 @@ DEATHS = [
 ]
 
 
+#: The ids of the samples of every step are written down.
+NOTED = {"samples": True}
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory):
-    """The events of the run of `test_a_killed_rank_ends_all` on one rank that nothing ends."""
-    config = tiny(tmp_path_factory.mktemp("whole"), "whole", data, batch=SECTIONS["batch"])
+    """The run of the tests below, on one rank that nothing ends."""
+    config = tiny(tmp_path_factory.mktemp("whole"), "whole", data, batch=SECTIONS["batch"], tracking=NOTED)
     assert train_on(config, 1) == [EXIT_DONE]
-    return points(config)
+    return config
 
 
 @pytest.mark.parametrize("parallel, world, lost, then", DEATHS, ids=str)
 def test_a_killed_rank_ends_all(parallel, world, lost, then, data, tmp_path, uninterrupted):
     """Within 30 s, every other rank saying that it may be started again; another layout takes the run to its end."""
-    config = tiny(tmp_path, "killed", data, parallel=parallel, batch=SECTIONS["batch"])
+    config = tiny(tmp_path, "killed", data, parallel=parallel, batch=SECTIONS["batch"], tracking=NOTED)
     codes = train_on(config, world, death=("step", lost, 6), timeout=30.0)
     assert codes == [-signal.SIGKILL if rank == lost else EXIT_RETRY for rank in range(world)], log_of(config)
-    config = tiny(tmp_path, "killed", data, parallel=then, batch=SECTIONS["batch"])
+    config = tiny(tmp_path, "killed", data, parallel=then, batch=SECTIONS["batch"], tracking=NOTED)
     world = config.local_processes
     assert train_on(config, world) == [EXIT_DONE] * world
-    assert points(config).keys() == uninterrupted.keys()
-    for place, value in uninterrupted.items():
-        assert points(config)[place] == pytest.approx(value, rel=1e-4), place
+    assert_same_course(config, uninterrupted)
+
+
+def assert_same_course(config, other):
+    """Every step saw the same samples, and the curves are equal within the rounding of other layouts."""
+    samples, wanted = (samples_of_steps(Path(run.runs) / run.name) for run in (config, other))
+    assert samples == wanted and len(samples) == config.schedule.steps
+    found, curve = points(config), points(other)
+    assert found.keys() == curve.keys()
+    for place, value in curve.items():
+        assert found[place] == pytest.approx(value, rel=1e-4), place
+
+
+#: (layout, the step before which it is asked to save and end)
+MOVES = [
+    ({"tensor": 2, "data": 2, "zero": 1}, 1),
+    ({"pipeline": 2, "zero": 1}, 4),
+    ({"data": 4, "zero": 3}, 6),
+    ({"data": 1, "zero": 1}, 8),
+    ({"tensor": 2, "data": 2, "zero": 1}, None),
+]
+
+
+def test_a_run_moves_from_layout_to_layout_and_back(data, tmp_path, uninterrupted):
+    for parallel, end in MOVES:
+        config = tiny(tmp_path, "moved", data, parallel=parallel, batch=SECTIONS["batch"], tracking=NOTED)
+        world = config.local_processes
+        asked = None if end is None else ("signal", world - 1, end, signal.SIGTERM)
+        assert train_on(config, world, asked) == [EXIT_DONE if end is None else EXIT_SAVED] * world
+    assert_same_course(config, uninterrupted)
 
 
 def stopped(rank, settings, lost):

@@ -79,7 +79,7 @@ class Slurm:
             del self.environment[name]
         run([str(TESTBED / "up.sh"), str(nodes), str(self.bed)], self.environment, timeout=120)
         self.environment |= {"SLURM_CONF": str(self.bed / "slurm.conf"), "PYTHONPATH": str(ROOT)}
-        self.environment |= {"EXLM_VENV": os.environ["EXLM_VENV"]} if "EXLM_VENV" in os.environ else {}
+        self.environment |= {"EXLM_PYTHON": sys.executable}
 
     def down(self) -> None:
         """Stop it, with everything that runs in it."""

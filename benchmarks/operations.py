@@ -12,8 +12,8 @@
   first failure
 - stall: taken from the newest results of benchmarks/checkpoint.py
 
-The run is watched from outside, through the heartbeats of its ranks. Writes a CSV with machine, versions and commit
-to results/.
+The run is watched from outside, through the heartbeats of its ranks. With --out it writes a CSV
+with machine, load and commit.
 """
 
 from __future__ import annotations

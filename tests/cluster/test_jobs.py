@@ -16,6 +16,7 @@ from locations import ROOT
 from made_run import MOLECULES, make_data
 from tracking_server import free_port, mlflow_server
 
+from exlm_dist.data.demo_molecules import prepare_demo_smiles
 from exlm_dist.launch.restart import newest_step
 from exlm_dist.model import checkpoint_reader as reader
 from exlm_dist.tracking import sync
@@ -64,10 +65,22 @@ def jobs(slurm: Slurm, scenes, server: str) -> dict[str, Job]:
         "whole": submit(options=["--nodes=2", "--time=10", "--array=1"], EXLM_SWEEP="sweep.txt"),
         "whole4": submit(options=["--nodes=4", "--time=10", "--array=2"], EXLM_SWEEP="sweep.txt"),
     }
+    # Later than the others, which fill the machine.
+    later = f"--dependency=afterany:{made['limited'].number}"
+    made["demonstration"] = demonstration(slurm, options=["--nodes=2", later])
     Slowed(made["limited"])
     made["whole"].number += "_1"
     made["whole4"].number += "_2"
     return made
+
+
+def demonstration(slurm: Slurm, *arguments: str, options: list[str]) -> Job:
+    """The shipped demonstration, on fewer molecules."""
+    folder = slurm.folder / "data" / "demo_smiles"
+    prepare_demo_smiles(out=folder, count=2000, max_length=128, workers=2, overwrite=False)
+    config = str(ROOT / "configs" / "pretrain" / "demo_smiles_exlm.yaml")
+    fixed = ["--launch.device", "cpu", "--tracking.mlflow", "false"]
+    return slurm.submit(PRETRAIN, config, *fixed, *arguments, options=["--gpus-per-node=1", "--time=30", *options])
 
 
 def whole(slurm: Slurm, jobs: dict[str, Job]) -> Path:
@@ -205,17 +218,15 @@ def test_a_lost_node_that_slurm_finds_by_itself(slurm):
     assert_every_sample_once(run)
 
 
+def test_the_demonstration_trains_to_its_end(slurm, jobs):
+    """The configuration that a new user tries first, on two nodes."""
+    assert jobs["demonstration"].wait(LIMIT) == "COMPLETED", jobs["demonstration"].log()
+    assert newest_step(slurm.folder / "runs" / "demo_smiles_exlm") == 200
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_demonstration_trains_to_its_end(slurm):
-    """The configuration that a new user tries first, on two nodes."""
-    from exlm_dist.data.demo_molecules import prepare_demo_smiles
-
-    prepare_demo_smiles(
-        out=slurm.folder / "data" / "demo_smiles", count=2000, max_length=128, workers=2, overwrite=False
-    )
-    config = ROOT / "configs" / "pretrain" / "demo_smiles_exlm.yaml"
-    arguments = [str(config), "--launch.device", "cpu", "--tracking.mlflow", "false"]
-    job = slurm.submit(PRETRAIN, *arguments, options=["--nodes=2", "--gpus-per-node=1", "--time=30"])
-    assert job.wait(800) == "COMPLETED", job.log()
-    assert newest_step(slurm.folder / "runs" / "demo_smiles_exlm") == 200
+def test_the_demonstration_on_four_nodes(slurm):
+    job = demonstration(slurm, "--name", "demo4", "--batch.micro", "16", options=["--nodes=4"])
+    assert job.wait(800) == "COMPLETED" and job.facts()["NumNodes"] == "4", job.log()
+    assert newest_step(slurm.folder / "runs" / "demo4") == 200

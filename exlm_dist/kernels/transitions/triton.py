@@ -82,21 +82,9 @@ def _rows(pointer, first, o_row, length, h, heads: tl.constexpr, width: tl.const
 
 @triton.jit
 def normaliser_kernel(
-    query,
-    key,
-    gate,
-    cu_states,
-    log_sum,
-    log_gate,
-    scale,
-    heads: tl.constexpr,
-    width: tl.constexpr,
-    GROUP: tl.constexpr,
-    P_BLOCK: tl.constexpr,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    query, key, gate, cu_states, log_sum, log_gate, scale,
+    heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, HEADS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """log2 of the sum over u of 2^score of one head, and log2 of the head's gate, for ROWS states v."""
     h = tl.program_id(1)
@@ -131,21 +119,9 @@ def normaliser_kernel(
 
 @triton.jit(do_not_specialize=["longest"])
 def mixture_kernel(
-    query,
-    key,
-    cu_states,
-    log_sum,
-    log_gate,
-    out,
-    scale,
-    longest,
-    heads: tl.constexpr,
-    width: tl.constexpr,
-    GROUP: tl.constexpr,
-    P_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    query, key, cu_states, log_sum, log_gate, out, scale, longest,
+    heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """log E of a tile [ROWS, COLUMNS]: log-sum over the heads of gate times probability; -inf where not allowed."""
     b = tl.program_id(2).to(tl.int64)
@@ -196,24 +172,9 @@ def _score_gradient(b_score, b_log, b_grad, b_log_sum, b_log_gate, b_leaving, m_
 
 @triton.jit(do_not_specialize=["longest", "rows"])
 def leaving_kernel(
-    query,
-    key,
-    cu_states,
-    log_sum,
-    log_gate,
-    out,
-    grad_out,
-    leaving,
-    scale,
-    longest,
-    rows,
-    heads: tl.constexpr,
-    width: tl.constexpr,
-    GROUP: tl.constexpr,
-    P_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    query, key, cu_states, log_sum, log_gate, out, grad_out, leaving, scale, longest, rows,
+    heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Sum over the u of a tile of share times gradient, [tiles of u, S, H]: all heads of a tile, read once."""
     b = tl.program_id(2).to(tl.int64)
@@ -239,27 +200,9 @@ def leaving_kernel(
 
 @triton.jit(do_not_specialize=["longest", "rows"])
 def query_gradient_kernel(
-    query,
-    key,
-    cu_states,
-    log_sum,
-    log_gate,
-    out,
-    grad_out,
-    leaving,
-    left,
-    grad_query,
-    scale,
-    root,
-    longest,
-    rows,
-    heads: tl.constexpr,
-    width: tl.constexpr,
-    GROUP: tl.constexpr,
-    P_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    query, key, cu_states, log_sum, log_gate, out, grad_out, leaving, left, grad_query, scale, root, longest, rows,
+    heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Gradient of ROWS queries of one head, and `left`: the sum of `leaving` over its tiles."""
     h = tl.program_id(1)
@@ -297,25 +240,9 @@ def query_gradient_kernel(
 
 @triton.jit(do_not_specialize=["longest"])
 def key_gradient_kernel(
-    query,
-    key,
-    cu_states,
-    log_sum,
-    log_gate,
-    out,
-    grad_out,
-    left,
-    grad_key,
-    scale,
-    root,
-    longest,
-    heads: tl.constexpr,
-    width: tl.constexpr,
-    GROUP: tl.constexpr,
-    P_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    query, key, cu_states, log_sum, log_gate, out, grad_out, left, grad_key, scale, root, longest,
+    heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Gradient of COLUMNS keys of one head."""
     h = tl.program_id(1)
@@ -347,18 +274,8 @@ def key_gradient_kernel(
 
 @triton.jit(do_not_specialize=["sequences", "rows"])
 def gate_gradient_kernel(
-    cu_states,
-    log_gate,
-    left,
-    grad_gate,
-    grad_query,
-    grad_key,
-    sequences,
-    rows,
-    heads: tl.constexpr,
-    width: tl.constexpr,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
+    cu_states, log_gate, left, grad_gate, grad_query, grad_key, sequences, rows,
+    heads: tl.constexpr, width: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):
     """left_h - gate_h times the sum of `left` over the heads, for ROWS states; rows that no sequence owns get 0
     everywhere.

@@ -33,7 +33,9 @@ def attention(
     return _Attention.apply(*_alike(q, k, v), angles, cu_tokens, max_tokens, mask)
 
 
-def attention_packed(qkv: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, mask: DropoutMask) -> Tensor:
+def attention_packed(
+    qkv: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, mask: DropoutMask
+) -> Tensor:
     """See `exlm_dist.kernels.attention.attention_packed`; limits as for `attention`."""
     _check(qkv)
     return _Packed.apply(qkv if qkv.stride(-1) == 1 else qkv.contiguous(), angles, cu_tokens, max_tokens, mask)
@@ -84,7 +86,9 @@ class _Packed(torch.autograd.Function):
 class _Call:
     """What forward and backward of one call share: sizes, turning table, dropout, tiles."""
 
-    def __init__(self, q: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, mask: DropoutMask) -> None:
+    def __init__(
+        self, q: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, mask: DropoutMask
+    ) -> None:
         self.tokens, self.heads, self.width = q.shape
         self.max_tokens = max(max_tokens, 1)
         self.sequences = len(cu_tokens) - 1

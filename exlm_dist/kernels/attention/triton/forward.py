@@ -45,11 +45,8 @@ def forward(
     p_turn = table + begin * P
     b_q, b_sum, b_total, b_top, b_keys = (), (), (), (), ()
     for tile in tl.static_range(TILES):
-        b_q += (
-            load_turned(
-                p_q + tile * BQ * stride, p_turn + tile * BQ * P, o_query, left - tile * BQ, stride, BQ, HALF, BH
-            ),
-        )
+        b_q += (load_turned(
+            p_q + tile * BQ * stride, p_turn + tile * BQ * P, o_query, left - tile * BQ, stride, BQ, HALF, BH),)
         b_sum = b_sum + (tl.zeros([BQ, BP], tl.float32),)
         b_total = b_total + (tl.zeros([BQ], tl.float32),)
         b_top = b_top + (tl.full([BQ], float("-inf"), tl.float32),)

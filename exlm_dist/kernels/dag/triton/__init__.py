@@ -45,7 +45,9 @@ def dag_log_likelihood(
     return _LogLikelihood.apply(match, transitions, num_targets, num_states, ends)
 
 
-def dag_posteriors(match: Tensor, transitions: Tensor, num_targets: Tensor, num_states: Tensor, *, ends: int) -> Tensor:
+def dag_posteriors(
+    match: Tensor, transitions: Tensor, num_targets: Tensor, num_states: Tensor, *, ends: int
+) -> Tensor:
     """See `exlm_dist.kernels.dag.dag_posteriors`."""
     if match.dtype == torch.float64:
         return reference.dag_posteriors(match, transitions, num_targets, num_states, ends=ends)
@@ -152,49 +154,23 @@ def _scan(
     launch(
         posterior_kernel,
         (chunks, count),
-        {
-            **lengths,
-            **read,
-            "total": sums["total"],
-            "total_scale": sums["total_scale"],
-            "gamma": gamma,
-            "bad": bad,
-            **shape,
-            "chunks": chunks,
-        },
+        {**lengths, **read, "total": sums["total"], "total_scale": sums["total_scale"], "gamma": gamma, "bad": bad,
+         **shape, "chunks": chunks},
         {"BLOCK": block.states, "ROWS": POSTERIOR_ROWS, "COLUMNS": 128},
     )
     launch(
         fallback_kernel,
         (count + 1,),
-        {
-            **inputs,
-            **lengths,
-            **paths,
-            **sums,
-            "gamma": gamma,
-            "bad": bad,
-            "faint": faint,
-            "in_logs": in_logs,
-            "counter": fallback_count(match.device),
-            "count": count,
-            **shape,
-            "chunks": chunks,
-            "ends": ends,
-            "first_weight": 1.0 / ends,
-        },
+        {**inputs, **lengths, **paths, **sums, "gamma": gamma, "bad": bad, "faint": faint, "in_logs": in_logs,
+         "counter": fallback_count(match.device), "count": count, **shape, "chunks": chunks, "ends": ends,
+         "first_weight": 1.0 / ends},
         {"SPAN": 32, "ENDS": ends_block, "SEQUENCES": 128},
         warps=8,
         stages=1,
     )
     return _Scan(
         *(paths[name] for name in ("alpha", "alpha_scale", "omega", "omega_scale")),
-        sums["total"],
-        sums["total_scale"],
-        in_logs,
-        gamma,
-        sums["log_likelihood"],
-        block,
+        sums["total"], sums["total_scale"], in_logs, gamma, sums["log_likelihood"], block,
     )
 
 

@@ -35,20 +35,8 @@ def _log_arrivals(moves, values, i_from, o_u, n, length, states, FORWARD: tl.con
 
 @triton.jit
 def _log_recursion(
-    match,
-    moves,
-    values,
-    scales,
-    tails,
-    tail_scales,
-    n,
-    length,
-    states,
-    blocks,
-    ends,
-    first_log,
-    FORWARD: tl.constexpr,
-    SPAN: tl.constexpr,
+    match, moves, values, scales, tails, tail_scales, n, length, states, blocks, ends, first_log,
+    FORWARD: tl.constexpr, SPAN: tl.constexpr,
 ):
     """As `_recursion`, with log2 of what is there in `values` and `tails`, row by row; returns the last row's scale."""
     slack = length - n
@@ -98,34 +86,10 @@ def _log_recursion(
 
 @triton.jit(do_not_specialize=["count", "targets", "states", "blocks", "chunks", "ends"])
 def fallback_kernel(
-    match,
-    moves,
-    num_targets,
-    num_states,
-    alpha,
-    alpha_scale,
-    omega,
-    omega_scale,
-    beta,
-    beta_scale,
-    log_likelihood,
-    total,
-    total_scale,
-    gamma,
-    bad,
-    faint,
-    in_logs,
-    counter,
-    count,
-    targets,
-    states,
-    blocks,
-    chunks,
-    ends,
-    first_weight,
-    SPAN: tl.constexpr,
-    ENDS: tl.constexpr,
-    SEQUENCES: tl.constexpr,
+    match, moves, num_targets, num_states, alpha, alpha_scale, omega, omega_scale, beta, beta_scale,
+    log_likelihood, total, total_scale, gamma, bad, faint, in_logs, counter,
+    count, targets, states, blocks, chunks, ends, first_weight,
+    SPAN: tl.constexpr, ENDS: tl.constexpr, SEQUENCES: tl.constexpr,
 ):
     """Program b does sequence b again in the log domain if it failed; the program after the last counts those that
     did.
@@ -156,36 +120,12 @@ def fallback_kernel(
         beta += b * targets * states
         beta_scale += b * targets * blocks
         scale = _log_recursion(
-            match,
-            moves,
-            alpha,
-            alpha_scale,
-            alpha,
-            beta_scale,
-            n,
-            length,
-            states,
-            blocks,
-            ends,
-            tl.log2(first_weight),
-            True,
-            SPAN,
+            match, moves, alpha, alpha_scale, alpha, beta_scale, n, length, states, blocks, ends, tl.log2(first_weight),
+            True, SPAN,
         )
         _log_recursion(
-            match,
-            moves,
-            omega + b * targets * states,
-            omega_scale + b * targets * blocks,
-            beta,
-            beta_scale,
-            n,
-            length,
-            states,
-            blocks,
-            ends,
-            0.0,
-            False,
-            SPAN,
+            match, moves, omega + b * targets * states, omega_scale + b * targets * blocks, beta, beta_scale,
+            n, length, states, blocks, ends, 0.0, False, SPAN,
         )
         o_u = length - 1 - tl.arange(0, ENDS)
         m_u = (tl.arange(0, ENDS) < ends) & (o_u >= n - 1)

@@ -12,23 +12,8 @@ GUARD = tl.constexpr(1.0e-4)  # |sum of a target's posteriors - 1| that sends a 
 
 @triton.jit(do_not_specialize=["targets", "states", "blocks", "chunks"])
 def posterior_kernel(
-    num_targets,
-    num_states,
-    alpha,
-    alpha_scale,
-    beta,
-    beta_scale,
-    total,
-    total_scale,
-    gamma,
-    bad,
-    targets,
-    states,
-    blocks,
-    chunks,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    num_targets, num_states, alpha, alpha_scale, beta, beta_scale, total, total_scale, gamma, bad,
+    targets, states, blocks, chunks, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     """gamma = alpha beta / likelihood of ROWS targets, and whether a row of it fails to sum to 1."""
     b = tl.program_id(1).to(tl.int64)
@@ -72,29 +57,9 @@ def _match_rows(
 
 @triton.jit(do_not_specialize=["targets", "states", "blocks", "tiles"])
 def gradient_kernel(
-    moves,
-    num_targets,
-    num_states,
-    alpha,
-    alpha_scale,
-    omega,
-    omega_scale,
-    gamma,
-    total,
-    total_scale,
-    in_logs,
-    grad_out,
-    grad_match,
-    grad_moves,
-    targets,
-    states,
-    blocks,
-    tiles,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    moves, num_targets, num_states, alpha, alpha_scale, omega, omega_scale, gamma, total, total_scale, in_logs,
+    grad_out, grad_match, grad_moves, targets, states, blocks, tiles,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Gradients of match and moves, times grad_out. Programs up to tiles^2 do a tile of moves each, the rest ROWS
     targets.

@@ -64,24 +64,8 @@ def _moves(moves, o_u, o_v, step_v, step_u, length, turned):
 
 @triton.jit
 def _arrivals(
-    moves,
-    values,
-    scales,
-    k,
-    o_i,
-    m_i,
-    n,
-    length,
-    pad,
-    sign,
-    step_v,
-    step_u,
-    states,
-    blocks,
-    BLOCK: tl.constexpr,
-    PART: tl.constexpr,
-    ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    moves, values, scales, k, o_i, m_i, n, length, pad, sign, step_v, step_u, states, blocks,
+    BLOCK: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """[BLOCK, ROWS] of what comes into block k from the blocks before it, with its scale per row; and `faint`."""
     o_k = k * BLOCK - pad + tl.arange(0, BLOCK)
@@ -110,26 +94,8 @@ def _arrivals(
 
 @triton.jit
 def _inside(
-    match,
-    moves,
-    values,
-    scales,
-    tails,
-    tail_scales,
-    k,
-    start,
-    stop,
-    n,
-    length,
-    pad,
-    sign,
-    step_v,
-    step_u,
-    states,
-    blocks,
-    ends,
-    first_weight,
-    BLOCK: tl.constexpr,
+    match, moves, values, scales, tails, tail_scales, k, start, stop, n, length, pad, sign, step_v, step_u,
+    states, blocks, ends, first_weight, BLOCK: tl.constexpr,
 ):
     """Rows start..stop-1 of block k, one after the other; what comes from other blocks stands in `values` and
     `scales`.
@@ -174,26 +140,9 @@ def _inside(
 
 @triton.jit
 def _recursion(
-    match,
-    moves,
-    values,
-    scales,
-    tails,
-    tail_scales,
-    n,
-    length,
-    pad,
-    sign,
-    step_v,
-    step_u,
-    states,
-    blocks,
-    ends,
-    first_weight,
-    BLOCK: tl.constexpr,
-    PART: tl.constexpr,
-    ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    match, moves, values, scales, tails, tail_scales, n, length, pad, sign, step_v, step_u,
+    states, blocks, ends, first_weight,
+    BLOCK: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """One direction of the recursion, block by block, into `values` and `scales`; whether a move was too faint.
 
@@ -208,24 +157,8 @@ def _recursion(
         for first in range(start, tl.where(k > 0, stop, start), ROWS):
             o_i = first + tl.arange(0, ROWS)
             b_total, b_scale, weak = _arrivals(
-                moves,
-                values,
-                scales,
-                k,
-                o_i,
-                o_i < stop,
-                n,
-                length,
-                pad,
-                sign,
-                step_v,
-                step_u,
-                states,
-                blocks,
-                BLOCK,
-                PART,
-                ROWS,
-                PRECISION,
+                moves, values, scales, k, o_i, o_i < stop, n, length, pad, sign, step_v, step_u, states, blocks,
+                BLOCK, PART, ROWS, PRECISION,
             )
             faint = tl.maximum(faint, weak)
             m_out = (o_i < stop)[None, :] & ((o_k >= 0) & (o_k < length))[:, None]
@@ -233,26 +166,8 @@ def _recursion(
             tl.store(scales + (o_i * blocks + k) * sign, b_scale, mask=o_i < stop)
         tl.debug_barrier()
         weak = _inside(
-            match,
-            moves,
-            values,
-            scales,
-            tails,
-            tail_scales,
-            k,
-            start,
-            stop,
-            n,
-            length,
-            pad,
-            sign,
-            step_v,
-            step_u,
-            states,
-            blocks,
-            ends,
-            first_weight,
-            BLOCK,
+            match, moves, values, scales, tails, tail_scales, k, start, stop, n, length, pad, sign, step_v, step_u,
+            states, blocks, ends, first_weight, BLOCK,
         )
         faint = tl.maximum(faint, weak)
         tl.debug_barrier()
@@ -272,19 +187,8 @@ def finish(log_likelihood, total, total_scale, b, log_sum, top):
 
 @triton.jit
 def _likelihood(
-    num_targets,
-    num_states,
-    alpha,
-    alpha_scale,
-    log_likelihood,
-    total,
-    total_scale,
-    targets,
-    states,
-    blocks,
-    ends,
-    BLOCK: tl.constexpr,
-    ENDS: tl.constexpr,
+    num_targets, num_states, alpha, alpha_scale, log_likelihood, total, total_scale, targets, states, blocks, ends,
+    BLOCK: tl.constexpr, ENDS: tl.constexpr,
 ):
     """The sum of alpha of the last target over the final states. Reads its sizes again: kept, they cost the recursion
     a register.
@@ -304,30 +208,9 @@ def _likelihood(
 
 @triton.jit(do_not_specialize=["targets", "states", "blocks", "ends"])
 def scan_kernel(
-    match,
-    moves,
-    num_targets,
-    num_states,
-    alpha,
-    alpha_scale,
-    omega,
-    omega_scale,
-    beta,
-    beta_scale,
-    log_likelihood,
-    total,
-    total_scale,
-    faint,
-    targets,
-    states,
-    blocks,
-    ends,
-    first_weight,
-    BLOCK: tl.constexpr,
-    PART: tl.constexpr,
-    ROWS: tl.constexpr,
-    ENDS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    match, moves, num_targets, num_states, alpha, alpha_scale, omega, omega_scale, beta, beta_scale,
+    log_likelihood, total, total_scale, faint, targets, states, blocks, ends, first_weight,
+    BLOCK: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, ENDS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Program 2b: alpha and likelihood of sequence b; 2b+1: beta, and omega = beta times the match."""
     b = (tl.program_id(0) // 2).to(tl.int64)
@@ -345,41 +228,14 @@ def scan_kernel(
         values = omega + rows
         scales = omega_scale + row_blocks
     weak = _recursion(
-        match + rows,
-        moves + (b * states * states + back * (length - 1) * (states + 1)),
-        values,
-        scales,
-        beta + rows,
-        beta_scale + row_blocks,
-        n,
-        length,
-        back * (tl.cdiv(length, BLOCK) * BLOCK - length),
-        1 - 2 * back,
-        states - back * (states + 1),
-        1 - back * (states + 1),
-        states,
-        blocks,
-        ends,
-        tl.where(back == 1, 1.0, first_weight),
-        BLOCK,
-        PART,
-        ROWS,
-        PRECISION,
+        match + rows, moves + (b * states * states + back * (length - 1) * (states + 1)), values, scales,
+        beta + rows, beta_scale + row_blocks, n, length, back * (tl.cdiv(length, BLOCK) * BLOCK - length), 1 - 2 * back,
+        states - back * (states + 1), 1 - back * (states + 1), states, blocks, ends,
+        tl.where(back == 1, 1.0, first_weight), BLOCK, PART, ROWS, PRECISION,
     )
     if back == 0:
         tl.store(faint + tl.program_id(0) // 2, weak)
         _likelihood(
-            num_targets,
-            num_states,
-            alpha,
-            alpha_scale,
-            log_likelihood,
-            total,
-            total_scale,
-            targets,
-            states,
-            blocks,
-            ends,
-            BLOCK,
-            ENDS,
+            num_targets, num_states, alpha, alpha_scale, log_likelihood, total, total_scale, targets, states, blocks,
+            ends, BLOCK, ENDS,
         )

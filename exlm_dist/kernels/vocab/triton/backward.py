@@ -10,25 +10,9 @@ from exlm_dist.kernels.vocab.triton.forward import logits, place
 
 @triton.jit(do_not_specialize=["rows", "vocab", "start"])
 def logit_gradient_kernel(
-    hidden,
-    weight,
-    bias,
-    log_sum,
-    mass,
-    grad,
-    grad_bias,
-    rows,
-    vocab,
-    chunk,
-    start,
-    width,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    EVEN: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    hidden, weight, bias, log_sum, mass, grad, grad_bias, rows, vocab, chunk, start, width,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """-mass p of a tile of words start..start+chunk-1, [rows, chunk]; and its column sums, one row per tile of
     states.
@@ -37,20 +21,8 @@ def logit_gradient_kernel(
     o_row = row * ROWS + tl.arange(0, ROWS)
     o_place = word * WORDS + tl.arange(0, WORDS)
     b_logit = logits(
-        hidden,
-        weight,
-        bias,
-        row * ROWS,
-        start + word * WORDS,
-        rows,
-        vocab,
-        width,
-        ROWS,
-        WORDS,
-        DEPTH,
-        EVEN,
-        DESCRIPTORS,
-        PRECISION,
+        hidden, weight, bias, row * ROWS, start + word * WORDS, rows, vocab, width,
+        ROWS, WORDS, DEPTH, EVEN, DESCRIPTORS, PRECISION,
     )
     m_row = o_row < rows
     b_log_sum = tl.load(log_sum + o_row, mask=m_row, other=0.0)
@@ -65,24 +37,9 @@ def logit_gradient_kernel(
 
 @triton.jit(do_not_specialize=["rows", "count", "vocab", "first_token", "max_states", "max_targets"])
 def state_gradient_kernel(
-    weight,
-    target_ids,
-    cu_states,
-    cu_targets,
-    grad_match,
-    mass,
-    grad_hidden,
-    rows,
-    count,
-    vocab,
-    width,
-    first_token,
-    max_states,
-    max_targets,
-    TARGETS: tl.constexpr,
-    STATES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    weight, target_ids, cu_states, cu_targets, grad_match, mass, grad_hidden,
+    rows, count, vocab, width, first_token, max_states, max_targets,
+    TARGETS: tl.constexpr, STATES: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """grad_hidden[u] = sum_i grad_match[i, u] weight[y_i] of STATES states, and their mass = sum_i grad_match[i, u].
 
@@ -119,20 +76,8 @@ def state_gradient_kernel(
 
 @triton.jit(do_not_specialize=["max_states", "max_targets", "count"])
 def target_gradient_kernel(
-    hidden,
-    cu_states,
-    cu_targets,
-    grad_match,
-    pulled,
-    pulled_bias,
-    width,
-    max_states,
-    max_targets,
-    count,
-    TARGETS: tl.constexpr,
-    STATES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    hidden, cu_states, cu_targets, grad_match, pulled, pulled_bias, width, max_states, max_targets, count,
+    TARGETS: tl.constexpr, STATES: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """pulled[i] = sum_u grad_match[i, u] hidden[u] of TARGETS targets of a sequence, and the plain sums over u."""
     b = tl.program_id(2).to(tl.int64)
@@ -160,21 +105,8 @@ def target_gradient_kernel(
 
 @triton.jit(do_not_specialize=["vocab", "first_token", "count"])
 def scatter_kernel(
-    ids,
-    order,
-    begin,
-    end,
-    cu_targets,
-    pulled,
-    pulled_bias,
-    grad_weight,
-    grad_bias,
-    vocab,
-    width,
-    first_token,
-    count,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    ids, order, begin, end, cu_targets, pulled, pulled_bias, grad_weight, grad_bias, vocab, width, first_token, count,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):
     """Add to the row of a token what its targets pulled; the program of the token's first target owns the row."""
     j = tl.program_id(1)

@@ -12,19 +12,8 @@ LOWEST = tl.constexpr(-1.0e30)
 
 @triton.jit
 def logits(
-    hidden,
-    weight,
-    bias,
-    first_row,
-    first_word,
-    rows,
-    vocab,
-    width,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    EVEN: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    hidden, weight, bias, first_row, first_word, rows, vocab, width,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """log2(e) times the logits [ROWS, WORDS]; DESCRIPTORS: hidden and weight are tensor descriptors (Hopper's bulk
@@ -70,42 +59,17 @@ def place(tiles_down, tiles_across, GROUP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "vocab", "tiles"])
 def partial_sum_kernel(
-    hidden,
-    weight,
-    bias,
-    top,
-    total,
-    rows,
-    vocab,
-    tiles,
-    width,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    EVEN: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    hidden, weight, bias, top, total, rows, vocab, tiles, width,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Largest logit and sum of 2^(logit - largest) of ROWS states over one tile of WORDS words, [tiles, rows]."""
     row, word = place(tl.cdiv(rows, ROWS), tiles, GROUP)
     o_row = row * ROWS + tl.arange(0, ROWS)
     o_word = word * WORDS + tl.arange(0, WORDS)
     b_logit = logits(
-        hidden,
-        weight,
-        bias,
-        row * ROWS,
-        word * WORDS,
-        rows,
-        vocab,
-        width,
-        ROWS,
-        WORDS,
-        DEPTH,
-        EVEN,
-        DESCRIPTORS,
-        PRECISION,
+        hidden, weight, bias, row * ROWS, word * WORDS, rows, vocab, width,
+        ROWS, WORDS, DEPTH, EVEN, DESCRIPTORS, PRECISION,
     )
     b_logit = tl.where((o_word < vocab)[None, :], b_logit, LOWEST)
     b_top = tl.max(b_logit, 1)
@@ -135,25 +99,9 @@ def log_sum_kernel(top, total, log_sum, rows, tiles, ROWS: tl.constexpr, TILES: 
 
 @triton.jit(do_not_specialize=["vocab", "first_token", "max_states", "max_targets"])
 def match_kernel(
-    hidden,
-    weight,
-    bias,
-    target_ids,
-    cu_states,
-    cu_targets,
-    log_sum,
-    match,
-    vocab,
-    width,
-    first_token,
-    max_states,
-    max_targets,
-    rest,
-    TARGETS: tl.constexpr,
-    STATES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    EVEN: tl.constexpr,
-    WHOLE: tl.constexpr,
+    hidden, weight, bias, target_ids, cu_states, cu_targets, log_sum, match,
+    vocab, width, first_token, max_states, max_targets, rest,
+    TARGETS: tl.constexpr, STATES: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """match[i, u] of a tile [TARGETS, STATES] of a sequence; `rest` outside its own targets and states.

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from exlm_dist.config.schema import LaunchConfig, ParallelConfig
+from exlm_dist.parallel.compiler import leave_compiler_unloaded
 from exlm_dist.parallel.grid import Grid
 from exlm_dist.parallel.layout import Layout
 from exlm_dist.parallel.network import interface_towards
@@ -128,6 +129,7 @@ def start(launch: LaunchConfig, parallel: ParallelConfig | None = None) -> Proce
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=launch.timeout)
     _join("nccl" if device.type == "cuda" else "gloo", rank, world, timeout)
+    leave_compiler_unloaded()
     dist.new_group = functools.partial(_new_group, timeout=timeout)
     control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
     return Process(rank, world, local_rank, device, control, Grid.make(layout, rank))

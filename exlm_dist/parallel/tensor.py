@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from exlm_dist.parallel.compiler import decorators_without_compiler
 from exlm_dist.parallel.held import Slice, set_extent
 from exlm_dist.parallel.part import Part
 
-with warnings.catch_warnings():
+with warnings.catch_warnings(), decorators_without_compiler():
     warnings.simplefilter("ignore")  # of packages that are not needed
     import megatron.core.utils
     from megatron.core import ModelParallelConfig, parallel_state

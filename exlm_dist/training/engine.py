@@ -26,6 +26,7 @@ from exlm_dist.launch import heartbeat
 from exlm_dist.model.build import LanguageModel, build_model
 from exlm_dist.model.scoring import Totals, score
 from exlm_dist.model.stream import Stream
+from exlm_dist.parallel.compiler import decorators_without_compiler
 from exlm_dist.parallel.grid import Mpu
 from exlm_dist.parallel.held import Held
 from exlm_dist.parallel.process import Process
@@ -325,7 +326,7 @@ def quiet_deepspeed() -> Iterator[ModuleType]:
         # killed meanwhile leaves a lock on which every later process waits for ever. Asking which of them are runs
         # compilers, whose folders a killed rank leaves too.
         deepspeed.ops.__compatible_ops__ = {}
-        _import_without_compiler("deepspeed.runtime.zero.muon.original_muon")
+        _import_muon()
         yield deepspeed
 
 
@@ -342,17 +343,10 @@ def _hidden(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
-def _import_without_compiler(module: str) -> None:
-    """Import a module of DeepSpeed that marks functions for `torch.compile`, without loading the compiler (seconds per
-    rank).
-
-    DeepSpeed imports its Muon optimizer to see that ours is a different one; we never run it.
-    """
-    plain = torch.compile
-    torch.compile = lambda function=None, **_: function or (lambda inner: inner)
-    try:
-        importlib.import_module(module)
-    except ImportError:
-        logger.debug("this version of DeepSpeed has no %s", module)
-    finally:
-        torch.compile = plain
+def _import_muon() -> None:
+    """DeepSpeed imports its Muon optimizer, which is marked for the compiler, to see that ours is a different one."""
+    with decorators_without_compiler():
+        try:
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+        except ImportError:
+            logger.debug("this version of DeepSpeed has no Muon")

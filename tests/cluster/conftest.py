@@ -1,4 +1,4 @@
-"""One Slurm of sixteen nodes for all tests of this folder."""
+"""One Slurm of 32 nodes for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def slurm(tmp_path_factory):
     reason = why_not()
     if reason:
         pytest.skip(reason)
-    bed = Slurm(tmp_path_factory.mktemp("slurm"), nodes=16)
+    bed = Slurm(tmp_path_factory.mktemp("slurm"), nodes=32)
     yield bed
     bed.down()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -39,12 +40,15 @@ def run(command: list[str], environment: dict[str, str], *, folder: Path = ROOT,
 def run_until(condition: Callable[[], object], job: Job, what: str, limit: float) -> None:
     """Wait until `condition` holds; the test fails with `what` when the job ends before, or after `limit` seconds."""
     deadline = time.monotonic() + limit
-    while not condition():
-        ended = job.state() in ENDED and not condition()
-        assert not ended and time.monotonic() < deadline, (
-            f"no {what} {'at its end' if ended else f'in {limit:g} s'}:\n{job.log()}"
-        )
-        time.sleep(0.1)
+    while True:
+        ended = job.state() in ENDED
+        for _ in range(10):  # Slurm is asked less often: that costs a process
+            if condition():
+                return
+            assert not ended and time.monotonic() < deadline, (
+                f"no {what} {'at its end' if ended else f'in {limit:g} s'}:\n{job.log()}"
+            )
+            time.sleep(0.1)
 
 
 class Slowed(threading.Thread):
@@ -134,13 +138,23 @@ class Job:
 
     def wait(self, limit: float) -> str:
         """State in which it ended."""
-        run_until(lambda: self.state() in ENDED, self, "end", limit)
-        return self.state()
+        deadline = time.monotonic() + limit
+        while (state := self.state()) not in ENDED:
+            assert time.monotonic() < deadline, f"no end in {limit:g} s:\n{self.log()}"
+            time.sleep(0.3)
+        return state
 
     def log(self) -> str:
         """Log of the batch script."""
-        path = Path(self.facts()["StdOut"])
-        return path.read_text() if path.exists() else ""
+        return self._log.read_text() if self._log.exists() else ""
+
+    @functools.cached_property
+    def _log(self) -> Path:
+        return Path(self.facts()["StdOut"])
+
+    def starts(self) -> int:
+        """How often its ranks were started."""
+        return self.log().count("starting the ranks at step")
 
     def ranks(self) -> Iterator[psutil.Process]:
         """Processes of its ranks."""

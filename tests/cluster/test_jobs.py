@@ -1,12 +1,15 @@
 """`sbatch slurm/pretrain.sh` in a real Slurm: whatever happens to a job, its run ends at the same bits.
 
-All jobs are submitted at once and share the machine; each test then waits for its own, or hurts it.
+Every scene is played on each number of nodes of `SIZES`. All jobs are submitted at once and share the machine; faults
+are done to them by threads, each test then waits for its own.
 """
 
 from __future__ import annotations
 
 import signal
 import sqlite3
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,7 @@ from exlm_dist.tracking import sync
 from exlm_dist.training.sample_log import samples_of_steps
 
 PRETRAIN = ROOT / "slurm" / "pretrain.sh"
+SIZES = (2, 4)  # nodes, with a rank on each
 STEPS, BATCH, SAMPLES = 300, 12, 60
 TINY = {
     "data": {"path": "data"},
@@ -50,28 +54,34 @@ def server() -> str:
 def jobs(slurm: Slurm, scenes, server: str) -> dict[str, Job]:
     """The jobs of this module, submitted at once. (The short ones of `test_policy` run beside them.)"""
     make_data(slurm.folder / "data")
-    (slurm.folder / "tiny.yaml").write_text(yaml.safe_dump({"name": "whole", **TINY}))
-    (slurm.folder / "sweep.txt").write_text("--tracking.every 10\n--name whole4 --schedule.steps 40\n")
+    (slurm.folder / "tiny.yaml").write_text(yaml.safe_dump({"name": "tiny", **TINY}))
+    (slurm.folder / "sweep.txt").write_text("".join(f"--name whole-{nodes}\n" for nodes in SIZES))
+    made = {}
+    for line, nodes in enumerate(SIZES, start=1):
+        made |= jobs_on(slurm, nodes, line, server)
+    # Later than the others, which fill the machine.
+    later = f"--dependency=afterany:{made['limited-2'].number}"
+    return made | {"demonstration": demonstration(slurm, options=["--nodes=2", later])}
+
+
+def jobs_on(slurm: Slurm, nodes: int, line: int, server: str) -> dict[str, Job]:
+    """The three jobs on so many nodes: an undisturbed one, one that faults are done to, one with little time.
+    `line`: of the sweep file, the undisturbed one is a task of an array."""
 
     def submit(*arguments: str, options: list[str], **environment: str) -> Job:
-        fixed = ["--gpus-per-node=1", *options]
+        fixed = ["--gpus-per-node=1", f"--nodes={nodes}", "--time=10", *options]
         return slurm.submit(PRETRAIN, "tiny.yaml", *arguments, options=fixed, EXLM_GRACE="5", **environment)
 
     tracked = ["--tracking.mlflow", "true"]
-    limited = ["--nodes=2", "--gpus-per-node=1", "--time=1", "--warning=10", "--name=limited", "--launch.margin=5"]
+    limited = [f"--nodes={nodes}", "--gpus-per-node=1", "--time=1", "--warning=10", f"--name=limited-{nodes}"]
     made = {
-        "hurt": submit("--name", "hurt", *tracked, "--tracking.uri", server, options=["--nodes=2", "--time=10"]),
-        "limited": slurm.launch("tiny.yaml", *limited, *tracked),
-        "whole": submit(options=["--nodes=2", "--time=10", "--array=1"], EXLM_SWEEP="sweep.txt"),
-        "whole4": submit(options=["--nodes=4", "--time=10", "--array=2"], EXLM_SWEEP="sweep.txt"),
+        "hurt": submit("--name", f"hurt-{nodes}", *tracked, "--tracking.uri", server, options=[]),
+        "limited": slurm.launch("tiny.yaml", *limited, "--launch.margin=5", *tracked),
+        "whole": submit(options=[f"--array={line}"], EXLM_SWEEP="sweep.txt"),
     }
-    # Later than the others, which fill the machine.
-    later = f"--dependency=afterany:{made['limited'].number}"
-    made["demonstration"] = demonstration(slurm, options=["--nodes=2", later])
     Slowed(made["limited"])
-    made["whole"].number += "_1"
-    made["whole4"].number += "_2"
-    return made
+    made["whole"].number += f"_{line}"
+    return {f"{name}-{nodes}": job for name, job in made.items()}
 
 
 def demonstration(slurm: Slurm, *arguments: str, options: list[str]) -> Job:
@@ -83,76 +93,95 @@ def demonstration(slurm: Slurm, *arguments: str, options: list[str]) -> Job:
     return slurm.submit(PRETRAIN, config, *fixed, *arguments, options=["--gpus-per-node=1", "--time=30", *options])
 
 
-def whole(slurm: Slurm, jobs: dict[str, Job]) -> Path:
-    """Run folder of the job that nothing happened to, when it is finished."""
-    assert jobs["whole"].wait(LIMIT) == "COMPLETED", jobs["whole"].log()
-    return slurm.folder / "runs" / "whole"
+@pytest.fixture(scope="module")
+def whole(slurm: Slurm, jobs: dict[str, Job]) -> dict[int, Path]:
+    """By number of nodes: the run folder of the job that nothing happened to, when it is finished."""
+    for nodes in SIZES:
+        job = jobs[f"whole-{nodes}"]
+        assert job.wait(LIMIT) == "COMPLETED" and job.starts() == 1, job.log()
+        assert job.facts()["NumNodes"] == str(nodes)
+    return {nodes: slurm.folder / "runs" / f"whole-{nodes}" for nodes in SIZES}
 
 
-def test_lost_ranks_signals_requeues_and_lost_nodes(slurm, jobs, server, monkeypatch):
-    """The tracking server of this run is down all the while, and gets everything afterwards."""
-    (slurm.folder / "served").mkdir()
-    job, run = jobs["hurt"], slurm.folder / "runs" / "hurt"
+@pytest.fixture(scope="module")
+def harm(slurm: Slurm, jobs: dict[str, Job]) -> Iterator[dict[int, Future]]:
+    """By number of nodes: what the faults are done by, begun."""
+    with ThreadPoolExecutor(len(SIZES)) as threads:
+        yield {nodes: threads.submit(hurt, slurm, jobs[f"hurt-{nodes}"], nodes) for nodes in SIZES}
+
+
+def hurt(slurm: Slurm, job: Job, nodes: int) -> None:
+    """One fault after the other, each when the run has gone on after the one before."""
+    run, victim = slurm.folder / "runs" / f"hurt-{nodes}", nodes - 1
 
     def progress(since: int) -> int:
         run_until(lambda: newest_step(run) > since, job, f"checkpoint after step {since}", LIMIT)
         return newest_step(run)
 
-    def starts() -> int:
-        return job.log().count("starting the ranks at step")
-
     step = progress(0)
-    job.signal_rank(1, signal.SIGKILL)
+    job.signal_rank(victim, signal.SIGKILL)
     step = progress(step)
-    job.signal_rank(1, signal.SIGSTOP)
+    job.signal_rank(victim, signal.SIGSTOP)
     progress(step)
-    assert job.restarts == 0 and starts() == 3, job.log()
-    for restarts, harm in enumerate(
+    assert job.restarts == 0 and job.starts() == 3, job.log()
+    for restarts, fault in enumerate(
         (
             lambda: slurm.ask("scancel", "--signal=USR1", job.number),
             lambda: slurm.ask("scontrol", "requeue", job.number),
-            lambda: lose_second_node(slurm, job),
+            lambda: lose_last_node(slurm, job),
         ),
         start=1,
     ):
-        harm()
+        fault()
         run_until(lambda number=restarts + 1: f"start {number}:" in job.log(), job, f"start {restarts + 1}", LIMIT)
         progress(newest_step(run))
-    assert job.wait(LIMIT) == "COMPLETED" and job.restarts == 3, job.log()
-    assert_same(run, whole(slurm, jobs))
-    assert_every_sample_once(run)
+    assert job.wait(LIMIT) == "COMPLETED", job.log()
+
+
+@pytest.fixture(scope="module")
+def served(slurm: Slurm, server: str, harm: dict[int, Future]) -> Iterator[Path]:
+    """Database of the tracking server, which comes up when all is over."""
+    for done in harm.values():
+        done.exception()  # told by its own test
+    folder = slurm.folder / "served"
+    folder.mkdir()
+    with mlflow_server(folder, int(server.rpartition(":")[2])):
+        yield folder / "mlflow.db"
+
+
+@pytest.mark.parametrize("nodes", SIZES)
+def test_lost_ranks_signals_requeues_and_lost_nodes(nodes, slurm, jobs, harm, whole, served, monkeypatch):
+    """The tracking server of this run is down all the while, and gets everything afterwards."""
+    job, run = jobs[f"hurt-{nodes}"], slurm.folder / "runs" / f"hurt-{nodes}"
+    harm[nodes].result()
+    assert job.restarts == 3 and job.starts() == 6, job.log()
+    assert_same(run, whole[nodes])
+    assert_every_sample_once(run, nodes)
     monkeypatch.chdir(slurm.folder)
-    with mlflow_server(slurm.folder / "served", int(server.rpartition(":")[2])):
-        assert sync(run, timeout=60)
-    assert_one_tracked_run(slurm.folder / "served" / "mlflow.db", "hurt")
+    assert sync(run, timeout=60)
+    assert_one_tracked_run(served, run.name)
 
 
-def lose_second_node(slurm: Slurm, job: Job) -> None:
+def lose_last_node(slurm: Slurm, job: Job) -> None:
     """Slurm is told of it, as a health check would do."""
-    node = job.nodes()[1]
+    node = job.nodes()[-1]
     slurm.lose(job, node)
     slurm.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
 
 
-def test_a_time_limit_of_a_minute_is_met_and_the_job_requeues_itself(slurm, jobs):
-    job, run = jobs["limited"], slurm.folder / "runs" / "limited"
+@pytest.mark.parametrize("nodes", SIZES)
+def test_a_time_limit_of_a_minute_is_met_and_the_job_requeues_itself(nodes, slurm, jobs, whole):
+    job, run = jobs[f"limited-{nodes}"], slurm.folder / "runs" / f"limited-{nodes}"
     assert job.wait(LIMIT) == "COMPLETED", job.log()
     assert job.restarts >= 1 and "back into the queue" in job.log()
-    assert_same(run, whole(slurm, jobs))
-    assert_every_sample_once(run)
-    assert_one_tracked_run(slurm.folder / "runs" / "mlflow.db", "limited")
+    assert job.starts() == job.restarts + 1, job.log()
+    assert_same(run, whole[nodes])
+    assert_every_sample_once(run, nodes)
+    assert_one_tracked_run(slurm.folder / "runs" / "mlflow.db", run.name)
 
 
-def test_four_nodes(slurm, jobs):
-    job, run = jobs["whole4"], slurm.folder / "runs" / "whole4"
-    assert job.wait(LIMIT) == "COMPLETED", job.log()
-    assert newest_step(run) == 40 and job.facts()["NumNodes"] == "4"
-    assert len(list((run / "samples").glob("rank-*.jsonl"))) == 4
-    assert_every_sample_once(run, steps=40)
-
-
-def test_evaluations_as_an_array_and_preparation(slurm, jobs):
-    run = whole(slurm, jobs)
+def test_evaluations_as_an_array_and_preparation(slurm, whole):
+    run = whole[2]
     (slurm.folder / "grid.txt").write_text(f"{run} --mask-ratio 0.15\n{run} --mask-ratio 0.3\n")
     (slurm.folder / "mine.smi").write_text("\n".join(MOLECULES) + "\n")
     options = ["--gpus-per-node=1", "--array=1-2", "--output=evaluate-%a.log"]
@@ -178,12 +207,13 @@ def assert_same(run: Path, other: Path) -> None:
         assert all(ours[key].equal(theirs[key]) for key in ours)
 
 
-def assert_every_sample_once(run: Path, steps: int = STEPS) -> None:
+def assert_every_sample_once(run: Path, nodes: int) -> None:
     """In every epoch, by what the ranks themselves noted."""
+    assert len(list((run / "samples").glob("rank-*.jsonl"))) == nodes
     seen = samples_of_steps(run)
-    assert list(seen) == list(range(steps))
+    assert list(seen) == list(range(STEPS))
     per_epoch = SAMPLES // BATCH
-    for first in range(0, steps, per_epoch):
+    for first in range(0, STEPS, per_epoch):
         epoch = sorted(sample for step in range(first, first + per_epoch) for sample in seen[step])
         assert epoch == list(range(SAMPLES))
 
@@ -215,7 +245,7 @@ def test_a_lost_node_that_slurm_finds_by_itself(slurm):
     assert job.wait(600) == "COMPLETED" and job.restarts >= 1, job.log()
     assert other.wait(LIMIT) == "COMPLETED"
     assert_same(run, slurm.folder / "runs" / "undisturbed")
-    assert_every_sample_once(run)
+    assert_every_sample_once(run, 2)
 
 
 def test_the_demonstration_trains_to_its_end(slurm, jobs):

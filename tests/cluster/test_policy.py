@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import pytest
 from cluster.plays import RESTARTS
-from cluster.slurm_testbed import Job, Slurm, run_until
+from cluster.slurm_testbed import Slurm, run_until
 
 LIMIT = 120.0
-
-
-def starts(job: Job) -> int:
-    """How often the ranks were started."""
-    return job.log().count("starting the ranks at step")
 
 
 @pytest.mark.parametrize(
@@ -34,7 +29,7 @@ def test_an_end(scenes, scene, code, number_of_starts, requeues, words):
     job = scenes[scene]
     assert job.wait(LIMIT) == ("FAILED" if code else "COMPLETED"), job.log()
     assert job.facts()["ExitCode"] == f"{code}:0" and job.restarts == requeues
-    assert starts(job) == number_of_starts and words in job.log(), job.log()
+    assert job.starts() == number_of_starts and words in job.log(), job.log()
 
 
 def test_the_warning_before_the_time_limit_reaches_the_ranks_at_once(slurm: Slurm, scenes):
@@ -50,4 +45,4 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm: Slurm, scenes):
     run_until((slurm.folder / "play-cancelled" / "ready").exists, job, "rank", LIMIT)
     slurm.ask("scancel", job.number)
     assert job.wait(LIMIT) == "CANCELLED" and job.restarts == 0
-    assert (slurm.folder / "play-cancelled" / "told").exists() and starts(job) == 1
+    assert (slurm.folder / "play-cancelled" / "told").exists() and job.starts() == 1

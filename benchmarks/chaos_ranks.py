@@ -18,7 +18,7 @@ from exlm_dist.launch.local import rank_environments
 from exlm_dist.utils.errors import UserError
 from exlm_dist.utils.logs import configure_logging
 
-PRELOAD = ["torch", "torch._dynamo", "deepspeed", "safetensors.torch", "exlm_dist.training.session"]
+PRELOAD = ["torch", "deepspeed", "safetensors.torch", "exlm_dist.training.session"]
 #: Places in the program at which a rank says where it is; `start` is the start of the process.
 PHASES = ("start", "load", "step", "save")
 #: Seconds that the others get to end by themselves once a rank has ended by an error.

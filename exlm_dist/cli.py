@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 from exlm_dist import __version__
 from exlm_dist.launch.arguments import add_launch
-from exlm_dist.utils.errors import EXIT_RETRY, UserError
+from exlm_dist.utils.errors import EXIT_RETRY, EXIT_USAGE, UserError, leave_message
 from exlm_dist.utils.logs import configure_logging
 
 Command = Callable[[argparse.Namespace, list[str]], int]
@@ -32,12 +33,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options, rest)
     except UserError as error:
-        rank = os.environ.get("RANK")
-        print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return _refuse(str(error), error.exit_code)
+    except ImportError as error:
+        traceback.print_exc()
+        return _refuse(
+            f"{sys.executable} on {platform.node()} cannot import what exlm needs: {error}. Install it there "
+            "(launchers/install.sh), or have another Python take its place (a job file: EXLM_PYTHON or EXLM_VENV).",
+            EXIT_USAGE,
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _refuse(message: str, code: int) -> int:
+    """Say why the command ends, to the launcher too where this is a rank; its exit code."""
+    rank = os.environ.get("RANK")
+    print(f"{f'[rank {rank}] ' if rank else ''}error: {message}", file=sys.stderr, flush=True)
+    leave_message(message, code)
+    return code
 
 
 def entry() -> None:
@@ -52,8 +66,9 @@ def entry() -> None:
         code: int | str | None = main()
     except SystemExit as ended:
         code = ended.code
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
+        leave_message(error)
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

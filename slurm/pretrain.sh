@@ -78,7 +78,8 @@ pass_on() {
 trap 'say "USR1: saving before the time limit"; told=${told:-"the time limit is near"}; pass_on' USR1
 trap 'say "TERM: saving before Slurm ends the job"; told=end; pass_on' TERM
 
-run_ranks() { # sets `code`: the largest exit code of the ranks, 128 and more for one that a signal killed
+run_ranks() { # sets `code`: the largest exit code of the ranks, 128 and more for one that a signal killed; or what
+    # a rank left that cannot do its work, whatever became of those that waited for it
     say "starting the ranks at step $before"
     rm -f "$EXLM_ERRORS"/rank-*
     # block: neighbouring ranks, those of a tensor-parallel group, share a node.
@@ -95,6 +96,9 @@ run_ranks() { # sets `code`: the largest exit code of the ranks, 128 and more fo
         [ -n "$woken" ] || break
     done
     srun_pid=""
+    local left
+    left=$(sort -n "$EXLM_ERRORS"/rank-*.code 2>/dev/null | tail -n 1)
+    code=${left:-$code}
 }
 
 newest() { # step of the newest whole checkpoint, 0 where there is none
@@ -106,7 +110,7 @@ newest() { # step of the newest whole checkpoint, 0 where there is none
 }
 
 messages() { # what the ranks had to say, each thing once
-    awk 'NF && !seen[$0]++' "$EXLM_ERRORS"/rank-* 2>/dev/null | head -n 20
+    awk 'NF && !seen[$0]++' "$EXLM_ERRORS"/rank-*[0-9] 2>/dev/null | head -n 20
 }
 
 may_go_on() { # counts attempts in a row without a newer checkpoint, over all starts of this job
@@ -136,7 +140,8 @@ while :; do
     messages
     queue=$told # why the job needs the queue; empty where the ranks can be started again here
     [ "$code" != 75 ] || queue=${told:-saved}
-    # Without a word from a rank it was srun that failed: a node is probably lost, and the queue finds another.
+    # Without a word from a rank it was srun that failed (a rank that cannot even import says so): a node is probably
+    # lost, and the queue finds another.
     if [ "$code" = 1 ] && [ -z "$(messages)" ]; then code=76 queue=${told:-"srun failed"}; fi
     if [ "$code" != 75 ] && [ "$code" != 76 ] && [ "$code" -le 128 ]; then
         say "stopped: starting again would meet the same end"

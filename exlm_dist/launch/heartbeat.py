@@ -22,8 +22,7 @@ from typing import TypeVar
 
 from exlm_dist.config.schema import WatchdogConfig
 from exlm_dist.launch import watchdog
-from exlm_dist.launch.local import ERROR_FILE
-from exlm_dist.utils.errors import ConfigError
+from exlm_dist.utils.errors import ERROR_FILE, ConfigError
 
 #: What tells the launches on a machine apart; the same for all ranks of one.
 _OF_THE_LAUNCH = (

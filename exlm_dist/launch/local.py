@@ -17,10 +17,8 @@ from pathlib import Path
 from types import FrameType
 
 from exlm_dist.launch.restart import Restarts
-from exlm_dist.utils.errors import EXIT_RETRY
+from exlm_dist.utils.errors import ERROR_FILE, EXIT_RETRY
 
-#: Environment variable that names the file in which a failing rank leaves its message.
-ERROR_FILE = "EXLM_ERROR_FILE"
 RANK_COMMAND = [sys.executable, "-m", "exlm_dist.cli", "pretrain"]
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 #: Seconds that the other ranks get to end by themselves once one has ended by an error.

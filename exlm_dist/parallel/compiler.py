@@ -1,4 +1,4 @@
-"""Starting without the compiler of torch, which is half of what a rank would import and which nothing here uses."""
+"""Starting without the compiler of torch, which is half of what a rank would import and which no step here uses."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ COMPILER = "torch._dynamo"
 
 
 class _NotLoaded(ModuleType):
-    """In the place of the compiler: the two functions by which torch's optimizers, DeepSpeed and activation
-    checkpointing keep it out of their code. Whoever asks for anything else gets the real module."""
+    """In the place of the compiler: the two functions by which torch's optimizers and DeepSpeed keep it out of their
+    code. Whoever asks for anything else (activation checkpointing does) gets the real module."""
 
     def __init__(self) -> None:
         super().__init__(COMPILER)

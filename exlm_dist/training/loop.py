@@ -6,15 +6,13 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exlm_dist.config import RunConfig
 from exlm_dist.launch import heartbeat
-from exlm_dist.launch.local import ERROR_FILE
 from exlm_dist.training.interruption import Deadline, Interruption
 from exlm_dist.training.pace import Pace
-from exlm_dist.utils.errors import EXIT_DONE, EXIT_SAVED, UserError
+from exlm_dist.utils.errors import EXIT_DONE, EXIT_SAVED, UserError, leave_message
 from exlm_dist.utils.logs import get_logger
 
 if TYPE_CHECKING:
@@ -93,10 +91,7 @@ def _told(error: BaseException, session: Session | None) -> BaseException:
             f"({str(error).splitlines()[0]})"
         )
         error = lost.with_traceback(error.__traceback__)
-    if file := os.environ.get(ERROR_FILE):
-        Path(file).write_text(
-            str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-        )
+    leave_message(error)
     heartbeat.enter("end")
     if processes.must_exit_hard():
         traceback.print_exception(error)

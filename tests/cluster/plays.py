@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from cluster.slurm_testbed import Job, Slurm
 from locations import ROOT
 
@@ -17,6 +19,7 @@ if [ "$3 $4" = "config job" ]; then
 fi
 checkpoint() {{ mkdir -p "run/checkpoints/step-0000000$1"; touch "run/checkpoints/step-0000000$1/COMPLETE"; }}
 fail() {{ echo "$2" >"$EXLM_ERROR_FILE"; exit "$1"; }}
+exlm() {{ PYTHONPATH=.:$PYTHONPATH exec {sys.executable} -m exlm_dist.cli pretrain "$@"; }}
 eval "$(sed -n "$(grep -c 'starting the ranks at' job.log)p" ends)"
 """
 #: By name: what each start of the ranks does.
@@ -26,6 +29,8 @@ SCENES = {
     "stop": ['fail 78 "too many sequences are left out"'],
     "crash": ['[ $RANK = 0 ] && fail 1 "Traceback: a bug"; exit 0'],
     "speechless": ["exit 1", "exit 0"],
+    "broken": ["echo 'import libmissing' >torch.py; exlm run.yaml", "exit 0"],
+    "absent": ["[ $RANK = 0 ] || exlm gone.yaml; sleep 600", "exit 0"],
     "hang": ["[ $RANK = 0 ] && exit 76; sleep 600", "exit 0"],
     "saved": ["checkpoint 1; exit 75", "exit 0"],
     "stuck": ["exit 76"] * 9,
@@ -48,9 +53,10 @@ def submit(slurm: Slurm, name: str) -> Job:
     folder = slurm.folder / f"play-{name}"
     folder.mkdir()
     (folder / "ends").write_text("\n".join(SCENES[name]) + "\n")
+    (folder / "run.yaml").write_text("name: run\ndata: {path: nowhere}\nschedule: {steps: 10, warmup: 1}\n")
     (folder / "python").write_text(STAND_IN)
     (folder / "python").chmod(0o755)
-    options = ["--nodes=2", "--gpus-per-node=1", "--time=10", f"--output={folder}/job.log"]
+    options = ["--nodes=2", "--gpus-per-node=1", "--time=60", f"--output={folder}/job.log"]
     return slurm.submit(
         ROOT / "slurm" / "pretrain.sh", name, options=options, EXLM_PYTHON=str(folder / "python"), EXLM_GRACE="2"
     )

@@ -26,22 +26,24 @@ from exlm_dist.tracking import sync
 from exlm_dist.training.sample_log import samples_of_steps
 
 PRETRAIN = ROOT / "slurm" / "pretrain.sh"
+DEMONSTRATION = ROOT / "configs" / "pretrain" / "demo_smiles_exlm.yaml"
 SIZES = (2, 4)  # nodes, with a rank on each
-STEPS, BATCH, SAMPLES = 300, 12, 60
+pytestmark = pytest.mark.timeout(900)
+STEPS, BATCH, SAMPLES = 240, 12, 60
 TINY = {
     "data": {"path": "data"},
-    "model": {"layers": 2, "width": 16, "heads": 2, "ffn": 32, "states": 2, "max_positions": 128},
+    "model": {"layers": 1, "width": 16, "heads": 2, "ffn": 32, "states": 2, "max_positions": 128},
     "batch": {"sequences": BATCH, "micro": 3},
     "optimizer": {"lr": 1e-2, "clip": 1.0},
     "schedule": {"steps": STEPS, "warmup": 2},
-    "checkpoint": {"every": 20},
+    "checkpoint": {"every": 10},
     "evaluation": {"every": 100, "sequences": 10},
     "tracking": {"mlflow": False, "system": False, "every": 10, "samples": True},
     "launch": {"timeout": 60, "device": "cpu", "threads": 1},
-    "watchdog": {"step": 8, "save": 8, "evaluation": 8},
+    "watchdog": {"step": 15, "save": 15, "evaluation": 15},
 }
 #: Seconds; a machine under load takes its time.
-LIMIT = 240.0
+LIMIT = 400.0
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +58,18 @@ def jobs(slurm: Slurm, scenes, server: str) -> dict[str, Job]:
     make_data(slurm.folder / "data")
     (slurm.folder / "tiny.yaml").write_text(yaml.safe_dump({"name": "tiny", **TINY}))
     (slurm.folder / "sweep.txt").write_text("".join(f"--name whole-{nodes}\n" for nodes in SIZES))
+    prepare_demo_smiles(
+        out=slurm.folder / "data" / "demo_smiles", count=2000, max_length=128, workers=2, overwrite=False
+    )
     made = {}
     for line, nodes in enumerate(SIZES, start=1):
         made |= jobs_on(slurm, nodes, line, server)
-    # Later than the others, which fill the machine.
-    later = f"--dependency=afterany:{made['limited-2'].number}"
-    return made | {"demonstration": demonstration(slurm, options=["--nodes=2", later])}
+    return made
 
 
 def jobs_on(slurm: Slurm, nodes: int, line: int, server: str) -> dict[str, Job]:
-    """The three jobs on so many nodes: an undisturbed one, one that faults are done to, one with little time.
-    `line`: of the sweep file, the undisturbed one is a task of an array."""
+    """The jobs on so many nodes: an undisturbed run, one that faults are done to, one with little time, and the shipped
+    demonstration on fewer molecules. `line`: of the sweep file, the undisturbed run is a task of an array."""
 
     def submit(*arguments: str, options: list[str], **environment: str) -> Job:
         fixed = ["--gpus-per-node=1", f"--nodes={nodes}", "--time=10", *options]
@@ -79,18 +82,14 @@ def jobs_on(slurm: Slurm, nodes: int, line: int, server: str) -> dict[str, Job]:
         "limited": slurm.launch("tiny.yaml", *limited, "--launch.margin=5", *tracked),
         "whole": submit(options=[f"--array={line}"], EXLM_SWEEP="sweep.txt"),
     }
+    # Later than the others, which fill the machine.
+    later = [f"--nodes={nodes}", "--gpus-per-node=1", f"--dependency=afterany:{made['whole'].number}"]
+    small = ["--name", f"demo-{nodes}", "--launch.device", "cpu", "--tracking.mlflow", "false"]
+    small += ["--batch.sequences", "16", "--batch.micro", "4"]
+    made["demo"] = slurm.submit(PRETRAIN, str(DEMONSTRATION), *small, options=later)
     Slowed(made["limited"])
     made["whole"].number += f"_{line}"
     return {f"{name}-{nodes}": job for name, job in made.items()}
-
-
-def demonstration(slurm: Slurm, *arguments: str, options: list[str]) -> Job:
-    """The shipped demonstration, on fewer molecules."""
-    folder = slurm.folder / "data" / "demo_smiles"
-    prepare_demo_smiles(out=folder, count=2000, max_length=128, workers=2, overwrite=False)
-    config = str(ROOT / "configs" / "pretrain" / "demo_smiles_exlm.yaml")
-    fixed = ["--launch.device", "cpu", "--tracking.mlflow", "false"]
-    return slurm.submit(PRETRAIN, config, *fixed, *arguments, options=["--gpus-per-node=1", "--time=30", *options])
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +228,6 @@ def assert_one_tracked_run(database: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_lost_node_that_slurm_finds_by_itself(slurm):
     """Takes minutes: the time after which this Slurm gives a silent node up is one of them."""
     make_data(slurm.folder / "data-lost")
@@ -248,15 +246,9 @@ def test_a_lost_node_that_slurm_finds_by_itself(slurm):
     assert_every_sample_once(run, 2)
 
 
-def test_the_demonstration_trains_to_its_end(slurm, jobs):
-    """The configuration that a new user tries first, on two nodes."""
-    assert jobs["demonstration"].wait(LIMIT) == "COMPLETED", jobs["demonstration"].log()
-    assert newest_step(slurm.folder / "runs" / "demo_smiles_exlm") == 200
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_demonstration_on_four_nodes(slurm):
-    job = demonstration(slurm, "--name", "demo4", "--batch.micro", "16", options=["--nodes=4"])
-    assert job.wait(800) == "COMPLETED" and job.facts()["NumNodes"] == "4", job.log()
-    assert newest_step(slurm.folder / "runs" / "demo4") == 200
+@pytest.mark.parametrize("nodes", SIZES)
+def test_the_demonstration_trains_to_its_end(nodes, slurm, jobs):
+    """The configuration that a new user tries first."""
+    job = jobs[f"demo-{nodes}"]
+    assert job.wait(LIMIT) == "COMPLETED" and job.starts() == 1, job.log()
+    assert newest_step(slurm.folder / "runs" / f"demo-{nodes}") == 200 and job.facts()["NumNodes"] == str(nodes)

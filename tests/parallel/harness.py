@@ -21,7 +21,6 @@ from exlm_dist.launch.local import free_port
 
 PRELOAD = [
     "torch",
-    "torch._dynamo",
     "deepspeed",
     "safetensors.torch",
     "exlm_dist.training.session",

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from exlm_dist.launch.local import ERROR_FILE, rank_environments, supervise
-from exlm_dist.utils.errors import EXIT_DATA, EXIT_RETRY, EXIT_SAVED
+from exlm_dist.launch.local import rank_environments, supervise
+from exlm_dist.utils.errors import ERROR_FILE, EXIT_DATA, EXIT_RETRY, EXIT_SAVED
 
 ROOT = Path(__file__).resolve().parents[3]
 

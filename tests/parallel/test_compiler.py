@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from integration.training_runs import _train, tiny
 from made_run import make_data
 from parallel.harness import run_processes
-from integration.training_runs import _train, tiny
 
 REAL = """
 import sys

@@ -23,11 +23,12 @@ install_slurm() {
 }
 install_slurm
 
-# Unit and kernel tests are single processes and share the cores; the others start processes of their
-# own, so they run one after the other.
+# Two files of tests at once: what each starts waits for the other half of the time. Those on Slurm submit all their
+# jobs at once and fill the machine by themselves.
 export OMP_NUM_THREADS=1
 code=0
 "$venv/bin/python" -m pytest -q -n 2 --dist loadfile --durations=10 tests/unit tests/kernels || code=$?
+"$venv/bin/python" -m pytest -q -n 2 --dist loadfile --durations=10 tests/integration tests/parallel || code=$?
 unset OMP_NUM_THREADS
-"$venv/bin/python" -m pytest -q --durations=10 tests/integration tests/parallel tests/cluster || code=$?
+"$venv/bin/python" -m pytest -q --durations=10 tests/cluster || code=$?
 exit $code

@@ -72,7 +72,7 @@ def jobs_on(slurm: Slurm, nodes: int, line: int, server: str) -> dict[str, Job]:
     demonstration on fewer molecules. `line`: of the sweep file, the undisturbed run is a task of an array."""
 
     def submit(*arguments: str, options: list[str], **environment: str) -> Job:
-        fixed = ["--gpus-per-node=1", f"--nodes={nodes}", "--time=10", *options]
+        fixed = ["--gpus-per-node=1", f"--nodes={nodes}", "--time=30", *options]
         return slurm.submit(PRETRAIN, "tiny.yaml", *arguments, options=fixed, EXLM_GRACE="5", **environment)
 
     tracked = ["--tracking.mlflow", "true"]
@@ -80,9 +80,9 @@ def jobs_on(slurm: Slurm, nodes: int, line: int, server: str) -> dict[str, Job]:
     made = {
         "hurt": submit("--name", f"hurt-{nodes}", *tracked, "--tracking.uri", server, options=[]),
         "limited": slurm.launch("tiny.yaml", *limited, "--launch.margin=5", *tracked),
-        "whole": submit(options=[f"--array={line}"], EXLM_SWEEP="sweep.txt"),
+        # Later than the others, which have the longest way to go.
+        "whole": submit(options=[f"--array={line}", "--begin=now+40"], EXLM_SWEEP="sweep.txt"),
     }
-    # Later than the others, which fill the machine.
     later = [f"--nodes={nodes}", "--gpus-per-node=1", f"--dependency=afterany:{made['whole'].number}"]
     small = ["--name", f"demo-{nodes}", "--launch.device", "cpu", "--tracking.mlflow", "false"]
     small += ["--batch.sequences", "16", "--batch.micro", "4"]

@@ -140,7 +140,7 @@ def test_a_port_in_use_is_named(configuration, run):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        result = exlm("pretrain", configuration, "--name", "port", "--launch.timeout", "10", MASTER_PORT=str(port))
+        result = exlm("pretrain", configuration, "--name", "port", "--launch.timeout", "5", MASTER_PORT=str(port))
     assert result.returncode != 0
     assert f"port {port}" in result.stderr and "in use" in result.stderr
 

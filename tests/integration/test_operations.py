@@ -164,8 +164,8 @@ def test_a_hung_rank_of_the_command_is_replaced_and_the_bits_are_the_same(data, 
         tmp_path,
         "run",
         data,
-        schedule={"steps": 150},
-        checkpoint={"every": 30},
+        schedule={"steps": 80},
+        checkpoint={"every": 16},
         watchdog={"step": 3},
         launch={"processes": 2},
     )
@@ -176,7 +176,7 @@ def test_a_hung_rank_of_the_command_is_replaced_and_the_bits_are_the_same(data, 
     )
     try:
         deadline = time.monotonic() + 60
-        while not (tmp_path / "run/checkpoints/step-00000030/COMPLETE").exists():
+        while not (tmp_path / "run/checkpoints/step-00000016/COMPLETE").exists():
             assert time.monotonic() < deadline and command.poll() is None, "no first checkpoint"
             time.sleep(0.02)
         for process in psutil.Process(command.pid).children():

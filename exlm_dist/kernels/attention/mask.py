@@ -11,7 +11,7 @@ from torch import Tensor
 class DropoutMask:
     """The mask of heads `first_head`.. of a layer with `all_heads` heads: the `share` that is dropped, and its key.
 
-    `seed` and `site` are those of `kernels.seeds`.
+    `seed` and `site` are those of `kernels.randomness`.
     """
 
     share: float

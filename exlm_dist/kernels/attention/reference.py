@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.attention.mask import DropoutMask
 from exlm_dist.kernels.checks import work_dtype
-from exlm_dist.kernels.seeds import site_seed
+from exlm_dist.kernels.randomness import site_seed
 
 # Attention weights held at a time, in elements: few enough to stay in the cache of a CPU core.
 BLOCK_ELEMENTS = 1 << 19

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from exlm_dist.kernels.seeds import site_seed
+from exlm_dist.kernels.randomness import site_seed
 
 _LANES = 1 << 16
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.launch import launch
-from exlm_dist.kernels.random_words import extended, key_of
-from exlm_dist.kernels.seeds import seed_tensor
+from exlm_dist.kernels.randomness import seed_tensor
+from exlm_dist.kernels.randomness.triton import extended, key_of
 
 #: Programs of a backward pass with parameter gradients: about eight for each multiprocessor of a large GPU.
 PROGRAMS = 1024

@@ -20,7 +20,7 @@ from exlm_dist.kernels.attention.schedule import Range, plan
 from exlm_dist.kernels.attention.triton.backward import backward_keys, backward_queries
 from exlm_dist.kernels.attention.triton.forward import forward
 from exlm_dist.kernels.launch import capability, launch
-from exlm_dist.kernels.seeds import seed_tensor
+from exlm_dist.kernels.randomness import seed_tensor
 
 LOG2_E = math.log2(math.e)
 DROP_BITS = 16

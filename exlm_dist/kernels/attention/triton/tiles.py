@@ -7,7 +7,7 @@ tile. q and k are read as two halves of P/2, so that turning them needs no shuff
 import triton
 import triton.language as tl
 
-from exlm_dist.kernels.random_words import extended, key_of
+from exlm_dist.kernels.randomness.triton import extended, key_of
 
 
 @triton.jit

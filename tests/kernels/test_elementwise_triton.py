@@ -142,7 +142,7 @@ def test_gelu_gradient_has_the_same_bits_every_time(monkeypatch):
         assert all(map(torch.equal, first, gelu_results(*case, "triton")))
 
 
-@pytest.mark.parametrize("rows, width", [(0, 5), (1, 5), (4, 256), (257, 300), (97_792, 3072), (131_072, 4096)])
+@pytest.mark.parametrize("rows, width", [(0, 5), (1, 5), (4, 256), (257, 300), (12_224, 3072), (97_792, 3072), (131_072, 4096)])
 def test_gelu_gradient_programs_are_few_and_hold_every_row_once(rows, width):
     x, grad = (torch.empty(rows, width, dtype=torch.bfloat16, device="meta") for _ in range(2))
     with record_launches((9, 0)) as launches:
@@ -151,6 +151,7 @@ def test_gelu_gradient_programs_are_few_and_hold_every_row_once(rows, width):
     span, programs = item.arguments["span"], len(item.arguments["sums"])
     assert (programs - 1) * span < max(rows, 1) <= max(programs, 1) * span and span % triton_form.GELU_ROWS == 0
     assert programs * triton.cdiv(width, triton_form.GELU_COLUMNS) <= triton_form.GELU_PROGRAMS
+    assert span >= triton_form.GELU_SPAN
     assert sums.shape == (width,) and sums.dtype == x.dtype
 
 

@@ -18,9 +18,9 @@ from exlm_dist.kernels.launch import launch
 
 #: Programs of a backward pass with parameter gradients: about eight for each multiprocessor of a large GPU.
 PROGRAMS = 1024
-#: Of the gelu's backward pass: about as many programs at most (a large GPU runs 1,320 at once), and the tile of one: a
+#: Of the gelu's backward pass: programs at most (a large GPU runs 1,320 at once), rows of one at least, and the tile: a
 #: row is 512 bytes in 16 bits, and eight elements a thread leave room for 40 warps on a multiprocessor.
-GELU_PROGRAMS = 8192
+GELU_PROGRAMS, GELU_SPAN = 8192, 32
 GELU_ROWS, GELU_COLUMNS = 4, 256
 DROP_BITS = 24
 
@@ -176,7 +176,7 @@ def gelu_gradient_(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """See `exlm_dist.kernels.elementwise.gelu_gradient_`."""
     rows, width = x.shape
     blocks, tiles = triton.cdiv(width, GELU_COLUMNS), triton.cdiv(rows, GELU_ROWS)
-    span = GELU_ROWS * max(1, triton.cdiv(tiles * blocks, GELU_PROGRAMS))
+    span = max(GELU_SPAN, GELU_ROWS * triton.cdiv(tiles * blocks, GELU_PROGRAMS))
     programs = triton.cdiv(rows, span)
     activated = torch.empty_like(x)
     sums = torch.empty((programs, width), dtype=torch.float32, device=x.device)

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -14,6 +15,7 @@ triton = pytest.importorskip("triton")
 from exlm_dist.kernels.elementwise import add_norm, dropout_add, gelu_gradient_  # noqa: E402
 from exlm_dist.kernels.elementwise import triton as triton_form  # noqa: E402
 from exlm_dist.kernels.launch import record_launches  # noqa: E402
+from exlm_dist.model.feedforward import FeedForward  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SEED = (5 << 40) + 12345
@@ -52,7 +54,7 @@ def test_add_norm_is_the_definition(rows, width, branch):
 
 def test_norm_alone_may_be_used():
     x, residual, weight, bias = leaves((5, 64), (5, 64), (64,), (64,))
-    expected = torch.nn.functional.layer_norm(residual + x, (64,), weight, bias)
+    expected = F.layer_norm(residual + x, (64,), weight, bias)
     _, normed = add_norm(x, residual, weight, bias, eps=1e-5, backend="triton")
     torch.testing.assert_close(normed, expected, rtol=1e-5, atol=1e-5)
     for ours, other in zip(*(torch.autograd.grad(out.square().sum(), (x, residual)) for out in (normed, expected))):
@@ -160,3 +162,26 @@ def test_gelu_gradient_refuses_other_shapes():
     for wrong in (torch.zeros(3, 5, device=DEVICE), torch.zeros(12, device=DEVICE)):
         with pytest.raises(ValueError, match="grad"):
             gelu_gradient_(wrong, x, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows, width", [(97_792, 3072), (32_771, 1000), (5, 16_384)])
+def test_gelu_gradient_at_full_size(rows, width, dtype):
+    x, grad = gelu_case(rows, width, dtype)
+    first = gelu_results(x, grad, "triton")
+    assert all(map(torch.equal, first, gelu_results(x, grad, "triton")))
+    plain, exact = gelu_results(x, grad, "reference"), gelu_results(x.double(), grad.double(), "reference")
+    for ours, other, true in zip(first, plain, exact):
+        error, bound = ((value.double() - true).abs().max() for value in (ours, other))
+        assert error <= bound + 4 * torch.finfo(dtype).eps * true.abs().max()
+
+
+@pytest.mark.gpu
+def test_feed_forward_has_the_gradients_of_torch():
+    layer, (x, grad) = FeedForward(48, 80).to(DEVICE), leaves((77, 48), (77, 48))
+    parameters = (x, *layer.parameters())
+    up, down = layer.up, layer.down
+    plain = F.linear(F.gelu(F.linear(x, up.weight, up.bias)), down.weight, down.bias)
+    for ours, other in zip(*(torch.autograd.grad(out, parameters, grad) for out in (layer(x), plain))):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4)

@@ -144,7 +144,9 @@ def test_gelu_gradient_has_the_same_bits_every_time(monkeypatch):
         assert all(map(torch.equal, first, gelu_results(*case, "triton")))
 
 
-@pytest.mark.parametrize("rows, width", [(0, 5), (1, 5), (4, 256), (257, 300), (12_224, 3072), (97_792, 3072), (131_072, 4096)])
+@pytest.mark.parametrize(
+    "rows, width", [(0, 5), (1, 5), (4, 256), (257, 300), (12_224, 3072), (97_792, 3072), (131_072, 4096)]
+)
 def test_gelu_gradient_programs_are_few_and_hold_every_row_once(rows, width):
     x, grad = (torch.empty(rows, width, dtype=torch.bfloat16, device="meta") for _ in range(2))
     with record_launches((9, 0)) as launches:

@@ -26,8 +26,8 @@ def dropout_add(
     """residual + dropout(branch), both [R, W]; without a residual dropout(branch).
 
     `dropout` is the share of elements that is zeroed; the others are scaled up. The mask depends on `seed` and `site`
-    (`kernels.randomness`), W and the implementation, row by row: where the tensors are rows `first_row`.. of larger ones,
-    their mask is that part of the larger ones' mask. ValueError on shapes that do not fit.
+    (`kernels.randomness`), W and the implementation, row by row: where the tensors are rows `first_row`.. of larger
+    ones, their mask is that part of the larger ones' mask. ValueError on shapes that do not fit.
     """
     if residual is not None:
         check_shape("residual", residual, tuple(branch.shape))

@@ -67,8 +67,13 @@ def add_norm(
     return chosen.add_norm(branch, residual, weight, bias, eps=eps, **key)
 
 
-def gelu_gradient_(grad: Tensor, x: Tensor, *, backend: str = "auto") -> Tensor:
-    """Multiply `grad` in place by the derivative of the exact (erf) gelu at x; returns gelu(x). Both contiguous."""
+def gelu_gradient_(grad: Tensor, x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Multiply `grad` [R, W] in place by the derivative of the exact (erf) gelu at x [R, W]; both contiguous.
+
+    Returns gelu(x) [R, W], and the sum over the rows of the new grad [W]: the gradient of a bias that x holds.
+    ValueError on shapes that do not fit.
+    """
+    check_shape("x", x, (None, None))
     check_shape("grad", grad, tuple(x.shape))
     return _implementation(x, backend).gelu_gradient_(grad, x)
 

@@ -32,14 +32,14 @@ declare -A taken=()
 free_port() { # sets `port` to one that nobody listens on and that was not given out before
     local number
     for _ in {1..200}; do
-        number=$((16000 + (RANDOM * 32768 + RANDOM) % 16000))
+        number=$((10000 + (RANDOM * 32768 + RANDOM) % 10000)) # those of jobs begin at 20000
         [ -z "${taken[$number]:-}" ] || continue
         (exec 3<>"/dev/tcp/127.0.0.1/$number") 2>/dev/null && continue
         taken[$number]=1
         port=$number
         return
     done
-    fail "no free port between 16000 and 32000"
+    fail "no free port between 10000 and 20000"
 }
 
 chmod 755 "$folder"

@@ -29,7 +29,7 @@ PRETRAIN = ROOT / "slurm" / "pretrain.sh"
 DEMONSTRATION = ROOT / "configs" / "pretrain" / "demo_smiles_exlm.yaml"
 SIZES = (2, 4)  # nodes, with a rank on each
 pytestmark = pytest.mark.timeout(900)
-STEPS, BATCH, SAMPLES = 240, 12, 60
+STEPS, BATCH, SAMPLES = 200, 12, 60
 TINY = {
     "data": {"path": "data"},
     "model": {"layers": 1, "width": 16, "heads": 2, "ffn": 32, "states": 2, "max_positions": 128},
@@ -69,7 +69,8 @@ def jobs(slurm: Slurm, scenes, server: str) -> dict[str, Job]:
 
 def jobs_on(slurm: Slurm, nodes: int, line: int, server: str) -> dict[str, Job]:
     """The jobs on so many nodes: an undisturbed run, one that faults are done to, one with little time, and the shipped
-    demonstration on fewer molecules. `line`: of the sweep file, the undisturbed run is a task of an array."""
+    demonstration on fewer molecules and in small batches. `line`: of the sweep file, the undisturbed run is a task of
+    an array."""
 
     def submit(*arguments: str, options: list[str], **environment: str) -> Job:
         fixed = ["--gpus-per-node=1", f"--nodes={nodes}", "--time=30", *options]
@@ -85,7 +86,7 @@ def jobs_on(slurm: Slurm, nodes: int, line: int, server: str) -> dict[str, Job]:
     }
     later = [f"--nodes={nodes}", "--gpus-per-node=1", f"--dependency=afterany:{made['whole'].number}"]
     small = ["--name", f"demo-{nodes}", "--launch.device", "cpu", "--tracking.mlflow", "false"]
-    small += ["--batch.sequences", "16", "--batch.micro", "4"]
+    small += ["--batch.sequences", "8", "--batch.micro", str(8 // nodes), "--evaluation.sequences", "16"]
     made["demo"] = slurm.submit(PRETRAIN, str(DEMONSTRATION), *small, options=later)
     Slowed(made["limited"])
     made["whole"].number += f"_{line}"

@@ -65,17 +65,19 @@ def meet(rank, port):
     processes.start(LaunchConfig(timeout=5, device="cpu"))
 
 
-def test_a_port_in_use(monkeypatch):
+@pytest.mark.parametrize(
+    "environment, code, words", [({}, EXIT_USAGE, "Set MASTER_PORT"), ({"SLURM_STEP_ID": "1"}, EXIT_RETRY, "next step")]
+)
+def test_a_port_in_use(environment, code, words):
+    """Where a job file has chosen it, the next attempt has another one."""
     import socket
 
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
         with pytest.raises(RankFailed) as caught:
-            run_processes(meet, 2, taken.getsockname()[1])
-    assert (
-        caught.value.codes[0] == EXIT_USAGE and "is in use" in str(caught.value) and "MASTER_PORT" in str(caught.value)
-    )
+            run_processes(meet, 2, taken.getsockname()[1], environment=environment)
+    assert caught.value.codes[0] == code and "is in use" in str(caught.value) and words in str(caught.value)
 
 
 def lonely(rank):

@@ -154,7 +154,9 @@ def _join(backend: str, rank: int, world: int, timeout: timedelta) -> None:
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             if "SLURM_STEP_ID" in os.environ:  # the job file derives the port from the step
-                raise PeerLost(f"port {port} on {address} is in use by another program; the next step takes another.")
+                raise PeerLost(
+                    f"port {port} on {address} is in use by another program; the next step takes another."
+                ) from error
             raise ConfigError(
                 f"port {port} on {address} is in use by another program. Set MASTER_PORT to a free one."
             ) from error

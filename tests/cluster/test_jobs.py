@@ -82,7 +82,7 @@ def jobs_on(slurm: Slurm, nodes: int, line: int, server: str) -> dict[str, Job]:
         "hurt": submit("--name", f"hurt-{nodes}", *tracked, "--tracking.uri", server, options=[]),
         "limited": slurm.launch("tiny.yaml", *limited, "--launch.margin=5", *tracked),
         # Later than the others, which have the longest way to go.
-        "whole": submit(options=[f"--array={line}", "--begin=now+40"], EXLM_SWEEP="sweep.txt"),
+        "whole": submit(options=[f"--array={line}", "--begin=now+75"], EXLM_SWEEP="sweep.txt"),
     }
     later = [f"--nodes={nodes}", "--gpus-per-node=1", f"--dependency=afterany:{made['whole'].number}"]
     small = ["--name", f"demo-{nodes}", "--launch.device", "cpu", "--tracking.mlflow", "false"]

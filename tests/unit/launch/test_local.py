@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from exlm_dist.launch.local import rank_environments, supervise
-from exlm_dist.utils.errors import ERROR_FILE, EXIT_DATA, EXIT_RETRY, EXIT_SAVED
+from exlm_dist.launch.local import RANK_COMMAND, rank_environments, supervise
+from exlm_dist.utils.errors import ERROR_FILE, EXIT_DATA, EXIT_RETRY, EXIT_SAVED, EXIT_USAGE
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -54,11 +55,22 @@ def test_a_killed_rank(tmp_path, capfd):
     assert "rank 2 was killed by SIGKILL" in capfd.readouterr().err
 
 
+def test_a_rank_that_cannot_import_says_what_where_and_how_to_mend(tmp_path, capfd, monkeypatch):
+    (tmp_path / "torch.py").write_text("import libmissing")
+    (tmp_path / "run.yaml").write_text("name: run\ndata: {path: nowhere}\nschedule: {steps: 10, warmup: 1}\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    code = supervise([*RANK_COMMAND, str(tmp_path / "run.yaml")], rank_environments(2, tmp_path), grace=5.0)
+    said = f"(exit code {EXIT_USAGE}): {sys.executable} on {platform.node()} cannot import what exlm needs"
+    text = capfd.readouterr().err
+    assert code == EXIT_USAGE and said in text and "No module named 'libmissing'" in text and "EXLM_PYTHON" in text
+    assert (tmp_path / "rank-0.code").read_text() == f"{EXIT_USAGE}\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_reach_every_rank(number, tmp_path):
     code = f"""
 import sys; sys.path.insert(0, r'{ROOT}')
-from exlm_dist.launch.local import rank_environments, supervise
+from exlm_dist.launch.local import RANK_COMMAND, rank_environments, supervise
 from pathlib import Path
 rank = ("import signal, sys, time, os; signal.signal({int(number)}, lambda *_: sys.exit({EXIT_SAVED}));"
         "open(os.environ['RANK'], 'w').close(); time.sleep(60)")
@@ -72,7 +84,7 @@ sys.exit(supervise([sys.executable, '-c', rank], rank_environments(2, Path('.'))
 def test_a_killed_supervisor_leaves_no_orphans(tmp_path):
     code = f"""
 import sys; sys.path.insert(0, r'{ROOT}')
-from exlm_dist.launch.local import rank_environments, supervise
+from exlm_dist.launch.local import RANK_COMMAND, rank_environments, supervise
 from pathlib import Path
 rank = "import os, time; open('pid', 'w').write(str(os.getpid())); os.rename('pid', 'ready'); time.sleep(60)"
 sys.exit(supervise([sys.executable, '-c', rank], rank_environments(1, Path('.'))))"""

@@ -10,8 +10,9 @@
 A real run of the demonstration molecules; the sides take turns at saving it, and in the first round, which is not
 timed, what each has written must equal what can be gathered, bit by bit. `stall`: seconds that training waited, before
 an update included; `lost`: those, and what steps took longer than the quiet ones of the same round until the checkpoint
-was published; `written`: seconds until then; `slower`: time of these steps over that of the quiet ones. `read whole` and `read parts`: resuming with every rank reading all of the checkpoint, or what
-it owns. Seconds are those of the slowest rank. Writes a CSV with hardware, versions and commit to results/.
+was published; `written`: seconds until then; `slower`: time of these steps over that of the quiet ones. `read whole`
+and `read parts`: resuming with every rank reading all of the checkpoint, or what it owns. Seconds are those of the
+slowest rank. Writes a CSV with hardware, versions and commit to results/.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A save copies the numbers a rank owns to memory of its own; its writer takes them from there. The copy is made beside
 the next step, which waits for it before it updates them. At every step edge until the files are written the ranks tell
-each other how far their writers are. Once all are done, rank 0 has the checkpoint published; if one failed, none is. One
-save at a time: the next one waits for the former.
+each other how far their writers are. Once all are done, rank 0 has the checkpoint published; if one failed, none is.
+One save at a time: the next one waits for the former.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ class Saver:
         self._hook.remove()
         self._writer.close()
         if self._stream is not None:
-            torch.cuda.cudart().cudaHostUnregister(self._numbers.data_ptr())
+            torch.cuda.cudart().cudaHostUnregister(self._numbers.data_ptr())  # may fail, after an error of the GPU
         self._memory.close()
 
 
@@ -241,6 +241,6 @@ def _pin(numbers: torch.Tensor) -> None:
     failed = int(torch.cuda.cudart().cudaHostRegister(numbers.data_ptr(), numbers.nbytes, 0))
     if failed:
         raise ConfigError(
-            f"the memory that a checkpoint is written from ({numbers.nbytes / 1e6:.0f} MB) cannot be pinned for the GPU "
-            f"(CUDA error {failed}). Give the job more memory, or more ranks."
+            f"the memory that a checkpoint is written from ({numbers.nbytes / 1e6:.0f} MB) cannot be pinned for the "
+            f"GPU (CUDA error {failed}). Give the job more memory, or more ranks."
         )

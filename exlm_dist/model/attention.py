@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from exlm_dist.kernels.attention import attention_packed
 from exlm_dist.kernels.linear import Linear
-from exlm_dist.model.dropout import site_seed
+from exlm_dist.model.dropout import block_site
 from exlm_dist.model.stream import Stream
 from exlm_dist.parallel.part import WHOLE, Cut, Part
 
@@ -44,7 +44,8 @@ class SelfAttention(nn.Module):
             stream.cu_tokens,
             stream.max_tokens,
             dropout=self.probability if self.training else 0.0,
-            seed=site_seed(stream.dropout_seed, self.layer, "weights"),
+            seed=stream.dropout_seed,
+            site=block_site(self.layer, "weights"),
             first_head=self.part.first(qkv.shape[1]),
             all_heads=self.heads,
             backend=self.backend,

@@ -1,8 +1,8 @@
 """Triton form of what lies between the matrix products: tensors are read once and written once, no mask is kept.
 
-Whether an element of a dropped tensor stays is a hash of (seed, first_row + row, column): the backward pass, a second
-forward pass, or another rank that holds other rows of the same tensor, makes the same mask again. Letters: R rows
-(tokens), W width. Names: o_ offsets, b_ loaded tile, m_ mask.
+Whether an element of a dropped tensor stays is a hash of (seed, site, first_row + row, column): the backward pass, a
+second forward pass, or another rank that holds other rows of the same tensor, makes the same mask again. Letters: R
+rows (tokens), W width. Names: o_ offsets, b_ loaded tile, m_ mask.
 Gradients of the norm's weight and bias are summed by a fixed number of programs, then over these in a fixed order.
 """
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.launch import launch
+from exlm_dist.kernels.randomness import seed_tensor
+from exlm_dist.kernels.randomness.triton import extended, key_of
 
 #: Programs of a backward pass with parameter gradients: about eight for each multiprocessor of a large GPU.
 PROGRAMS = 1024
@@ -24,31 +26,18 @@ DROP_BITS = 24
 
 
 @triton.jit
-def _mixed(x):
-    """A 32-bit integer hash (Wellons' lowbias32)."""
-    x = (x ^ (x >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)
-    x = (x ^ (x >> 15)) * tl.full([], 0x846CA68B, tl.uint32)
-    return x ^ (x >> 16)
+def _kept(key, row, o_column, dropped):
+    """Whether elements (row, o_column) stay: 24 bits of a hash against dropped / 2^24. `key` as from `key_of`."""
+    return (extended(extended(key, row), o_column) >> 8).to(tl.int32) >= dropped
 
 
-@triton.jit
-def _kept(seed_low, seed_high, row, o_column, dropped):
-    """Whether elements (row, o_column) stay: 24 bits of a hash against dropped / 2^24."""
-    gamma = tl.full([], 0x9E3779B9, tl.uint32)
-    key = _mixed(tl.cast(seed_low, tl.uint32, bitcast=True) + gamma)
-    key = _mixed(key ^ tl.cast(seed_high, tl.uint32, bitcast=True))
-    key = _mixed(key + row.to(tl.uint32) * gamma)
-    word = _mixed(key + o_column.to(tl.uint32) * gamma)
-    return (word >> 8).to(tl.int32) >= dropped
-
-
-@triton.jit(do_not_specialize=["rows", "first_row", "seed_low", "seed_high", "dropped"])
+@triton.jit(do_not_specialize=["rows", "first_row", "site", "dropped"])
 def add_norm_kernel(
     branch, residual,  # [R, W] in; either may be absent
     weight, bias,  # [W] in
     hidden, normed,  # [R, W] out: residual + dropout(branch), and its LayerNorm
     mean, scale,  # [R] fp32 out: of the LayerNorm
-    rows, first_row, seed_low, seed_high, dropped, dropout_scale, eps,
+    rows, first_row, seed, site, dropped, dropout_scale, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     BRANCH: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +52,8 @@ def add_norm_kernel(
     if BRANCH:
         b_branch = tl.load(branch + o_out, mask=inside, other=0.0).to(tl.float32)
         if DROPOUT:
-            kept = _kept(seed_low, seed_high, first_row + row, o_column, dropped)
+            key = key_of(seed, site)
+            kept = _kept(key, first_row + row, o_column, dropped)
             b_branch = tl.where(kept, b_branch * dropout_scale, 0.0)
         b_sum = (b_sum + b_branch).to(hidden.dtype.element_ty)
         tl.store(hidden + o_out, b_sum, mask=inside)
@@ -80,13 +70,13 @@ def add_norm_kernel(
         tl.store(scale + row, b_scale)
 
 
-@triton.jit(do_not_specialize=["rows", "first_row", "seed_low", "seed_high", "dropped"])
+@triton.jit(do_not_specialize=["rows", "first_row", "site", "dropped"])
 def add_norm_gradient_kernel(
     hidden, weight, mean, scale,  # as `add_norm_kernel` left them
     grad_normed, grad_hidden,  # [R, W] in; the second may be absent
     grad_residual, grad_branch,  # [R, W] out
     weight_sums, bias_sums,  # [programs, W] fp32 out
-    rows, first_row, seed_low, seed_high, dropped, dropout_scale,
+    rows, first_row, seed, site, dropped, dropout_scale,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BRANCH: tl.constexpr, PASSED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """One program: rows program, program + programs, ...; grad_branch only if it differs from grad_residual."""
@@ -96,6 +86,8 @@ def add_norm_gradient_kernel(
     b_weight = tl.load(weight + o_column, mask=inside, other=0.0).to(tl.float32)
     b_weight_sum = tl.zeros([BLOCK], tl.float32)
     b_bias_sum = tl.zeros([BLOCK], tl.float32)
+    if DROPOUT:
+        key = key_of(seed, site)
     for row in range(program, rows, programs):
         o_row = tl.cast(row, tl.int64) * WIDTH + o_column
         b_grad = tl.load(grad_normed + o_row, mask=inside, other=0.0).to(tl.float32)
@@ -112,7 +104,7 @@ def add_norm_gradient_kernel(
         b_grad = b_grad.to(grad_residual.dtype.element_ty)
         tl.store(grad_residual + o_row, b_grad, mask=inside)
         if BRANCH and DROPOUT:
-            kept = _kept(seed_low, seed_high, first_row + tl.cast(row, tl.int32), o_column, dropped)
+            kept = _kept(key, first_row + tl.cast(row, tl.int32), o_column, dropped)
             b_branch = tl.where(kept, b_grad.to(tl.float32) * dropout_scale, 0.0)
             tl.store(grad_branch + o_row, b_branch.to(grad_branch.dtype.element_ty), mask=inside)
     o_sum = program * WIDTH + o_column
@@ -133,9 +125,11 @@ def gelu_gradient_kernel(grad, x, activated, elements, BLOCK: tl.constexpr):
     tl.store(grad + o_out, (b_grad * b_slope).to(grad.dtype.element_ty), mask=inside)
 
 
-def dropout_add(branch: Tensor, residual: Tensor | None, *, dropout: float, seed: int, first_row: int) -> Tensor:
+def dropout_add(
+    branch: Tensor, residual: Tensor | None, *, dropout: float, seed: int | Tensor, site: int, first_row: int
+) -> Tensor:
     """See `exlm_dist.kernels.elementwise.dropout_add`."""
-    return _DropoutAdd.apply(branch, residual, (dropout, seed, first_row))
+    return _DropoutAdd.apply(branch, residual, (dropout, seed, site, first_row))
 
 
 def add_norm(
@@ -146,11 +140,12 @@ def add_norm(
     *,
     eps: float,
     dropout: float,
-    seed: int,
+    seed: int | Tensor,
+    site: int,
     first_row: int,
 ) -> tuple[Tensor, Tensor]:
     """See `exlm_dist.kernels.elementwise.add_norm`."""
-    return _AddNorm.apply(branch, residual, weight, bias, eps, (dropout, seed, first_row))
+    return _AddNorm.apply(branch, residual, weight, bias, eps, (dropout, seed, site, first_row))
 
 
 def gelu_gradient_(grad: Tensor, x: Tensor) -> Tensor:
@@ -209,7 +204,7 @@ class _AddNorm(torch.autograd.Function):
             {"hidden": hidden, "weight": weight, "mean": mean, "scale": scale, "grad_normed": grad_normed.contiguous(),
              "grad_hidden": None if grad_hidden is None else grad_hidden.contiguous(), "grad_residual": grad_residual,
              "grad_branch": grad_branch, "weight_sums": sums[0], "bias_sums": sums[1], "rows": rows,
-             **_key(*key)},
+             **_key(hidden.device, *key)},
             {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "BRANCH": has_branch,
              "PASSED": grad_hidden is not None, "DROPOUT": key[0] > 0},
             warps=_warps(width),
@@ -218,7 +213,7 @@ class _AddNorm(torch.autograd.Function):
         return grad_branch if has_branch else None, grad_residual, grad_weight, grad_bias, None, None
 
 
-def _dropped(branch: Tensor, residual: Tensor | None, key: tuple[float, int, int]) -> Tensor:
+def _dropped(branch: Tensor, residual: Tensor | None, key: tuple[float, int | Tensor, int, int]) -> Tensor:
     branch = branch.contiguous()
     out = torch.empty_like(branch)
     residual = None if residual is None else residual.contiguous()
@@ -232,24 +227,18 @@ def _forward(branch, residual, weight, bias, hidden, normed, mean, scale, eps, k
         add_norm_kernel,
         (rows,),
         {"branch": branch, "residual": residual, "weight": weight, "bias": bias, "hidden": hidden, "normed": normed,
-         "mean": mean, "scale": scale, "rows": rows, **_key(*key), "eps": eps},
+         "mean": mean, "scale": scale, "rows": rows, **_key(hidden.device, *key), "eps": eps},
         {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "BRANCH": branch is not None,
          "RESIDUAL": residual is not None, "NORM": normed is not None, "DROPOUT": key[0] > 0},
         warps=_warps(width),
     )  # fmt: skip
 
 
-def _key(dropout: float, seed: int, first_row: int) -> dict[str, int | float]:
+def _key(device: torch.device, dropout: float, seed: int | Tensor, site: int, first_row: int) -> dict[str, object]:
     """Arguments that decide the mask. The share that is dropped is rounded to 2^-24, and the scale made to fit."""
     dropped = round(dropout * 2**DROP_BITS)
-    return {"first_row": first_row, "seed_low": _signed(seed), "seed_high": _signed(seed >> 32), "dropped": dropped,
-            "dropout_scale": 2**DROP_BITS / (2**DROP_BITS - dropped)}  # fmt: skip
-
-
-def _signed(word: int) -> int:
-    """The low 32 bits as a signed number, so that the kernel's argument has one type for every seed."""
-    word &= 0xFFFFFFFF
-    return word - (1 << 32) if word >> 31 else word
+    return {"first_row": first_row, "seed": seed_tensor(seed, device) if dropout else None, "site": site,
+            "dropped": dropped, "dropout_scale": 2**DROP_BITS / (2**DROP_BITS - dropped)}  # fmt: skip
 
 
 def _warps(width: int) -> int:

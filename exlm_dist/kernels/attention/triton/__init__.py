@@ -20,9 +20,10 @@ from exlm_dist.kernels.attention.schedule import Range, plan
 from exlm_dist.kernels.attention.triton.backward import backward_keys, backward_queries
 from exlm_dist.kernels.attention.triton.forward import forward
 from exlm_dist.kernels.launch import capability, launch
+from exlm_dist.kernels.randomness import seed_tensor
 
 LOG2_E = math.log2(math.e)
-DROP_BITS = 24
+DROP_BITS = 16
 
 
 def attention(
@@ -92,14 +93,17 @@ class _Call:
         self.tokens, self.heads, self.width = q.shape
         self.max_tokens = max(max_tokens, 1)
         self.sequences = len(cu_tokens) - 1
-        self.dropped = round(mask.share * 2**DROP_BITS)
+        self.dropped = min(round(mask.share * 2**DROP_BITS), 2**DROP_BITS - 1)
         self.plan = plan(self.width, q.dtype.itemsize, self.dropped > 0, capability(q.device))
         self.arguments = {
             "table": _turns(angles), "cu": cu_tokens.contiguous(), "tokens": self.tokens, "sequences": self.sequences,
             "heads": self.heads, "stride": q.stride(0), "stride_head": q.stride(1),
             "scale": self.width**-0.5 * LOG2_E, "first_head": mask.first_head,
-            "seed_low": _signed(mask.seed), "seed_high": _signed(mask.seed >> 32),
-            "dropped": self.dropped, "dropout_scale": 2**DROP_BITS / (2**DROP_BITS - self.dropped),
+            "seed": seed_tensor(mask.seed, q.device) if self.dropped else None, "site": mask.site,
+            "dropped": self.dropped - (self.dropped >> 15 << 16) << 16,
+            "dropout_scale": 2**DROP_BITS / (2**DROP_BITS - self.dropped),
+            # a zero that the compiler does not know: told 0.0, it selects after rounding, which costs it more
+            "nothing": 0.0,
         }  # fmt: skip
         half = self.width // 2
         self.constants = {
@@ -141,12 +145,6 @@ class _Call:
             grid = ((self.sequences + tail) * self.heads * chunks,)
             settings = {"warps": tiles.warps, "stages": tiles.stages, "registers": tiles.registers}
             launch(kernel, grid, {**self.arguments, **arguments, **bounds}, constants, **settings)
-
-
-def _signed(word: int) -> int:
-    """The low 32 bits as a signed number, so that the kernel's argument has one type for every seed."""
-    word &= 0xFFFFFFFF
-    return word - (1 << 32) if word >> 31 else word
 
 
 def _alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

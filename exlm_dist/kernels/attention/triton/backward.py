@@ -10,23 +10,23 @@ from exlm_dist.kernels.attention.triton.tiles import (
     keeps,
     load_rows,
     load_turned,
+    mask_keys,
     place,
     product,
-    row_keys,
     store_rows,
     store_turned_back,
     zero_tail,
 )
 
 
-@triton.jit(do_not_specialize=["first_head", "seed_low", "seed_high", "dropped", "lower", "upper"])
+@triton.jit(do_not_specialize=["first_head", "site", "dropped", "lower", "upper"])
 def backward_queries(
     q, k, v, table, cu, out, grad_out, statistic,  # as in `forward`; grad_out contiguous
     delta,  # [H, T] fp32 out: sum of grad_out * out per row
     turned,  # [T, H, BP] out: q turned, for `backward_keys`
     grad_q,  # [T, H, P] out, strides (stride_grad, stride_grad_head, 1)
     tokens, sequences, heads, chunks, lower, upper, stride, stride_head, stride_grad, stride_grad_head,
-    scale, grad_scale, first_head, seed_low, seed_high, dropped, dropout_scale,
+    scale, grad_scale, first_head, seed, site, dropped, dropout_scale, nothing,
     P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -53,9 +53,8 @@ def backward_queries(
     row = head.to(tl.int64) * tokens + begin
     tl.store(delta + row + o_query, b_delta, mask=o_query < left)
     b_stat = tl.load(statistic + row + o_query, mask=o_query < left, other=float("inf"))
-    b_row_key = o_query
     if DROPOUT:
-        b_row_key = row_keys(seed_low, seed_high, sequence, first_head + head, chunk * BQ + o_query)
+        keys = mask_keys(seed, site, sequence, first_head + head)
     b_gq = tl.zeros([BQ, BP], tl.float32)
     p_k = k + first * stride + head * stride_head
     p_v = v + first * stride + head * stride_head
@@ -69,7 +68,7 @@ def backward_queries(
             b_weight = tl.where((o_key < count - key)[None, :], b_weight, 0.0)
         b_grad = product(b_go, tl.trans(b_v), tl.zeros([BQ, BK], tl.float32))
         if DROPOUT:
-            kept = keeps(b_row_key[:, None], (key + o_key)[None, :], dropped)
+            kept = keeps(keys, (chunk * BQ + o_query)[:, None], key, o_key[None, :], dropped)
             b_grad = tl.where(kept, b_grad * dropout_scale, 0.0)
         b_grad = (b_weight * (b_grad - b_delta[:, None])).to(b_v.dtype)
         b_gq = product(b_grad, b_k, b_gq)
@@ -80,12 +79,12 @@ def backward_queries(
     store_turned_back(p_gq, p_turn, b_gq * grad_scale, o_query, left, stride_grad, BQ, HALF, BH)
 
 
-@triton.jit(do_not_specialize=["first_head", "seed_low", "seed_high", "dropped", "lower", "upper"])
+@triton.jit(do_not_specialize=["first_head", "site", "dropped", "lower", "upper"])
 def backward_keys(
     turned, k, v, table, cu, grad_out, statistic, delta,  # turned and delta as `backward_queries` left them
     grad_k, grad_v,
     tokens, sequences, heads, chunks, lower, upper, stride, stride_head, stride_grad, stride_grad_head,
-    scale, grad_scale, first_head, seed_low, seed_high, dropped, dropout_scale,
+    scale, grad_scale, first_head, seed, site, dropped, dropout_scale, nothing,
     P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -110,6 +109,8 @@ def backward_keys(
     b_v = load_rows(v + begin * stride + head * stride_head, o_key, left, stride, P, BP)
     b_gk = tl.zeros([BK, BP], tl.float32)
     b_gv = tl.zeros([BK, BP], tl.float32)
+    if DROPOUT:
+        keys = mask_keys(seed, site, sequence, first_head + head)
     p_q = turned + (first * heads + head) * BP
     p_go = grad_out + first * stride_out + head * P
     p_stat = statistic + head.to(tl.int64) * tokens + first
@@ -124,9 +125,8 @@ def backward_keys(
         b_grad = product(b_v, tl.trans(b_go), tl.zeros([BK, BQ], tl.float32))
         b_used = b_weight
         if DROPOUT:
-            b_row_key = row_keys(seed_low, seed_high, sequence, first_head + head, query + o_query)
-            kept = keeps(b_row_key[None, :], (chunk * BK + o_key)[:, None], dropped)
-            b_used = tl.where(kept, b_weight, 0.0)
+            kept = keeps(keys, (query + o_query)[None, :], chunk * BK, o_key[:, None], dropped)
+            b_used = tl.where(kept, b_weight, nothing)
             b_grad = tl.where(kept, b_grad * dropout_scale, 0.0)
         b_grad = (b_weight * (b_grad - b_delta[None, :])).to(b_v.dtype)
         b_gv = product(b_used.to(b_v.dtype), b_go, b_gv)

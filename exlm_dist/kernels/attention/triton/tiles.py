@@ -7,32 +7,31 @@ tile. q and k are read as two halves of P/2, so that turning them needs no shuff
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def mixed(x):
-    """A 32-bit hash (two multiplications, Wellons' lowbias32): each input bit flips each output bit half the time."""
-    x = (x ^ (x >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)
-    x = (x ^ (x >> 15)) * tl.full([], 0x846CA68B, tl.uint32)
-    return x ^ (x >> 16)
+from exlm_dist.kernels.randomness.triton import extended, key_of
 
 
 @triton.jit
-def row_keys(seed_low, seed_high, sequence, head, o_query):
-    """Start of each query row's stream of random words: a hash of (seed, sequence, head, query); `head` counts all
-    heads of the layer, also those that other ranks hold."""
-    gamma = tl.full([], 0x9E3779B9, tl.uint32)
-    key = mixed(tl.cast(seed_low, tl.uint32, bitcast=True) + gamma)
-    key = mixed(key ^ tl.cast(seed_high, tl.uint32, bitcast=True))
-    key = mixed(key + sequence.to(tl.uint32) * gamma)
-    key = mixed(key + head.to(tl.uint32) * gamma)
-    return mixed(key + o_query.to(tl.uint32) * gamma)
+def mask_keys(seed, site, sequence, head):
+    """Two words that decide the mask of one sequence and head; `head` counts all heads of the layer, also those that
+    other ranks hold."""
+    key = extended(extended(key_of(seed, site), sequence), head)
+    return key, extended(key, tl.full([], 1, tl.uint32))
 
 
 @triton.jit
-def keeps(b_row_key, o_key, dropped):
-    """Whether weight (query, key) stays: word number `key` of the row's stream (splitmix), against dropped / 2^24."""
-    word = mixed(b_row_key + o_key.to(tl.uint32) * tl.full([], 0x9E3779B9, tl.uint32))
-    return (word >> 8).to(tl.int32) >= dropped
+def keeps(keys, o_query, key, o_key, dropped, QUERY: tl.constexpr = 0):
+    """Whether the weights (QUERY + o_query, key + o_key) stay, `key` being a multiple of 16: 16 random bits each
+    against `dropped`, which is shifted up by 16 and then taken for a signed number.
+
+    A word serves the two keys that differ in bit 3 of their number. Tensor cores leave such neighbours to one thread
+    (as columns and as rows), so the compiler finds that both words are one and hashes half as often.
+    """
+    counter = keys[0] + (o_query.to(tl.uint32) << 16) + (key >> 1)
+    counter += (o_key // 16 * 8 + o_key % 8 + (QUERY << 16)).to(tl.uint32)
+    word = (counter ^ (counter >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)
+    word = (word ^ (word >> 15) ^ keys[1]) * tl.full([], 0x846CA68B, tl.uint32)
+    word = tl.where((o_key & 8) != 0, word + (word << 16), word)
+    return word >= tl.cast(dropped, tl.uint32, bitcast=True)
 
 
 @triton.jit

@@ -94,8 +94,9 @@ def test_wide_heads_and_a_width_that_is_no_power_of_two(width: int) -> None:
 
 def test_every_kind_of_tile_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths on both sides of the edges between ranges; a forward program holds three tiles of queries."""
-    forward = [Range(0, 8, SMALL), Range(8, 48, Tiles(16, 16, 3, 4)), Range(48, UNLIMITED, Tiles(32, 16, 1, 4))]
-    queries = [Range(0, 9, Tiles(32, 16, 1, 4)), Range(9, UNLIMITED, SMALL)]
+    last = Range(48, UNLIMITED, Tiles(32, 16, 1, 4), turned=True)
+    forward = [Range(0, 8, SMALL), Range(8, 48, Tiles(16, 16, 3, 4)), last]
+    queries = [Range(0, 9, Tiles(32, 16, 1, 4)), Range(9, 48, SMALL), last]
     keys = [Range(0, 48, SMALL), Range(48, UNLIMITED, Tiles(16, 32, 1, 4))]
     use(monkeypatch, Plan(forward, queries, keys))
     Problem([8, 9, 48, 49], width=32, padding=40).check()
@@ -204,6 +205,17 @@ def masked_attention(case: Problem, share: float, seed: int, first_head: int = 0
     out = torch.cat(rows)
     grads = torch.autograd.grad(out, parts, case.grad[:total].double())
     return [out.detach(), *[grad[:total] for grad in grads]]
+
+
+@pytest.mark.parametrize("width", [32, 96])
+def test_keys_turned_before_give_what_turning_on_the_way_gives(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    case, results = Problem([7, 35], width=width, heads=2), []
+    for turned in (False, True):
+        chosen = [Range(0, UNLIMITED, SMALL, turned)]
+        use(monkeypatch, Plan(chosen, chosen, [Range(0, UNLIMITED, SMALL)]))
+        results.append(case.run("triton", dropout=0.3, seed=4))
+        case.check()
+    assert all(torch.equal(ours, other) for ours, other in zip(*results))
 
 
 @pytest.mark.parametrize("tiles", [(16, 16), (32, 16), (16, 32)])

@@ -32,8 +32,8 @@ def attention(
     q, k, v [T, H, P]; angles [T, P/2] fp32, turning component j against component j + P/2 (rotate-half);
     cu_tokens [B+1] int64; max_tokens the longest sequence (python int). Scale P^-0.5, softmax in fp32.
     dropout is the share of attention weights that is zeroed; the same `seed` and `site` give the same mask
-    (`kernels.randomness`). Where the heads are first_head.. of all_heads of a layer (None: H), their masks are those that
-    the whole layer would give them.
+    (`kernels.randomness`). Where the heads are first_head.. of all_heads of a layer (None: H), their masks are those
+    that the whole layer would give them.
     Returns [T, H, P] in the type of q; tokens past cu_tokens[-1] give 0. ValueError on shapes that do not fit.
     Source: Su et al. 2021 (rotary), ExLM (arXiv 2501.13397) section 3 (two-dimensional form).
     """

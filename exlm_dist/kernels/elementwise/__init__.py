@@ -26,8 +26,8 @@ def dropout_add(
     """residual + dropout(branch), both [R, W]; without a residual dropout(branch).
 
     `dropout` is the share of elements that is zeroed; the others are scaled up. The mask depends on `seed` and `site`
-    (`kernels.randomness`), W and the implementation, row by row: where the tensors are rows `first_row`.. of larger ones,
-    their mask is that part of the larger ones' mask. ValueError on shapes that do not fit.
+    (`kernels.randomness`), W and the implementation, row by row: where the tensors are rows `first_row`.. of larger
+    ones, their mask is that part of the larger ones' mask. ValueError on shapes that do not fit.
     """
     if residual is not None:
         check_shape("residual", residual, tuple(branch.shape))
@@ -67,8 +67,13 @@ def add_norm(
     return chosen.add_norm(branch, residual, weight, bias, eps=eps, **key)
 
 
-def gelu_gradient_(grad: Tensor, x: Tensor, *, backend: str = "auto") -> Tensor:
-    """Multiply `grad` in place by the derivative of the exact (erf) gelu at x; returns gelu(x). Both contiguous."""
+def gelu_gradient_(grad: Tensor, x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Multiply `grad` [R, W] in place by the derivative of the exact (erf) gelu at x [R, W]; both contiguous.
+
+    Returns gelu(x) [R, W], and the sum over the rows of the new grad [W]: the gradient of a bias that x holds.
+    ValueError on shapes that do not fit.
+    """
+    check_shape("x", x, (None, None))
     check_shape("grad", grad, tuple(x.shape))
     return _implementation(x, backend).gelu_gradient_(grad, x)
 

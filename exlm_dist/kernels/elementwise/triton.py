@@ -3,7 +3,7 @@
 Whether an element of a dropped tensor stays is a hash of (seed, site, first_row + row, column): the backward pass, a
 second forward pass, or another rank that holds other rows of the same tensor, makes the same mask again. Letters: R
 rows (tokens), W width. Names: o_ offsets, b_ loaded tile, m_ mask.
-Gradients of the norm's weight and bias are summed by a fixed number of programs, then over these in a fixed order.
+Gradients of weights and biases are summed by a fixed number of programs, then over these in a fixed order.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from exlm_dist.kernels.randomness.triton import extended, key_of
 
 #: Programs of a backward pass with parameter gradients: about eight for each multiprocessor of a large GPU.
 PROGRAMS = 1024
-#: Elements of one program of the gelu's backward pass.
-GELU_BLOCK = 2048
+#: Of the gelu's backward pass: programs at most (a large GPU runs 1,320 at once), rows of one at least, and the tile: a
+#: row is 512 bytes in 16 bits, and eight elements a thread leave room for 40 warps on a multiprocessor.
+GELU_PROGRAMS, GELU_SPAN = 8192, 32
+GELU_ROWS, GELU_COLUMNS = 4, 256
 DROP_BITS = 24
 
 
@@ -112,17 +114,34 @@ def add_norm_gradient_kernel(
     tl.store(bias_sums + o_sum, b_bias_sum, mask=inside)
 
 
-@triton.jit
-def gelu_gradient_kernel(grad, x, activated, elements, BLOCK: tl.constexpr):
-    """grad becomes the gradient of x, where it was that of the exact (erf) gelu(x), which is made once more."""
-    o_out = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = o_out < elements
-    b_x = tl.load(x + o_out, mask=inside, other=0.0).to(tl.float32)
-    b_grad = tl.load(grad + o_out, mask=inside, other=0.0).to(tl.float32)
-    b_share = 0.5 + 0.5 * tl.erf(b_x * 0.7071067811865476)
-    b_slope = b_share + b_x * tl.exp(-0.5 * b_x * b_x) * 0.3989422804014327
-    tl.store(activated + o_out, (b_x * b_share).to(activated.dtype.element_ty), mask=inside)
-    tl.store(grad + o_out, (b_grad * b_slope).to(grad.dtype.element_ty), mask=inside)
+@triton.jit(do_not_specialize=["rows", "span"])
+def gelu_gradient_kernel(
+    grad, x,  # [R, W]; grad: that of the exact (erf) gelu(x), which becomes that of x
+    activated,  # [R, W] out: gelu(x), made once more
+    sums,  # [programs, W] fp32 out: of the new grad over the rows of each program
+    rows, span,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program: a block of columns of rows [program * span, (program + 1) * span), ROWS of them at a time."""
+    program = tl.program_id(1)
+    o_row = tl.arange(0, ROWS)[:, None]
+    o_column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = o_column < WIDTH
+    o_tile = o_row * WIDTH + o_column
+    b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(program * span, tl.minimum((program + 1) * span, rows), ROWS):
+        start = tl.cast(first, tl.int64) * WIDTH
+        m_tile = inside & (o_row < rows - first)
+        b_x = tl.load(x + start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        b_grad = tl.load(grad + start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        b_share = 0.5 + 0.5 * tl.erf(b_x * 0.7071067811865476)
+        b_slope = b_share + b_x * tl.exp(-0.5 * b_x * b_x) * 0.3989422804014327
+        b_grad = b_grad * b_slope
+        b_sum += b_grad
+        tl.store(activated + start + o_tile, (b_x * b_share).to(activated.dtype.element_ty), mask=m_tile)
+        tl.store(grad + start + o_tile, b_grad.to(grad.dtype.element_ty), mask=m_tile)
+    o_sum = program * WIDTH + o_column
+    tl.store(sums + o_sum, tl.sum(b_sum, 0)[None, :], mask=inside)
 
 
 def dropout_add(
@@ -148,12 +167,21 @@ def add_norm(
     return _AddNorm.apply(branch, residual, weight, bias, eps, (dropout, seed, site, first_row))
 
 
-def gelu_gradient_(grad: Tensor, x: Tensor) -> Tensor:
+def gelu_gradient_(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """See `exlm_dist.kernels.elementwise.gelu_gradient_`."""
+    rows, width = x.shape
+    blocks, tiles = triton.cdiv(width, GELU_COLUMNS), triton.cdiv(rows, GELU_ROWS)
+    span = max(GELU_SPAN, GELU_ROWS * triton.cdiv(tiles * blocks, GELU_PROGRAMS))
+    programs = triton.cdiv(rows, span)
     activated = torch.empty_like(x)
-    arguments = {"grad": grad, "x": x, "activated": activated, "elements": x.numel()}
-    launch(gelu_gradient_kernel, (triton.cdiv(x.numel(), GELU_BLOCK),), arguments, {"BLOCK": GELU_BLOCK})
-    return activated
+    sums = torch.empty((programs, width), dtype=torch.float32, device=x.device)
+    launch(
+        gelu_gradient_kernel,
+        (blocks, programs),
+        {"grad": grad, "x": x, "activated": activated, "sums": sums, "rows": rows, "span": span},
+        {"WIDTH": width, "ROWS": GELU_ROWS, "COLUMNS": GELU_COLUMNS},
+    )
+    return activated, sums.sum(0).to(x.dtype)
 
 
 class _DropoutAdd(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Attention in Triton: packed sequences, rotary positions turned in the kernel, reproducible dropout (README.md).
 
 Which tiles compute a sequence is a matter of its own length (`schedule.py`), so batch-mates never change its values:
-where a batch needs two kinds of tiles, both kernels run and each leaves the other's sequences alone. No atomics
+where a batch needs several kinds of tiles, all are launched and each leaves the others' sequences alone. No atomics
 anywhere.
 """
 
@@ -19,11 +19,14 @@ from exlm_dist.kernels.attention.mask import DropoutMask
 from exlm_dist.kernels.attention.schedule import Range, plan
 from exlm_dist.kernels.attention.triton.backward import backward_keys, backward_queries
 from exlm_dist.kernels.attention.triton.forward import forward
+from exlm_dist.kernels.attention.triton.turning import turn
 from exlm_dist.kernels.launch import capability, launch
 from exlm_dist.kernels.randomness import seed_tensor
 
 LOG2_E = math.log2(math.e)
 DROP_BITS = 16
+#: Tokens of one program that turns.
+TURNED_ROWS = 64
 
 
 def attention(
@@ -115,7 +118,8 @@ class _Call:
         """(out [T, H, P], statistic [H, T])."""
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         statistic = torch.empty((self.heads, self.tokens), dtype=torch.float32, device=q.device)
-        self._start(forward, self.plan.forward, "queries", q=q, k=k, v=v, out=out, statistic=statistic)
+        turned = self._turn(k) if self._long(self.plan.forward) else None
+        self._start(forward, self.plan.forward, "queries", q=q, k=k, v=v, turned=turned, out=out, statistic=statistic)
         return out, statistic
 
     def backward(
@@ -123,7 +127,9 @@ class _Call:
         grad_q: Tensor, grad_k: Tensor, grad_v: Tensor,
     ) -> None:  # fmt: skip
         """Fill the three gradients [T, H, P], which have one stride."""
-        turned = torch.empty((self.tokens, self.heads, self.constants["BP"]), dtype=q.dtype, device=q.device)
+        shape = (self.tokens, self.heads, self.constants["BP"])
+        long = self._long(self.plan.queries)
+        turned = self._turn(q, k) if long else torch.empty(shape, dtype=q.dtype, device=q.device)
         shared = {
             "k": k, "v": v, "grad_out": grad_out.contiguous(), "statistic": statistic, "turned": turned,
             "delta": torch.empty_like(statistic), "grad_scale": self.width**-0.5,
@@ -131,6 +137,22 @@ class _Call:
         }  # fmt: skip
         self._start(backward_queries, self.plan.queries, "queries", q=q, out=out, grad_q=grad_q, **shared)
         self._start(backward_keys, self.plan.keys, "keys", grad_k=grad_k, grad_v=grad_v, **shared)
+
+    def _long(self, ranges: list[Range]) -> bool:
+        """Whether the batch can have sequences that read turned keys."""
+        return any(part.turned and part.lower < self.max_tokens for part in ranges)
+
+    def _turn(self, *operands: Tensor) -> Tensor:
+        """The keys, or queries and keys, turned by their angles: [1 or 2, T, H, BP]."""
+        shape = (len(operands), self.tokens, self.heads, self.constants["BP"])
+        turned = torch.empty(shape, dtype=operands[0].dtype, device=operands[0].device)
+        names = ("table", "tokens", "heads", "stride", "stride_head")
+        arguments = {name: self.arguments[name] for name in names}
+        arguments |= {"first": operands[0], "second": operands[-1], "turned": turned}
+        constants = {name: self.constants[name] for name in ("P", "HALF", "BP", "BH")} | {"ROWS": TURNED_ROWS}
+        grid = (triton.cdiv(self.tokens, TURNED_ROWS), self.heads * len(operands))
+        launch(turn, grid, arguments, constants)
+        return turned
 
     def _start(self, kernel, ranges: list[Range], over: str, **arguments) -> None:
         """Launch `kernel` once per range of lengths that the batch can have; the first also zeroes the padding."""
@@ -142,6 +164,8 @@ class _Call:
             constants = {**self.constants, "BQ": tiles.queries, "BK": tiles.keys, "TAIL": tail}
             if kernel is forward:
                 constants["TILES"] = tiles.resident
+            if over == "queries":
+                constants["TURNED"] = found.turned
             grid = ((self.sequences + tail) * self.heads * chunks,)
             settings = {"warps": tiles.warps, "stages": tiles.stages, "registers": tiles.registers}
             launch(kernel, grid, {**self.arguments, **arguments, **bounds}, constants, **settings)

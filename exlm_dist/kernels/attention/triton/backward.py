@@ -23,12 +23,13 @@ from exlm_dist.kernels.attention.triton.tiles import (
 def backward_queries(
     q, k, v, table, cu, out, grad_out, statistic,  # as in `forward`; grad_out contiguous
     delta,  # [H, T] fp32 out: sum of grad_out * out per row
-    turned,  # [T, H, BP] out: q turned, for `backward_keys`
+    turned,  # [2, T, H, BP]: q turned, for `backward_keys`, and k turned; in where TURNED, else q is out
     grad_q,  # [T, H, P] out, strides (stride_grad, stride_grad_head, 1)
     tokens, sequences, heads, chunks, lower, upper, stride, stride_head, stride_grad, stride_grad_head,
     scale, grad_scale, first_head, seed, site, dropped, dropout_scale, nothing,
     P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr,
+    TURNED: tl.constexpr,
 ):  # fmt: skip
     """One program: grad q of BQ queries of one sequence and head."""
     sequence, head, chunk, first = place(cu, sequences, heads, chunks)
@@ -45,11 +46,15 @@ def backward_queries(
     begin = first + chunk * BQ
     left = count - chunk * BQ
     p_turn = table + begin * P
-    b_q = load_turned(q + begin * stride + head * stride_head, p_turn, o_query, left, stride, BQ, HALF, BH)
+    p_turned = turned + (begin * heads + head) * BP
+    if TURNED:
+        b_q = load_rows(p_turned, o_query, left, heads * BP, BP, BP)
+    else:
+        b_q = load_turned(q + begin * stride + head * stride_head, p_turn, o_query, left, stride, BQ, HALF, BH)
+        store_rows(p_turned, b_q, o_query, left, heads * BP, BP, BP)
     b_go = load_rows(grad_out + begin * stride_out + head * P, o_query, left, stride_out, P, BP)
     b_out = load_rows(out + begin * stride_out + head * P, o_query, left, stride_out, P, BP)
     b_delta = tl.sum(b_go.to(tl.float32) * b_out.to(tl.float32), 1)
-    store_rows(turned + (begin * heads + head) * BP, b_q, o_query, left, heads * BP, BP, BP)
     row = head.to(tl.int64) * tokens + begin
     tl.store(delta + row + o_query, b_delta, mask=o_query < left)
     b_stat = tl.load(statistic + row + o_query, mask=o_query < left, other=float("inf"))
@@ -57,10 +62,15 @@ def backward_queries(
         keys = mask_keys(seed, site, sequence, first_head + head)
     b_gq = tl.zeros([BQ, BP], tl.float32)
     p_k = k + first * stride + head * stride_head
+    if TURNED:
+        p_k = turned + ((tokens + first) * heads + head) * BP
     p_v = v + first * stride + head * stride_head
     p_key_turn = table + first * P
     for key in range(0, count, BK):
-        b_k = load_turned(p_k, p_key_turn, o_key, count - key, stride, BK, HALF, BH)
+        if TURNED:
+            b_k = load_rows(p_k, o_key, count - key, heads * BP, BP, BP)
+        else:
+            b_k = load_turned(p_k, p_key_turn, o_key, count - key, stride, BK, HALF, BH)
         b_v = load_rows(p_v, o_key, count - key, stride, P, BP)
         b_score = product(b_q, tl.trans(b_k), tl.zeros([BQ, BK], tl.float32))
         b_weight = tl.exp2(b_score * scale - b_stat[:, None])
@@ -72,7 +82,7 @@ def backward_queries(
             b_grad = tl.where(kept, b_grad * dropout_scale, 0.0)
         b_grad = (b_weight * (b_grad - b_delta[:, None])).to(b_v.dtype)
         b_gq = product(b_grad, b_k, b_gq)
-        p_k += BK * stride
+        p_k += BK * (heads * BP if TURNED else stride)
         p_v += BK * stride
         p_key_turn += BK * P
     p_gq = grad_q + begin * stride_grad + head * stride_grad_head

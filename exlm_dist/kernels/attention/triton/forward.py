@@ -18,6 +18,7 @@ from exlm_dist.kernels.attention.triton.tiles import (
 @triton.jit(do_not_specialize=["first_head", "site", "dropped", "lower", "upper"])
 def forward(
     q, k, v,  # [T, H, P] in, strides (stride, stride_head, 1)
+    turned,  # [T, H, BP] in: k turned, where TURNED
     table,  # [T, P] fp32 in: cosines and sines
     cu,  # [sequences + 1] int64 in
     out,  # [T, H, P] out, contiguous
@@ -26,6 +27,7 @@ def forward(
     scale, first_head, seed, site, dropped, dropout_scale, nothing,
     P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr,
+    TURNED: tl.constexpr,
 ):  # fmt: skip
     """One program: TILES * BQ queries of one sequence and head, if its length is in (lower, upper]."""
     sequence, head, chunk, first = place(cu, sequences, heads, chunks)
@@ -53,10 +55,15 @@ def forward(
     if DROPOUT:
         keys = mask_keys(seed, site, sequence, first_head + head)
     p_k = k + first * stride + head * stride_head
+    if TURNED:
+        p_k = turned + (first * heads + head) * BP
     p_v = v + first * stride + head * stride_head
     p_turn = table + first * P
     for key in range(0, count, BK):
-        b_k = load_turned(p_k, p_turn, o_key, count - key, stride, BK, HALF, BH)
+        if TURNED:
+            b_k = load_rows(p_k, o_key, count - key, heads * BP, BP, BP)
+        else:
+            b_k = load_turned(p_k, p_turn, o_key, count - key, stride, BK, HALF, BH)
         b_v = load_rows(p_v, o_key, count - key, stride, P, BP)
         n_sum, n_total, n_top = (), (), ()
         for tile in tl.static_range(TILES):
@@ -75,7 +82,7 @@ def forward(
                 b_weight = tl.where(kept, b_weight, 0.0 if TILES > 2 else nothing)
             n_sum = n_sum + (product(b_weight.to(b_v.dtype), b_v, b_sum[tile] * b_shrink[:, None]),)
         b_sum, b_total, b_top = n_sum, n_total, n_top
-        p_k += BK * stride
+        p_k += BK * (heads * BP if TURNED else stride)
         p_v += BK * stride
         p_turn += BK * P
     p_out = out + begin * stride_out + head * P

@@ -113,6 +113,21 @@ def test_one_packed_operand_gives_the_same_bits() -> None:
         assert torch.equal(got[:21].double(), want)
 
 
+@pytest.mark.parametrize("width, heads", [(32, 2), (96, 1)])
+def test_the_bias_gets_the_sums_of_the_gradient(monkeypatch: pytest.MonkeyPatch, width: int, heads: int) -> None:
+    """Tiles of several sizes in one batch, an empty sequence, NaN where there is none."""
+    ranges = [Range(0, 20, SMALL), Range(20, UNLIMITED, Tiles(32, 16, 1, 4), turned=True)]
+    use(monkeypatch, Plan(ranges, ranges, [Range(0, 20, Tiles(16, 32, 1, 4)), Range(20, UNLIMITED, SMALL)]))
+    case = Problem([1, 16, 0, 17, 33, 2, 40], width=width, heads=heads, padding=50)
+    joined, bias = case.qkv.detach().requires_grad_(), torch.zeros(heads * 3 * width, device=DEVICE).requires_grad_()
+    options = {"bias": bias, "dropout": 0.2, "seed": 3, "backend": "triton"}
+    out = attention_packed(joined, case.angles, case.cu_tokens, 40, **options)
+    case.grad[sum(case.lengths) :] = 0
+    grad, grad_bias = torch.autograd.grad(out, (joined, bias), case.grad)
+    wanted = grad.double().sum(0).flatten()
+    assert float((grad_bias - wanted).norm() / wanted.norm()) < BOUNDS[torch.float32]
+
+
 def test_sequences_without_tokens_and_a_batch_without_padding() -> None:
     Problem([0, 5, 0, 18, 0], width=32, padding=0).check()
 

@@ -8,6 +8,7 @@ from exlm_dist.kernels.attention.angles import rotary_angles
 from exlm_dist.kernels.attention.mask import DropoutMask
 from exlm_dist.kernels.backend import implementation, resolve_backend
 from exlm_dist.kernels.checks import check_segments, check_shape
+from exlm_dist.kernels.linear import passed_bias
 
 __all__ = ["attention", "attention_packed", "rotary_angles"]
 
@@ -48,6 +49,7 @@ def attention_packed(
     cu_tokens: Tensor,
     max_tokens: int,
     *,
+    bias: Tensor | None = None,
     dropout: float = 0.0,
     seed: int | Tensor = 0,
     site: int = 0,
@@ -55,16 +57,24 @@ def attention_packed(
     all_heads: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`attention` of `qkv.unbind(2)`, qkv [T, H, 3, P]; its gradient is written as one tensor, without a copy."""
+    """`attention` of `qkv.unbind(2)`, qkv [T, H, 3, P]; its gradient is written as one tensor, without a copy.
+
+    `bias`, H * 3 * P elements that have been added to every row of qkv (`kernels.linear.BiasPassingLinear`), gets its
+    gradient out of the passes that make qkv's; its values are not read.
+    """
     check_shape("qkv", qkv, (None, None, 3, None))
+    if bias is not None:
+        check_shape("bias", bias.flatten(), (qkv[0].numel(),))
     q, k, v = qkv.unbind(2)
     resolved = resolve_backend("attention", backend, qkv.device)
     _check(q, k, v, angles, cu_tokens, max_tokens, dropout)
     mask = _mask(q.shape[1], dropout, seed, site, first_head, all_heads)
     chosen = implementation("attention", resolved, qkv.device)
     if resolved == "reference":
+        if bias is not None:
+            q, k, v = passed_bias(qkv.flatten(1), bias).view_as(qkv).unbind(2)
         return chosen.attention(q, k, v, angles, cu_tokens, max_tokens, mask)
-    return chosen.attention_packed(qkv, angles, cu_tokens, max_tokens, mask)
+    return chosen.attention_packed(qkv, bias, angles, cu_tokens, max_tokens, mask)
 
 
 def _mask(

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.checks import check_shape
 
-__all__ = ["BiasPassingLinear", "Linear", "linear", "product"]
+__all__ = ["BiasPassingLinear", "Linear", "linear", "passed_bias", "product"]
 
 
 class Linear(nn.Linear):
@@ -53,6 +53,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     check_shape("x", x, (None, weight.shape[1]))
     return _Linear.apply(x, weight, bias) if _by_onednn(x, weight) else F.linear(x, weight, bias)
+
+
+def passed_bias(x: Tensor, bias: Tensor) -> Tensor:
+    """x [R, N], in which `bias` [N] of a `BiasPassingLinear` has been added: the bias gets the sum of x's gradient.
+
+    What an operation does that has no better way to make that sum.
+    """
+    check_shape("x", x, (None, bias.numel()))
+    return _PassedBias.apply(x, bias)
+
+
+class _PassedBias(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        ctx.shape = bias.shape
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.sum(0).view(ctx.shape)
 
 
 def product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:

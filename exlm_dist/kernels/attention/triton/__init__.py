@@ -38,11 +38,11 @@ def attention(
 
 
 def attention_packed(
-    qkv: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, mask: DropoutMask
+    qkv: Tensor, bias: Tensor | None, angles: Tensor, cu_tokens: Tensor, max_tokens: int, mask: DropoutMask
 ) -> Tensor:
     """See `exlm_dist.kernels.attention.attention_packed`; limits as for `attention`."""
     _check(qkv)
-    return _Packed.apply(qkv if qkv.stride(-1) == 1 else qkv.contiguous(), angles, cu_tokens, max_tokens, mask)
+    return _Packed.apply(qkv if qkv.stride(-1) == 1 else qkv.contiguous(), bias, angles, cu_tokens, max_tokens, mask)
 
 
 def _check(operand: Tensor) -> None:
@@ -65,17 +65,18 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out):
         grads = torch.empty((3, *grad_out.shape), dtype=grad_out.dtype, device=grad_out.device)
-        ctx.call.backward(*ctx.saved_tensors, grad_out, *grads)
+        ctx.call.backward(*ctx.saved_tensors, grad_out, *grads, None)
         return *grads, None, None, None, None
 
 
 class _Packed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, angles, cu_tokens, max_tokens, mask):
+    def forward(ctx, qkv, bias, angles, cu_tokens, max_tokens, mask):
         q, k, v = qkv.unbind(2)
         ctx.call = _Call(q, angles, cu_tokens, max_tokens, mask)
         out, statistic = ctx.call.forward(q, k, v)
         ctx.save_for_backward(qkv, out, statistic)
+        ctx.bias_shape = None if bias is None else bias.shape
         return out
 
     @staticmethod
@@ -83,8 +84,10 @@ class _Packed(torch.autograd.Function):
     def backward(ctx, grad_out):
         qkv, out, statistic = ctx.saved_tensors
         grads = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        ctx.call.backward(*qkv.unbind(2), out, statistic, grad_out, *grads.unbind(2))
-        return grads, None, None, None, None
+        sums = ctx.call.sums() if ctx.needs_input_grad[1] else None
+        ctx.call.backward(*qkv.unbind(2), out, statistic, grad_out, *grads.unbind(2), sums)
+        grad_bias = None if sums is None else sums.sum(0).view(ctx.bias_shape).to(qkv.dtype)
+        return grads, grad_bias, None, None, None, None
 
 
 class _Call:
@@ -108,6 +111,8 @@ class _Call:
             # a zero that the compiler does not know: told 0.0, it selects after rounding, which costs it more
             "nothing": 0.0,
         }  # fmt: skip
+        rows = [part.tiles.queries for part in self.plan.queries] + [part.tiles.keys for part in self.plan.keys]
+        self.slot_rows = min(rows)
         half = self.width // 2
         self.constants = {
             "P": self.width, "HALF": half, "BP": triton.next_power_of_2(self.width),
@@ -124,19 +129,26 @@ class _Call:
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistic: Tensor, grad_out: Tensor,
-        grad_q: Tensor, grad_k: Tensor, grad_v: Tensor,
+        grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, sums: Tensor | None,
     ) -> None:  # fmt: skip
-        """Fill the three gradients [T, H, P], which have one stride."""
+        """Fill the three gradients [T, H, P], which have one stride, and their `sums` over each tile's rows."""
         shape = (self.tokens, self.heads, self.constants["BP"])
         long = self._long(self.plan.queries)
         turned = self._turn(q, k) if long else torch.empty(shape, dtype=q.dtype, device=q.device)
         shared = {
             "k": k, "v": v, "grad_out": grad_out.contiguous(), "statistic": statistic, "turned": turned,
-            "delta": torch.empty_like(statistic), "grad_scale": self.width**-0.5,
+            "delta": torch.empty_like(statistic), "grad_scale": self.width**-0.5, "sums": sums,
+            "slot_rows": self.slot_rows,
             "stride_grad": grad_q.stride(0), "stride_grad_head": grad_q.stride(1),
         }  # fmt: skip
         self._start(backward_queries, self.plan.queries, "queries", q=q, out=out, grad_q=grad_q, **shared)
         self._start(backward_keys, self.plan.keys, "keys", grad_k=grad_k, grad_v=grad_v, **shared)
+
+    def sums(self) -> Tensor:
+        """Zeros [slots, H, 3, P] for the sums of the gradients over the rows of each tile."""
+        slots = self.tokens // self.slot_rows + self.sequences
+        shape = (slots, self.heads, 3, self.width)
+        return torch.zeros(shape, dtype=torch.float32, device=self.arguments["table"].device)
 
     def _long(self, ranges: list[Range]) -> bool:
         """Whether the batch can have sequences that read turned keys."""
@@ -164,6 +176,8 @@ class _Call:
             constants = {**self.constants, "BQ": tiles.queries, "BK": tiles.keys, "TAIL": tail}
             if kernel is forward:
                 constants["TILES"] = tiles.resident
+            else:
+                constants["SUMS"] = arguments["sums"] is not None
             if over == "queries":
                 constants["TURNED"] = found.turned
             grid = ((self.sequences + tail) * self.heads * chunks,)

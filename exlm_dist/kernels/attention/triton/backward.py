@@ -14,7 +14,9 @@ from exlm_dist.kernels.attention.triton.tiles import (
     place,
     product,
     store_rows,
+    store_sums,
     store_turned_back,
+    sums_of_tile,
     zero_tail,
 )
 
@@ -25,10 +27,11 @@ def backward_queries(
     delta,  # [H, T] fp32 out: sum of grad_out * out per row
     turned,  # [2, T, H, BP]: q turned, for `backward_keys`, and k turned; in where TURNED, else q is out
     grad_q,  # [T, H, P] out, strides (stride_grad, stride_grad_head, 1)
+    sums,  # [slots, H, 3, P] fp32 out, with SUMS: sums of grad q, k and v over the rows of a tile
     tokens, sequences, heads, chunks, lower, upper, stride, stride_head, stride_grad, stride_grad_head,
-    scale, grad_scale, first_head, seed, site, dropped, dropout_scale, nothing,
+    slot_rows, scale, grad_scale, first_head, seed, site, dropped, dropout_scale, nothing,
     P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
-    BQ: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr, SUMS: tl.constexpr,
     TURNED: tl.constexpr,
 ):  # fmt: skip
     """One program: grad q of BQ queries of one sequence and head."""
@@ -86,17 +89,20 @@ def backward_queries(
         p_v += BK * stride
         p_key_turn += BK * P
     p_gq = grad_q + begin * stride_grad + head * stride_grad_head
-    store_turned_back(p_gq, p_turn, b_gq * grad_scale, o_query, left, stride_grad, BQ, HALF, BH)
+    p_sums = table  # not written to without SUMS
+    if SUMS:
+        p_sums = sums_of_tile(sums, begin, sequence, head, heads, slot_rows, P)
+    store_turned_back(p_gq, p_turn, p_sums, b_gq * grad_scale, o_query, left, stride_grad, BQ, HALF, BH, SUMS)
 
 
 @triton.jit(do_not_specialize=["first_head", "site", "dropped", "lower", "upper"])
 def backward_keys(
     turned, k, v, table, cu, grad_out, statistic, delta,  # turned and delta as `backward_queries` left them
-    grad_k, grad_v,
+    grad_k, grad_v, sums,
     tokens, sequences, heads, chunks, lower, upper, stride, stride_head, stride_grad, stride_grad_head,
-    scale, grad_scale, first_head, seed, site, dropped, dropout_scale, nothing,
+    slot_rows, scale, grad_scale, first_head, seed, site, dropped, dropout_scale, nothing,
     P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
-    BQ: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """One program: grad k and grad v of BK keys of one sequence and head."""
     sequence, head, chunk, first = place(cu, sequences, heads, chunks)
@@ -147,5 +153,12 @@ def backward_keys(
         p_delta += BQ
     p_gk = grad_k + begin * stride_grad + grad_head
     p_gv = grad_v + begin * stride_grad + grad_head
-    store_rows(p_gv, b_gv * dropout_scale, o_key, left, stride_grad, P, BP)
-    store_turned_back(p_gk, p_key_turn, b_gk * grad_scale, o_key, left, stride_grad, BK, HALF, BH)
+    p_sums = table  # not written to without SUMS
+    if SUMS:
+        p_sums = sums_of_tile(sums, begin, sequence, head, heads, slot_rows, P)
+    b_gv *= dropout_scale
+    store_rows(p_gv, b_gv, o_key, left, stride_grad, P, BP)
+    if SUMS:
+        store_sums(p_sums + 2 * P, b_gv, o_key, left, P, BP)
+    store_turned_back(
+        p_gk, p_key_turn, p_sums + P, b_gk * grad_scale, o_key, left, stride_grad, BK, HALF, BH, SUMS)

@@ -67,15 +67,29 @@ def load_turned(p_base, p_table, o_row, limit, stride, ROWS: tl.constexpr, HALF:
 
 
 @triton.jit
+def store_sums(p_sums, b_tile, o_row, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the sums over the rows below `limit` of a tile [rows, BLOCK], WIDTH of them."""
+    o_column = tl.arange(0, BLOCK)
+    b_sum = tl.sum(tl.where((o_row < limit)[:, None], b_tile, 0.0), 0)
+    tl.store(p_sums + o_column, b_sum, mask=o_column < WIDTH)
+
+
+@triton.jit
 def store_turned_back(
-    p_base, p_table, b_grad, o_row, limit, stride, ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Write the gradient [ROWS, 2 * BLOCK] of q or k: turned by minus the angles."""
+    p_base, p_table, p_sums, b_grad, o_row, limit, stride,
+    ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient [ROWS, 2 * BLOCK] of q or k, turned by minus the angles, and with SUMS its sums over rows."""
     b_low, b_high = tl.split(tl.permute(tl.reshape(b_grad, [ROWS, 2, BLOCK]), (0, 2, 1)))
     b_cos = load_rows(p_table, o_row, limit, 2 * HALF, HALF, BLOCK)
     b_sin = load_rows(p_table + HALF, o_row, limit, 2 * HALF, HALF, BLOCK)
-    store_rows(p_base, b_low * b_cos + b_high * b_sin, o_row, limit, stride, HALF, BLOCK)
-    store_rows(p_base + HALF, b_high * b_cos - b_low * b_sin, o_row, limit, stride, HALF, BLOCK)
+    b_first = b_low * b_cos + b_high * b_sin
+    b_second = b_high * b_cos - b_low * b_sin
+    store_rows(p_base, b_first, o_row, limit, stride, HALF, BLOCK)
+    store_rows(p_base + HALF, b_second, o_row, limit, stride, HALF, BLOCK)
+    if SUMS:
+        store_sums(p_sums, b_first, o_row, limit, HALF, BLOCK)
+        store_sums(p_sums + HALF, b_second, o_row, limit, HALF, BLOCK)
 
 
 @triton.jit
@@ -104,3 +118,9 @@ def zero_tail(
     for row in range(chunk * ROWS, (tokens - first).to(tl.int32), chunks * ROWS):
         base = p_out + (first + row) * stride
         store_rows(base, tl.zeros([ROWS, BLOCK], tl.float32), o_row, tokens - first - row, stride, WIDTH, BLOCK)
+
+
+@triton.jit
+def sums_of_tile(p_sums, begin, sequence, head, heads, slot_rows, P: tl.constexpr):
+    """Where a tile of at least `slot_rows` rows from token `begin` on puts its sums: no other tile has this place."""
+    return p_sums + ((begin // slot_rows + sequence) * heads + head) * 3 * P

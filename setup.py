@@ -36,6 +36,6 @@ setup(
         "matplotlib>=3.8",
         "zstandard>=0.22",
     ],
-    extras_require={"test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis"], "parquet": ["pyarrow"]},
+    extras_require={"test": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.7", "hypothesis"], "parquet": ["pyarrow"]},
     entry_points={"console_scripts": ["exlm=exlm_dist.cli:entry"]},
 )

@@ -28,7 +28,9 @@ install_slurm
 export OMP_NUM_THREADS=1
 code=0
 "$venv/bin/python" -m pytest -q -n 2 --dist loadfile --durations=10 tests/unit tests/kernels || code=$?
-"$venv/bin/python" -m pytest -q -n 2 --dist loadfile --durations=10 tests/integration tests/parallel || code=$?
+# In the order of the names: the one test of chaos, a minute long, comes first.
+"$venv/bin/python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 \
+    tests/integration tests/parallel || code=$?
 unset OMP_NUM_THREADS
 "$venv/bin/python" -m pytest -q --durations=10 tests/cluster || code=$?
 exit $code

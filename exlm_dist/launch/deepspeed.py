@@ -19,7 +19,7 @@ import psutil
 
 from exlm_dist.launch.local import free_port
 from exlm_dist.launch.restart import Restarts, exit_code
-from exlm_dist.utils.errors import ConfigError
+from exlm_dist.utils.errors import CHOSEN_PORT, ConfigError
 
 RANK_MODULE = "exlm_dist.cli"
 
@@ -55,7 +55,7 @@ def deepspeed_command(
 
 def deepspeed_environment(device: str) -> dict[str, str]:
     """Environment of the launcher: the CPU accelerator where there is no GPU, no telemetry, quiet logs."""
-    environment = dict(os.environ)
+    environment = {**os.environ, CHOSEN_PORT: "1"}
     on_cpu = device == "cpu" or (device == "auto" and not Path("/dev/nvidiactl").exists())
     if on_cpu:
         environment.setdefault("DS_ACCELERATOR", "cpu")

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from exlm_dist.launch.restart import Restarts
-from exlm_dist.utils.errors import ERROR_FILE, EXIT_RETRY
+from exlm_dist.utils.errors import CHOSEN_PORT, ERROR_FILE, EXIT_RETRY
 
 RANK_COMMAND = [sys.executable, "-m", "exlm_dist.cli", "pretrain"]
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -50,9 +50,10 @@ def rank_environments(processes: int, folder: Path) -> list[dict[str, str]]:
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": os.environ.get("MASTER_PORT") or str(free_port()),
         "EXLM_LAUNCH": uuid.uuid4().hex,
     }
+    if not shared.get("MASTER_PORT"):
+        shared |= {"MASTER_PORT": str(free_port()), CHOSEN_PORT: "1"}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     if Path("/sys/class/net/lo").exists():

@@ -153,9 +153,9 @@ def _join(backend: str, rank: int, world: int, timeout: timedelta) -> None:
         dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=timeout)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            if "SLURM_STEP_ID" in os.environ:  # the job file derives the port from the step
+            if errors.CHOSEN_PORT in os.environ:
                 raise PeerLost(
-                    f"port {port} on {address} is in use by another program; the next step takes another."
+                    f"port {port} on {address} is in use by another program; the next attempt takes another."
                 ) from error
             raise ConfigError(
                 f"port {port} on {address} is in use by another program. Set MASTER_PORT to a free one."

@@ -16,6 +16,8 @@ EXIT_DATA = 77
 EXIT_STOP = 78
 #: Environment variable that names the file in which a failing rank leaves its message.
 ERROR_FILE = "EXLM_ERROR_FILE"
+#: Environment variable that is set where the launcher has chosen MASTER_PORT: the next attempt has another one.
+CHOSEN_PORT = "EXLM_CHOSEN_PORT"
 
 
 class UserError(ValueError):

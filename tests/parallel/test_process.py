@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from parallel.harness import RankFailed, on_ranks, run_processes
 
-from exlm_dist.utils.errors import EXIT_DATA, EXIT_RETRY, EXIT_STOP, EXIT_USAGE, DataError, RunStopped
+from exlm_dist.utils.errors import CHOSEN_PORT, EXIT_DATA, EXIT_RETRY, EXIT_STOP, EXIT_USAGE, DataError, RunStopped
 
 
 def agreements(process):
@@ -66,10 +66,10 @@ def meet(rank, port):
 
 
 @pytest.mark.parametrize(
-    "environment, code, words", [({}, EXIT_USAGE, "Set MASTER_PORT"), ({"SLURM_STEP_ID": "1"}, EXIT_RETRY, "next step")]
+    "environment, code, words", [({}, EXIT_USAGE, "Set MASTER_PORT"), ({CHOSEN_PORT: "1"}, EXIT_RETRY, "next attempt")]
 )
 def test_a_port_in_use(environment, code, words):
-    """Where a job file has chosen it, the next attempt has another one."""
+    """Where the launcher has chosen it, the next attempt has another one."""
     import socket
 
     with socket.socket() as taken:

@@ -48,7 +48,8 @@ MASTER_ADDR=$(scontrol -o show node "$first" | grep -o ' NodeAddr=[^ ]*' | cut -
 export MASTER_ADDR
 # The port differs between jobs, restarts and steps: a listener of the last attempt may still be there.
 rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID EXLM_ERROR_FILE=$EXLM_ERRORS/rank-$SLURM_PROCID
-export EXLM_CHOSEN_PORT=1 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 101 + ${SLURM_RESTART_COUNT:-0} * 31 + SLURM_STEP_ID * 7) % 12000))
+export EXLM_CHOSEN_PORT=1
+export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 101 + ${SLURM_RESTART_COUNT:-0} * 31 + SLURM_STEP_ID * 7) % 12000))
 exec "$@"'
 
 # Refuses wrong settings before a thousand ranks find them, and names the folder of the run.

@@ -170,13 +170,15 @@ def lose_last_node(slurm: Slurm, job: Job) -> None:
 
 
 @pytest.mark.parametrize("nodes", SIZES)
-def test_a_time_limit_of_a_minute_is_met_and_the_job_requeues_itself(nodes, slurm, jobs, whole):
+def test_a_time_limit_of_a_minute_is_met_and_the_job_requeues_itself(nodes, slurm, jobs, whole, monkeypatch):
     job, run = jobs[f"limited-{nodes}"], slurm.folder / "runs" / f"limited-{nodes}"
     assert job.wait(LIMIT) == "COMPLETED", job.log()
     assert job.restarts >= 1 and "back into the queue" in job.log()
     assert job.starts() == job.restarts + 1, job.log()
     assert_same(run, whole[nodes])
     assert_every_sample_once(run, nodes)
+    monkeypatch.chdir(slurm.folder)
+    assert sync(run, timeout=60)  # what a launch of seconds had no time to send, on a machine under load
     assert_one_tracked_run(slurm.folder / "runs" / "mlflow.db", run.name)
 
 

@@ -128,6 +128,16 @@ def capability(device: torch.device) -> tuple[int, int]:
 _capability = functools.cache(torch.cuda.get_device_capability)
 
 
+def cdiv(total: int, part: int) -> int:
+    """How many parts cover the total. (Triton's own, made to run in kernels too, takes as long as a small torch op.)"""
+    return -(-total // part)
+
+
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two that is not below `size` (at least 1)."""
+    return 1 << (size - 1).bit_length()
+
+
 @contextmanager
 def record_launches(target: tuple[int, int]) -> Iterator[list[Launch]]:
     """Collect launches as for compute capability `target` instead of making them (not for several threads at once)."""

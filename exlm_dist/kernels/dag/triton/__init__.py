@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -20,7 +19,7 @@ from exlm_dist.kernels.dag import reference
 from exlm_dist.kernels.dag.triton.fallback import check_kernel
 from exlm_dist.kernels.dag.triton.gradient import gradient_kernel
 from exlm_dist.kernels.dag.triton.recursion import TOTALS, scan_kernel
-from exlm_dist.kernels.launch import capability, launch
+from exlm_dist.kernels.launch import capability, cdiv, launch, next_power_of_2
 
 MATCH_ROWS = 8
 GRADIENT_TILE = 64
@@ -104,7 +103,7 @@ class _LogLikelihood(torch.autograd.Function):
 
 def work_size(targets: int, states: int, block: Block) -> int:
     """fp32 numbers of a sequence in the workspace: see `recursion.regions`."""
-    return 2 * targets * states + 3 * targets * triton.cdiv(states, block.states) + TOTALS.value
+    return 2 * targets * states + 3 * targets * cdiv(states, block.states) + TOTALS.value
 
 
 def _scan(
@@ -115,7 +114,7 @@ def _scan(
     """
     match, moves, device = match.float().contiguous(), transitions.float().contiguous(), match.device
     count, targets, states = match.shape
-    size, blocks = work_size(targets, states, block), triton.cdiv(states, block.states)
+    size, blocks = work_size(targets, states, block), cdiv(states, block.states)
     assert max(size, states * states) < 2**31, "addresses within a sequence are 32 bits wide"
     work = torch.empty((count, size), dtype=torch.float32, device=device)
     gamma = torch.empty(match.shape, dtype=torch.float32, device=device)  # beta, until the check makes gamma of it
@@ -137,7 +136,7 @@ def _scan(
         check_kernel,
         (count,),
         {**shared, "gamma": gamma, "log_likelihood": log_likelihood, "counter": _counter(device, count)},
-        {**constants, "ROWS": 16, "COLUMNS": 128, "STATES": 32, "SPAN": max(32, triton.next_power_of_2(ends))},
+        {**constants, "ROWS": 16, "COLUMNS": 128, "STATES": 32, "SPAN": max(32, next_power_of_2(ends))},
         warps=8,
         stages=1,
     )
@@ -155,10 +154,10 @@ def _gradients(
     tile = min(GRADIENT_TILE, block.states)
     launch(
         gradient_kernel,
-        (triton.cdiv(states, tile) ** 2 + triton.cdiv(targets, MATCH_ROWS), count),
+        (cdiv(states, tile) ** 2 + cdiv(targets, MATCH_ROWS), count),
         {"moves": moves, "num_targets": num_targets, "num_states": num_states, "work": work, "gamma": gamma,
          "grad_out": grad_out, "grad_match": grad_match, "grad_moves": grad_moves, "targets": targets,
-         "states": states, "blocks": triton.cdiv(states, block.states)},
+         "states": states, "blocks": cdiv(states, block.states)},
         {"BLOCK": block.states, "TILE": tile, "DEPTH": 16, "ROWS": MATCH_ROWS, "PRECISION": "tf32x3"},
         warps=8,
     )  # fmt: skip

@@ -70,7 +70,7 @@ def table(case: Case, figures: list[Figure]) -> str:
         else:
             spread = f"{one.low:.4g} to {one.high:.4g}"
             lines.append(f"| {one.side} | {one.median:.4g} | {spread} | {one.peak:.0f} | {error} | {one.ratio:.2f} |")
-    others = [one.ratio for one in figures if one.side != case.ours and not one.fault]
+    others = [one.ratio for one in figures if not one.side.startswith(case.ours) and not one.fault]
     if others and case.aim is not None:
         lines += ["", f"Best other side over ours: {min(others):.2f} (at least {case.least}, aim {case.aim})."]
     if case.floors:

@@ -17,7 +17,7 @@ from timing import Case
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from exlm_dist.kernels.attention import attention, attention_packed, rotary_angles
+from exlm_dist.kernels.attention import attention, attention_packed, rotary_angles, schedule
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -89,6 +89,8 @@ class _Batch:
     def case(self, kind: str, least: float | None, aim: float | None) -> Case:
         """The comparison; `kind` says how the lengths are spread."""
         sides = {"ours": self._ours}
+        if self.longest > schedule.SHORT:
+            sides["ours, short form"] = self._short
         if self.cu_tokens.device.type == "cuda":
             sides |= {f"sdpa {name}": self._sdpa(name) for name in BACKENDS if self.mask is None or name != "flash"}
             if not self.dropout:
@@ -108,7 +110,7 @@ class _Batch:
 
     def _whole(self, name: str, side: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
         """Forward and backward of a side: [out, grad q, grad k, grad v]."""
-        if name == "ours":
+        if name.startswith("ours"):
             inputs, grad = [self.packed], self.grad
         elif name == "varlen_attn":
             inputs, grad = self.loose, self.grad
@@ -123,6 +125,14 @@ class _Batch:
 
     def _ours(self) -> Tensor:
         return attention_packed(self.packed, self.angles, self.cu_tokens, self.longest, dropout=self.dropout, seed=1)
+
+    def _short(self) -> Tensor:
+        """Keys turned where they are read, at every length."""
+        limit, schedule.SHORT = schedule.SHORT, schedule.UNLIMITED
+        try:
+            return self._ours()
+        finally:
+            schedule.SHORT = limit
 
     def _varlen(self) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn

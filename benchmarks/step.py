@@ -198,7 +198,7 @@ def host_ms(side: Side, device: torch.device) -> float:
 def replay_ms(side: Side, device: torch.device, rounds: int) -> tuple[list[float], list[float]]:
     """(ms of a step, ms of a replay of its CUDA graph), in turn, both from a batch on the device on.
 
-    The dropout key is an argument of the kernels, so every replay draws the same masks: a measurement, not training.
+    The kernels read the dropout seed from the batch, so each replay draws masks of its own, as training would.
     """
     ours: Ours = side.step.__self__
     stream = Stream.from_batch(side.batches[0], device, dropout_seed=1)
@@ -218,9 +218,14 @@ def replay_ms(side: Side, device: torch.device, rounds: int) -> tuple[list[float
     if not abs(float(loss) - first) < 0.1 * abs(first):
         raise RuntimeError(f"the replayed step has loss {float(loss)}, the step before it {first}")
     eager, replayed = [], []
+
+    def replay() -> None:
+        stream.dropout_seed.add_(1)
+        graph.replay()
+
     for _ in range(rounds):
         eager.append(milliseconds(lambda: [ours.step_on(stream) for _ in range(3)], device) / 3)
-        replayed.append(milliseconds(lambda: [graph.replay() for _ in range(3)], device) / 3)
+        replayed.append(milliseconds(lambda: [replay() for _ in range(3)], device) / 3)
     return eager, replayed
 
 

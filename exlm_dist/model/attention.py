@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exlm_dist.kernels.attention import attention_packed
-from exlm_dist.kernels.linear import Linear
-from exlm_dist.model.dropout import site_seed
+from exlm_dist.kernels.linear import BiasPassingLinear, Linear
+from exlm_dist.model.dropout import block_site
 from exlm_dist.model.stream import Stream
 from exlm_dist.parallel.part import WHOLE, Cut, Part
 
@@ -27,7 +27,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, probability: float, *, layer: int, backend: str) -> None:
         super().__init__()
-        self.qkv = Linear(width, 3 * width)
+        self.qkv = BiasPassingLinear(width, 3 * width)
         self.out = Linear(width, width)
         self.heads = heads
         self.head_width = width // heads
@@ -37,14 +37,17 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, stream: Stream, rows: Tensor | None = None) -> Tensor:
         """hidden [T, D] -> [T, D], or only `rows` of it; needs `stream.angles`."""
-        qkv = self.qkv(hidden).unflatten(1, (-1, 3, self.head_width))
+        qkv, bias = self.qkv(hidden)
+        qkv = qkv.unflatten(1, (-1, 3, self.head_width))
         mixed = attention_packed(
             qkv,
             stream.angles,
             stream.cu_tokens,
             stream.max_tokens,
+            bias=bias,
             dropout=self.probability if self.training else 0.0,
-            seed=site_seed(stream.dropout_seed, self.layer, "weights"),
+            seed=stream.dropout_seed,
+            site=block_site(self.layer, "weights"),
             first_head=self.part.first(qkv.shape[1]),
             all_heads=self.heads,
             backend=self.backend,

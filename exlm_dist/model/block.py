@@ -10,7 +10,7 @@ from exlm_dist.config.schema import ModelConfig
 from exlm_dist.kernels.attention import rotary_angles
 from exlm_dist.kernels.elementwise import add_norm
 from exlm_dist.model.attention import SelfAttention
-from exlm_dist.model.dropout import dropout_add, site_seed
+from exlm_dist.model.dropout import block_site, dropout_add
 from exlm_dist.model.feedforward import FeedForward
 from exlm_dist.model.stream import Stream
 from exlm_dist.parallel.part import WHOLE, Cut, Part
@@ -68,7 +68,8 @@ class Block(nn.Module):
         """Share and key of the dropout at `site`, and the place of `hidden` among the rows of the micro-batch."""
         return {
             "probability": self.probability if self.training else 0.0,
-            "seed": site_seed(stream.dropout_seed, self.layer, site),
+            "seed": stream.dropout_seed,
+            "site": block_site(self.layer, site),
             "first_row": self.part.first_row(len(hidden)),
         }
 
@@ -85,11 +86,12 @@ class AddNorm(nn.LayerNorm):
         residual: Tensor,
         branch: Tensor | None = None,
         probability: float = 0.0,
-        seed: int = 0,
+        seed: int | Tensor = 0,
+        site: int = 0,
         first_row: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """(the sum, its norm), [T, D] each; see `kernels.elementwise.add_norm`."""
-        key = {"dropout": probability, "seed": seed, "first_row": first_row, "backend": self.backend}
+        key = {"dropout": probability, "seed": seed, "site": site, "first_row": first_row, "backend": self.backend}
         return add_norm(branch, residual, self.weight, self.bias, eps=self.eps, **key)
 
 

@@ -5,26 +5,38 @@ from __future__ import annotations
 from torch import Tensor
 
 from exlm_dist.kernels import elementwise
-from exlm_dist.utils.seeding import seed_from
+
+#: Where dropout acts in a block; the embedding is the site before all blocks.
+_SITES = ("weights", "attention", "ffn")
+EMBEDDING_SITE = 0
 
 
-def site_seed(dropout_seed: int, layer: int, site: str) -> int:
-    """Key of one place where dropout acts in one micro-batch."""
-    return seed_from("dropout", dropout_seed, layer, site)
+def block_site(layer: int, name: str) -> int:
+    """Number of a place where dropout acts: `weights` (of the attention), `attention` or `ffn` (outputs) of a block."""
+    return 1 + layer * len(_SITES) + _SITES.index(name)
 
 
-def dropout(x: Tensor, probability: float, seed: int, first_row: int = 0, *, backend: str = "auto") -> Tensor:
+def dropout(
+    x: Tensor, probability: float, seed: int | Tensor, site: int, first_row: int = 0, *, backend: str = "auto"
+) -> Tensor:
     """`x` with each element zeroed with `probability` and the others scaled up; the identity at probability 0.
 
     `x` may be rows `first_row`.. of a larger tensor, whose mask it then sees.
     """
-    key = {"dropout": probability, "seed": seed, "first_row": first_row}
+    key = {"dropout": probability, "seed": seed, "site": site, "first_row": first_row}
     return elementwise.dropout_add(x, None, **key, backend=backend)
 
 
 def dropout_add(
-    x: Tensor, residual: Tensor, probability: float, seed: int, first_row: int = 0, *, backend: str = "auto"
+    x: Tensor,
+    residual: Tensor,
+    probability: float,
+    seed: int | Tensor,
+    site: int,
+    first_row: int = 0,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """`residual + dropout(x)` in one pass over the memory."""
-    key = {"dropout": probability, "seed": seed, "first_row": first_row}
+    key = {"dropout": probability, "seed": seed, "site": site, "first_row": first_row}
     return elementwise.dropout_add(x, residual, **key, backend=backend)

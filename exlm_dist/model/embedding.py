@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exlm_dist.model.dropout import dropout, site_seed
+from exlm_dist.model.dropout import EMBEDDING_SITE, dropout
 from exlm_dist.model.stream import Stream
 from exlm_dist.parallel.part import WHOLE, Cut, Part
 
@@ -49,8 +49,8 @@ class Embedding(nn.Module):
         if self.training and self.token_dropout is not None:
             hidden = hidden * self._token_scale(stream)[first : first + len(hidden), None]
         if self.training:
-            key = site_seed(stream.dropout_seed, -1, "embedding")
-            hidden = dropout(hidden, self.probability, key, first, backend=self.backend)
+            key = (stream.dropout_seed, EMBEDDING_SITE)
+            hidden = dropout(hidden, self.probability, *key, first, backend=self.backend)
         return stream.replace(hidden=hidden)
 
     def _token_scale(self, stream: Stream) -> Tensor:

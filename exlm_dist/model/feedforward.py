@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.elementwise import gelu_gradient_
-from exlm_dist.kernels.linear import Linear, product
+from exlm_dist.kernels.linear import BiasPassingLinear, product
 from exlm_dist.parallel.part import Cut
 
 #: Inner activations [rows, F] worked on at a time on a CPU, in elements: few enough to stay in its cache.
@@ -25,30 +25,30 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.up = Linear(width, inner)
+        self.up = BiasPassingLinear(width, inner)
         self.down = GeluLinear(inner, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [T, D] -> [T, D]."""
-        return self.down(self.up(hidden))
+        return self.down(*self.up(hidden))
 
 
 class GeluLinear(nn.Linear):
     """Linear map of gelu(x) that keeps x alone for the backward pass and makes gelu(x) again there."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, F], before the gelu -> [T, D]."""
-        return self.product(x, self.weight, self.bias)
+    def forward(self, x: Tensor, inner_bias: Tensor) -> Tensor:
+        """x [T, F], before the gelu, in which inner_bias [F] has been added -> [T, D]."""
+        return self.product(x, self.weight, self.bias, inner_bias)
 
     @staticmethod
-    def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """gelu(x) weight^T + bias."""
-        return _GeluLinear.apply(x, weight, bias)
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None, inner_bias: Tensor) -> Tensor:
+        """gelu(x) weight^T + bias; the gradient of inner_bias comes out of the pass that makes x's."""
+        return _GeluLinear.apply(x, weight, bias, inner_bias)
 
 
 class _GeluLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, inner_bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         if x.device.type != "cpu":
             return F.linear(F.gelu(x), weight, bias)
@@ -59,17 +59,20 @@ class _GeluLinear(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         x, weight = ctx.saved_tensors
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         if x.device.type != "cpu":
             grad_x = grad @ weight
-            return grad_x, grad.t() @ gelu_gradient_(grad_x, x), grad_bias
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        for rows in _blocks(x):
+            activated, grad_inner = gelu_gradient_(grad_x, x)
+            return grad_x, grad.t() @ activated, grad_bias, grad_inner
+        grad_x, grad_weight, blocks = torch.empty_like(x), torch.zeros_like(weight), _blocks(x)
+        sums = x.new_empty(len(blocks), x.shape[1])
+        for rows, block_sum in zip(blocks, sums):
             grad_weight += product(grad[rows].t(), F.gelu(x[rows]))
             torch.ops.aten.gelu_backward.grad_input(product(grad[rows], weight), x[rows], grad_input=grad_x[rows])
-        return grad_x, grad_weight, grad_bias
+            torch.sum(grad_x[rows], 0, out=block_sum)
+        return grad_x, grad_weight, grad_bias, sums.sum(0)
 
 
 def _blocks(x: Tensor) -> list[slice]:

@@ -31,11 +31,11 @@ class Stream:
     cu_states: Tensor  # [B+1]
     target_ids: Tensor  # [N]
     cu_targets: Tensor  # [B+1]
+    dropout_seed: Tensor  # [1] decides every dropout mask
     max_tokens: int
     max_states: int
     max_targets: int
     states: int  # k
-    dropout_seed: int = 0
     predict: bool = False  # ask the output layer for `predictions`
     select: bool = True  # let the last block go on with the states only, which is all that the output layer reads
     hidden: Tensor | None = None  # [T, D]; [S, D] after a block that went on with the states only
@@ -50,10 +50,11 @@ class Stream:
     @staticmethod
     def from_batch(batch: Any, device: torch.device | str = "cpu", dropout_seed: int = 0) -> Stream:
         """Stream of a `data.batch.PackedBatch` (numpy) on `device`; `dropout_seed` decides every dropout mask."""
-        arrays = [torch.from_numpy(getattr(batch, name)) for name in _ARRAYS]
+        arrays = [torch.from_numpy(getattr(batch, name)) for name in _ARRAYS[:-1]]
+        arrays.append(torch.tensor([dropout_seed]))
         moved = _through_pinned(arrays, device) if torch.device(device).type == "cuda" else arrays
         sizes = {name: int(getattr(batch, name)) for name in ("max_tokens", "max_states", "max_targets", "states")}
-        return Stream(**dict(zip(_ARRAYS, moved)), **sizes, dropout_seed=dropout_seed).to(device)
+        return Stream(**dict(zip(_ARRAYS, moved)), **sizes).to(device)
 
     def to_tensors(self) -> tuple[Tensor, ...]:
         """What the next pipeline stage needs: `hidden`, where there is one, and one int64 vector with all the rest.
@@ -124,7 +125,7 @@ class Stream:
         return values[index.clamp(max=len(values) - 1)].masked_fill(~inside, fill)
 
 
-#: Arrays of a packed batch that a model reads.
+#: Arrays that a model reads: those of a packed batch, and the seed.
 _ARRAYS = (
     "input_ids",
     "position",
@@ -134,10 +135,11 @@ _ARRAYS = (
     "cu_states",
     "target_ids",
     "cu_targets",
+    "dropout_seed",
 )
 #: Flags, and numbers with them, that travel between stages beside the arrays.
 _FLAGS = ("predict", "select", "selected")
-_NUMBERS = ("max_tokens", "max_states", "max_targets", "states", "dropout_seed", *_FLAGS)
+_NUMBERS = ("max_tokens", "max_states", "max_targets", "states", *_FLAGS)
 #: Elements to which each array is aligned in the common buffer (64 bytes).
 _ALIGNMENT = 8
 

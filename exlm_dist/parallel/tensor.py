@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import types
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ with warnings.catch_warnings():
         gather_from_sequence_parallel_region,
         layers,
         mappings,
+        reduce_from_tensor_model_parallel_region,
+        reduce_scatter_to_sequence_parallel_region,
         set_tensor_model_parallel_attributes,
     )
 
@@ -106,30 +109,29 @@ class TensorPart(Part):
 
 
 class Column(ColumnParallelLinear):
-    """Rows of a linear layer's weight; megatron gives the bias apart, where it is not added, which is never so here."""
+    """Rows of a linear layer's weight; a layer that passes its bias on (kernels/linear) passes on this rank's part."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [R, K], or this rank's rows of it under sequence parallelism -> [R, N / degree]."""
-        return super().forward(x)[0]
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """x [R, K], or this rank's rows of it under sequence parallelism -> [R, N / degree]; and a bias to pass on."""
+        out, bias = super().forward(x)
+        return out if bias is None else (out + bias.detach(), bias.view_as(bias))
 
 
 class Row(RowParallelLinear):
-    """Columns of a linear layer's weight. `product` (x, weight), where the layer has one, is what it does instead of
-    x weight^T."""
+    """Columns of a linear layer's weight. `product` (x, weight, bias, more) is the layer's own."""
 
-    def __init__(self, inputs: int, outputs: int, *, product: Any, bias: bool, **shared: Any) -> None:
-        super().__init__(inputs, outputs, bias=bias, input_is_parallel=True, skip_bias_add=False, **shared)
+    def __init__(self, inputs: int, outputs: int, *, product: Callable[..., Tensor], **shared: Any) -> None:
+        super().__init__(inputs, outputs, bias=True, input_is_parallel=True, skip_bias_add=False, **shared)
         self.product = product
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [R, K / degree] -> [R, N], or this rank's rows of it under sequence parallelism."""
-        return super().forward(x)[0]
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, **settings: Any) -> Tensor:
-        if self.product is not None:
-            return self.product(input, weight)
-        # Without its group megatron looks for a global one.
-        return super()._forward_impl(input=input, weight=weight, **settings | {"tp_group": self.tp_group})
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        """x [R, K / degree], and what else the product takes -> [R, N], or this rank's rows of it under sequence
+        parallelism."""
+        # As megatron's own, which hands nothing but x to the product.
+        summed = reduce_from_tensor_model_parallel_region
+        if self.sequence_parallel:
+            summed = reduce_scatter_to_sequence_parallel_region
+        return summed(self.product(x, self.weight, None, *more), group=self.tp_group) + self.bias
 
 
 class _Cutter:
@@ -160,15 +162,15 @@ class _Cutter:
 
     def _column(self, module: nn.Module, name: str) -> None:
         old = getattr(module, name)
-        new = Column(old.in_features, old.out_features, bias=old.bias is not None, gather_output=False, **self.shared)
+        passes = {"gather_output": False, "skip_bias_add": old.passes_bias}
+        new = Column(old.in_features, old.out_features, bias=True, **passes, **self.shared)
         self._mark(new.weight, old.weight.shape, 0)
         self._mark(new.bias, old.bias.shape, 0)
         setattr(module, name, new)
 
     def _row(self, module: nn.Module, name: str) -> None:
         old = getattr(module, name)
-        product = getattr(type(old), "product", None)
-        new = Row(old.in_features, old.out_features, product=product, bias=old.bias is not None, **self.shared)
+        new = Row(old.in_features, old.out_features, product=old.product, **self.shared)
         self._mark(new.weight, old.weight.shape, 1)
         self._act_on_rows(new.bias)
         setattr(module, name, new)

@@ -76,6 +76,7 @@ class Batch:
             state_index=packed["clone"].nonzero()[:, 0],
             cu_states=starts(states * targets),
             cu_targets=starts(targets),
+            dropout_seed=torch.zeros(1, dtype=torch.int64),
             max_tokens=int(tokens.max()),
             max_states=int(states * targets.max()),
             max_targets=int(targets.max()),

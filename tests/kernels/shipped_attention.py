@@ -17,7 +17,9 @@ def _run(width: int, dtype: torch.dtype, dropout: float) -> None:
     qkv = torch.empty(4096, 4, 3, width, dtype=dtype, device="meta", requires_grad=True)
     angles = torch.empty(4096, width // 2, device="meta")
     cu_tokens = torch.empty(17, dtype=torch.int64, device="meta")
-    out = attention_packed(qkv, angles, cu_tokens, LONGEST, dropout=dropout, seed=2**40 + 3, backend="triton")
+    bias = torch.empty(4 * 3 * width, dtype=dtype, device="meta", requires_grad=True)
+    options = {"bias": bias, "dropout": dropout, "seed": 2**40 + 3, "backend": "triton"}
+    out = attention_packed(qkv, angles, cu_tokens, LONGEST, **options)
     out.backward(torch.empty_like(out))
 
 

@@ -94,8 +94,9 @@ def test_wide_heads_and_a_width_that_is_no_power_of_two(width: int) -> None:
 
 def test_every_kind_of_tile_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths on both sides of the edges between ranges; a forward program holds three tiles of queries."""
-    forward = [Range(0, 8, SMALL), Range(8, 48, Tiles(16, 16, 3, 4)), Range(48, UNLIMITED, Tiles(32, 16, 1, 4))]
-    queries = [Range(0, 9, Tiles(32, 16, 1, 4)), Range(9, UNLIMITED, SMALL)]
+    last = Range(48, UNLIMITED, Tiles(32, 16, 1, 4), turned=True)
+    forward = [Range(0, 8, SMALL), Range(8, 48, Tiles(16, 16, 3, 4)), last]
+    queries = [Range(0, 9, Tiles(32, 16, 1, 4)), Range(9, 48, SMALL), last]
     keys = [Range(0, 48, SMALL), Range(48, UNLIMITED, Tiles(16, 32, 1, 4))]
     use(monkeypatch, Plan(forward, queries, keys))
     Problem([8, 9, 48, 49], width=32, padding=40).check()
@@ -110,6 +111,21 @@ def test_one_packed_operand_gives_the_same_bits() -> None:
     found = [out.detach(), *grad.unbind(2)]
     for got, want in zip(found, case.run("triton", dropout=0.2, seed=3)):
         assert torch.equal(got[:21].double(), want)
+
+
+@pytest.mark.parametrize("width, heads", [(32, 2), (96, 1)])
+def test_the_bias_gets_the_sums_of_the_gradient(monkeypatch: pytest.MonkeyPatch, width: int, heads: int) -> None:
+    """Tiles of several sizes in one batch, an empty sequence, NaN where there is none."""
+    ranges = [Range(0, 20, SMALL), Range(20, UNLIMITED, Tiles(32, 16, 1, 4), turned=True)]
+    use(monkeypatch, Plan(ranges, ranges, [Range(0, 20, Tiles(16, 32, 1, 4)), Range(20, UNLIMITED, SMALL)]))
+    case = Problem([1, 16, 0, 17, 33, 2, 40], width=width, heads=heads, padding=50)
+    joined, bias = case.qkv.detach().requires_grad_(), torch.zeros(heads * 3 * width, device=DEVICE).requires_grad_()
+    options = {"bias": bias, "dropout": 0.2, "seed": 3, "backend": "triton"}
+    out = attention_packed(joined, case.angles, case.cu_tokens, 40, **options)
+    case.grad[sum(case.lengths) :] = 0
+    grad, grad_bias = torch.autograd.grad(out, (joined, bias), case.grad)
+    wanted = grad.double().sum(0).flatten()
+    assert float((grad_bias - wanted).norm() / wanted.norm()) < BOUNDS[torch.float32]
 
 
 def test_sequences_without_tokens_and_a_batch_without_padding() -> None:
@@ -167,24 +183,29 @@ def test_the_ranges_of_every_table_cover_every_length() -> None:
                     assert ranges[-1].upper == UNLIMITED
 
 
-def kept_weights(seed: int, sequence: int, head: int, count: int, share: float) -> Tensor:
+def kept_weights(seed: int, sequence: int, head: int, count: int, share: float, site: int = 0) -> Tensor:
     """The kernels' dropout mask [count, count] of one sequence and head, written with int64 and masks."""
 
-    def mixed(x: Tensor) -> Tensor:
+    def mixed(x: Tensor, twist: Tensor | int = 0) -> Tensor:
         x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
-        x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
-        return x ^ (x >> 16)
+        return (x ^ (x >> 15) ^ twist) * 0x846CA68B & 0xFFFFFFFF
 
-    gamma, place = 0x9E3779B9, torch.arange(count)
-    key = mixed(torch.tensor((seed & 0xFFFFFFFF) + gamma & 0xFFFFFFFF))
-    key = mixed(key ^ (seed >> 32 & 0xFFFFFFFF))
-    key = mixed(key + sequence * gamma & 0xFFFFFFFF)
-    key = mixed(key + head * gamma & 0xFFFFFFFF)
-    rows = mixed(key + place * gamma & 0xFFFFFFFF)
-    return (mixed(rows[:, None] + place * gamma & 0xFFFFFFFF) >> 8) >= round(share * 2**24)
+    def extended(key: Tensor, number: int) -> Tensor:
+        word = mixed(key + number * 0x9E3779B9 & 0xFFFFFFFF)
+        return word ^ (word >> 16)
+
+    low = mixed(torch.tensor(seed & 0xFFFFFFFF))
+    key = low ^ (low >> 16)
+    for number in (seed >> 32 & 0xFFFFFFFF, site, sequence, head):
+        key = extended(key, number)
+    place = torch.arange(count)
+    pair = place // 16 * 8 + place % 8
+    word = mixed(key + (place[:, None] << 16) + pair & 0xFFFFFFFF, extended(key, 1))
+    lanes = torch.where((place & 8) != 0, (word + (word << 16) & 0xFFFFFFFF), word) >> 16
+    return lanes >= round(share * 2**16)
 
 
-def masked_attention(case: Problem, share: float, seed: int, first_head: int = 0) -> list[Tensor]:
+def masked_attention(case: Problem, share: float, seed: int, first_head: int = 0, site: int = 0) -> list[Tensor]:
     """Output and gradients with the mask applied by hand, in fp64."""
     parts = [part.double().detach().requires_grad_() for part in case.qkv.unbind(2)]
     q, k = (naive_rotate(part, case.angles) for part in parts[:2])
@@ -193,12 +214,23 @@ def masked_attention(case: Problem, share: float, seed: int, first_head: int = 0
         own = slice(begin, begin + length)
         scores = torch.einsum("ihp,jhp->hij", q[own], k[own]) * q.shape[-1] ** -0.5
         heads = range(first_head, first_head + q.shape[1])
-        keep = torch.stack([kept_weights(seed, sequence, head, length, share) for head in heads])
-        weights = scores.softmax(-1) * keep.to(DEVICE) / (1 - round(share * 2**24) / 2**24)
+        keep = torch.stack([kept_weights(seed, sequence, head, length, share, site) for head in heads])
+        weights = scores.softmax(-1) * keep.to(DEVICE) / (1 - round(share * 2**16) / 2**16)
         rows.append(torch.einsum("hij,jhp->ihp", weights, parts[2][own]))
     out = torch.cat(rows)
     grads = torch.autograd.grad(out, parts, case.grad[:total].double())
     return [out.detach(), *[grad[:total] for grad in grads]]
+
+
+@pytest.mark.parametrize("width", [32, 96])
+def test_keys_turned_before_give_what_turning_on_the_way_gives(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    case, results = Problem([7, 35], width=width, heads=2), []
+    for turned in (False, True):
+        chosen = [Range(0, UNLIMITED, SMALL, turned)]
+        use(monkeypatch, Plan(chosen, chosen, [Range(0, UNLIMITED, SMALL)]))
+        results.append(case.run("triton", dropout=0.3, seed=4))
+        case.check()
+    assert all(torch.equal(ours, other) for ours, other in zip(*results))
 
 
 @pytest.mark.parametrize("tiles", [(16, 16), (32, 16), (16, 32)])
@@ -213,9 +245,10 @@ def test_dropout_forward_and_backward_agree_and_tiles_do_not_matter(
 
 
 def test_heads_held_apart_have_the_masks_of_all() -> None:
-    case, share = Problem([7, 19], width=32, heads=2), {"dropout": 0.3, "seed": 9}
+    case = Problem([7, 19], width=32, heads=2)
+    share = {"dropout": 0.3, "seed": torch.tensor([9], device=DEVICE), "site": 2}
     found = case.run("triton", **share, first_head=5, all_heads=8)
-    for got, want in zip(found, masked_attention(case, 0.3, 9, first_head=5)):
+    for got, want in zip(found, masked_attention(case, 0.3, 9, first_head=5, site=2)):
         assert float((got - want).norm() / want.norm()) < BOUNDS[torch.float32]
 
 
@@ -227,7 +260,9 @@ def test_dropout_masks_are_fair_and_keyed() -> None:
     for axis in (0, 1):
         assert float((mask.mean(axis) - (1 - share)).abs().max()) < 5 * spread
     keys = [(8, 0, 0), (7, 1, 0), (7, 0, 1), (7 + (1 << 40), 0, 0)]
-    others = [*(kept_weights(*key, count, share) for key in keys), mask.roll(1, 0), mask.roll(1, 1), mask.T]
+    others = [kept_weights(*key, count, share) for key in keys]
+    others += [kept_weights(7, 0, 0, count, share, site=1), mask.T]
+    others += [mask.roll(lag, axis) for lag in (1, 2, 4, 8, 16) for axis in (0, 1)]
     for other in others:
         both = float(((1 - mask) * (1 - other.double())).mean())
         assert abs(both - share**2) < 5 * share / count
@@ -235,8 +270,11 @@ def test_dropout_masks_are_fair_and_keyed() -> None:
 
 def test_the_seed_decides() -> None:
     case = Problem([12], width=32)
-    first, again, other = (case.run("triton", dropout=0.5, seed=seed)[0] for seed in (3, 3, 4))
+    seeds = (3, torch.tensor([3], device=DEVICE), 4)
+    first, again, other = (case.run("triton", dropout=0.5, seed=seed)[0] for seed in seeds)
     assert torch.equal(first, again) and not torch.equal(first, other)
+    with pytest.raises(ValueError, match="expected an int or one int64"):
+        case.run("triton", dropout=0.5, seed=torch.tensor([3.0]))
 
 
 def test_new_angles_in_the_same_tensor_are_noticed() -> None:
@@ -305,3 +343,20 @@ def test_no_synchronisation_and_capture_into_a_graph(monkeypatch: pytest.MonkeyP
     torch.cuda.synchronize()
     for got, expected in zip(held, want):
         assert torch.equal(got[:256].double(), expected)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_draws_from_the_seed_of_its_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    case = Problem([191, 65], width=64, heads=2, dtype=torch.bfloat16, padding=0)
+    seed = torch.tensor([1], device=DEVICE)
+    share = {"dropout": 0.1, "backend": "triton"}
+    parts = case.qkv.unbind(2)
+    wanted = [attention(*parts, case.angles, case.cu_tokens, 191, seed=number, **share) for number in (1, 2)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention(*parts, case.angles, case.cu_tokens, 191, seed=seed, **share)
+    for number, want in zip((1, 2), wanted):
+        seed.fill_(number)
+        graph.replay()
+        assert torch.equal(out, want)

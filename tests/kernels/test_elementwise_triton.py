@@ -6,12 +6,16 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from exlm_dist.kernels.elementwise import add_norm, dropout_add, gelu_gradient_  # noqa: E402
+from exlm_dist.kernels.elementwise import triton as triton_form  # noqa: E402
+from exlm_dist.kernels.launch import record_launches  # noqa: E402
+from exlm_dist.model.feedforward import FeedForward  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SEED = (5 << 40) + 12345
@@ -50,7 +54,7 @@ def test_add_norm_is_the_definition(rows, width, branch):
 
 def test_norm_alone_may_be_used():
     x, residual, weight, bias = leaves((5, 64), (5, 64), (64,), (64,))
-    expected = torch.nn.functional.layer_norm(residual + x, (64,), weight, bias)
+    expected = F.layer_norm(residual + x, (64,), weight, bias)
     _, normed = add_norm(x, residual, weight, bias, eps=1e-5, backend="triton")
     torch.testing.assert_close(normed, expected, rtol=1e-5, atol=1e-5)
     for ours, other in zip(*(torch.autograd.grad(out.square().sum(), (x, residual)) for out in (normed, expected))):
@@ -98,10 +102,88 @@ def test_rows_held_apart_have_the_mask_of_all(backend):
         torch.testing.assert_close(alone, dropout_add(inputs[0], None, **key)[rows])
 
 
-def test_gelu_gradient():
-    x, grad = leaves((33, 100), (33, 100))
-    (expected,) = torch.autograd.grad(torch.nn.functional.gelu(x), x, grad)
-    ours = grad.detach().clone()
-    activated = gelu_gradient_(ours, x.detach(), backend="triton")
-    torch.testing.assert_close(ours, expected)
-    torch.testing.assert_close(activated, torch.nn.functional.gelu(x))
+@pytest.fixture
+def fresh_nans(monkeypatch):
+    """Fresh buffers hold NaN, so that an element which no program writes shows."""
+    for name in ("empty", "empty_like"):
+        made = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, made=made, **kwargs: made(*args, **kwargs).fill_(torch.nan))
+
+
+def gelu_case(rows: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, with values far out where the gelu is flat, and a gradient."""
+    x, grad = (tensor.detach().to(dtype) for tensor in leaves((rows, width), (rows, width)))
+    return x * 3, grad
+
+
+def gelu_results(x: torch.Tensor, grad: torch.Tensor, backend: str) -> tuple[torch.Tensor, ...]:
+    """gelu(x), the sums, and the gradient of x."""
+    grad = grad.clone()
+    return *gelu_gradient_(grad, x, backend=backend), grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("width", [1, 63, 64, 65, 3072])
+@pytest.mark.parametrize("rows", [1, 2, 191, 1000])
+def test_gelu_gradient_and_its_sums(rows, width, dtype, monkeypatch, fresh_nans):
+    """No further from fp64 than torch in the same precision, plus roundings."""
+    monkeypatch.setattr(triton_form, "GELU_PROGRAMS", 48)
+    x, grad = gelu_case(rows, width, dtype)
+    results = (gelu_results(x, grad, backend) for backend in ("triton", "reference"))
+    for ours, plain, exact in zip(*results, gelu_results(x.double(), grad.double(), "reference")):
+        assert ours.dtype == dtype and ours.shape == exact.shape
+        error, bound = ((value.double() - exact).abs().max() for value in (ours, plain))
+        assert error <= bound + 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_gelu_gradient_has_the_same_bits_every_time(monkeypatch):
+    monkeypatch.setattr(triton_form, "GELU_PROGRAMS", 20)
+    case = gelu_case(191, 300, torch.float32)
+    first = gelu_results(*case, "triton")
+    for _ in range(3):
+        assert all(map(torch.equal, first, gelu_results(*case, "triton")))
+
+
+@pytest.mark.parametrize(
+    "rows, width", [(0, 5), (1, 5), (4, 256), (257, 300), (12_224, 3072), (97_792, 3072), (131_072, 4096)]
+)
+def test_gelu_gradient_programs_are_few_and_hold_every_row_once(rows, width):
+    x, grad = (torch.empty(rows, width, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    with record_launches((9, 0)) as launches:
+        _, sums = gelu_gradient_(grad, x, backend="triton")
+    (item,) = launches
+    span, programs = item.arguments["span"], len(item.arguments["sums"])
+    assert (programs - 1) * span < max(rows, 1) <= max(programs, 1) * span and span % triton_form.GELU_ROWS == 0
+    assert programs * triton.cdiv(width, triton_form.GELU_COLUMNS) <= triton_form.GELU_PROGRAMS
+    assert span >= triton_form.GELU_SPAN
+    assert sums.shape == (width,) and sums.dtype == x.dtype
+
+
+def test_gelu_gradient_refuses_other_shapes():
+    x = torch.zeros(3, 4, device=DEVICE)
+    for wrong in (torch.zeros(3, 5, device=DEVICE), torch.zeros(12, device=DEVICE)):
+        with pytest.raises(ValueError, match="grad"):
+            gelu_gradient_(wrong, x, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows, width", [(97_792, 3072), (32_771, 1000), (5, 16_384)])
+def test_gelu_gradient_at_full_size(rows, width, dtype):
+    x, grad = gelu_case(rows, width, dtype)
+    first = gelu_results(x, grad, "triton")
+    assert all(map(torch.equal, first, gelu_results(x, grad, "triton")))
+    plain, exact = gelu_results(x, grad, "reference"), gelu_results(x.double(), grad.double(), "reference")
+    for ours, other, true in zip(first, plain, exact):
+        error, bound = ((value.double() - true).abs().max() for value in (ours, other))
+        assert error <= bound + 4 * torch.finfo(dtype).eps * true.abs().max()
+
+
+@pytest.mark.gpu
+def test_feed_forward_has_the_gradients_of_torch():
+    layer, (x, grad) = FeedForward(48, 80).to(DEVICE), leaves((77, 48), (77, 48))
+    parameters = (x, *layer.parameters())
+    up, down = layer.up, layer.down
+    plain = F.linear(F.gelu(F.linear(x, up.weight, up.bias)), down.weight, down.bias)
+    for ours, other in zip(*(torch.autograd.grad(out, parameters, grad) for out in (layer(x), plain))):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from exlm_dist.kernels import linear as module
-from exlm_dist.kernels.linear import Linear, linear, product
+from exlm_dist.kernels.linear import BiasPassingLinear, Linear, linear, product
 
 SHAPES = [(1, 1, 1), (2, 3, 5), (63, 64, 65), (191, 256, 96), (746, 32, 257), (3, 513, 2)]
 
@@ -79,6 +79,18 @@ def test_no_rows_give_no_rows_and_zero_gradients():
     out.sum().backward()
     assert out.shape == (0, 3)
     assert not layer.weight.grad.any()
+
+
+def test_a_bias_that_is_passed_on_has_no_gradient_of_the_output():
+    layer, x, grad = BiasPassingLinear(4, 3), torch.randn(7, 4), torch.randn(7, 3)
+    out, bias = layer(x)
+    plain = F.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(out, plain)
+    found = torch.autograd.grad(out, (layer.weight, layer.bias), grad, allow_unused=True)
+    assert found[1] is None
+    torch.testing.assert_close(found[0], torch.autograd.grad(plain, layer.weight, grad)[0])
+    taken = torch.randn(3)
+    assert torch.equal(bias, layer.bias) and torch.equal(torch.autograd.grad(bias, layer.bias, taken)[0], taken)
 
 
 def test_same_values_on_every_call():

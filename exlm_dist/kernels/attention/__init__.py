@@ -8,6 +8,7 @@ from exlm_dist.kernels.attention.angles import rotary_angles
 from exlm_dist.kernels.attention.mask import DropoutMask
 from exlm_dist.kernels.backend import implementation, resolve_backend
 from exlm_dist.kernels.checks import check_segments, check_shape
+from exlm_dist.kernels.linear import passed_bias
 
 __all__ = ["attention", "attention_packed", "rotary_angles"]
 
@@ -21,7 +22,8 @@ def attention(
     max_tokens: int,
     *,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: int | Tensor = 0,
+    site: int = 0,
     first_head: int = 0,
     all_heads: int | None = None,
     backend: str = "auto",
@@ -30,13 +32,14 @@ def attention(
 
     q, k, v [T, H, P]; angles [T, P/2] fp32, turning component j against component j + P/2 (rotate-half);
     cu_tokens [B+1] int64; max_tokens the longest sequence (python int). Scale P^-0.5, softmax in fp32.
-    dropout is the share of attention weights that is zeroed; the same `seed` gives the same mask. Where the heads are
-    first_head.. of all_heads of a layer (None: H), their masks are those that the whole layer would give them.
+    dropout is the share of attention weights that is zeroed; the same `seed` and `site` give the same mask
+    (`kernels.randomness`). Where the heads are first_head.. of all_heads of a layer (None: H), their masks are those
+    that the whole layer would give them.
     Returns [T, H, P] in the type of q; tokens past cu_tokens[-1] give 0. ValueError on shapes that do not fit.
     Source: Su et al. 2021 (rotary), ExLM (arXiv 2501.13397) section 3 (two-dimensional form).
     """
     _check(q, k, v, angles, cu_tokens, max_tokens, dropout)
-    mask = _mask(q.shape[1], dropout, seed, first_head, all_heads)
+    mask = _mask(q.shape[1], dropout, seed, site, first_head, all_heads)
     return implementation("attention", backend, q.device).attention(q, k, v, angles, cu_tokens, max_tokens, mask)
 
 
@@ -46,27 +49,39 @@ def attention_packed(
     cu_tokens: Tensor,
     max_tokens: int,
     *,
+    bias: Tensor | None = None,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: int | Tensor = 0,
+    site: int = 0,
     first_head: int = 0,
     all_heads: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`attention` of `qkv.unbind(2)`, qkv [T, H, 3, P]; its gradient is written as one tensor, without a copy."""
+    """`attention` of `qkv.unbind(2)`, qkv [T, H, 3, P]; its gradient is written as one tensor, without a copy.
+
+    `bias`, H * 3 * P elements that have been added to every row of qkv (`kernels.linear.BiasPassingLinear`), gets its
+    gradient out of the passes that make qkv's; its values are not read.
+    """
     check_shape("qkv", qkv, (None, None, 3, None))
+    if bias is not None:
+        check_shape("bias", bias.flatten(), (qkv[0].numel(),))
     q, k, v = qkv.unbind(2)
     resolved = resolve_backend("attention", backend, qkv.device)
     _check(q, k, v, angles, cu_tokens, max_tokens, dropout)
-    mask = _mask(q.shape[1], dropout, seed, first_head, all_heads)
+    mask = _mask(q.shape[1], dropout, seed, site, first_head, all_heads)
     chosen = implementation("attention", resolved, qkv.device)
     if resolved == "reference":
+        if bias is not None:
+            q, k, v = passed_bias(qkv.flatten(1), bias).view_as(qkv).unbind(2)
         return chosen.attention(q, k, v, angles, cu_tokens, max_tokens, mask)
-    return chosen.attention_packed(qkv, angles, cu_tokens, max_tokens, mask)
+    return chosen.attention_packed(qkv, bias, angles, cu_tokens, max_tokens, mask)
 
 
-def _mask(held: int, share: float, seed: int, first_head: int, all_heads: int | None) -> DropoutMask:
+def _mask(
+    held: int, share: float, seed: int | Tensor, site: int, first_head: int, all_heads: int | None
+) -> DropoutMask:
     """The mask of `held` heads; ValueError where they are not among all heads."""
-    mask = DropoutMask(share, seed, first_head, held if all_heads is None else all_heads)
+    mask = DropoutMask(share, seed, site, first_head, held if all_heads is None else all_heads)
     if not 0 <= first_head <= mask.all_heads - held:
         raise ValueError(f"heads {first_head} to {first_head + held - 1} are not among {mask.all_heads} heads")
     return mask

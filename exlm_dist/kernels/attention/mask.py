@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class DropoutMask:
-    """The mask of heads `first_head`.. of a layer with `all_heads` heads: the `share` that is dropped, and its key."""
+    """The mask of heads `first_head`.. of a layer with `all_heads` heads: the `share` that is dropped, and its key.
+
+    `seed` and `site` are those of `kernels.randomness`.
+    """
 
     share: float
-    seed: int
+    seed: int | Tensor
+    site: int
     first_head: int
     all_heads: int

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.attention.mask import DropoutMask
 from exlm_dist.kernels.checks import work_dtype
+from exlm_dist.kernels.randomness import site_seed
 
 # Attention weights held at a time, in elements: few enough to stay in the cache of a CPU core.
 BLOCK_ELEMENTS = 1 << 19
@@ -201,7 +202,7 @@ class _Dropout:
         self._all, self._heads = mask.all_heads, slice(mask.first_head, mask.first_head + query.shape[1])
         self._generator = None
         if self._dropped:
-            self._generator = torch.Generator(query.device).manual_seed(mask.seed)
+            self._generator = torch.Generator(query.device).manual_seed(site_seed(mask.seed, mask.site))
 
     def draw(self, weights: Tensor) -> Tensor | None:
         """Bool mask of the weights that stay, shaped as `weights`; None where nothing is dropped."""

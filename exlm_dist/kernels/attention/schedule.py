@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 UNLIMITED = 2**31 - 1
+#: Up to this length keys are turned where they are read; turning them once for all costs a pass over the memory.
+SHORT = 256
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,12 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Range:
-    """Tiles for the sequences with lower < tokens <= upper."""
+    """Tiles for the sequences with lower < tokens <= upper; `turned`: their keys are turned by a kernel before."""
 
     lower: int
     upper: int
     tiles: Tiles
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,21 +53,29 @@ def plan(width: int, itemsize: int, dropout: bool, capability: tuple[int, int]) 
     if itemsize == 4:
         # no tensor cores: for checks, not for speed
         exact = _all(Tiles(16, 16, 1, 4 if width < 64 else 8))
-        return Plan(exact, exact, exact if width <= 64 else _all(Tiles(16, 16, 1, 4)))
+        return Plan(exact, exact, exact)
     if width > 64:
         return _wide(capability)
     return _narrow(dropout, capability)
 
 
 def _narrow(dropout: bool, capability: tuple[int, int]) -> Plan:
-    """Half precision, heads of at most 64: measured on an H100 (benchmarks/results)."""
+    """Half precision, heads of at most 64: the short form measured on an H100 (benchmarks/results).
+
+    The long form's tiles were chosen by registers and instructions in the machine code, not measured: three programs of
+    four warps, or two of eight, share a multiprocessor, and loads run a tile ahead.
+    """
     square = Tiles(64, 64, 1, 4)
     if capability < (9, 0):
         return Plan(_all(square), _all(Tiles(64, 32, 1, 4)), _all(Tiles(32, 64, 1, 4)))
-    forward = [Range(0, 128, Tiles(64, 64, 2, 4)), Range(128, UNLIMITED, Tiles(64, 64, 3, 4))]
-    queries = [Range(0, 192, square), Range(192, UNLIMITED, Tiles(128, 64, 1, 4))]
-    # the words of dropout leave no registers for the larger tile
-    return Plan(forward, _all(square) if dropout else queries, _all(square))
+    ahead = Tiles(64, 64, 1, 4, stages=2, registers=168 if capability < (10, 0) else None)
+    forward = [
+        Range(0, 128, Tiles(64, 64, 2, 4)),
+        Range(128, SHORT, Tiles(64, 64, 3, 4)),
+        Range(SHORT, UNLIMITED, ahead if dropout else Tiles(128, 64, 1, 8, stages=2), turned=True),
+    ]
+    queries = [Range(0, SHORT, square), Range(SHORT, UNLIMITED, ahead, turned=True)]
+    return Plan(forward, queries, _all(square))
 
 
 def _wide(capability: tuple[int, int]) -> Plan:

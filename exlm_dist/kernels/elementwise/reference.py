@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from exlm_dist.kernels.randomness import site_seed
+
 _LANES = 1 << 16
 
 
@@ -53,11 +55,13 @@ class _DropoutAdd(Function):
         return grad_x, grad if ctx.has_residual else None, None, None
 
 
-def dropout_add(branch: Tensor, residual: Tensor | None, *, dropout: float, seed: int, first_row: int) -> Tensor:
+def dropout_add(
+    branch: Tensor, residual: Tensor | None, *, dropout: float, seed: int | Tensor, site: int, first_row: int
+) -> Tensor:
     """See `exlm_dist.kernels.elementwise.dropout_add`."""
     if dropout == 0.0:
         return branch if residual is None else residual + branch
-    keep, scale = keep_mask(branch.shape, dropout, seed, branch.device, first_row)
+    keep, scale = keep_mask(branch.shape, dropout, site_seed(seed, site), branch.device, first_row)
     return _DropoutAdd.apply(branch, residual, keep, scale)
 
 
@@ -69,17 +73,18 @@ def add_norm(
     *,
     eps: float,
     dropout: float,
-    seed: int,
+    seed: int | Tensor,
+    site: int,
     first_row: int,
 ) -> tuple[Tensor, Tensor]:
     """See `exlm_dist.kernels.elementwise.add_norm`."""
     hidden = residual
     if branch is not None:
-        hidden = dropout_add(branch, residual, dropout=dropout, seed=seed, first_row=first_row)
+        hidden = dropout_add(branch, residual, dropout=dropout, seed=seed, site=site, first_row=first_row)
     return hidden, F.layer_norm(hidden, (hidden.shape[-1],), weight, bias, eps)
 
 
-def gelu_gradient_(grad: Tensor, x: Tensor) -> Tensor:
+def gelu_gradient_(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """See `exlm_dist.kernels.elementwise.gelu_gradient_`."""
     torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
-    return F.gelu(x)
+    return F.gelu(x), grad.sum(0)

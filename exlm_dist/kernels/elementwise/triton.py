@@ -1,9 +1,9 @@
 """Triton form of what lies between the matrix products: tensors are read once and written once, no mask is kept.
 
-Whether an element of a dropped tensor stays is a hash of (seed, first_row + row, column): the backward pass, a second
-forward pass, or another rank that holds other rows of the same tensor, makes the same mask again. Letters: R rows
-(tokens), W width. Names: o_ offsets, b_ loaded tile, m_ mask.
-Gradients of the norm's weight and bias are summed by a fixed number of programs, then over these in a fixed order.
+Whether an element of a dropped tensor stays is a hash of (seed, site, first_row + row, column): the backward pass, a
+second forward pass, or another rank that holds other rows of the same tensor, makes the same mask again. Letters: R
+rows (tokens), W width. Names: o_ offsets, b_ loaded tile, m_ mask.
+Gradients of weights and biases are summed by a fixed number of programs, then over these in a fixed order.
 """
 
 from __future__ import annotations
@@ -15,40 +15,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.launch import launch
+from exlm_dist.kernels.randomness import seed_tensor
+from exlm_dist.kernels.randomness.triton import extended, key_of
 
 #: Programs of a backward pass with parameter gradients: about eight for each multiprocessor of a large GPU.
 PROGRAMS = 1024
-#: Elements of one program of the gelu's backward pass.
-GELU_BLOCK = 2048
+#: Of the gelu's backward pass: programs at most (a large GPU runs 1,320 at once), rows of one at least, and the tile: a
+#: row is 512 bytes in 16 bits, and eight elements a thread leave room for 40 warps on a multiprocessor.
+GELU_PROGRAMS, GELU_SPAN = 8192, 32
+GELU_ROWS, GELU_COLUMNS = 4, 256
 DROP_BITS = 24
 
 
 @triton.jit
-def _mixed(x):
-    """A 32-bit integer hash (Wellons' lowbias32)."""
-    x = (x ^ (x >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)
-    x = (x ^ (x >> 15)) * tl.full([], 0x846CA68B, tl.uint32)
-    return x ^ (x >> 16)
+def _kept(key, row, o_column, dropped):
+    """Whether elements (row, o_column) stay: 24 bits of a hash against dropped / 2^24. `key` as from `key_of`."""
+    return (extended(extended(key, row), o_column) >> 8).to(tl.int32) >= dropped
 
 
-@triton.jit
-def _kept(seed_low, seed_high, row, o_column, dropped):
-    """Whether elements (row, o_column) stay: 24 bits of a hash against dropped / 2^24."""
-    gamma = tl.full([], 0x9E3779B9, tl.uint32)
-    key = _mixed(tl.cast(seed_low, tl.uint32, bitcast=True) + gamma)
-    key = _mixed(key ^ tl.cast(seed_high, tl.uint32, bitcast=True))
-    key = _mixed(key + row.to(tl.uint32) * gamma)
-    word = _mixed(key + o_column.to(tl.uint32) * gamma)
-    return (word >> 8).to(tl.int32) >= dropped
-
-
-@triton.jit(do_not_specialize=["rows", "first_row", "seed_low", "seed_high", "dropped"])
+@triton.jit(do_not_specialize=["rows", "first_row", "site", "dropped"])
 def add_norm_kernel(
     branch, residual,  # [R, W] in; either may be absent
     weight, bias,  # [W] in
     hidden, normed,  # [R, W] out: residual + dropout(branch), and its LayerNorm
     mean, scale,  # [R] fp32 out: of the LayerNorm
-    rows, first_row, seed_low, seed_high, dropped, dropout_scale, eps,
+    rows, first_row, seed, site, dropped, dropout_scale, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     BRANCH: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +54,8 @@ def add_norm_kernel(
     if BRANCH:
         b_branch = tl.load(branch + o_out, mask=inside, other=0.0).to(tl.float32)
         if DROPOUT:
-            kept = _kept(seed_low, seed_high, first_row + row, o_column, dropped)
+            key = key_of(seed, site)
+            kept = _kept(key, first_row + row, o_column, dropped)
             b_branch = tl.where(kept, b_branch * dropout_scale, 0.0)
         b_sum = (b_sum + b_branch).to(hidden.dtype.element_ty)
         tl.store(hidden + o_out, b_sum, mask=inside)
@@ -80,13 +72,13 @@ def add_norm_kernel(
         tl.store(scale + row, b_scale)
 
 
-@triton.jit(do_not_specialize=["rows", "first_row", "seed_low", "seed_high", "dropped"])
+@triton.jit(do_not_specialize=["rows", "first_row", "site", "dropped"])
 def add_norm_gradient_kernel(
     hidden, weight, mean, scale,  # as `add_norm_kernel` left them
     grad_normed, grad_hidden,  # [R, W] in; the second may be absent
     grad_residual, grad_branch,  # [R, W] out
     weight_sums, bias_sums,  # [programs, W] fp32 out
-    rows, first_row, seed_low, seed_high, dropped, dropout_scale,
+    rows, first_row, seed, site, dropped, dropout_scale,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BRANCH: tl.constexpr, PASSED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """One program: rows program, program + programs, ...; grad_branch only if it differs from grad_residual."""
@@ -96,6 +88,8 @@ def add_norm_gradient_kernel(
     b_weight = tl.load(weight + o_column, mask=inside, other=0.0).to(tl.float32)
     b_weight_sum = tl.zeros([BLOCK], tl.float32)
     b_bias_sum = tl.zeros([BLOCK], tl.float32)
+    if DROPOUT:
+        key = key_of(seed, site)
     for row in range(program, rows, programs):
         o_row = tl.cast(row, tl.int64) * WIDTH + o_column
         b_grad = tl.load(grad_normed + o_row, mask=inside, other=0.0).to(tl.float32)
@@ -112,7 +106,7 @@ def add_norm_gradient_kernel(
         b_grad = b_grad.to(grad_residual.dtype.element_ty)
         tl.store(grad_residual + o_row, b_grad, mask=inside)
         if BRANCH and DROPOUT:
-            kept = _kept(seed_low, seed_high, first_row + tl.cast(row, tl.int32), o_column, dropped)
+            kept = _kept(key, first_row + tl.cast(row, tl.int32), o_column, dropped)
             b_branch = tl.where(kept, b_grad.to(tl.float32) * dropout_scale, 0.0)
             tl.store(grad_branch + o_row, b_branch.to(grad_branch.dtype.element_ty), mask=inside)
     o_sum = program * WIDTH + o_column
@@ -120,22 +114,41 @@ def add_norm_gradient_kernel(
     tl.store(bias_sums + o_sum, b_bias_sum, mask=inside)
 
 
-@triton.jit
-def gelu_gradient_kernel(grad, x, activated, elements, BLOCK: tl.constexpr):
-    """grad becomes the gradient of x, where it was that of the exact (erf) gelu(x), which is made once more."""
-    o_out = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = o_out < elements
-    b_x = tl.load(x + o_out, mask=inside, other=0.0).to(tl.float32)
-    b_grad = tl.load(grad + o_out, mask=inside, other=0.0).to(tl.float32)
-    b_share = 0.5 + 0.5 * tl.erf(b_x * 0.7071067811865476)
-    b_slope = b_share + b_x * tl.exp(-0.5 * b_x * b_x) * 0.3989422804014327
-    tl.store(activated + o_out, (b_x * b_share).to(activated.dtype.element_ty), mask=inside)
-    tl.store(grad + o_out, (b_grad * b_slope).to(grad.dtype.element_ty), mask=inside)
+@triton.jit(do_not_specialize=["rows", "span"])
+def gelu_gradient_kernel(
+    grad, x,  # [R, W]; grad: that of the exact (erf) gelu(x), which becomes that of x
+    activated,  # [R, W] out: gelu(x), made once more
+    sums,  # [programs, W] fp32 out: of the new grad over the rows of each program
+    rows, span,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program: a block of columns of rows [program * span, (program + 1) * span), ROWS of them at a time."""
+    program = tl.program_id(1)
+    o_row = tl.arange(0, ROWS)[:, None]
+    o_column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = o_column < WIDTH
+    o_tile = o_row * WIDTH + o_column
+    b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(program * span, tl.minimum((program + 1) * span, rows), ROWS):
+        start = tl.cast(first, tl.int64) * WIDTH
+        m_tile = inside & (o_row < rows - first)
+        b_x = tl.load(x + start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        b_grad = tl.load(grad + start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        b_share = 0.5 + 0.5 * tl.erf(b_x * 0.7071067811865476)
+        b_slope = b_share + b_x * tl.exp(-0.5 * b_x * b_x) * 0.3989422804014327
+        b_grad = b_grad * b_slope
+        b_sum += b_grad
+        tl.store(activated + start + o_tile, (b_x * b_share).to(activated.dtype.element_ty), mask=m_tile)
+        tl.store(grad + start + o_tile, b_grad.to(grad.dtype.element_ty), mask=m_tile)
+    o_sum = program * WIDTH + o_column
+    tl.store(sums + o_sum, tl.sum(b_sum, 0)[None, :], mask=inside)
 
 
-def dropout_add(branch: Tensor, residual: Tensor | None, *, dropout: float, seed: int, first_row: int) -> Tensor:
+def dropout_add(
+    branch: Tensor, residual: Tensor | None, *, dropout: float, seed: int | Tensor, site: int, first_row: int
+) -> Tensor:
     """See `exlm_dist.kernels.elementwise.dropout_add`."""
-    return _DropoutAdd.apply(branch, residual, (dropout, seed, first_row))
+    return _DropoutAdd.apply(branch, residual, (dropout, seed, site, first_row))
 
 
 def add_norm(
@@ -146,19 +159,29 @@ def add_norm(
     *,
     eps: float,
     dropout: float,
-    seed: int,
+    seed: int | Tensor,
+    site: int,
     first_row: int,
 ) -> tuple[Tensor, Tensor]:
     """See `exlm_dist.kernels.elementwise.add_norm`."""
-    return _AddNorm.apply(branch, residual, weight, bias, eps, (dropout, seed, first_row))
+    return _AddNorm.apply(branch, residual, weight, bias, eps, (dropout, seed, site, first_row))
 
 
-def gelu_gradient_(grad: Tensor, x: Tensor) -> Tensor:
+def gelu_gradient_(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """See `exlm_dist.kernels.elementwise.gelu_gradient_`."""
+    rows, width = x.shape
+    blocks, tiles = triton.cdiv(width, GELU_COLUMNS), triton.cdiv(rows, GELU_ROWS)
+    span = max(GELU_SPAN, GELU_ROWS * triton.cdiv(tiles * blocks, GELU_PROGRAMS))
+    programs = triton.cdiv(rows, span)
     activated = torch.empty_like(x)
-    arguments = {"grad": grad, "x": x, "activated": activated, "elements": x.numel()}
-    launch(gelu_gradient_kernel, (triton.cdiv(x.numel(), GELU_BLOCK),), arguments, {"BLOCK": GELU_BLOCK})
-    return activated
+    sums = torch.empty((programs, width), dtype=torch.float32, device=x.device)
+    launch(
+        gelu_gradient_kernel,
+        (blocks, programs),
+        {"grad": grad, "x": x, "activated": activated, "sums": sums, "rows": rows, "span": span},
+        {"WIDTH": width, "ROWS": GELU_ROWS, "COLUMNS": GELU_COLUMNS},
+    )
+    return activated, sums.sum(0).to(x.dtype)
 
 
 class _DropoutAdd(torch.autograd.Function):
@@ -209,7 +232,7 @@ class _AddNorm(torch.autograd.Function):
             {"hidden": hidden, "weight": weight, "mean": mean, "scale": scale, "grad_normed": grad_normed.contiguous(),
              "grad_hidden": None if grad_hidden is None else grad_hidden.contiguous(), "grad_residual": grad_residual,
              "grad_branch": grad_branch, "weight_sums": sums[0], "bias_sums": sums[1], "rows": rows,
-             **_key(*key)},
+             **_key(hidden.device, *key)},
             {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "BRANCH": has_branch,
              "PASSED": grad_hidden is not None, "DROPOUT": key[0] > 0},
             warps=_warps(width),
@@ -218,7 +241,7 @@ class _AddNorm(torch.autograd.Function):
         return grad_branch if has_branch else None, grad_residual, grad_weight, grad_bias, None, None
 
 
-def _dropped(branch: Tensor, residual: Tensor | None, key: tuple[float, int, int]) -> Tensor:
+def _dropped(branch: Tensor, residual: Tensor | None, key: tuple[float, int | Tensor, int, int]) -> Tensor:
     branch = branch.contiguous()
     out = torch.empty_like(branch)
     residual = None if residual is None else residual.contiguous()
@@ -232,24 +255,18 @@ def _forward(branch, residual, weight, bias, hidden, normed, mean, scale, eps, k
         add_norm_kernel,
         (rows,),
         {"branch": branch, "residual": residual, "weight": weight, "bias": bias, "hidden": hidden, "normed": normed,
-         "mean": mean, "scale": scale, "rows": rows, **_key(*key), "eps": eps},
+         "mean": mean, "scale": scale, "rows": rows, **_key(hidden.device, *key), "eps": eps},
         {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "BRANCH": branch is not None,
          "RESIDUAL": residual is not None, "NORM": normed is not None, "DROPOUT": key[0] > 0},
         warps=_warps(width),
     )  # fmt: skip
 
 
-def _key(dropout: float, seed: int, first_row: int) -> dict[str, int | float]:
+def _key(device: torch.device, dropout: float, seed: int | Tensor, site: int, first_row: int) -> dict[str, object]:
     """Arguments that decide the mask. The share that is dropped is rounded to 2^-24, and the scale made to fit."""
     dropped = round(dropout * 2**DROP_BITS)
-    return {"first_row": first_row, "seed_low": _signed(seed), "seed_high": _signed(seed >> 32), "dropped": dropped,
-            "dropout_scale": 2**DROP_BITS / (2**DROP_BITS - dropped)}  # fmt: skip
-
-
-def _signed(word: int) -> int:
-    """The low 32 bits as a signed number, so that the kernel's argument has one type for every seed."""
-    word &= 0xFFFFFFFF
-    return word - (1 << 32) if word >> 31 else word
+    return {"first_row": first_row, "seed": seed_tensor(seed, device) if dropout else None, "site": site,
+            "dropped": dropped, "dropout_scale": 2**DROP_BITS / (2**DROP_BITS - dropped)}  # fmt: skip
 
 
 def _warps(width: int) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,34 @@ from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.checks import check_shape
 
-__all__ = ["Linear", "linear", "product"]
+__all__ = ["BiasPassingLinear", "Linear", "linear", "passed_bias", "product"]
 
 
 class Linear(nn.Linear):
     """`torch.nn.Linear` whose products are those of `linear`."""
 
+    passes_bias: ClassVar[bool] = False
+
     def forward(self, x: Tensor) -> Tensor:
         """x [R, K] -> [R, N]."""
-        return linear(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias)
+
+    @staticmethod
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x weight^T + bias."""
+        return linear(x, weight, bias)
+
+
+class BiasPassingLinear(Linear):
+    """`Linear` that passes its bias on to the operation behind it, which makes the gradient of this layer's output and
+    sums it for the bias in the same pass; of the output itself the bias gets no gradient."""
+
+    passes_bias: ClassVar[bool] = True
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [R, K] -> (x weight^T + bias [R, N], the bias [N])."""
+        # A view keeps its shape where the parameter is emptied behind the layer (ZeRO 3).
+        return self.product(x, self.weight, self.bias.detach()), self.bias.view_as(self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -34,6 +53,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     check_shape("x", x, (None, weight.shape[1]))
     return _Linear.apply(x, weight, bias) if _by_onednn(x, weight) else F.linear(x, weight, bias)
+
+
+def passed_bias(x: Tensor, bias: Tensor) -> Tensor:
+    """x [R, N], in which `bias` [N] of a `BiasPassingLinear` has been added: the bias gets the sum of x's gradient.
+
+    What an operation does that has no better way to make that sum.
+    """
+    check_shape("x", x, (None, bias.numel()))
+    return _PassedBias.apply(x, bias)
+
+
+class _PassedBias(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        ctx.shape = bias.shape
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.sum(0).view(ctx.shape)
 
 
 def product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:

@@ -78,8 +78,9 @@ def test_stages_one_after_the_other_are_the_whole_model(config, stages):
     assert sorted(names) == sorted(name for name, _ in whole.named_parameters())
     assert torch.equal(result.log_likelihood, expected.log_likelihood)
     assert torch.equal(result.predictions, expected.predictions)
-    for name in ("input_ids", "position", "clone", "cu_tokens", "state_index", "cu_states", "target_ids", "cu_targets"):
+    names = ("input_ids", "position", "clone", "cu_tokens", "state_index", "cu_states", "target_ids", "cu_targets")
+    for name in (*names, "dropout_seed"):
         assert torch.equal(getattr(result, name), getattr(stream, name)), name
-    for name in ("max_tokens", "max_states", "max_targets", "states", "dropout_seed", "predict", "select"):
+    for name in ("max_tokens", "max_states", "max_targets", "states", "predict", "select"):
         value = getattr(result, name)
         assert value == getattr(stream, name) and type(value) is type(getattr(stream, name)), name

@@ -1,7 +1,7 @@
 """Attention in Triton: packed sequences, rotary positions turned in the kernel, reproducible dropout (README.md).
 
 Which tiles compute a sequence is a matter of its own length (`schedule.py`), so batch-mates never change its values:
-where a batch needs two kinds of tiles, both kernels run and each leaves the other's sequences alone. No atomics
+where a batch needs several kinds of tiles, all are launched and each leaves the others' sequences alone. No atomics
 anywhere.
 """
 
@@ -19,10 +19,14 @@ from exlm_dist.kernels.attention.mask import DropoutMask
 from exlm_dist.kernels.attention.schedule import Range, plan
 from exlm_dist.kernels.attention.triton.backward import backward_keys, backward_queries
 from exlm_dist.kernels.attention.triton.forward import forward
+from exlm_dist.kernels.attention.triton.turning import turn
 from exlm_dist.kernels.launch import capability, launch
+from exlm_dist.kernels.randomness import seed_tensor
 
 LOG2_E = math.log2(math.e)
-DROP_BITS = 24
+DROP_BITS = 16
+#: Tokens of one program that turns.
+TURNED_ROWS = 64
 
 
 def attention(
@@ -34,11 +38,11 @@ def attention(
 
 
 def attention_packed(
-    qkv: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, mask: DropoutMask
+    qkv: Tensor, bias: Tensor | None, angles: Tensor, cu_tokens: Tensor, max_tokens: int, mask: DropoutMask
 ) -> Tensor:
     """See `exlm_dist.kernels.attention.attention_packed`; limits as for `attention`."""
     _check(qkv)
-    return _Packed.apply(qkv if qkv.stride(-1) == 1 else qkv.contiguous(), angles, cu_tokens, max_tokens, mask)
+    return _Packed.apply(qkv if qkv.stride(-1) == 1 else qkv.contiguous(), bias, angles, cu_tokens, max_tokens, mask)
 
 
 def _check(operand: Tensor) -> None:
@@ -61,17 +65,18 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out):
         grads = torch.empty((3, *grad_out.shape), dtype=grad_out.dtype, device=grad_out.device)
-        ctx.call.backward(*ctx.saved_tensors, grad_out, *grads)
+        ctx.call.backward(*ctx.saved_tensors, grad_out, *grads, None)
         return *grads, None, None, None, None
 
 
 class _Packed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, angles, cu_tokens, max_tokens, mask):
+    def forward(ctx, qkv, bias, angles, cu_tokens, max_tokens, mask):
         q, k, v = qkv.unbind(2)
         ctx.call = _Call(q, angles, cu_tokens, max_tokens, mask)
         out, statistic = ctx.call.forward(q, k, v)
         ctx.save_for_backward(qkv, out, statistic)
+        ctx.bias_shape = None if bias is None else bias.shape
         return out
 
     @staticmethod
@@ -79,8 +84,10 @@ class _Packed(torch.autograd.Function):
     def backward(ctx, grad_out):
         qkv, out, statistic = ctx.saved_tensors
         grads = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        ctx.call.backward(*qkv.unbind(2), out, statistic, grad_out, *grads.unbind(2))
-        return grads, None, None, None, None
+        sums = ctx.call.sums() if ctx.needs_input_grad[1] else None
+        ctx.call.backward(*qkv.unbind(2), out, statistic, grad_out, *grads.unbind(2), sums)
+        grad_bias = None if sums is None else sums.sum(0).view(ctx.bias_shape).to(qkv.dtype)
+        return grads, grad_bias, None, None, None, None
 
 
 class _Call:
@@ -92,15 +99,20 @@ class _Call:
         self.tokens, self.heads, self.width = q.shape
         self.max_tokens = max(max_tokens, 1)
         self.sequences = len(cu_tokens) - 1
-        self.dropped = round(mask.share * 2**DROP_BITS)
+        self.dropped = min(round(mask.share * 2**DROP_BITS), 2**DROP_BITS - 1)
         self.plan = plan(self.width, q.dtype.itemsize, self.dropped > 0, capability(q.device))
         self.arguments = {
             "table": _turns(angles), "cu": cu_tokens.contiguous(), "tokens": self.tokens, "sequences": self.sequences,
             "heads": self.heads, "stride": q.stride(0), "stride_head": q.stride(1),
             "scale": self.width**-0.5 * LOG2_E, "first_head": mask.first_head,
-            "seed_low": _signed(mask.seed), "seed_high": _signed(mask.seed >> 32),
-            "dropped": self.dropped, "dropout_scale": 2**DROP_BITS / (2**DROP_BITS - self.dropped),
+            "seed": seed_tensor(mask.seed, q.device) if self.dropped else None, "site": mask.site,
+            "dropped": self.dropped - (self.dropped >> 15 << 16) << 16,
+            "dropout_scale": 2**DROP_BITS / (2**DROP_BITS - self.dropped),
+            # a zero that the compiler does not know: told 0.0, it selects after rounding, which costs it more
+            "nothing": 0.0,
         }  # fmt: skip
+        rows = [part.tiles.queries for part in self.plan.queries] + [part.tiles.keys for part in self.plan.keys]
+        self.slot_rows = min(rows)
         half = self.width // 2
         self.constants = {
             "P": self.width, "HALF": half, "BP": triton.next_power_of_2(self.width),
@@ -111,22 +123,48 @@ class _Call:
         """(out [T, H, P], statistic [H, T])."""
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         statistic = torch.empty((self.heads, self.tokens), dtype=torch.float32, device=q.device)
-        self._start(forward, self.plan.forward, "queries", q=q, k=k, v=v, out=out, statistic=statistic)
+        turned = self._turn(k) if self._long(self.plan.forward) else None
+        self._start(forward, self.plan.forward, "queries", q=q, k=k, v=v, turned=turned, out=out, statistic=statistic)
         return out, statistic
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistic: Tensor, grad_out: Tensor,
-        grad_q: Tensor, grad_k: Tensor, grad_v: Tensor,
+        grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, sums: Tensor | None,
     ) -> None:  # fmt: skip
-        """Fill the three gradients [T, H, P], which have one stride."""
-        turned = torch.empty((self.tokens, self.heads, self.constants["BP"]), dtype=q.dtype, device=q.device)
+        """Fill the three gradients [T, H, P], which have one stride, and their `sums` over each tile's rows."""
+        shape = (self.tokens, self.heads, self.constants["BP"])
+        long = self._long(self.plan.queries)
+        turned = self._turn(q, k) if long else torch.empty(shape, dtype=q.dtype, device=q.device)
         shared = {
             "k": k, "v": v, "grad_out": grad_out.contiguous(), "statistic": statistic, "turned": turned,
-            "delta": torch.empty_like(statistic), "grad_scale": self.width**-0.5,
+            "delta": torch.empty_like(statistic), "grad_scale": self.width**-0.5, "sums": sums,
+            "slot_rows": self.slot_rows,
             "stride_grad": grad_q.stride(0), "stride_grad_head": grad_q.stride(1),
         }  # fmt: skip
         self._start(backward_queries, self.plan.queries, "queries", q=q, out=out, grad_q=grad_q, **shared)
         self._start(backward_keys, self.plan.keys, "keys", grad_k=grad_k, grad_v=grad_v, **shared)
+
+    def sums(self) -> Tensor:
+        """Zeros [slots, H, 3, P] for the sums of the gradients over the rows of each tile."""
+        slots = self.tokens // self.slot_rows + self.sequences
+        shape = (slots, self.heads, 3, self.width)
+        return torch.zeros(shape, dtype=torch.float32, device=self.arguments["table"].device)
+
+    def _long(self, ranges: list[Range]) -> bool:
+        """Whether the batch can have sequences that read turned keys."""
+        return any(part.turned and part.lower < self.max_tokens for part in ranges)
+
+    def _turn(self, *operands: Tensor) -> Tensor:
+        """The keys, or queries and keys, turned by their angles: [1 or 2, T, H, BP]."""
+        shape = (len(operands), self.tokens, self.heads, self.constants["BP"])
+        turned = torch.empty(shape, dtype=operands[0].dtype, device=operands[0].device)
+        names = ("table", "tokens", "heads", "stride", "stride_head")
+        arguments = {name: self.arguments[name] for name in names}
+        arguments |= {"first": operands[0], "second": operands[-1], "turned": turned}
+        constants = {name: self.constants[name] for name in ("P", "HALF", "BP", "BH")} | {"ROWS": TURNED_ROWS}
+        grid = (triton.cdiv(self.tokens, TURNED_ROWS), self.heads * len(operands))
+        launch(turn, grid, arguments, constants)
+        return turned
 
     def _start(self, kernel, ranges: list[Range], over: str, **arguments) -> None:
         """Launch `kernel` once per range of lengths that the batch can have; the first also zeroes the padding."""
@@ -138,15 +176,13 @@ class _Call:
             constants = {**self.constants, "BQ": tiles.queries, "BK": tiles.keys, "TAIL": tail}
             if kernel is forward:
                 constants["TILES"] = tiles.resident
+            else:
+                constants["SUMS"] = arguments["sums"] is not None
+            if over == "queries":
+                constants["TURNED"] = found.turned
             grid = ((self.sequences + tail) * self.heads * chunks,)
             settings = {"warps": tiles.warps, "stages": tiles.stages, "registers": tiles.registers}
             launch(kernel, grid, {**self.arguments, **arguments, **bounds}, constants, **settings)
-
-
-def _signed(word: int) -> int:
-    """The low 32 bits as a signed number, so that the kernel's argument has one type for every seed."""
-    word &= 0xFFFFFFFF
-    return word - (1 << 32) if word >> 31 else word
 
 
 def _alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,25 +10,29 @@ from exlm_dist.kernels.attention.triton.tiles import (
     keeps,
     load_rows,
     load_turned,
+    mask_keys,
     place,
     product,
-    row_keys,
     store_rows,
+    store_sums,
     store_turned_back,
+    sums_of_tile,
     zero_tail,
 )
 
 
-@triton.jit(do_not_specialize=["first_head", "seed_low", "seed_high", "dropped", "lower", "upper"])
+@triton.jit(do_not_specialize=["first_head", "site", "dropped", "lower", "upper"])
 def backward_queries(
     q, k, v, table, cu, out, grad_out, statistic,  # as in `forward`; grad_out contiguous
     delta,  # [H, T] fp32 out: sum of grad_out * out per row
-    turned,  # [T, H, BP] out: q turned, for `backward_keys`
+    turned,  # [2, T, H, BP]: q turned, for `backward_keys`, and k turned; in where TURNED, else q is out
     grad_q,  # [T, H, P] out, strides (stride_grad, stride_grad_head, 1)
+    sums,  # [slots, H, 3, P] fp32 out, with SUMS: sums of grad q, k and v over the rows of a tile
     tokens, sequences, heads, chunks, lower, upper, stride, stride_head, stride_grad, stride_grad_head,
-    scale, grad_scale, first_head, seed_low, seed_high, dropped, dropout_scale,
+    slot_rows, scale, grad_scale, first_head, seed, site, dropped, dropout_scale, nothing,
     P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
-    BQ: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr, SUMS: tl.constexpr,
+    TURNED: tl.constexpr,
 ):  # fmt: skip
     """One program: grad q of BQ queries of one sequence and head."""
     sequence, head, chunk, first = place(cu, sequences, heads, chunks)
@@ -45,23 +49,31 @@ def backward_queries(
     begin = first + chunk * BQ
     left = count - chunk * BQ
     p_turn = table + begin * P
-    b_q = load_turned(q + begin * stride + head * stride_head, p_turn, o_query, left, stride, BQ, HALF, BH)
+    p_turned = turned + (begin * heads + head) * BP
+    if TURNED:
+        b_q = load_rows(p_turned, o_query, left, heads * BP, BP, BP)
+    else:
+        b_q = load_turned(q + begin * stride + head * stride_head, p_turn, o_query, left, stride, BQ, HALF, BH)
+        store_rows(p_turned, b_q, o_query, left, heads * BP, BP, BP)
     b_go = load_rows(grad_out + begin * stride_out + head * P, o_query, left, stride_out, P, BP)
     b_out = load_rows(out + begin * stride_out + head * P, o_query, left, stride_out, P, BP)
     b_delta = tl.sum(b_go.to(tl.float32) * b_out.to(tl.float32), 1)
-    store_rows(turned + (begin * heads + head) * BP, b_q, o_query, left, heads * BP, BP, BP)
     row = head.to(tl.int64) * tokens + begin
     tl.store(delta + row + o_query, b_delta, mask=o_query < left)
     b_stat = tl.load(statistic + row + o_query, mask=o_query < left, other=float("inf"))
-    b_row_key = o_query
     if DROPOUT:
-        b_row_key = row_keys(seed_low, seed_high, sequence, first_head + head, chunk * BQ + o_query)
+        keys = mask_keys(seed, site, sequence, first_head + head)
     b_gq = tl.zeros([BQ, BP], tl.float32)
     p_k = k + first * stride + head * stride_head
+    if TURNED:
+        p_k = turned + ((tokens + first) * heads + head) * BP
     p_v = v + first * stride + head * stride_head
     p_key_turn = table + first * P
     for key in range(0, count, BK):
-        b_k = load_turned(p_k, p_key_turn, o_key, count - key, stride, BK, HALF, BH)
+        if TURNED:
+            b_k = load_rows(p_k, o_key, count - key, heads * BP, BP, BP)
+        else:
+            b_k = load_turned(p_k, p_key_turn, o_key, count - key, stride, BK, HALF, BH)
         b_v = load_rows(p_v, o_key, count - key, stride, P, BP)
         b_score = product(b_q, tl.trans(b_k), tl.zeros([BQ, BK], tl.float32))
         b_weight = tl.exp2(b_score * scale - b_stat[:, None])
@@ -69,25 +81,28 @@ def backward_queries(
             b_weight = tl.where((o_key < count - key)[None, :], b_weight, 0.0)
         b_grad = product(b_go, tl.trans(b_v), tl.zeros([BQ, BK], tl.float32))
         if DROPOUT:
-            kept = keeps(b_row_key[:, None], (key + o_key)[None, :], dropped)
+            kept = keeps(keys, (chunk * BQ + o_query)[:, None], key, o_key[None, :], dropped)
             b_grad = tl.where(kept, b_grad * dropout_scale, 0.0)
         b_grad = (b_weight * (b_grad - b_delta[:, None])).to(b_v.dtype)
         b_gq = product(b_grad, b_k, b_gq)
-        p_k += BK * stride
+        p_k += BK * (heads * BP if TURNED else stride)
         p_v += BK * stride
         p_key_turn += BK * P
     p_gq = grad_q + begin * stride_grad + head * stride_grad_head
-    store_turned_back(p_gq, p_turn, b_gq * grad_scale, o_query, left, stride_grad, BQ, HALF, BH)
+    p_sums = table  # not written to without SUMS
+    if SUMS:
+        p_sums = sums_of_tile(sums, begin, sequence, head, heads, slot_rows, P)
+    store_turned_back(p_gq, p_turn, p_sums, b_gq * grad_scale, o_query, left, stride_grad, BQ, HALF, BH, SUMS)
 
 
-@triton.jit(do_not_specialize=["first_head", "seed_low", "seed_high", "dropped", "lower", "upper"])
+@triton.jit(do_not_specialize=["first_head", "site", "dropped", "lower", "upper"])
 def backward_keys(
     turned, k, v, table, cu, grad_out, statistic, delta,  # turned and delta as `backward_queries` left them
-    grad_k, grad_v,
+    grad_k, grad_v, sums,
     tokens, sequences, heads, chunks, lower, upper, stride, stride_head, stride_grad, stride_grad_head,
-    scale, grad_scale, first_head, seed_low, seed_high, dropped, dropout_scale,
+    slot_rows, scale, grad_scale, first_head, seed, site, dropped, dropout_scale, nothing,
     P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
-    BQ: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """One program: grad k and grad v of BK keys of one sequence and head."""
     sequence, head, chunk, first = place(cu, sequences, heads, chunks)
@@ -110,6 +125,8 @@ def backward_keys(
     b_v = load_rows(v + begin * stride + head * stride_head, o_key, left, stride, P, BP)
     b_gk = tl.zeros([BK, BP], tl.float32)
     b_gv = tl.zeros([BK, BP], tl.float32)
+    if DROPOUT:
+        keys = mask_keys(seed, site, sequence, first_head + head)
     p_q = turned + (first * heads + head) * BP
     p_go = grad_out + first * stride_out + head * P
     p_stat = statistic + head.to(tl.int64) * tokens + first
@@ -124,9 +141,8 @@ def backward_keys(
         b_grad = product(b_v, tl.trans(b_go), tl.zeros([BK, BQ], tl.float32))
         b_used = b_weight
         if DROPOUT:
-            b_row_key = row_keys(seed_low, seed_high, sequence, first_head + head, query + o_query)
-            kept = keeps(b_row_key[None, :], (chunk * BK + o_key)[:, None], dropped)
-            b_used = tl.where(kept, b_weight, 0.0)
+            kept = keeps(keys, (query + o_query)[None, :], chunk * BK, o_key[:, None], dropped)
+            b_used = tl.where(kept, b_weight, nothing)
             b_grad = tl.where(kept, b_grad * dropout_scale, 0.0)
         b_grad = (b_weight * (b_grad - b_delta[None, :])).to(b_v.dtype)
         b_gv = product(b_used.to(b_v.dtype), b_go, b_gv)
@@ -137,5 +153,12 @@ def backward_keys(
         p_delta += BQ
     p_gk = grad_k + begin * stride_grad + grad_head
     p_gv = grad_v + begin * stride_grad + grad_head
-    store_rows(p_gv, b_gv * dropout_scale, o_key, left, stride_grad, P, BP)
-    store_turned_back(p_gk, p_key_turn, b_gk * grad_scale, o_key, left, stride_grad, BK, HALF, BH)
+    p_sums = table  # not written to without SUMS
+    if SUMS:
+        p_sums = sums_of_tile(sums, begin, sequence, head, heads, slot_rows, P)
+    b_gv *= dropout_scale
+    store_rows(p_gv, b_gv, o_key, left, stride_grad, P, BP)
+    if SUMS:
+        store_sums(p_sums + 2 * P, b_gv, o_key, left, P, BP)
+    store_turned_back(
+        p_gk, p_key_turn, p_sums + P, b_gk * grad_scale, o_key, left, stride_grad, BK, HALF, BH, SUMS)

@@ -7,25 +7,27 @@ from exlm_dist.kernels.attention.triton.tiles import (
     keeps,
     load_rows,
     load_turned,
+    mask_keys,
     place,
     product,
-    row_keys,
     store_rows,
     zero_tail,
 )
 
 
-@triton.jit(do_not_specialize=["first_head", "seed_low", "seed_high", "dropped", "lower", "upper"])
+@triton.jit(do_not_specialize=["first_head", "site", "dropped", "lower", "upper"])
 def forward(
     q, k, v,  # [T, H, P] in, strides (stride, stride_head, 1)
+    turned,  # [T, H, BP] in: k turned, where TURNED
     table,  # [T, P] fp32 in: cosines and sines
     cu,  # [sequences + 1] int64 in
     out,  # [T, H, P] out, contiguous
     statistic,  # [H, T] fp32 out
     tokens, sequences, heads, chunks, lower, upper, stride, stride_head,
-    scale, first_head, seed_low, seed_high, dropped, dropout_scale,
+    scale, first_head, seed, site, dropped, dropout_scale, nothing,
     P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr,
+    TURNED: tl.constexpr,
 ):  # fmt: skip
     """One program: TILES * BQ queries of one sequence and head, if its length is in (lower, upper]."""
     sequence, head, chunk, first = place(cu, sequences, heads, chunks)
@@ -43,21 +45,25 @@ def forward(
     left = count - chunk * (TILES * BQ)
     p_q = q + begin * stride + head * stride_head
     p_turn = table + begin * P
-    b_q, b_sum, b_total, b_top, b_keys = (), (), (), (), ()
+    b_q, b_sum, b_total, b_top = (), (), (), ()
     for tile in tl.static_range(TILES):
         b_q += (load_turned(
             p_q + tile * BQ * stride, p_turn + tile * BQ * P, o_query, left - tile * BQ, stride, BQ, HALF, BH),)
         b_sum = b_sum + (tl.zeros([BQ, BP], tl.float32),)
         b_total = b_total + (tl.zeros([BQ], tl.float32),)
         b_top = b_top + (tl.full([BQ], float("-inf"), tl.float32),)
-        if DROPOUT:
-            o_row = chunk * (TILES * BQ) + tile * BQ + o_query
-            b_keys = b_keys + (row_keys(seed_low, seed_high, sequence, first_head + head, o_row),)
+    if DROPOUT:
+        keys = mask_keys(seed, site, sequence, first_head + head)
     p_k = k + first * stride + head * stride_head
+    if TURNED:
+        p_k = turned + (first * heads + head) * BP
     p_v = v + first * stride + head * stride_head
     p_turn = table + first * P
     for key in range(0, count, BK):
-        b_k = load_turned(p_k, p_turn, o_key, count - key, stride, BK, HALF, BH)
+        if TURNED:
+            b_k = load_rows(p_k, o_key, count - key, heads * BP, BP, BP)
+        else:
+            b_k = load_turned(p_k, p_turn, o_key, count - key, stride, BK, HALF, BH)
         b_v = load_rows(p_v, o_key, count - key, stride, P, BP)
         n_sum, n_total, n_top = (), (), ()
         for tile in tl.static_range(TILES):
@@ -70,10 +76,13 @@ def forward(
             n_top = n_top + (b_max,)
             n_total = n_total + (b_total[tile] * b_shrink + tl.sum(b_weight, 1),)
             if DROPOUT:
-                b_weight = tl.where(keeps(b_keys[tile][:, None], (key + o_key)[None, :], dropped), b_weight, 0.0)
+                o_row = chunk * (TILES * BQ) + o_query
+                kept = keeps(keys, o_row[:, None], key, o_key[None, :], dropped, tile * BQ)
+                # three tiles leave no register for `nothing`
+                b_weight = tl.where(kept, b_weight, 0.0 if TILES > 2 else nothing)
             n_sum = n_sum + (product(b_weight.to(b_v.dtype), b_v, b_sum[tile] * b_shrink[:, None]),)
         b_sum, b_total, b_top = n_sum, n_total, n_top
-        p_k += BK * stride
+        p_k += BK * (heads * BP if TURNED else stride)
         p_v += BK * stride
         p_turn += BK * P
     p_out = out + begin * stride_out + head * P

@@ -7,32 +7,31 @@ tile. q and k are read as two halves of P/2, so that turning them needs no shuff
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def mixed(x):
-    """A 32-bit hash (two multiplications, Wellons' lowbias32): each input bit flips each output bit half the time."""
-    x = (x ^ (x >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)
-    x = (x ^ (x >> 15)) * tl.full([], 0x846CA68B, tl.uint32)
-    return x ^ (x >> 16)
+from exlm_dist.kernels.randomness.triton import extended, key_of
 
 
 @triton.jit
-def row_keys(seed_low, seed_high, sequence, head, o_query):
-    """Start of each query row's stream of random words: a hash of (seed, sequence, head, query); `head` counts all
-    heads of the layer, also those that other ranks hold."""
-    gamma = tl.full([], 0x9E3779B9, tl.uint32)
-    key = mixed(tl.cast(seed_low, tl.uint32, bitcast=True) + gamma)
-    key = mixed(key ^ tl.cast(seed_high, tl.uint32, bitcast=True))
-    key = mixed(key + sequence.to(tl.uint32) * gamma)
-    key = mixed(key + head.to(tl.uint32) * gamma)
-    return mixed(key + o_query.to(tl.uint32) * gamma)
+def mask_keys(seed, site, sequence, head):
+    """Two words that decide the mask of one sequence and head; `head` counts all heads of the layer, also those that
+    other ranks hold."""
+    key = extended(extended(key_of(seed, site), sequence), head)
+    return key, extended(key, tl.full([], 1, tl.uint32))
 
 
 @triton.jit
-def keeps(b_row_key, o_key, dropped):
-    """Whether weight (query, key) stays: word number `key` of the row's stream (splitmix), against dropped / 2^24."""
-    word = mixed(b_row_key + o_key.to(tl.uint32) * tl.full([], 0x9E3779B9, tl.uint32))
-    return (word >> 8).to(tl.int32) >= dropped
+def keeps(keys, o_query, key, o_key, dropped, QUERY: tl.constexpr = 0):
+    """Whether the weights (QUERY + o_query, key + o_key) stay, `key` being a multiple of 16: 16 random bits each
+    against `dropped`, which is shifted up by 16 and then taken for a signed number.
+
+    A word serves the two keys that differ in bit 3 of their number. Tensor cores leave such neighbours to one thread
+    (as columns and as rows), so the compiler finds that both words are one and hashes half as often.
+    """
+    counter = keys[0] + (o_query.to(tl.uint32) << 16) + (key >> 1)
+    counter += (o_key // 16 * 8 + o_key % 8 + (QUERY << 16)).to(tl.uint32)
+    word = (counter ^ (counter >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)
+    word = (word ^ (word >> 15) ^ keys[1]) * tl.full([], 0x846CA68B, tl.uint32)
+    word = tl.where((o_key & 8) != 0, word + (word << 16), word)
+    return word >= tl.cast(dropped, tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -68,15 +67,29 @@ def load_turned(p_base, p_table, o_row, limit, stride, ROWS: tl.constexpr, HALF:
 
 
 @triton.jit
+def store_sums(p_sums, b_tile, o_row, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the sums over the rows below `limit` of a tile [rows, BLOCK], WIDTH of them."""
+    o_column = tl.arange(0, BLOCK)
+    b_sum = tl.sum(tl.where((o_row < limit)[:, None], b_tile, 0.0), 0)
+    tl.store(p_sums + o_column, b_sum, mask=o_column < WIDTH)
+
+
+@triton.jit
 def store_turned_back(
-    p_base, p_table, b_grad, o_row, limit, stride, ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Write the gradient [ROWS, 2 * BLOCK] of q or k: turned by minus the angles."""
+    p_base, p_table, p_sums, b_grad, o_row, limit, stride,
+    ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient [ROWS, 2 * BLOCK] of q or k, turned by minus the angles, and with SUMS its sums over rows."""
     b_low, b_high = tl.split(tl.permute(tl.reshape(b_grad, [ROWS, 2, BLOCK]), (0, 2, 1)))
     b_cos = load_rows(p_table, o_row, limit, 2 * HALF, HALF, BLOCK)
     b_sin = load_rows(p_table + HALF, o_row, limit, 2 * HALF, HALF, BLOCK)
-    store_rows(p_base, b_low * b_cos + b_high * b_sin, o_row, limit, stride, HALF, BLOCK)
-    store_rows(p_base + HALF, b_high * b_cos - b_low * b_sin, o_row, limit, stride, HALF, BLOCK)
+    b_first = b_low * b_cos + b_high * b_sin
+    b_second = b_high * b_cos - b_low * b_sin
+    store_rows(p_base, b_first, o_row, limit, stride, HALF, BLOCK)
+    store_rows(p_base + HALF, b_second, o_row, limit, stride, HALF, BLOCK)
+    if SUMS:
+        store_sums(p_sums, b_first, o_row, limit, HALF, BLOCK)
+        store_sums(p_sums + HALF, b_second, o_row, limit, HALF, BLOCK)
 
 
 @triton.jit
@@ -105,3 +118,9 @@ def zero_tail(
     for row in range(chunk * ROWS, (tokens - first).to(tl.int32), chunks * ROWS):
         base = p_out + (first + row) * stride
         store_rows(base, tl.zeros([ROWS, BLOCK], tl.float32), o_row, tokens - first - row, stride, WIDTH, BLOCK)
+
+
+@triton.jit
+def sums_of_tile(p_sums, begin, sequence, head, heads, slot_rows, P: tl.constexpr):
+    """Where a tile of at least `slot_rows` rows from token `begin` on puts its sums: no other tile has this place."""
+    return p_sums + ((begin // slot_rows + sequence) * heads + head) * 3 * P

@@ -1,0 +1,30 @@
+"""Where the random numbers of a dropout come from: a seed, and the number of the site that draws.
+
+The seed is an int, or an int64 tensor of one element on the device of the operands. A Triton kernel reads it from
+memory, so nothing waits for the device, and a captured CUDA graph draws from whatever the tensor holds at its replay.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from exlm_dist.utils.seeding import seed_from
+
+
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """The seed as an int64 tensor of one element on `device`; ValueError for a tensor that is something else."""
+    if not isinstance(seed, Tensor):
+        seed &= 2**64 - 1
+        return torch.full((1,), seed - (seed >> 63 << 64), dtype=torch.int64, device=device)
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+        raise ValueError(
+            f"the seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}, "
+            f"expected an int or one int64 on {device}, where the operands are"
+        )
+    return seed
+
+
+def site_seed(seed: int | Tensor, site: int) -> int:
+    """One number from both, for a generator of torch's (reads the device where the seed is there)."""
+    return seed_from("dropout", int(seed), site)

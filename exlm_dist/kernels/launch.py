@@ -57,9 +57,10 @@ class _Known:
     @classmethod
     def of(cls, kernel: JITFunction) -> _Known:
         """Of a kernel whose compile-time constants come last."""
-        count = len(kernel.arg_names) - len(kernel.constexprs)
-        assert list(kernel.constexprs) == list(range(count, len(kernel.arg_names))), f"{kernel.__name__}: constants last"
-        return cls(kernel, kernel.arg_names[:count], kernel.arg_names[count:])
+        names = kernel.arg_names
+        count = len(names) - len(kernel.constexprs)
+        assert list(kernel.constexprs) == list(range(count, len(names))), f"{kernel.__name__}: constants must come last"
+        return cls(kernel, names[:count], names[count:])
 
 
 _known: dict[int, _Known] = {}

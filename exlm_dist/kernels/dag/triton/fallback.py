@@ -1,5 +1,5 @@
-"""Likelihoods, posteriors with their check, and the recursions in the log domain for the sequences that fail it: those whose
-probabilities fp32 cannot hold.
+"""Likelihoods, posteriors with their check, and the recursions in the log domain for the sequences that fail it:
+those whose probabilities fp32 cannot hold.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def check_kernel(
         gamma += b * targets * states
         first_log = tl.log2(tl.full([], 1.0 / ENDS, tl.float32))
         scale = _log_recursion(
-            match, moves, alpha, alpha_scale, alpha, beta_scale, n, length, states, blocks, ENDS, first_log, True, STATES
+            match, moves, alpha, alpha_scale, alpha, beta_scale, n, length, states, blocks, ENDS, first_log,
+            True, STATES,
         )
         _log_recursion(
             match, moves, omega, omega_scale, gamma, beta_scale, n, length, states, blocks, ENDS, 0.0, False, STATES

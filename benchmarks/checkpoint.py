@@ -1,16 +1,18 @@
-"""Saving and resuming a training run three ways, side by side, on CPU ranks over gloo.
+"""Saving and resuming a training run four ways, side by side, on CPU ranks over gloo.
 
     python benchmarks/checkpoint.py                  # 2 ranks, ZeRO 1, about 25 M parameters (300 MB of state)
 
 - gather: every tensor is gathered over the ranks and rank 0 alone writes, while training waits
 - pieces: each rank writes what it owns, while training waits (checkpoint.asynchronous false)
-- beside: each rank copies what it owns and a process beside it writes, while training goes on (the default)
+- copied: each rank copies what it owns while training waits, and a process beside it writes, while training goes on
+- beside: copied, too, while training goes on, up to the next update (the default)
 
 A real run of the demonstration molecules; the sides take turns at saving it, and in the first round, which is not
-timed, what each has written must equal what can be gathered, bit by bit. `stall`: seconds that training waited;
-`written`: until the checkpoint was published; `slower`: step time while the writer is at work over that of the quiet
-steps of the same round. `read whole` and `read parts`: resuming with every rank reading all of the checkpoint, or what
-it owns. Seconds are those of the slowest rank. Writes a CSV with hardware, versions and commit to results/.
+timed, what each has written must equal what can be gathered, bit by bit. `stall`: seconds that training waited, before
+an update included; `lost`: those, and what steps took longer than the quiet ones of the same round until the checkpoint
+was published; `written`: seconds until then; `slower`: time of these steps over that of the quiet ones. `read whole`
+and `read parts`: resuming with every rank reading all of the checkpoint, or what it owns. Seconds are those of the
+slowest rank. Writes a CSV with hardware, versions and commit to results/.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ from exlm_dist.model.pieces import Piece  # noqa: E402
 from exlm_dist.tracking import EVENTS  # noqa: E402
 from exlm_dist.training import checkpoint, checkpoint_files  # noqa: E402
 
-SIDES = ("gather", "pieces", "beside")
+SIDES = ("gather", "pieces", "copied", "beside")
 
 
 def options() -> argparse.Namespace:
@@ -157,7 +159,7 @@ class Bench:
             tokenizer=self.session.train_data.tokenizer_path,
             log=self.session.path / EVENTS,
         )
-        self.savers = {"beside": self.session._saver, "pieces": inline}
+        self.savers = {"copied": self.session._saver, "beside": self.session._saver, "pieces": inline}
 
     def slowest(self, seconds: float) -> float:
         return float(self.process.gather([seconds]).max())
@@ -180,18 +182,24 @@ class Bench:
             memory = gather_and_write(self.session)
         else:
             self.session._saver = self.savers[side]
-            settings = self.session.config.checkpoint.model_copy(update={"asynchronous": side == "beside"})
+            settings = self.session.config.checkpoint.model_copy(update={"asynchronous": side != "pieces"})
             self.session.config = self.session.config.model_copy(update={"checkpoint": settings})
             self.session.save()
+            if side == "copied":
+                self.savers[side]._writer.settle()
             memory = self.savers[side]._numbers.numel() * 4 / 1e6
-        stall = self.slowest(time.perf_counter() - start)
+        waited = time.perf_counter() - start
+        stall, begun = self.slowest(waited), self.savers["beside"].stall
         busy = []
         while self.session.saving:
             busy.append(self.step())
         written = time.perf_counter() - start
+        if side == "beside":
+            stall = self.slowest(waited + self.savers["beside"].stall - begun)
         if checked:
             check(self, wanted, saved_step)
         row = {"stall": stall, "written": written, "copy_mb": self.slowest(memory)}
+        row["lost"] = written - len(busy) * statistics.median(quiet)
         if busy:
             row["slower"] = statistics.median(busy) / statistics.median(quiet)
         return row
@@ -248,7 +256,7 @@ def rank_main(rank: int, given: argparse.Namespace, folder: Path, port: int, res
     bench.step()
     rows: list[dict[str, Any]] = []
     for number in range(given.rounds + 1):
-        for side in (*SIDES[number % 3 :], *SIDES[: number % 3]):
+        for side in (*SIDES[number % 4 :], *SIDES[: number % 4]):
             row = {"side": side, **bench.save(side, checked=number == 0)}
             if number:  # the first round warms everything up
                 rows.append(row)
@@ -298,6 +306,7 @@ def table(rows: list[dict[str, Any]], numel: int, given: argparse.Namespace) -> 
             "copy_mb": "" if reading else round(medians[side]["copy_mb"], 1),
             "steps_slower": round(medians[side]["slower"], 2) if "slower" in medians[side] else "",
             "rounds": given.rounds,
+            "lost_s": "" if reading else round(medians[side]["lost"], 4),
         }
         result.append(line)
     return result

@@ -41,7 +41,7 @@ def full_state(engine: Any) -> dict[str, np.ndarray]:
     sizes = [part.stop - part.start for part in parts]
     moments = (None, *checkpoint.MOMENTS)
     numbers = torch.full((len(moments) * sum(sizes),), torch.nan)
-    checkpoint.copy_out(engine, parts, numbers)
+    checkpoint.copy_out(checkpoint.sources(engine, parts), numbers)
     keys = [(moment, part.held.name) for moment in moments for part in parts]
     mine = dict(zip(keys, (values.numpy() for values in numbers.split(sizes * len(moments)))))
     every: list[Any] = [None] * engine.process.world

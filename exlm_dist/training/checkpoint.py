@@ -7,6 +7,7 @@ met here are listed in docs/checkpoints.md.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,20 +80,31 @@ def layout(engine: Engine, parts: list[Owned]) -> Index:
     return index
 
 
-def copy_out(engine: Engine, parts: list[Owned], into: torch.Tensor) -> None:
-    """Copy parameters, then each moment in turn, of `parts` to the flat fp32 CPU tensor `into`, one after the other.
+def sources(engine: Engine, parts: list[Owned]) -> list[torch.Tensor]:
+    """Where the numbers of `parts` lie, flat fp32: parameters, then each moment in turn. They change with the next
+    optimizer step, and with nothing else.
 
     Only after the first optimizer step: before it there are no moments.
     """
     fragments = fragments_of(engine)
+    firsts = [fragments.extent(part.held)[0] for part in parts]
+    return [
+        fragments.read(part.held, moment)[part.start - first : part.stop - first]
+        for moment in (None, *MOMENTS)
+        for part, first in zip(parts, firsts)
+    ]
+
+
+def copy_out(numbers: list[torch.Tensor], into: torch.Tensor, stream: torch.cuda.Stream | None = None) -> None:
+    """Copy `numbers` to the flat CPU tensor `into`, one after the other. From a GPU by `stream`, beside whatever else
+    runs there if the memory of `into` is pinned; all is there on return."""
     at = 0
-    with torch.no_grad():
-        for moment in (None, *MOMENTS):
-            for part in parts:
-                first = fragments.extent(part.held)[0]
-                values = fragments.read(part.held, moment)[part.start - first : part.stop - first]
-                into[at : at + len(values)].copy_(values)
-                at += len(values)
+    with torch.no_grad(), contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+        for values in numbers:
+            into[at : at + len(values)].copy_(values, non_blocking=stream is not None)
+            at += len(values)
+    if stream is not None:
+        stream.synchronize()
 
 
 def scalars(engine: Engine) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The process beside each rank that hashes and writes its part of a checkpoint while training goes on. No torch in it.
 
 The numbers are in memory that both share (`Memory`: it has no name, so whatever ends the two, nothing of it is left).
-A job is JSON in memory shared in the same way; a line through a pipe says how long it is, a line comes back with the
-outcome. The process ends with its parent (also by SIGKILL) and has the signals blocked that ask a run to save and end.
+A thread of the rank puts them there and then gives the job away. A job is JSON in memory shared in the same way; a line
+through a pipe says how long it is, a line comes back with the outcome. The process ends with its parent (also by
+SIGKILL) and has the signals blocked that ask a run to save and end.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +30,8 @@ from exlm_dist.utils.files import sync_path
 
 Job = dict[str, Any]
 Reply = dict[str, Any]
+#: Puts the numbers of a job into the memory.
+Fill = Callable[[], None]
 _PR_SET_PDEATHSIG = 1
 #: What has failed: writing, the process that writes, or the training (a parameter is not finite).
 DISK, LOST, VALUES = "disk", "lost", "values"
@@ -56,8 +61,11 @@ class Memory:
 class Writer(Protocol):
     """Takes one job at a time and answers it later."""
 
-    def submit(self, job: Job) -> None:
-        """Begin a job."""
+    def submit(self, job: Job, fill: Fill | None = None) -> None:
+        """Begin a job, after `fill`. That may run in a thread: until `settle` what it reads must stay as it is."""
+
+    def settle(self) -> None:
+        """Wait until `fill` is done, and raise what it has raised."""
 
     def poll(self) -> Reply | None:
         """The outcome of the job, once: `{"files": ...}`, `{"removed": ..., "alarm": ...}` or `{"failure": why, "kind":
@@ -74,9 +82,14 @@ class InlineWriter:
         self._memory = memory
         self._reply: Reply | None = None
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Job, fill: Fill | None = None) -> None:
         """As in `Writer`."""
+        if fill is not None:
+            fill()
         self._reply = run_job(job, self._memory.bytes)
+
+    def settle(self) -> None:
+        """As in `Writer`: `submit` has waited."""
 
     def poll(self) -> Reply | None:
         """As in `Writer`."""
@@ -97,6 +110,8 @@ class ProcessWriter:
         self._process = self._spawn()
         self._deadline = 0.0
         self._received = b""
+        self._filler = ThreadPoolExecutor(1, "checkpoint-copy")
+        self._filling: Future[None] | None = None
 
     def _spawn(self) -> subprocess.Popen:
         root = str(Path(exlm_dist.__file__).resolve().parents[1])
@@ -124,8 +139,10 @@ class ProcessWriter:
         """Of the child process."""
         return self._process.pid
 
-    def submit(self, job: Job) -> None:
-        """As in `Writer`; what goes wrong is in the reply."""
+    def submit(self, job: Job, fill: Fill | None = None) -> None:
+        """As in `Writer`; what goes wrong with the process is in the reply."""
+        self.settle()
+        # In this thread: a child is ended together with the thread that has started it.
         if self._process.poll() is not None:
             self._end()
             self._process = self._spawn()
@@ -133,13 +150,31 @@ class ProcessWriter:
         os.ftruncate(self._jobs, 0)
         os.pwrite(self._jobs, text, 0)
         self._received, self._deadline = b"", time.monotonic() + self._timeout
+        if fill is None:
+            self._give(len(text))
+        else:
+            self._filling = self._filler.submit(self._fill_and_give, fill, len(text))
+
+    def _fill_and_give(self, fill: Fill, length: int) -> None:
+        """In the thread; until it is done no other touches the process."""
+        fill()
+        self._give(length)
+
+    def _give(self, length: int) -> None:
         try:
-            self._process.stdin.write(f"{len(text)}\n".encode())
+            self._process.stdin.write(f"{length}\n".encode())
         except BrokenPipeError:
             pass  # its end is seen, and its exit code told, by `poll`
 
+    def settle(self) -> None:
+        """As in `Writer`."""
+        filling, self._filling = self._filling, None
+        if filling is not None:
+            filling.result()
+
     def poll(self) -> Reply | None:
         """As in `Writer`."""
+        self.settle()
         handle = self._process.stdout.fileno()
         while select.select([handle], [], [], 0)[0]:
             part = os.read(handle, 1 << 16)
@@ -160,6 +195,7 @@ class ProcessWriter:
 
     def close(self) -> None:
         """As in `Writer`. (A process that waits for a job has nothing to lose.)"""
+        self._filler.shutdown()
         self._end()
         os.close(self._jobs)
 

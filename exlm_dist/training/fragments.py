@@ -128,11 +128,10 @@ class _Partitioned:
         return math.prod(held.parameter.ds_shape)
 
     def read(self, held: Held, moment: str | None) -> torch.Tensor:
-        from deepspeed import utils
-
-        if moment is None:
-            return utils.safe_get_local_fp32_param(held.parameter).detach().view(-1)
-        return utils.safe_get_local_optimizer_state(held.parameter, moment).detach().view(-1)
+        # What the public accessors ask. They bring numbers that are kept on the host to the GPU first.
+        optimizer = held.parameter._z3_optimizer
+        numbers, _ = optimizer._get_fp32_opt_state_partition(held.parameter, True, optim_state_key=moment)
+        return numbers.detach().view(-1)
 
     def write(self, held: Held, moment: str | None, values: torch.Tensor) -> None:
         from deepspeed import utils

@@ -1,15 +1,16 @@
 """Saving a run while it trains: what all ranks do together, and when.
 
-A save copies the numbers a rank owns to memory of its own; its writer takes them from there. At every step edge until
-then the ranks tell each other how far their writers are. Once all are done, rank 0 has the checkpoint published; if one
-failed, none is. One save at a time: the next one waits for the former.
+A save copies the numbers a rank owns to memory of its own; its writer takes them from there. The copy is made beside
+the next step, which waits for it before it updates them. At every step edge until the files are written the ranks tell
+each other how far their writers are. Once all are done, rank 0 has the checkpoint published; if one failed, none is.
+One save at a time: the next one waits for the former.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from exlm_dist.training import checkpoint
 from exlm_dist.training import checkpoint_files as files
 from exlm_dist.training.checkpoint_writer import DISK, LOST, VALUES, InlineWriter, Memory, ProcessWriter, Reply, Writer
 from exlm_dist.training.engine import Engine
-from exlm_dist.utils.errors import EXIT_RETRY, UserError
+from exlm_dist.utils.errors import EXIT_RETRY, ConfigError, UserError
 from exlm_dist.utils.logs import get_logger
 
 logger = get_logger(__name__)
@@ -49,8 +50,8 @@ class Saved:
     kind: str = ""  # of the failure: DISK, LOST or VALUES
     removed: tuple[str, ...] = ()
     alarm: str | None = None
-    stall: float = 0.0  # seconds that training waited when it began
-    seconds: float = 0.0  # from then until it was published
+    stall: float = 0.0  # seconds that training waited, when it began and for the copy before the next update
+    seconds: float = 0.0  # from its beginning until it was published
 
 
 @dataclass
@@ -62,7 +63,6 @@ class _Save:
     temporary: Path
     evaluation: dict[str, float] | None
     started: float
-    stall: float = 0.0
     reply: Reply | None = None  # of this rank's writer, to the job it has now
     publishing: bool = False
 
@@ -84,10 +84,17 @@ class Saver:
         self._memory = self._process.together(lambda: Memory(numel * 4))
         # At least one number: torch makes no tensor of none.
         self._numbers = torch.frombuffer(self._memory.bytes, dtype=torch.float32, count=max(numel, 1))
+        self._stream: torch.cuda.Stream | None = None
+        if self._process.device.type == "cuda":
+            self._process.together(lambda: _pin(self._numbers))
+            self._stream = torch.cuda.Stream(self._process.device)
         self._writer: Writer = (
             ProcessWriter(self._memory, settings.timeout) if settings.asynchronous else InlineWriter(self._memory)
         )
         self._save: _Save | None = None
+        #: Seconds that training has waited for the newest save.
+        self.stall = 0.0
+        self._hook = engine.inner_optimizer.register_step_pre_hook(self._before_update)
 
     @property
     def busy(self) -> bool:
@@ -99,14 +106,27 @@ class Saver:
         assert self._save is None
         started = time.perf_counter()
         folder = files.folder_of(self._run_folder, step)
-        checkpoint.copy_out(self._engine, self._parts, self._numbers)
         begun = self._process.share(self._begin(folder) if self._process.is_first else None)
         if "failure" in begun:
             return Saved(step, folder, state["evaluation"], begun["failure"], DISK)
         self._save = _Save(step, folder, Path(begun["folder"]), state["evaluation"], started)
-        self._writer.submit(self._write_job(state))
-        self._save.stall = time.perf_counter() - started
+        self._writer.submit(self._write_job(state), self._copy())
+        self.stall = time.perf_counter() - started
         return None
+
+    def _copy(self) -> Callable[[], None]:
+        """What copies the numbers that are there now, as long as no update begins."""
+        numbers = checkpoint.sources(self._engine, self._parts)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._process.device))
+        return lambda: checkpoint.copy_out(numbers, self._numbers, self._stream)
+
+    def _before_update(self, *_: Any) -> None:
+        """Before the optimizer changes any number, however the engine comes to call it."""
+        if self._save is not None:
+            started = time.perf_counter()
+            self._writer.settle()
+            self.stall += time.perf_counter() - started
 
     def _begin(self, folder: Path) -> dict[str, str]:
         needed = sum(piece.numel for pieces in self.index.pieces.values() for piece in pieces) * 4
@@ -194,7 +214,7 @@ class Saver:
         if self._process.is_first:
             shutil.rmtree(save.temporary, ignore_errors=True)
         seconds = time.perf_counter() - save.started
-        return Saved(save.step, save.folder, save.evaluation, stall=save.stall, seconds=seconds, **outcome)
+        return Saved(save.step, save.folder, save.evaluation, stall=self.stall, seconds=seconds, **outcome)
 
     def wait(self) -> Saved | None:
         """Wait for the end of a save under way. Bounded: a writer has `checkpoint.timeout` for each of its two jobs."""
@@ -208,5 +228,19 @@ class Saver:
 
     def close(self) -> None:
         """End the writer; a save under way is not published."""
+        self._hook.remove()
         self._writer.close()
+        if self._stream is not None:
+            torch.cuda.cudart().cudaHostUnregister(self._numbers.data_ptr())  # may fail, after an error of the GPU
         self._memory.close()
+
+
+def _pin(numbers: torch.Tensor) -> None:
+    """Let the GPU write to memory that is shared with another process; without this every copy goes through a buffer of
+    the driver, and the thread that asks for it waits. ConfigError."""
+    failed = int(torch.cuda.cudart().cudaHostRegister(numbers.data_ptr(), numbers.nbytes, 0))
+    if failed:
+        raise ConfigError(
+            f"the memory that a checkpoint is written from ({numbers.nbytes / 1e6:.0f} MB) cannot be pinned for the "
+            f"GPU (CUDA error {failed}). Give the job more memory, or more ranks."
+        )

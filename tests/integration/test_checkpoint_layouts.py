@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,8 @@ def odd_pieces(shape: tuple[int, ...]) -> list[Piece]:
 
 def load_and_save(process, settings, cases):
     """For each (ZeRO stage, dtype, degrees) in turn: resume, compare the weights that the model works with, save as the
-    next step. Stage 3 partitions every parameter in bf16; in fp32 it keeps the small ones whole, as is its default."""
+    next step, and train meanwhile. Stage 3 partitions every parameter in bf16; in fp32 it keeps the small ones whole,
+    as is its default."""
     from exlm_dist.parallel.grid import Grid
     from exlm_dist.parallel.layout import Layout
     from exlm_dist.training import engine as engines
@@ -89,9 +91,43 @@ def load_and_save(process, settings, cases):
         assert session.open() and session.step == STEP
         compare_weights(session.engine, Path(config.runs) / "run/checkpoints" / f"step-{STEP:08d}")
         session.step += 1
-        session.save(needed=True)
+        delay_copy(session._saver)
+        session.save()
+        change_the_numbers(session)
+        while session.saving:
+            session.attend_save()
         session.disband()
         session.close("KILLED")
+
+
+def delay_copy(saver):
+    """From now on saves copy no number before something waits for that. Were it not the update of the next step, they
+    would copy what it has made of the numbers."""
+    copy, settle, waited_for = saver._copy, saver._writer.settle, threading.Event()
+
+    def settle_seen():
+        if saver._writer._filling is not None:
+            waited_for.set()
+        settle()
+
+    def late_copy():
+        fill = copy()
+        return lambda: waited_for.wait(30) and fill()
+
+    saver._copy, saver._writer.settle = late_copy, settle_seen
+
+
+def change_the_numbers(session):
+    """One training step, which leaves nothing as it was but the moments of rows that got no gradient."""
+    import torch
+
+    from exlm_dist.training import checkpoint
+
+    numbers = checkpoint.sources(session.engine, session._saver._parts)
+    before = [values.clone() for values in numbers]
+    session.train_step()
+    unchanged = [number for number, pair in enumerate(zip(before, numbers)) if torch.equal(*pair)]
+    assert len(unchanged) < len(numbers) / 10, unchanged
 
 
 def compare_weights(engine, folder):

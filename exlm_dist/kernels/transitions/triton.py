@@ -359,8 +359,8 @@ class _Transitions(torch.autograd.Function):
             **arguments, "left": left, "grad_query": grad_query, "grad_key": grad_key, "grad_gate": grad_gate,
             "root": width**-0.5, "rows": rows,
         }  # fmt: skip
-        settings["HEADS"] = next_power_of_2(heads)
-        launch(key_gradient_kernel, (across, heads + 1, count + 1), gradient, settings, warps=warps)
+        constants = {**settings, "HEADS": next_power_of_2(heads)}
+        launch(key_gradient_kernel, (across, heads + 1, count + 1), gradient, constants, warps=warps)
         return grad_query, grad_key, grad_gate, None, None, None
 
 

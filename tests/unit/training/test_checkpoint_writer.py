@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -79,6 +80,49 @@ def test_it_writes_what_is_in_memory_when_the_job_is_given(memory, writer, tmp_p
             replies.append(reply_of(each))
             assert (folder / "model-00000.safetensors").read_bytes()[-64:] == memory.bytes[:64]
         assert replies[0] == replies[1] and set(replies[0]["files"]) == {"model-00000.safetensors", "state.json"}
+
+
+def test_a_job_begins_when_its_numbers_are_there(memory, writer, tmp_path):
+    release = threading.Event()
+
+    def fill():
+        assert release.wait(30)
+        memory.bytes[:64] = bytes(range(64))
+
+    writer.submit(job(tmp_path), fill)
+    time.sleep(0.2)
+    assert not (tmp_path / "model-00000.safetensors").exists()
+    release.set()
+    assert "files" in reply_of(writer)
+    assert (tmp_path / "model-00000.safetensors").read_bytes()[-64:] == bytes(range(64))
+
+
+def test_numbers_that_cannot_be_copied_are_an_error_of_the_rank(writer, tmp_path):
+    def fill():
+        raise RuntimeError("no such number")
+
+    writer.submit(job(tmp_path), fill)
+    with pytest.raises(RuntimeError, match="no such number"):
+        reply_of(writer)
+    assert not (tmp_path / "model-00000.safetensors").exists()
+
+
+@pytest.mark.gpu
+def test_numbers_of_a_gpu_go_to_pinned_memory_by_a_stream_of_their_own():
+    import torch
+
+    from exlm_dist.training import checkpoint, saving
+
+    memory = Memory(1 << 20)
+    numbers = torch.frombuffer(memory.bytes, dtype=torch.float32)
+    saving._pin(numbers)
+    assert numbers.is_pinned()
+    stream, sources = torch.cuda.Stream(), [torch.randn(1 << 17, device="cuda") for _ in range(2)]
+    stream.wait_stream(torch.cuda.current_stream())
+    checkpoint.copy_out(sources, numbers, stream)
+    assert torch.equal(numbers, torch.cat(sources).cpu())
+    assert int(torch.cuda.cudart().cudaHostUnregister(numbers.data_ptr())) == 0
+    memory.close()
 
 
 def test_a_failure_is_told_and_the_next_job_is_done(writer, tmp_path):

@@ -3,16 +3,23 @@
 `record_launches` runs an operation's own code on tensors of the meta device and collects what it would have launched,
 with the types it would have passed; `tests/kernels/ahead_of_time.py` compiles those. A shipped configuration can
 therefore not differ from the compiled one.
+
+Starting a kernel by name, Triton binds and inspects every argument, writes its settings out as text and compares the
+globals of the source: more than the launch itself. Here the compiled kernel is kept by what Triton compiles for
+(`_kind`), and started by its own call, which takes the current device and stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from triton.runtime import JITFunction, driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 DEFAULT_CAPABILITY = (9, 0)
 
@@ -38,6 +45,27 @@ class _Recording:
 _recording: _Recording | None = None
 
 
+@dataclass(frozen=True)
+class _Known:
+    """A kernel, the order of what it takes, and its compiled forms."""
+
+    kernel: JITFunction  # held, so that its id stays its own
+    arguments: list[str]
+    constants: list[str]
+    compiled: dict[tuple[Hashable, ...], Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, kernel: JITFunction) -> _Known:
+        """Of a kernel whose compile-time constants come last."""
+        names = kernel.arg_names
+        count = len(names) - len(kernel.constexprs)
+        assert list(kernel.constexprs) == list(range(count, len(names))), f"{kernel.__name__}: constants must come last"
+        return cls(kernel, names[:count], names[count:])
+
+
+_known: dict[int, _Known] = {}
+
+
 def launch(
     kernel: Callable[..., Any],
     grid: tuple[int, ...],
@@ -55,16 +83,60 @@ def launch(
     if _recording is not None:
         _recording.launches.append(Launch(kernel, arguments, constants, warps, stages, registers))
     elif all(grid):
-        kernel[grid](**arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=registers)
+        if isinstance(kernel, JITFunction):
+            _start(kernel, grid, arguments, constants, warps, stages, registers)
+        else:  # the interpreter
+            kernel[grid](**arguments, **constants)
+
+
+def _start(
+    kernel: JITFunction, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any],
+    warps: int, stages: int, registers: int | None,
+) -> None:  # fmt: skip
+    """By Triton the first time, which compiles; then by what it compiled for arguments of these kinds."""
+    known = _known.get(id(kernel))
+    if known is None:
+        known = _known[id(kernel)] = _Known.of(kernel)
+    values = [arguments[name] for name in known.arguments]
+    fixed = [constants[name] for name in known.constants]
+    key = (driver.active.get_current_device(), warps, stages, registers, *fixed, *[_kind(value) for value in values])
+    compiled = known.compiled.get(key)
+    if compiled is None:
+        settings = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+        known.compiled[key] = kernel[grid](**arguments, **constants, **settings)
+    else:
+        compiled[(*grid, 1, 1)[:3]](*values, *fixed)
+
+
+def _kind(value: Any) -> Hashable:
+    """What of an argument Triton's machine code depends on: equal kinds, equal code (the reverse need not hold)."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if type(value) is int:
+        return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
+    if isinstance(value, TensorDescriptor):
+        return value.base.dtype, *value.block_shape
+    return type(value)
 
 
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability to pick a configuration for: of the GPU, of the recording, or the default without either."""
     if _recording is not None:
         return _recording.capability
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)
-    return DEFAULT_CAPABILITY
+    return _capability(device) if device.type == "cuda" else DEFAULT_CAPABILITY
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)
+
+
+def cdiv(total: int, part: int) -> int:
+    """How many parts cover the total. (Triton's own, made to run in kernels too, takes as long as a small torch op.)"""
+    return -(-total // part)
+
+
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two that is not below `size` (at least 1)."""
+    return 1 << (size - 1).bit_length()
 
 
 @contextmanager

@@ -73,7 +73,9 @@ def compile_launch(case: str, item: Launch, target: tuple[int, int]) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature = {name: _type(item, name) for name in item.kernel.arg_names}
+    names = item.kernel.arg_names
+    assert {*names[len(item.arguments) :]} == {*item.constants}, f"{item.kernel.__name__}: constants must come last"
+    signature = {name: _type(item, name) for name in names}
     attributes = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(item.kernel.arg_names)

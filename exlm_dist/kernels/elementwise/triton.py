@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from exlm_dist.kernels.launch import launch
+from exlm_dist.kernels.launch import cdiv, launch, next_power_of_2
 from exlm_dist.kernels.randomness import seed_tensor
 from exlm_dist.kernels.randomness.triton import extended, key_of
 
@@ -170,9 +170,9 @@ def add_norm(
 def gelu_gradient_(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """See `exlm_dist.kernels.elementwise.gelu_gradient_`."""
     rows, width = x.shape
-    blocks, tiles = triton.cdiv(width, GELU_COLUMNS), triton.cdiv(rows, GELU_ROWS)
-    span = max(GELU_SPAN, GELU_ROWS * triton.cdiv(tiles * blocks, GELU_PROGRAMS))
-    programs = triton.cdiv(rows, span)
+    blocks, tiles = cdiv(width, GELU_COLUMNS), cdiv(rows, GELU_ROWS)
+    span = max(GELU_SPAN, GELU_ROWS * cdiv(tiles * blocks, GELU_PROGRAMS))
+    programs = cdiv(rows, span)
     activated = torch.empty_like(x)
     sums = torch.empty((programs, width), dtype=torch.float32, device=x.device)
     launch(
@@ -233,7 +233,7 @@ class _AddNorm(torch.autograd.Function):
              "grad_hidden": None if grad_hidden is None else grad_hidden.contiguous(), "grad_residual": grad_residual,
              "grad_branch": grad_branch, "weight_sums": sums[0], "bias_sums": sums[1], "rows": rows,
              **_key(hidden.device, *key)},
-            {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "BRANCH": has_branch,
+            {"WIDTH": width, "BLOCK": next_power_of_2(width), "BRANCH": has_branch,
              "PASSED": grad_hidden is not None, "DROPOUT": key[0] > 0},
             warps=_warps(width),
         )  # fmt: skip
@@ -256,7 +256,7 @@ def _forward(branch, residual, weight, bias, hidden, normed, mean, scale, eps, k
         (rows,),
         {"branch": branch, "residual": residual, "weight": weight, "bias": bias, "hidden": hidden, "normed": normed,
          "mean": mean, "scale": scale, "rows": rows, **_key(hidden.device, *key), "eps": eps},
-        {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "BRANCH": branch is not None,
+        {"WIDTH": width, "BLOCK": next_power_of_2(width), "BRANCH": branch is not None,
          "RESIDUAL": residual is not None, "NORM": normed is not None, "DROPOUT": key[0] > 0},
         warps=_warps(width),
     )  # fmt: skip

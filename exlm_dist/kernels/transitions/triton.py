@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from exlm_dist.kernels.launch import launch
+from exlm_dist.kernels.launch import cdiv, launch, next_power_of_2
 from exlm_dist.kernels.transitions import reference
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -238,66 +238,76 @@ def query_gradient_kernel(
         tl.store(grad_query + o_head[:, None] * width + o_p[None, :], b_grad.to(b_query.dtype), mask=m_out)
 
 
-@triton.jit(do_not_specialize=["longest"])
+@triton.jit(do_not_specialize=["longest", "rows"])
 def key_gradient_kernel(
-    query, key, cu_states, log_sum, log_gate, out, grad_out, left, grad_key, scale, root, longest,
+    query, key, cu_states, log_sum, log_gate, out, grad_out, left, grad_query, grad_key, grad_gate, scale, root,
+    longest, rows,
     heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
 ):
-    """Gradient of COLUMNS keys of one head."""
+    """Gradient of COLUMNS keys of one head. The programs after the last head do the gates of as many states, those
+    after the last sequence clear the rows that no sequence owns.
+    """
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     first = tl.load(cu_states + b)
-    length = (tl.load(cu_states + b + 1) - first).to(tl.int32)
-    o_u = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    if tl.program_id(0) * COLUMNS < length:
-        b_key = _rows(key, first, o_u, length, h, heads, width, P_BLOCK)
-        b_total = tl.zeros([COLUMNS, P_BLOCK], tl.float32)
-        start, stop = _before(tl.program_id(0) * COLUMNS, COLUMNS, GROUP)
-        for row in range(start // ROWS * ROWS, tl.minimum(stop, length), ROWS):
-            o_v = row + tl.arange(0, ROWS)
-            b_query = _rows(query, first, o_v, length, h, heads, width, P_BLOCK)
-            o_head = (first + o_v) * heads + h
-            b_log_sum = tl.load(log_sum + o_head, mask=o_v < length, other=0.0)
-            b_log_gate = tl.load(log_gate + o_head, mask=o_v < length, other=0.0)
-            b_leaving = tl.load(left + o_head, mask=o_v < length, other=0.0)
-            b_log, b_out = _tile(out, grad_out, b, o_v, o_u, length, longest, GROUP)
-            b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
-            m_move = _allowed(o_v, o_u, length, GROUP)
-            b_score = _score_gradient(b_score, b_log, b_out, b_log_sum, b_log_gate, b_leaving, m_move).to(b_query.dtype)
-            b_total = tl.dot(tl.trans(b_score), b_query, b_total, input_precision=PRECISION)
-        o_p = tl.arange(0, P_BLOCK)
-        m_out = (o_u < length)[:, None] & (o_p < width)[None, :]
-        o_out = ((first + o_u) * heads + h)[:, None] * width + o_p[None, :]
-        tl.store(grad_key + o_out, (b_total * root).to(b_key.dtype), mask=m_out)
+    column = tl.program_id(0) * COLUMNS
+    if b == tl.num_programs(2) - 1:
+        tail = tl.where(h < heads, (rows - first).to(tl.int32), 0)
+        for row in range(column, tail, tl.num_programs(0) * COLUMNS):
+            o_row = first + row + tl.arange(0, COLUMNS)
+            _clear(grad_query, grad_key, grad_gate, o_row, o_row < rows, h, heads, width, COLUMNS, P_BLOCK)
+    else:
+        length = (tl.load(cu_states + b + 1) - first).to(tl.int32)
+        o_u = column + tl.arange(0, COLUMNS)
+        if h == heads:
+            _gate_gradient(log_gate, left, grad_gate, first + o_u, o_u < length, heads, HEADS)
+        elif column < length:
+            b_key = _rows(key, first, o_u, length, h, heads, width, P_BLOCK)
+            b_total = tl.zeros([COLUMNS, P_BLOCK], tl.float32)
+            start, stop = _before(column, COLUMNS, GROUP)
+            for row in range(start // ROWS * ROWS, tl.minimum(stop, length), ROWS):
+                o_v = row + tl.arange(0, ROWS)
+                b_query = _rows(query, first, o_v, length, h, heads, width, P_BLOCK)
+                o_head = (first + o_v) * heads + h
+                b_log_sum = tl.load(log_sum + o_head, mask=o_v < length, other=0.0)
+                b_log_gate = tl.load(log_gate + o_head, mask=o_v < length, other=0.0)
+                b_leaving = tl.load(left + o_head, mask=o_v < length, other=0.0)
+                b_log, b_out = _tile(out, grad_out, b, o_v, o_u, length, longest, GROUP)
+                b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
+                m_move = _allowed(o_v, o_u, length, GROUP)
+                b_score = _score_gradient(b_score, b_log, b_out, b_log_sum, b_log_gate, b_leaving, m_move)
+                b_total = tl.dot(tl.trans(b_score.to(b_query.dtype)), b_query, b_total, input_precision=PRECISION)
+            o_p = tl.arange(0, P_BLOCK)
+            m_out = (o_u < length)[:, None] & (o_p < width)[None, :]
+            o_out = ((first + o_u) * heads + h)[:, None] * width + o_p[None, :]
+            tl.store(grad_key + o_out, (b_total * root).to(b_key.dtype), mask=m_out)
 
 
-@triton.jit(do_not_specialize=["sequences", "rows"])
-def gate_gradient_kernel(
-    cu_states, log_gate, left, grad_gate, grad_query, grad_key, sequences, rows,
-    heads: tl.constexpr, width: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
-):
-    """left_h - gate_h times the sum of `left` over the heads, for ROWS states; rows that no sequence owns get 0
-    everywhere.
-    """
-    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+@triton.jit
+def _gate_gradient(log_gate, left, grad_gate, o_row, m_row, heads: tl.constexpr, HEADS: tl.constexpr):
+    """left_h - gate_h times the sum of `left` over the heads."""
     o_h = tl.arange(0, HEADS)
-    owned = tl.load(cu_states + sequences)
-    m_row = (o_row < owned)[:, None] & (o_h < heads)[None, :]
     o_out = o_row[:, None] * heads + o_h[None, :]
-    b_left = tl.load(left + o_out, mask=m_row, other=0.0)
-    b_gate = tl.exp2(tl.load(log_gate + o_out, mask=m_row, other=float("-inf")))
+    m_out = m_row[:, None] & (o_h < heads)[None, :]
+    b_left = tl.load(left + o_out, mask=m_out, other=0.0)
+    b_gate = tl.exp2(tl.load(log_gate + o_out, mask=m_out, other=float("-inf")))
     b_grad = b_left - b_gate * tl.sum(b_left, 1)[:, None]
-    m_out = (o_row < rows)[:, None] & (o_h < heads)[None, :]
     tl.store(grad_gate + o_out, b_grad.to(grad_gate.dtype.element_ty), mask=m_out)
-    if (tl.program_id(0) + 1) * ROWS > owned:
-        o_part = tl.arange(0, 64)
-        for first in range(0, heads * width, 64):
-            o_tail = o_row[:, None] * (heads * width) + (first + o_part)[None, :]
-            m_tail = ((o_row >= owned) & (o_row < rows))[:, None] & (first + o_part < heads * width)[None, :]
-            b_none = tl.zeros([ROWS, 64], grad_query.dtype.element_ty)
-            tl.store(grad_query + o_tail, b_none, mask=m_tail)
-            tl.store(grad_key + o_tail, b_none, mask=m_tail)
+
+
+@triton.jit
+def _clear(
+    grad_query, grad_key, grad_gate, o_row, m_row, h, heads: tl.constexpr, width: tl.constexpr,
+    ROWS: tl.constexpr, P_BLOCK: tl.constexpr,
+):
+    """Zero the gradients of one head: its queries, keys and gates."""
+    o_p = tl.arange(0, P_BLOCK)
+    o_out = (o_row * heads + h)[:, None] * width + o_p[None, :]
+    b_none = tl.zeros([ROWS, P_BLOCK], grad_query.dtype.element_ty)
+    tl.store(grad_query + o_out, b_none, mask=m_row[:, None] & (o_p < width)[None, :])
+    tl.store(grad_key + o_out, b_none, mask=m_row[:, None] & (o_p < width)[None, :])
+    tl.store(grad_gate + (o_row * heads + h), tl.zeros([ROWS], grad_gate.dtype.element_ty), mask=m_row)
 
 
 class _Transitions(torch.autograd.Function):
@@ -314,12 +324,12 @@ class _Transitions(torch.autograd.Function):
         settings, warps = _settings(query, max_states, group)
         launch(
             normaliser_kernel,
-            (triton.cdiv(max_states, settings["ROWS"]), heads, count),
+            (cdiv(max_states, settings["ROWS"]), heads, count),
             {**packed, "gate": gate},
-            {**settings, "HEADS": triton.next_power_of_2(heads)},
+            {**settings, "HEADS": next_power_of_2(heads)},
             warps=warps,
         )
-        tiles = [triton.cdiv(max_states, settings[side]) for side in ("COLUMNS", "ROWS")]
+        tiles = [cdiv(max_states, settings[side]) for side in ("COLUMNS", "ROWS")]
         launch(mixture_kernel, (*tiles, count), {**packed, "out": out, "longest": max_states}, settings, warps=warps)
         ctx.save_for_backward(query, key, gate, cu_states, log_sum, log_gate, out)
         ctx.settings = (max_states, group)
@@ -333,7 +343,7 @@ class _Transitions(torch.autograd.Function):
         rows, heads, width = query.shape
         count = len(cu_states) - 1
         settings, warps = _settings(query, max_states, group)
-        down, across = (triton.cdiv(max_states, settings[side]) for side in ("ROWS", "COLUMNS"))
+        down, across = (cdiv(max_states, settings[side]) for side in ("ROWS", "COLUMNS"))
         leaving = torch.empty((across, rows, heads), dtype=torch.float32, device=query.device)
         left = torch.empty_like(log_sum)
         grad_query, grad_key, grad_gate = (torch.empty_like(tensor) for tensor in (query, key, gate))
@@ -345,15 +355,12 @@ class _Transitions(torch.autograd.Function):
         launch(leaving_kernel, (across, down, count), all_heads, settings, warps=warps)
         gradient = {**all_heads, "left": left, "grad_query": grad_query, "root": width**-0.5}
         launch(query_gradient_kernel, (down, heads, count), gradient, settings, warps=warps)
-        gradient = {**arguments, "left": left, "grad_key": grad_key, "root": width**-0.5}
-        launch(key_gradient_kernel, (across, heads, count), gradient, settings, warps=warps)
-        launch(
-            gate_gradient_kernel,
-            (triton.cdiv(rows, 32),),
-            {"cu_states": cu_states, "log_gate": log_gate, "left": left, "grad_gate": grad_gate,
-             "grad_query": grad_query, "grad_key": grad_key, "sequences": count, "rows": rows},
-            {"heads": heads, "width": width, "HEADS": triton.next_power_of_2(heads), "ROWS": 32},
-        )  # fmt: skip
+        gradient = {
+            **arguments, "left": left, "grad_query": grad_query, "grad_key": grad_key, "grad_gate": grad_gate,
+            "root": width**-0.5, "rows": rows,
+        }  # fmt: skip
+        constants = {**settings, "HEADS": next_power_of_2(heads)}
+        launch(key_gradient_kernel, (across, heads + 1, count + 1), gradient, constants, warps=warps)
         return grad_query, grad_key, grad_gate, None, None, None
 
 
@@ -361,7 +368,7 @@ def _settings(query: Tensor, max_states: int, group: int | None) -> tuple[dict[s
     """Compile-time constants shared by the tiled kernels, and warps: the measured best (benchmarks/results)."""
     _, heads, width = query.shape
     precise = query.dtype == torch.float32
-    block = max(16, triton.next_power_of_2(width))
+    block = max(16, next_power_of_2(width))
     if precise:
         rows = columns = 32 if block <= 32 else 16
     else:

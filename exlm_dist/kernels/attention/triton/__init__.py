@@ -11,7 +11,6 @@ import math
 import weakref
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -20,7 +19,7 @@ from exlm_dist.kernels.attention.schedule import Range, plan
 from exlm_dist.kernels.attention.triton.backward import backward_keys, backward_queries
 from exlm_dist.kernels.attention.triton.forward import forward
 from exlm_dist.kernels.attention.triton.turning import turn
-from exlm_dist.kernels.launch import capability, launch
+from exlm_dist.kernels.launch import capability, cdiv, launch, next_power_of_2
 from exlm_dist.kernels.randomness import seed_tensor
 
 LOG2_E = math.log2(math.e)
@@ -115,8 +114,8 @@ class _Call:
         self.slot_rows = min(rows)
         half = self.width // 2
         self.constants = {
-            "P": self.width, "HALF": half, "BP": triton.next_power_of_2(self.width),
-            "BH": triton.next_power_of_2(half), "DROPOUT": self.dropped > 0,
+            "P": self.width, "HALF": half, "BP": next_power_of_2(self.width),
+            "BH": next_power_of_2(half), "DROPOUT": self.dropped > 0,
         }  # fmt: skip
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +161,7 @@ class _Call:
         arguments = {name: self.arguments[name] for name in names}
         arguments |= {"first": operands[0], "second": operands[-1], "turned": turned}
         constants = {name: self.constants[name] for name in ("P", "HALF", "BP", "BH")} | {"ROWS": TURNED_ROWS}
-        grid = (triton.cdiv(self.tokens, TURNED_ROWS), self.heads * len(operands))
+        grid = (cdiv(self.tokens, TURNED_ROWS), self.heads * len(operands))
         launch(turn, grid, arguments, constants)
         return turned
 
@@ -171,7 +170,7 @@ class _Call:
         for place, found in enumerate(part for part in ranges if part.lower < self.max_tokens):
             tiles, tail = found.tiles, place == 0
             rows = tiles.queries * tiles.resident if over == "queries" else tiles.keys
-            chunks = triton.cdiv(min(self.max_tokens, found.upper), rows)
+            chunks = cdiv(min(self.max_tokens, found.upper), rows)
             bounds = {"chunks": chunks, "lower": found.lower, "upper": found.upper}
             constants = {**self.constants, "BQ": tiles.queries, "BK": tiles.keys, "TAIL": tail}
             if kernel is forward:

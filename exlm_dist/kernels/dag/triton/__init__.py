@@ -1,9 +1,10 @@
-"""Triton form of the state-graph likelihood: three launches forward, one backward, no host synchronisation.
+"""Triton form of the state-graph likelihood: two launches forward, one backward, no host synchronisation.
 
 The recursions run in the probability domain (`recursion.py`). Posteriors of each target must sum to 1
 (`gradient.py`): a sequence where they do not, or with a move too faint for fp32, is done again in the log domain by
-its own program (`fallback.py`), which leaves at once otherwise. The best path, needed for analysis only, is that of
-the definition.
+the program that found it out (`fallback.py`). The best path, needed for analysis only, is that of the definition.
+What the kernels leave each other lies in one workspace, sequence by sequence: few sequences are limited by the host,
+to which every tensor and every argument of a kernel is work.
 """
 
 from __future__ import annotations
@@ -11,29 +12,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.dag import reference
-from exlm_dist.kernels.dag.triton.fallback import fallback_kernel
-from exlm_dist.kernels.dag.triton.gradient import gradient_kernel, posterior_kernel
-from exlm_dist.kernels.dag.triton.recursion import scan_kernel
-from exlm_dist.kernels.launch import capability, launch
+from exlm_dist.kernels.dag.triton.fallback import check_kernel
+from exlm_dist.kernels.dag.triton.gradient import gradient_kernel
+from exlm_dist.kernels.dag.triton.recursion import TOTALS, scan_kernel
+from exlm_dist.kernels.launch import capability, cdiv, launch, next_power_of_2
 
-POSTERIOR_ROWS = 8
+MATCH_ROWS = 8
 GRADIENT_TILE = 64
 
-_fallbacks: dict[torch.device, Tensor] = {}
+_fallbacks: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def fallback_count(device: torch.device) -> Tensor:
-    """How many sequences went to the log-domain form on `device` since the start, int64 [1]; stays on the device."""
+    """How many sequences went to the log-domain form on `device` since the start, int64 []; stays on the device."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    if device not in _fallbacks:
-        _fallbacks[device] = torch.zeros(1, dtype=torch.int64, device=device)
-    return _fallbacks[device]
+    counts = [counter.sum() for (where, _), counter in _fallbacks.items() if where == device]
+    return torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64, device=device)
+
+
+def _counter(device: torch.device, count: int) -> Tensor:
+    """Where each of `count` sequences counts for itself, int64 [count]: no two programs ever write the same number."""
+    counter = _fallbacks.get((device, count))
+    if counter is None:
+        counter = _fallbacks[device, count] = torch.zeros(count, dtype=torch.int64, device=device)
+    return counter
 
 
 def dag_log_likelihood(
@@ -51,7 +58,7 @@ def dag_posteriors(
     """See `exlm_dist.kernels.dag.dag_posteriors`."""
     if match.dtype == torch.float64:
         return reference.dag_posteriors(match, transitions, num_targets, num_states, ends=ends)
-    return _scan(match, transitions, num_targets, num_states, ends).gamma
+    return _scan(match, transitions, num_targets, num_states, ends, Block.of(match.shape[2], match.device))[2]
 
 
 def dag_best_path(
@@ -78,122 +85,80 @@ class Block:
         return cls(128, 16, 16, 8)
 
 
-@dataclass(frozen=True)
-class _Scan:
-    """What the recursions leave: alpha, omega = beta times the match [B, N, L] with scales [B, N, blocks], and
-    totals.
-    """
-
-    alpha: Tensor
-    alpha_scale: Tensor
-    omega: Tensor
-    omega_scale: Tensor
-    total: Tensor
-    total_scale: Tensor
-    in_logs: Tensor
-    gamma: Tensor
-    log_likelihood: Tensor
-    block: Block
-
-
 class _LogLikelihood(torch.autograd.Function):
     @staticmethod
     def forward(ctx, match, transitions, num_targets, num_states, ends):
-        scan = _scan(match, transitions, num_targets, num_states, ends)
-        ctx.scan = scan
-        ctx.save_for_backward(transitions, num_targets, num_states)
-        # A copy: what autograd ties to this context must not be held by it, or it all lives until the next collection.
-        return scan.log_likelihood.clone()
+        ctx.block = Block.of(match.shape[2], match.device)
+        log_likelihood, work, gamma = _scan(match, transitions, num_targets, num_states, ends, ctx.block)
+        ctx.save_for_backward(transitions, num_targets, num_states, work, gamma)
+        return log_likelihood
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        transitions, num_targets, num_states = ctx.saved_tensors
-        grads = _gradients(ctx.scan, transitions, num_targets, num_states, grad_out.float().contiguous())
-        return *(grad.to(transitions.dtype) for grad in grads), None, None, None
+        saved = ctx.saved_tensors
+        dtype, grads = saved[0].dtype, _gradients(*saved, grad_out.contiguous(), ctx.block)
+        return *(grads if dtype == torch.float32 else (grad.to(dtype) for grad in grads)), None, None, None
+
+
+def work_size(targets: int, states: int, block: Block) -> int:
+    """fp32 numbers of a sequence in the workspace: see `recursion.regions`."""
+    return 2 * targets * states + 3 * targets * cdiv(states, block.states) + TOTALS.value
 
 
 def _scan(
-    match: Tensor, transitions: Tensor, num_targets: Tensor, num_states: Tensor, ends: int, block: Block | None = None
-) -> _Scan:
-    """Both recursions, posteriors, their check, and the log-domain form of the sequences that fail it."""
-    match, moves = match.float().contiguous(), transitions.float().contiguous()
+    match: Tensor, transitions: Tensor, num_targets: Tensor, num_states: Tensor, ends: int, block: Block
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Likelihoods [B], workspace and posteriors [B, N, L]: both recursions, the check of the posteriors, and the
+    log-domain form of the sequences that fail it.
+    """
+    match, moves, device = match.float().contiguous(), transitions.float().contiguous(), match.device
     count, targets, states = match.shape
-    assert targets * states < 2**31 and states * states < 2**31, "addresses within a sequence are 32 bits wide"
-    block = block or Block.of(states, match.device)
-    blocks = triton.cdiv(states, block.states)
-    chunks = triton.cdiv(targets, POSTERIOR_ROWS)
-    ends_block = max(32, triton.next_power_of_2(ends))
-
-    def rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty((count, *shape), dtype=dtype, device=match.device)
-
-    paths = {name: rows(targets, states) for name in ("alpha", "omega", "beta")}
-    paths |= {f"{name}_scale": rows(targets, blocks) for name in ("alpha", "omega", "beta")}
-    sums = {"log_likelihood": rows(), "total": rows(), "total_scale": rows()}
-    lengths = {"num_targets": num_targets, "num_states": num_states}
-    shape = {"targets": targets, "states": states, "blocks": blocks}
-    inputs = {"match": match, "moves": moves}
-    faint, bad, in_logs = rows(dtype=torch.int32), rows(chunks, dtype=torch.int32), rows(dtype=torch.int32)
-    gamma = rows(targets, states)
+    size, blocks = work_size(targets, states, block), cdiv(states, block.states)
+    assert max(size, states * states) < 2**31, "addresses within a sequence are 32 bits wide"
+    work = torch.empty((count, size), dtype=torch.float32, device=device)
+    gamma = torch.empty(match.shape, dtype=torch.float32, device=device)  # beta, until the check makes gamma of it
+    log_likelihood = torch.empty(count, dtype=torch.float32, device=device)
+    shared = {
+        "match": match, "moves": moves, "num_targets": num_targets, "num_states": num_states, "work": work,
+        "targets": targets, "states": states, "blocks": blocks,
+    }  # fmt: skip
+    constants = {"BLOCK": block.states, "ENDS": ends}
     launch(
         scan_kernel,
         (2 * count,),
-        {**inputs, **lengths, **paths, **sums, "faint": faint, **shape, "ends": ends, "first_weight": 1.0 / ends},
-        {
-            "BLOCK": block.states,
-            "PART": block.part,
-            "ROWS": block.rows,
-            "ENDS": ends_block,
-            "PRECISION": "tf32x3",
-        },
+        {**shared, "beta": gamma},
+        {**constants, "PART": block.part, "ROWS": block.rows, "PRECISION": "tf32x3"},
         warps=block.warps,
         stages=1,
     )
-    read = {name: paths[name] for name in ("alpha", "alpha_scale", "beta", "beta_scale")}
     launch(
-        posterior_kernel,
-        (chunks, count),
-        {**lengths, **read, "total": sums["total"], "total_scale": sums["total_scale"], "gamma": gamma, "bad": bad,
-         **shape, "chunks": chunks},
-        {"BLOCK": block.states, "ROWS": POSTERIOR_ROWS, "COLUMNS": 128},
-    )
-    launch(
-        fallback_kernel,
-        (count + 1,),
-        {**inputs, **lengths, **paths, **sums, "gamma": gamma, "bad": bad, "faint": faint, "in_logs": in_logs,
-         "counter": fallback_count(match.device), "count": count, **shape, "chunks": chunks, "ends": ends,
-         "first_weight": 1.0 / ends},
-        {"SPAN": 32, "ENDS": ends_block, "SEQUENCES": 128},
+        check_kernel,
+        (count,),
+        {**shared, "gamma": gamma, "log_likelihood": log_likelihood, "counter": _counter(device, count)},
+        {**constants, "ROWS": 16, "COLUMNS": 128, "STATES": 32, "SPAN": max(32, next_power_of_2(ends))},
         warps=8,
         stages=1,
     )
-    return _Scan(
-        *(paths[name] for name in ("alpha", "alpha_scale", "omega", "omega_scale")),
-        sums["total"], sums["total_scale"], in_logs, gamma, sums["log_likelihood"], block,
-    )
+    return log_likelihood, work, gamma
 
 
 def _gradients(
-    scan: _Scan, transitions: Tensor, num_targets: Tensor, num_states: Tensor, grad_out: Tensor
-) -> tuple[Tensor, Tensor]:
+    transitions: Tensor, num_targets: Tensor, num_states: Tensor, work: Tensor, gamma: Tensor, grad_out: Tensor,
+    block: Block,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of match [B, N, L] and transitions [B, L, L], each sequence times its grad_out [B]."""
-    count, targets, states = scan.alpha.shape
+    count, targets, states = gamma.shape
     moves = transitions.float().contiguous()
-    grad_match, grad_moves = torch.empty_like(scan.gamma), torch.empty_like(moves)
-    tile = min(GRADIENT_TILE, scan.block.states)
-    tiles = triton.cdiv(states, tile)
+    grad_match, grad_moves = torch.empty_like(gamma), torch.empty_like(moves)
+    tile = min(GRADIENT_TILE, block.states)
     launch(
         gradient_kernel,
-        (tiles * tiles + triton.cdiv(targets, POSTERIOR_ROWS), count),
-        {
-            "moves": moves, "num_targets": num_targets, "num_states": num_states,
-            "alpha": scan.alpha, "alpha_scale": scan.alpha_scale, "omega": scan.omega, "omega_scale": scan.omega_scale,
-            "gamma": scan.gamma, "total": scan.total, "total_scale": scan.total_scale, "in_logs": scan.in_logs,
-            "grad_out": grad_out, "grad_match": grad_match, "grad_moves": grad_moves,
-            "targets": targets, "states": states, "blocks": scan.alpha_scale.shape[2], "tiles": tiles,
-        },
-        {"BLOCK": scan.block.states, "TILE": tile, "DEPTH": 16, "ROWS": POSTERIOR_ROWS, "PRECISION": "tf32x3"},
+        (cdiv(states, tile) ** 2 + cdiv(targets, MATCH_ROWS), count),
+        {"moves": moves, "num_targets": num_targets, "num_states": num_states, "work": work, "gamma": gamma,
+         "grad_out": grad_out, "grad_match": grad_match, "grad_moves": grad_moves, "targets": targets,
+         "states": states, "blocks": cdiv(states, block.states)},
+        {"BLOCK": block.states, "TILE": tile, "DEPTH": 16, "ROWS": MATCH_ROWS, "PRECISION": "tf32x3"},
         warps=8,
     )  # fmt: skip
     return grad_match, grad_moves

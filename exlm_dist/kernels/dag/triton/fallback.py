@@ -1,5 +1,5 @@
-"""The recursions in the log domain, for the sequences whose probabilities fp32 cannot hold; the others leave at
-once.
+"""Likelihoods, posteriors with their check, and the recursions in the log domain for the sequences that fail it:
+those whose probabilities fp32 cannot hold.
 """
 
 from __future__ import annotations
@@ -7,7 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from exlm_dist.kernels.dag.triton.recursion import LOG2E, NEVER, finish, split
+from exlm_dist.kernels.dag.triton.gradient import posteriors
+from exlm_dist.kernels.dag.triton.recursion import LN2, LOG2E, NEVER, regions, split
 
 
 @triton.jit
@@ -84,66 +85,73 @@ def _log_recursion(
     return scale
 
 
-@triton.jit(do_not_specialize=["count", "targets", "states", "blocks", "chunks", "ends"])
-def fallback_kernel(
-    match, moves, num_targets, num_states, alpha, alpha_scale, omega, omega_scale, beta, beta_scale,
-    log_likelihood, total, total_scale, gamma, bad, faint, in_logs, counter,
-    count, targets, states, blocks, chunks, ends, first_weight,
-    SPAN: tl.constexpr, ENDS: tl.constexpr, SEQUENCES: tl.constexpr,
+@triton.jit
+def _finish(log_likelihood, totals, log_sum, top):
+    """Store and return log2 of the likelihood as a fraction and a whole part; store the likelihood in nats."""
+    some = top > NEVER
+    log_sum = tl.where(some, log_sum, 0.0)
+    whole = tl.floor(log_sum)
+    fraction = log_sum - whole
+    nats = (tl.where(some, top, 0.0).to(tl.float64) + log_sum.to(tl.float64)) * LN2
+    whole = tl.where(some, top + whole, NEVER)
+    tl.store(totals, fraction)
+    tl.store(totals + 1, whole)
+    tl.store(log_likelihood, tl.where(some, nats, float("-inf")).to(tl.float32))
+    return fraction, whole
+
+
+@triton.jit(do_not_specialize=["targets", "states", "blocks"])
+def check_kernel(
+    match, moves, num_targets, num_states, work, gamma, log_likelihood, counter, targets, states, blocks,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr, ENDS: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
-    """Program b does sequence b again in the log domain if it failed; the program after the last counts those that
-    did.
+    """Likelihood and posteriors of sequence b; if these fail their check, all of it again in the log domain, and
+    counted.
     """
     b = tl.program_id(0).to(tl.int64)
-    failed = 0
-    if b < count:
-        failed = tl.load(faint + b)
-        for chunk in range(0, chunks):
-            failed = tl.maximum(failed, tl.load(bad + b * chunks + chunk))
-        tl.store(in_logs + b, failed)
-    else:
-        b_count = tl.zeros([SEQUENCES], tl.int32)
-        for first in range(0, count, SEQUENCES):
-            o_b = first + tl.arange(0, SEQUENCES)
-            b_failed = tl.load(faint + o_b, mask=o_b < count, other=0)
-            for chunk in range(0, chunks):
-                b_failed = tl.maximum(b_failed, tl.load(bad + o_b * chunks + chunk, mask=o_b < count, other=0))
-            b_count += b_failed
-        tl.store(counter, tl.load(counter) + tl.sum(b_count, 0))
+    n = tl.load(num_targets + b).to(tl.int32)
+    length = tl.load(num_states + b).to(tl.int32)
+    alpha, omega, alpha_scale, omega_scale, beta_scale, totals = regions(work, b, targets, states, blocks)
+    o_u = length - 1 - tl.arange(0, SPAN)
+    m_u = (tl.arange(0, SPAN) < ENDS) & (o_u >= n - 1)
+    b_last = tl.load(alpha + ((n - 1) * states + o_u), mask=m_u, other=0.0)
+    b_scale = tl.load(alpha_scale + ((n - 1) * blocks + o_u // BLOCK), mask=m_u, other=NEVER)
+    b_scale = tl.where(b_last > 0, b_scale, NEVER)
+    top = tl.max(b_scale, 0)
+    amount = tl.sum(b_last * tl.exp2(b_scale - top), 0)
+    fraction, whole = _finish(log_likelihood + b, totals, tl.log2(tl.where(amount > 0, amount, 1.0)), top)
+    failed = posteriors(work, gamma, fraction, whole, b, n, length, targets, states, blocks, BLOCK, ROWS, COLUMNS)
+    failed = tl.maximum(failed, tl.load(totals + 2).to(tl.int32))
+    tl.store(totals + 3, failed.to(tl.float32))
     if failed > 0:
-        n = tl.load(num_targets + b).to(tl.int32)
-        length = tl.load(num_states + b).to(tl.int32)
+        tl.debug_barrier()  # nobody reads what the recursions left any more
+        tl.store(counter + b, tl.load(counter + b) + 1)
         match += b * targets * states
         moves += b * states * states
-        alpha += b * targets * states
-        alpha_scale += b * targets * blocks
-        beta += b * targets * states
-        beta_scale += b * targets * blocks
+        gamma += b * targets * states
+        first_log = tl.log2(tl.full([], 1.0 / ENDS, tl.float32))
         scale = _log_recursion(
-            match, moves, alpha, alpha_scale, alpha, beta_scale, n, length, states, blocks, ends, tl.log2(first_weight),
-            True, SPAN,
+            match, moves, alpha, alpha_scale, alpha, beta_scale, n, length, states, blocks, ENDS, first_log,
+            True, STATES,
         )
         _log_recursion(
-            match, moves, omega + b * targets * states, omega_scale + b * targets * blocks, beta, beta_scale,
-            n, length, states, blocks, ends, 0.0, False, SPAN,
+            match, moves, omega, omega_scale, gamma, beta_scale, n, length, states, blocks, ENDS, 0.0, False, STATES
         )
-        o_u = length - 1 - tl.arange(0, ENDS)
-        m_u = (tl.arange(0, ENDS) < ends) & (o_u >= n - 1)
         b_last = tl.load(alpha + (n - 1).to(tl.int64) * states + o_u, mask=m_u, other=float("-inf"))
         best = tl.max(b_last, 0)
         some = best > float("-inf")
         log_sum = tl.where(some, best, 0.0)
         log_sum += tl.log2(tl.sum(tl.where(some, tl.exp2(b_last - tl.where(some, best, 0.0)), 1.0), 0))
-        finish(log_likelihood, total, total_scale, b, log_sum, tl.where(some, scale, NEVER))
-        gamma += b * targets * states
+        _finish(log_likelihood + b, totals, log_sum, tl.where(some, scale, NEVER))
         for row in range(0, n):
             i = n * 0 + row
             o_row = i.to(tl.int64) * states
             shift = tl.load(alpha_scale + i * blocks) + tl.load(beta_scale + i * blocks) - scale
-            for first in range(0, states, SPAN):
-                o_s = first + tl.arange(0, SPAN)
+            for first in range(0, states, STATES):
+                o_s = first + tl.arange(0, STATES)
                 m_s = (o_s >= i) & (o_s <= tl.where(some, length - n + i, -1))
                 b_alpha = tl.load(alpha + o_row + o_s, mask=m_s, other=float("-inf"))
-                b_beta = tl.load(beta + o_row + o_s, mask=m_s, other=float("-inf"))
+                b_beta = tl.load(gamma + o_row + o_s, mask=m_s, other=float("-inf"))
                 b_gamma = tl.exp2((b_alpha + b_beta) + (shift - log_sum))
                 tl.store(gamma + o_row + o_s, b_gamma, mask=o_s < states)

@@ -5,48 +5,50 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from exlm_dist.kernels.dag.triton.recursion import LOG2E, NEVER, SHIFT
+from exlm_dist.kernels.dag.triton.recursion import LOG2E, NEVER, SHIFT, regions
 
 GUARD = tl.constexpr(1.0e-4)  # |sum of a target's posteriors - 1| that sends a sequence to the log domain
 
 
-@triton.jit(do_not_specialize=["targets", "states", "blocks", "chunks"])
-def posterior_kernel(
-    num_targets, num_states, alpha, alpha_scale, beta, beta_scale, total, total_scale, gamma, bad,
-    targets, states, blocks, chunks, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+@triton.jit
+def posteriors(
+    work, gamma, fraction, whole, b, n, length, targets, states, blocks,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
-    """gamma = alpha beta / likelihood of ROWS targets, and whether a row of it fails to sum to 1."""
-    b = tl.program_id(1).to(tl.int64)
-    n = tl.load(num_targets + b).to(tl.int32)
-    slack = tl.load(num_states + b).to(tl.int32) - n
-    whole = tl.load(total_scale + b)
-    fraction = tl.load(total + b)
+    """alpha beta / likelihood of sequence b, written over beta, which `gamma` holds; 1 if a row fails to sum to 1."""
+    alpha, _, alpha_scale, _, beta_scale, _ = regions(work, b, targets, states, blocks)
+    gamma += b * targets * states
+    slack = length - n
     own = tl.where(whole > NEVER, n, 0)
-    o_i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    o_row = (b * targets + o_i.to(tl.int64))[:, None]
-    b_sum = tl.zeros([ROWS], tl.float32)
-    for first in range(0, states, COLUMNS):
-        o_u = (first + tl.arange(0, COLUMNS))[None, :]
-        m_in = (o_i < own)[:, None] & (o_u >= o_i[:, None]) & (o_u <= slack + o_i[:, None])
-        b_alpha = tl.load(alpha + o_row * states + o_u, mask=m_in, other=0.0)
-        b_beta = tl.load(beta + o_row * states + o_u, mask=m_in, other=0.0)
-        b_shift = tl.load(alpha_scale + o_row * blocks + o_u // BLOCK, mask=m_in, other=NEVER)
-        b_shift += tl.load(beta_scale + o_row * blocks + o_u // BLOCK, mask=m_in, other=NEVER) - whole
-        b_shift = tl.minimum(tl.maximum(b_shift, -250.0), 250.0)
-        b_half = tl.floor(b_shift * 0.5)
-        b_gamma = (b_alpha * tl.exp2(b_half)) * (b_beta * tl.exp2(b_shift - b_half)) * tl.exp2(-fraction)
-        tl.store(gamma + o_row * states + o_u, b_gamma, mask=(o_i < targets)[:, None] & (o_u < states))
-        b_sum += tl.sum(b_gamma, 1)
-    b_good = (tl.abs(b_sum - 1.0) <= GUARD) | (o_i >= n)  # a sum that is not a number is bad
-    tl.store(bad + b * chunks + tl.program_id(0), 1 - tl.min(b_good.to(tl.int32), 0))
+    failed = 0
+    for top in range(0, targets, ROWS):
+        o_i = top + tl.arange(0, ROWS)
+        b_sum = tl.zeros([ROWS], tl.float32)
+        for first in range(0, states, COLUMNS):
+            o_u = (first + tl.arange(0, COLUMNS))[None, :]
+            o_in = o_i[:, None] * states + o_u
+            m_in = (o_i < own)[:, None] & (o_u >= o_i[:, None]) & (o_u <= slack + o_i[:, None])
+            b_alpha = tl.load(alpha + o_in, mask=m_in, other=0.0)
+            b_beta = tl.load(gamma + o_in, mask=m_in, other=0.0)
+            o_scale = o_i[:, None] * blocks + o_u // BLOCK
+            b_shift = tl.load(alpha_scale + o_scale, mask=m_in, other=NEVER)
+            b_shift += tl.load(beta_scale + o_scale, mask=m_in, other=NEVER) - whole
+            b_shift = tl.minimum(tl.maximum(b_shift, -250.0), 250.0)
+            b_half = tl.floor(b_shift * 0.5)
+            b_gamma = (b_alpha * tl.exp2(b_half)) * (b_beta * tl.exp2(b_shift - b_half)) * tl.exp2(-fraction)
+            tl.store(gamma + o_in, b_gamma, mask=(o_i < targets)[:, None] & (o_u < states))
+            b_sum += tl.sum(b_gamma, 1)
+        b_good = (tl.abs(b_sum - 1.0) <= GUARD) | (o_i >= n)  # a sum that is not a number is bad
+        failed = tl.maximum(failed, 1 - tl.min(b_good.to(tl.int32), 0))
+    return failed
 
 
 @triton.jit
 def _match_rows(
-    gamma, grad_out, total_scale, grad_match, b, first, targets, states, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    gamma, grad_out, whole, grad_match, b, first, targets, states, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """grad_match = grad_out gamma of ROWS targets; 0 for a sequence without a path, whatever comes in."""
-    scale = tl.where(tl.load(total_scale + b) > NEVER, tl.load(grad_out + b), 0.0)
+    scale = tl.where(whole > NEVER, tl.load(grad_out + b), 0.0)
     o_row = first + tl.arange(0, ROWS)
     for column in range(0, states, COLUMNS):
         o_u = column + tl.arange(0, COLUMNS)
@@ -55,10 +57,9 @@ def _match_rows(
         tl.store(grad_match + o_out, tl.load(gamma + o_out, mask=m_out, other=0.0) * scale, mask=m_out)
 
 
-@triton.jit(do_not_specialize=["targets", "states", "blocks", "tiles"])
+@triton.jit(do_not_specialize=["targets", "states", "blocks"])
 def gradient_kernel(
-    moves, num_targets, num_states, alpha, alpha_scale, omega, omega_scale, gamma, total, total_scale, in_logs,
-    grad_out, grad_match, grad_moves, targets, states, blocks, tiles,
+    moves, num_targets, num_states, work, gamma, grad_out, grad_match, grad_moves, targets, states, blocks,
     BLOCK: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Gradients of match and moves, times grad_out. Programs up to tiles^2 do a tile of moves each, the rest ROWS
@@ -68,9 +69,12 @@ def gradient_kernel(
     made.
     """
     b = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(states, TILE)
+    alpha, omega, alpha_scale, omega_scale, _, totals = regions(work, b, targets, states, blocks)
+    whole = tl.load(totals + 1)
     if tl.program_id(0) >= tiles * tiles:
         first = (tl.program_id(0) - tiles * tiles) * ROWS
-        _match_rows(gamma, grad_out, total_scale, grad_match, b, first, targets, states, ROWS, 128)
+        _match_rows(gamma, grad_out, whole, grad_match, b, first, targets, states, ROWS, 128)
     else:
         j = tl.program_id(0) // tiles
         k = tl.program_id(0) % tiles
@@ -81,18 +85,15 @@ def gradient_kernel(
         n = tl.load(num_targets + b).to(tl.int32)
         length = tl.load(num_states + b).to(tl.int32)
         slack = length - n
-        whole = tl.load(total_scale + b)
-        fraction = tl.load(total + b)
-        alpha += b * targets * states
-        omega += b * targets * states
-        alpha_scale += b * targets * blocks + (j * TILE) // BLOCK
-        omega_scale += b * targets * blocks + (k * TILE) // BLOCK
+        fraction = tl.load(totals)
+        alpha_scale += (j * TILE) // BLOCK
+        omega_scale += (k * TILE) // BLOCK
         b_total = tl.zeros([TILE, TILE], tl.float32)
         # Rows i whose band, and that of i - 1 before it, touch the two tiles; none below the diagonal.
         start = tl.maximum(tl.maximum(k * TILE - slack, j * TILE - slack + 1), 1)
         stop = tl.minimum(tl.minimum((k + 1) * TILE, (j + 1) * TILE + 1), n)
         stop = tl.where((k >= j) & (k * TILE < length) & (whole > NEVER), stop, start)
-        if tl.load(in_logs + b) == 0:
+        if tl.load(totals + 3) == 0:
             for first in range(start, stop, DEPTH):
                 o_i = first + tl.arange(0, DEPTH)
                 m_i = o_i < stop

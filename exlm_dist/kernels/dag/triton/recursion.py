@@ -17,6 +17,20 @@ NEVER = tl.constexpr(-1.0e30)  # scale of a row without any path
 SHIFT = tl.constexpr(60.0)  # moves are held times 2^60, so that fp32 reaches down to exp(-128)
 FAINT = tl.constexpr(-185.0)  # log2 of a move that fp32 cannot hold with that shift
 SMALLEST = tl.constexpr(1.0e-37)
+TOTALS = tl.constexpr(4)  # numbers of a sequence: log2 of its likelihood (fraction, whole), move too faint, log domain
+
+
+@triton.jit
+def regions(work, b, targets, states, blocks):
+    """alpha, omega [N, L], the scales of alpha, omega and beta [N, blocks] and the totals of sequence b in `work`
+    (`work_size`).
+    """
+    rows = targets * states
+    scales = targets * blocks
+    # Addresses within a sequence fit in 32 bits (checked by the caller); where a sequence starts may not.
+    alpha = work + b * (2 * rows + 3 * scales + TOTALS)
+    alpha_scale = alpha + 2 * rows
+    return alpha, alpha + rows, alpha_scale, alpha_scale + scales, alpha_scale + 2 * scales, alpha_scale + 3 * scales
 
 
 @triton.jit
@@ -174,68 +188,30 @@ def _recursion(
     return faint
 
 
-@triton.jit
-def finish(log_likelihood, total, total_scale, b, log_sum, top):
-    """Store log2 of the likelihood as a fraction and a whole part, and the likelihood in nats."""
-    some = top > NEVER
-    whole = tl.floor(tl.where(some, log_sum, 0.0))
-    tl.store(total + b, tl.where(some, log_sum - whole, 0.0))
-    tl.store(total_scale + b, tl.where(some, top + whole, NEVER))
-    nats = (tl.where(some, top, 0.0).to(tl.float64) + tl.where(some, log_sum, 0.0).to(tl.float64)) * LN2
-    tl.store(log_likelihood + b, tl.where(some, nats, float("-inf")).to(tl.float32))
-
-
-@triton.jit
-def _likelihood(
-    num_targets, num_states, alpha, alpha_scale, log_likelihood, total, total_scale, targets, states, blocks, ends,
-    BLOCK: tl.constexpr, ENDS: tl.constexpr,
-):
-    """The sum of alpha of the last target over the final states. Reads its sizes again: kept, they cost the recursion
-    a register.
-    """
-    b = (tl.program_id(0) // 2).to(tl.int64)
-    n = tl.load(num_targets + b).to(tl.int32)
-    o_u = tl.load(num_states + b).to(tl.int32) - 1 - tl.arange(0, ENDS)
-    m_u = (tl.arange(0, ENDS) < ends) & (o_u >= n - 1)
-    row = b * targets + n - 1
-    b_last = tl.load(alpha + (row * states + o_u), mask=m_u, other=0.0)
-    b_scale = tl.load(alpha_scale + (row * blocks + o_u // BLOCK), mask=m_u, other=NEVER)
-    b_scale = tl.where(b_last > 0, b_scale, NEVER)
-    top = tl.max(b_scale, 0)
-    amount = tl.sum(b_last * tl.exp2(b_scale - top), 0)
-    finish(log_likelihood, total, total_scale, b, tl.log2(tl.where(amount > 0, amount, 1.0)), top)
-
-
-@triton.jit(do_not_specialize=["targets", "states", "blocks", "ends"])
+@triton.jit(do_not_specialize=["targets", "states", "blocks"])
 def scan_kernel(
-    match, moves, num_targets, num_states, alpha, alpha_scale, omega, omega_scale, beta, beta_scale,
-    log_likelihood, total, total_scale, faint, targets, states, blocks, ends, first_weight,
+    match, moves, num_targets, num_states, work, beta, targets, states, blocks,
     BLOCK: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, ENDS: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Program 2b: alpha and likelihood of sequence b; 2b+1: beta, and omega = beta times the match."""
+    """Program 2b: alpha of sequence b; 2b+1: beta, and omega = beta times the match."""
     b = (tl.program_id(0) // 2).to(tl.int64)
     back = tl.program_id(0) % 2
     n = tl.load(num_targets + b).to(tl.int32)
     length = tl.load(num_states + b).to(tl.int32)
-    # Addresses within a sequence fit in 32 bits (checked by the caller); where a sequence starts may not.
+    alpha, omega, alpha_scale, omega_scale, beta_scale, totals = regions(work, b, targets, states, blocks)
     last = back * ((n - 1) * states + length - 1)
     last_block = back * ((n - 1) * blocks + tl.cdiv(length, BLOCK) - 1)
     rows = b * targets * states + last
-    row_blocks = b * targets * blocks + last_block
-    values = alpha + rows
-    scales = alpha_scale + row_blocks
+    values = alpha + last
+    scales = alpha_scale + last_block
     if back == 1:
-        values = omega + rows
-        scales = omega_scale + row_blocks
+        values = omega + last
+        scales = omega_scale + last_block
     weak = _recursion(
         match + rows, moves + (b * states * states + back * (length - 1) * (states + 1)), values, scales,
-        beta + rows, beta_scale + row_blocks, n, length, back * (tl.cdiv(length, BLOCK) * BLOCK - length), 1 - 2 * back,
-        states - back * (states + 1), 1 - back * (states + 1), states, blocks, ends,
-        tl.where(back == 1, 1.0, first_weight), BLOCK, PART, ROWS, PRECISION,
+        beta + rows, beta_scale + last_block, n, length, back * (tl.cdiv(length, BLOCK) * BLOCK - length), 1 - 2 * back,
+        states - back * (states + 1), 1 - back * (states + 1), states, blocks, ENDS,
+        tl.where(back == 1, 1.0, 1.0 / ENDS), BLOCK, PART, ROWS, PRECISION,
     )
     if back == 0:
-        tl.store(faint + tl.program_id(0) // 2, weak)
-        _likelihood(
-            num_targets, num_states, alpha, alpha_scale, log_likelihood, total, total_scale, targets, states, blocks,
-            ends, BLOCK, ENDS,
-        )
+        tl.store(totals + 2, weak.to(tl.float32))

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from exlm_dist.kernels.launch import capability, launch
+from exlm_dist.kernels.launch import capability, cdiv, launch
 from exlm_dist.kernels.vocab import reference
 from exlm_dist.kernels.vocab.shard import VocabShard
 from exlm_dist.kernels.vocab.triton.backward import (
@@ -109,7 +108,7 @@ class _MatchScores(torch.autograd.Function):
         depth = 32 if hidden.dtype == torch.float32 else 64
         launch(
             match_kernel,
-            (triton.cdiv(max_states, depth), triton.cdiv(max_targets, 32), len(cu_states) - 1),
+            (cdiv(max_states, depth), cdiv(max_targets, 32), len(cu_states) - 1),
             {"hidden": hidden, "weight": matrix, "bias": bias, **sequences, "log_sum": log_sum, "match": match,
              "vocab": len(matrix), "width": hidden.shape[1], "first_token": first_token,
              "max_states": max_states, "max_targets": max_targets, "rest": 0.0 if shard else float("-inf")},
@@ -159,20 +158,20 @@ def _log_sum(hidden: Tensor, weight: Tensor, bias: Tensor, tiles: Tiles | None =
     """log2 of the sum over the words of e^logit, fp32 [S]."""
     tiles = tiles or Tiles.of(hidden, weight)
     rows, width = hidden.shape
-    across = triton.cdiv(len(weight), tiles.words)
+    across = cdiv(len(weight), tiles.words)
     top = torch.empty((across, rows), dtype=torch.float32, device=hidden.device)
     total = torch.empty_like(top)
     log_sum = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     parts = {"top": top, "total": total, "rows": rows, "tiles": across}
     launch(
         partial_sum_kernel,
-        (triton.cdiv(rows, tiles.rows) * across,),
+        (cdiv(rows, tiles.rows) * across,),
         {**tiles.operands(hidden, weight), "bias": bias, **parts, "vocab": len(weight), "width": width},
         tiles.constants(width),
         warps=tiles.warps,
         stages=tiles.stages,
     )
-    launch(log_sum_kernel, (triton.cdiv(rows, 64),), {**parts, "log_sum": log_sum}, {"ROWS": 64, "TILES": 32})
+    launch(log_sum_kernel, (cdiv(rows, 64),), {**parts, "log_sum": log_sum}, {"ROWS": 64, "TILES": 32})
     return log_sum
 
 
@@ -203,7 +202,7 @@ def _at_states(
     mass = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     launch(
         state_gradient_kernel,
-        (triton.cdiv(sizes["max_states"], tile), triton.cdiv(width, depth), sizes["count"] + 1),
+        (cdiv(sizes["max_states"], tile), cdiv(width, depth), sizes["count"] + 1),
         {"weight": weight, "target_ids": target_ids, **sequences, "grad_match": grad_match, "mass": mass,
          "grad_hidden": grad_hidden, "rows": rows, "vocab": len(weight), "width": width, "first_token": first_token,
          **sizes},
@@ -228,25 +227,30 @@ def _through_softmax(
     """
     tiles = tiles or Tiles.of(hidden, weight)
     rows, width = hidden.shape
-    down = triton.cdiv(rows, tiles.rows)
+    down = cdiv(rows, tiles.rows)
     buffer = torch.empty(rows * min(tiles.chunk, len(weight)), dtype=hidden.dtype, device=hidden.device)
     sums = torch.empty((down, len(weight)), dtype=torch.float32, device=hidden.device)
-    operands = tiles.operands(hidden, weight)
-    for start in range(0, len(weight), tiles.chunk):
-        words = slice(start, min(start + tiles.chunk, len(weight)))
-        chunk = words.stop - start
-        grad = buffer[: rows * chunk].view(rows, chunk)
+    shared = {
+        **tiles.operands(hidden, weight), "bias": bias, "log_sum": log_sum, "mass": mass, "grad_bias": sums,
+        "rows": rows, "vocab": len(weight), "width": width,
+    }  # fmt: skip
+    constants, start, grad = tiles.constants(width), 0, buffer[:0].view(0, 0)
+    for words, grad_words in zip(weight.split(tiles.chunk), grad_weight.split(tiles.chunk)):
+        chunk = len(words)
+        if grad.shape[1] != chunk:  # all chunks but the last are of one size
+            grad = buffer[: rows * chunk].view(rows, chunk)
+            turned = grad.t()
         launch(
             logit_gradient_kernel,
-            (down * triton.cdiv(chunk, tiles.words),),
-            {**operands, "bias": bias, "log_sum": log_sum, "mass": mass, "grad": grad, "grad_bias": sums,
-             "rows": rows, "vocab": len(weight), "chunk": chunk, "start": start, "width": width},
-            tiles.constants(width),
+            (down * cdiv(chunk, tiles.words),),
+            {**shared, "grad": grad, "chunk": chunk, "start": start},
+            constants,
             warps=tiles.warps,
             stages=tiles.stages,
-        )  # fmt: skip
-        torch.mm(grad.t(), hidden, out=grad_weight[words])
-        _add_product(grad_hidden, grad, weight[words])
+        )
+        torch.mm(turned, hidden, out=grad_words)
+        _add_product(grad_hidden, grad, words)
+        start += chunk
     torch.sum(sums, 0, out=grad_bias)
 
 
@@ -277,7 +281,7 @@ def _at_words(
     pulled_bias = torch.empty(len(target_ids), dtype=torch.float32, device=hidden.device)
     launch(
         target_gradient_kernel,
-        (triton.cdiv(width, depth), triton.cdiv(sizes["max_targets"], 32), sizes["count"]),
+        (cdiv(width, depth), cdiv(sizes["max_targets"], 32), sizes["count"]),
         {"hidden": hidden, **sequences, "grad_match": grad_match, "pulled": pulled, "pulled_bias": pulled_bias,
          "width": width, **sizes},
         {"TARGETS": 32, "STATES": tile, "DEPTH": depth, "PRECISION": _precision(hidden)},
@@ -285,11 +289,9 @@ def _at_words(
     ids, order = torch.sort(target_ids, stable=True)
     launch(
         scatter_kernel,
-        (triton.cdiv(width, 256), len(ids)),
-        {"ids": ids, "order": order, "begin": torch.searchsorted(ids, ids),
-         "end": torch.searchsorted(ids, ids, right=True), "cu_targets": sequences["cu_targets"], "pulled": pulled,
-         "pulled_bias": pulled_bias, "grad_weight": grad_weight,
-         "grad_bias": grad_bias, "vocab": len(grad_weight), "width": width, "first_token": first_token,
-         "count": sizes["count"]},
+        (cdiv(width, 256), len(ids)),
+        {"ids": ids, "order": order, "cu_targets": sequences["cu_targets"], "pulled": pulled,
+         "pulled_bias": pulled_bias, "grad_weight": grad_weight, "grad_bias": grad_bias, "targets": len(ids),
+         "vocab": len(grad_weight), "width": width, "first_token": first_token, "count": sizes["count"]},
         {"ROWS": 16, "DEPTH": 256},
     )  # fmt: skip

@@ -103,28 +103,33 @@ def target_gradient_kernel(
     tl.store(pulled_bias + first_target + o_i, b_sum, mask=o_i < targets)
 
 
-@triton.jit(do_not_specialize=["vocab", "first_token", "count"])
+@triton.jit(do_not_specialize=["targets", "vocab", "first_token", "count"])
 def scatter_kernel(
-    ids, order, begin, end, cu_targets, pulled, pulled_bias, grad_weight, grad_bias, vocab, width, first_token, count,
+    ids, order, cu_targets, pulled, pulled_bias, grad_weight, grad_bias, targets, vocab, width, first_token, count,
     ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):
     """Add to the row of a token what its targets pulled; the program of the token's first target owns the row."""
     j = tl.program_id(1)
-    start = tl.load(begin + j)
-    word = tl.load(ids + j) - first_token
+    token = tl.load(ids + j)
+    word = token - first_token
+    starts = (j == 0) | (tl.load(ids + tl.maximum(j - 1, 0)) != token)
     owned = tl.load(cu_targets + count)
-    if (start == j) & (word >= 0) & (word < vocab):
-        stop = tl.load(end + j)
+    if starts & (word >= 0) & (word < vocab):
         o_d = tl.program_id(0) * DEPTH + tl.arange(0, DEPTH)
         b_total = tl.zeros([DEPTH], tl.float32)
         sum_bias = 0.0
-        for first in range(start.to(tl.int32), stop.to(tl.int32), ROWS):
+        first = j
+        here = token
+        while here == token:  # equal tokens lie side by side
             o_j = first + tl.arange(0, ROWS)
-            b_place = tl.load(order + o_j, mask=o_j < stop, other=0)
-            m_j = (o_j < stop) & (b_place < owned)  # padding targets pull nothing
+            m_j = tl.load(ids + o_j, mask=o_j < targets, other=-1) == token
+            b_place = tl.load(order + o_j, mask=m_j, other=0)
+            m_j = m_j & (b_place < owned)  # padding targets pull nothing
             m_row = m_j[:, None] & (o_d < width)[None, :]
             b_total += tl.sum(tl.load(pulled + b_place[:, None] * width + o_d[None, :], mask=m_row, other=0.0), 0)
             sum_bias += tl.sum(tl.load(pulled_bias + b_place, mask=m_j, other=0.0), 0)
+            first += ROWS
+            here = tl.load(ids + first, mask=first < targets, other=-1)
         p_out = grad_weight + word * width + o_d
         b_old = tl.load(p_out, mask=o_d < width, other=0.0).to(tl.float32)
         tl.store(p_out, (b_old + b_total).to(grad_weight.dtype.element_ty), mask=o_d < width)

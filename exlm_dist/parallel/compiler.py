@@ -1,4 +1,4 @@
-"""Starting without the compiler of torch, which is half of what a rank would import and which no step here uses."""
+"""Starting on a CPU without the compiler of torch: half of what a rank would import, and no step here uses it."""
 
 from __future__ import annotations
 

@@ -129,7 +129,8 @@ def start(launch: LaunchConfig, parallel: ParallelConfig | None = None) -> Proce
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=launch.timeout)
     _join("nccl" if device.type == "cuda" else "gloo", rank, world, timeout)
-    leave_compiler_unloaded()
+    if device.type == "cpu":  # where a second of a core counts, and every layout is tested without it
+        leave_compiler_unloaded()
     dist.new_group = functools.partial(_new_group, timeout=timeout)
     control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
     return Process(rank, world, local_rank, device, control, Grid.make(layout, rank))

@@ -125,6 +125,7 @@ def _rank(settings: dict[str, Any], environment: dict[str, str], marks: Connecti
     import torch
 
     torch.set_num_threads(1)
+    from exlm_dist.launch import heartbeat
     from exlm_dist.training.loop import train
 
     _instrument(announce, samples)
@@ -133,6 +134,7 @@ def _rank(settings: dict[str, Any], environment: dict[str, str], marks: Connecti
     except BaseException as error:
         sys.stderr.write(f"[{os.environ['RANK']}] {type(error).__name__}: {error}\n")
         code = error.exit_code if isinstance(error, UserError) else 1
+    heartbeat.stop()
     os._exit(code)
 
 

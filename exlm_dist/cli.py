@@ -72,6 +72,8 @@ def entry() -> None:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    if (heartbeat := sys.modules.get("exlm_dist.launch.heartbeat")) is not None:  # where a training has begun
+        heartbeat.stop()
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 

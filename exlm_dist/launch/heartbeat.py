@@ -75,7 +75,8 @@ _heart: Heart | None = None
 
 
 def start(limits: WatchdogConfig, run: str) -> None:
-    """Begin to beat, in phase `start`; whichever rank of the machine comes first starts the watchdog. `run`: its name.
+    """Begin to beat, in phase `start`. `run`: its name. Each rank starts a watchdog, of which one per machine stays:
+    had only one rank to start it, the others would have none when that rank is killed meanwhile.
 
     Call it before anything slow. Does nothing where every limit is 0, or where the system shows no processes in /proc.
     """
@@ -85,10 +86,9 @@ def start(limits: WatchdogConfig, run: str) -> None:
         return
     folder = _folder(run)
     _heart = Heart(folder, int(os.environ.get("RANK", "0")))
-    if watchdog.claim(folder):
-        # -I -S: no site-packages, so it is there in 20 ms; a session of its own, so that Ctrl-C is for the ranks.
-        command = [sys.executable, "-I", "-S", watchdog.__file__, str(folder), json.dumps(seconds)]
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, cwd="/")
+    # -I -S: no site-packages, so it is there in 20 ms; a session of its own, so that Ctrl-C is for the ranks.
+    command = [sys.executable, "-I", "-S", watchdog.__file__, str(folder), json.dumps(seconds)]
+    subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, cwd="/")
 
 
 def beat(step: int) -> None:
@@ -127,7 +127,8 @@ def living(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def stop() -> None:
-    """End the heartbeat; the watchdog ends with the last one."""
+    """End the heartbeat, directly before the end of the process if others run with it; the watchdog ends with the last
+    one."""
     global _heart
     if _heart is not None:
         _heart.stop()

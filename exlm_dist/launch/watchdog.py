@@ -1,8 +1,8 @@
 """Ends a job whose ranks stand still: reads their heartbeats, puts all their stacks into the log, kills them.
 
-One such process per machine, started by the rank that comes first (`exlm_dist.launch.heartbeat`), whatever started the
-ranks. It is run by its path and needs the standard library alone, so it costs some milliseconds and works while the
-ranks cannot. It ends when no rank is left. Per rank the folder holds three files: `rank-N.json` (who it is),
+One such process per machine, whatever started the ranks: each starts one (`exlm_dist.launch.heartbeat`), and the first
+of them stays. It is run by its path and needs the standard library alone, so it costs some milliseconds and works while
+the ranks cannot. It ends when no rank is left. Per rank the folder holds three files: `rank-N.json` (who it is),
 `rank-N.beat` (its heartbeat), `rank-N.stack` (written by the rank's own faulthandler when it is asked to).
 """
 
@@ -212,13 +212,13 @@ def main(folder: str, limits: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # these are for the ranks; it ends with them
     mine = Path(folder)
-    _sweep(mine)
-    while True:
+    # Again: a rank that came when the others had just gone has no watchdog of its own, as there was one.
+    while read_ranks(mine) and _claim(mine):
+        _sweep(mine)
         watch(mine, json.loads(limits))
         remove_empty(mine)
-        # A rank that came when the others had just gone did not start a watchdog: there was one.
-        if not read_ranks(mine) or not claim(mine):
-            return
+    if not read_ranks(mine):  # the one that started this was killed at once
+        remove_empty(mine)
 
 
 def _sweep(mine: Path) -> None:
@@ -228,8 +228,8 @@ def _sweep(mine: Path) -> None:
             remove_empty(folder)
 
 
-def claim(folder: Path) -> bool:
-    """Whether the caller is to start the watchdog of `folder`: true for the first that asks."""
+def _claim(folder: Path) -> bool:
+    """Whether this is the watchdog of `folder`: true for the first that asks."""
     try:
         os.close(os.open(folder / CLAIMED, os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:

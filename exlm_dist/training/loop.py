@@ -45,7 +45,7 @@ def train(config: RunConfig) -> int:
     finally:
         interruption.restore()
     session.close("FINISHED" if code == EXIT_DONE else "KILLED")
-    heartbeat.stop()
+    _stop_heartbeat()
     return code
 
 
@@ -100,5 +100,12 @@ def _told(error: BaseException, session: Session | None) -> BaseException:
     processes.leave()
     if session is not None:
         session.close("FAILED")
-    heartbeat.stop()
+    _stop_heartbeat()
     return error
+
+
+def _stop_heartbeat() -> None:
+    """A rank of a job ends right after its training, and is watched until it is gone: letting go of a model takes a
+    while, and one that is stopped meanwhile would keep the job for ever."""
+    if "RANK" not in os.environ:
+        heartbeat.stop()

@@ -70,6 +70,21 @@ def test_a_stopped_rank_ends_the_run_with_its_name_and_all_stacks(hang, words, d
     assert all(word in text for word in words) and "distributed_c10d.py" in text and "cannot show its stack" in text
 
 
+def stopped_after_its_training(rank, settings):
+    code = _train(rank, settings, None)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return code
+
+
+def test_a_rank_that_is_stopped_on_its_way_out_is_ended_too(data, tmp_path):
+    config = tiny(tmp_path, "out", data, watchdog={"end": 2})
+    with pytest.raises(RankFailed) as caught:
+        run_processes(stopped_after_its_training, 2, config.model_dump(), timeout=60)
+    assert caught.value.codes == [0, -signal.SIGKILL]
+    assert "rank 1 has stood still" in log_of(config) and "in phase end" in log_of(config)
+
+
 def signals_in_a_save(rank, settings):
     """USR1 when the save of step 8 begins, TERM while its numbers are copied, TERM again when it is given away."""
     from exlm_dist.training import checkpoint

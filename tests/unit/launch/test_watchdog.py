@@ -50,6 +50,25 @@ def gone(tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.parametrize("moment", ["before its watchdog is there", "after"])
+def test_whichever_rank_is_killed_at_its_start_the_others_are_watched(tmp_path, capfd, moment):
+    code = """
+from exlm_dist.launch import watchdog
+if rank == 0: os.kill(os.getpid(), signal.SIGKILL)
+heartbeat.enter('step')
+time.sleep(60)"""
+    kill = (
+        "import subprocess\nif os.environ['RANK'] == '0': subprocess.Popen = lambda *a, **k: os.kill(os.getpid(), 9)\n"
+    )
+    first = "" if moment == "after" else kill
+    environments = rank_environments(2, tmp_path)
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, "-c", "import os\n" + first + RANK + code]
+    supervise(command, [{**entry, "TMPDIR": str(tmp_path / "tmp")} for entry in environments], grace=30.0)
+    assert "rank 1 has stood still" in capfd.readouterr().err
+    gone(tmp_path)
+
+
 def test_a_stopped_rank_is_named_and_the_others_show_their_stacks(tmp_path, capfd):
     code = """
 heartbeat.enter('step')

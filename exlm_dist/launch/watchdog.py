@@ -8,6 +8,7 @@ the ranks cannot. It ends when no rank is left. Per rank the folder holds three 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -134,7 +135,21 @@ def end_job(folder: Path, ranks: list[Rank], limits: Mapping[str, float]) -> Non
     named = {rank.rank for rank in culprits}
     for rank in sorted(ranks, key=lambda rank: rank.rank in named):  # those who wait first: they have nothing to add
         if rank.state:
-            os.kill(rank.pid, signal.SIGKILL)
+            _send(rank, signal.SIGKILL)
+
+
+def _send(rank: Rank, number: int) -> None:
+    """A signal to a rank that may end at this moment."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(rank.pid, number)
+
+
+def _written(path: Path) -> bytes:
+    """What a rank has written by now; nothing when it has ended meanwhile and taken its files along."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def _see_them_gone(folder: Path) -> None:
@@ -186,17 +201,17 @@ def _stacks(folder: Path, ranks: list[Rank]) -> dict[int, str]:
             stacks[rank.rank] = "This process is stopped and cannot show its stack."
         elif rank.state:
             asked[rank.rank] = path
-            os.kill(rank.pid, STACK_SIGNAL)
+            _send(rank, STACK_SIGNAL)
         else:
             stacks[rank.rank] = "This process has ended."
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        sizes = {rank: path.stat().st_size for rank, path in asked.items()}
+        former = {rank: _written(path) for rank, path in asked.items()}
         time.sleep(0.2)
-        if all(sizes[rank] and sizes[rank] == path.stat().st_size for rank, path in asked.items()):
+        if all(former[rank] and former[rank] == _written(path) for rank, path in asked.items()):
             break
     for rank, path in asked.items():
-        stacks[rank] = path.read_text(errors="replace").rstrip() or (
+        stacks[rank] = _written(path).decode(errors="replace").rstrip() or (
             f"No stack within {PATIENCE:g} s: the process does not answer to signals (a device, or a file system)."
         )
     return stacks

@@ -203,3 +203,23 @@ def test_without_limits_there_is_no_watchdog(tmp_path, monkeypatch):
     heartbeat.beat(1)
     heartbeat.stop()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_that_ends_while_its_stack_is_asked_for_does_not_end_the_watchdog(tmp_path):
+    """It takes its files along, and those that hang are still to be killed."""
+    code = "import signal; signal.signal(signal.SIGUSR2, signal.SIG_IGN); print(flush=True); signal.pause()"
+    alive = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        alive.stdout.readline()
+        facts = {"error_file": "", "phase": "end", "step": 3, "beats": 9, "moment": time.monotonic()}
+        ranks = [
+            watchdog.Rank(rank=0, pid=alive.pid, born=watchdog.process_state(alive.pid)[1], **facts),
+            watchdog.Rank(rank=1, pid=2**22 + 1, born="0", **facts),
+        ]
+        assert set(watchdog._stacks(tmp_path, ranks)) == {0, 1}
+        watchdog.end_job(tmp_path, ranks, {"end": 1.0})
+        assert alive.wait(10) == -signal.SIGKILL
+    finally:
+        alive.kill()
+        alive.wait()
+        alive.stdout.close()

@@ -290,7 +290,7 @@ def load_parameter(instruction: Instruction, kernel: Kernel) -> Step:
     """An argument of the kernel; which one can depend on a register that all threads agree on."""
     target, address = instruction.operands
     kind = f"u{TYPES[parts(instruction)[-1]][1]}"
-    mask = (1 << int(kind[1]) * 8) - 1
+    mask, signed = (1 << int(kind[1]) * 8) - 1, parts(instruction)[-1].startswith("s")
     bits = address.base.bits if isinstance(address.base, Register) else 32
     where = location(address, f"u{bits // 8}")
 
@@ -299,16 +299,23 @@ def load_parameter(instruction: Instruction, kernel: Kernel) -> Step:
         number, offset = divmod(int(places[0]), PARAMETER)
         if offset or (places != places[0]).any():
             raise Unknown(instruction.text)
-        machine.write(target, np.array([machine.arguments[number] & mask], kind))
+        word = np.array([machine.arguments[number] & mask], kind)
+        machine.write(target, _widened(word, target.bits, signed))
 
     return run
+
+
+def _widened(words: np.ndarray, bits: int, signed: bool) -> np.ndarray:
+    """As a register of that many bits."""
+    size = words.dtype.itemsize
+    return words.view(f"{'i' if signed else 'u'}{size}").astype(f"{'i' if signed else 'u'}{bits // 8}")
 
 
 @builds("ld.global", "ld.shared")
 def load(instruction: Instruction, kernel: Kernel) -> Step:
     """One word or two or four consecutive ones of each thread."""
     targets, address = _vector(instruction.operands[0]), instruction.operands[1]
-    word = int(TYPES[parts(instruction)[-1]][1])
+    word, signed = int(TYPES[parts(instruction)[-1]][1]), parts(instruction)[-1].startswith("s")
     shared = parts(instruction)[1] == "shared"
     where = location(address, "u4" if shared else "u8")
 
@@ -317,7 +324,7 @@ def load(instruction: Instruction, kernel: Kernel) -> Step:
         words = space.load(machine.acting(where(machine)), word, len(targets), machine.moment())
         for place, target in enumerate(targets):
             value = machine.scatter(np.ascontiguousarray(words[:, place]))
-            machine.write(target, value.astype(f"u{target.bits // 8}"))
+            machine.write(target, _widened(value, target.bits, signed))
 
     return run
 

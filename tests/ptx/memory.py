@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,9 @@ class Moment:
 class Space:
     """Bytes at consecutive addresses from `base` on, with the last writer and readers of each unit."""
 
+    #: Told of every access: space, offsets, bytes at each, warps (`counts.py`).
+    observer: Callable[[Space, np.ndarray, int, np.ndarray], None] | None = None
+
     def __init__(self, name: str, data: np.ndarray, base: int) -> None:
         self.name, self.base, self.size = name, base, len(data)
         self.data = data
@@ -50,7 +54,15 @@ class Space:
         offsets = self._offsets(addresses, size * count)
         if moment.epoch >= 0:
             self._read(offsets, size * count, moment)
+            if Space.observer:
+                Space.observer(self, offsets, size * count, moment.warps)
         return self.peek(offsets, size, count)
+
+    def gather(self, addresses: np.ndarray, size: int, moment: Moment) -> np.ndarray:
+        """Words [n] as the operand of a matrix product, which reads them whole lines at a time."""
+        offsets = self._offsets(addresses, size)
+        self._read(offsets, size, moment)
+        return self.peek(offsets, size, 1)[:, 0]
 
     def peek(self, offsets: np.ndarray, size: int, count: int) -> np.ndarray:
         """Words at offsets that are known to be inside."""
@@ -69,6 +81,8 @@ class Space:
             lost = (words[places] != self._winners(words, places, values, moment.warps)).any(1)
             units, warps = self._units(offsets[lost], size * count, moment.warps[lost])
             self._refuse(self.writer[units] != warps, units, warps, "written", self.writer)
+            if Space.observer:
+                Space.observer(self, offsets, size * count, moment.warps)
 
     @staticmethod
     def _winners(words: np.ndarray, places: np.ndarray, values: np.ndarray, warps: np.ndarray) -> np.ndarray:

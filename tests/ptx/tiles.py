@@ -166,7 +166,7 @@ def _described(machine: Machine, descriptor: int, rows: int, depth: int, size: i
         places = row // 8 * stride + row % 8 * 16 + deep * size // 16 * leading + deep * size % 16
     places = swizzled(begin + places, mode).astype("u4")
     moment = Moment(np.full(places.size, machine.warps[0]), machine.block, machine.epoch)
-    return machine.shared.load(places.ravel(), size, 1, moment)[:, 0].reshape(places.shape)
+    return machine.shared.gather(places.ravel(), size, moment).reshape(places.shape)
 
 
 def _decoder(kind: str) -> Callable[[np.ndarray], np.ndarray]:

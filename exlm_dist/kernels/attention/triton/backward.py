@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from exlm_dist.kernels.attention.triton.tiles import (
+    angles_at,
     keeps,
     load_rows,
     load_turned,
@@ -48,7 +49,7 @@ def backward_queries(
     stride_out = heads * P
     begin = first + chunk * BQ
     left = count - chunk * BQ
-    p_turn = table + begin * P
+    p_turn = angles_at(table, begin, HALF)
     p_turned = turned + (begin * heads + head) * BP
     if TURNED:
         b_q = load_rows(p_turned, o_query, left, heads * BP, BP, BP)
@@ -68,7 +69,7 @@ def backward_queries(
     if TURNED:
         p_k = turned + ((tokens + first) * heads + head) * BP
     p_v = v + first * stride + head * stride_head
-    p_key_turn = table + first * P
+    p_key_turn = angles_at(table, first, HALF)
     for key in range(0, count, BK):
         if TURNED:
             b_k = load_rows(p_k, o_key, count - key, heads * BP, BP, BP)
@@ -87,7 +88,7 @@ def backward_queries(
         b_gq = product(b_grad, b_k, b_gq)
         p_k += BK * (heads * BP if TURNED else stride)
         p_v += BK * stride
-        p_key_turn += BK * P
+        p_key_turn = angles_at(p_key_turn, BK, HALF)
     p_gq = grad_q + begin * stride_grad + head * stride_grad_head
     p_sums = table  # not written to without SUMS
     if SUMS:
@@ -120,7 +121,7 @@ def backward_keys(
     stride_out = heads * P
     begin = first + chunk * BK
     left = count - chunk * BK
-    p_key_turn = table + begin * P
+    p_key_turn = angles_at(table, begin, HALF)
     b_k = load_turned(k + begin * stride + head * stride_head, p_key_turn, o_key, left, stride, BK, HALF, BH)
     b_v = load_rows(v + begin * stride + head * stride_head, o_key, left, stride, P, BP)
     b_gk = tl.zeros([BK, BP], tl.float32)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from exlm_dist.kernels.attention.triton.tiles import (
+    angles_at,
     keeps,
     load_rows,
     load_turned,
@@ -19,7 +20,7 @@ from exlm_dist.kernels.attention.triton.tiles import (
 def forward(
     q, k, v,  # [T, H, P] in, strides (stride, stride_head, 1)
     turned,  # [T, H, BP] in: k turned, where TURNED
-    table,  # [T, P] fp32 in: cosines and sines
+    table,  # in: cosines and sines [T, P] fp32, or [T, HALF] words with a cosine and a sine in fp16
     cu,  # [sequences + 1] int64 in
     out,  # [T, H, P] out, contiguous
     statistic,  # [H, T] fp32 out
@@ -44,11 +45,12 @@ def forward(
     begin = first + chunk * (TILES * BQ)
     left = count - chunk * (TILES * BQ)
     p_q = q + begin * stride + head * stride_head
-    p_turn = table + begin * P
+    p_turn = angles_at(table, begin, HALF)
     b_q, b_sum, b_total, b_top = (), (), (), ()
     for tile in tl.static_range(TILES):
         b_q += (load_turned(
-            p_q + tile * BQ * stride, p_turn + tile * BQ * P, o_query, left - tile * BQ, stride, BQ, HALF, BH),)
+            p_q + tile * BQ * stride, angles_at(p_turn, tile * BQ, HALF), o_query, left - tile * BQ, stride, BQ, HALF,
+            BH),)
         b_sum = b_sum + (tl.zeros([BQ, BP], tl.float32),)
         b_total = b_total + (tl.zeros([BQ], tl.float32),)
         b_top = b_top + (tl.full([BQ], float("-inf"), tl.float32),)
@@ -58,7 +60,7 @@ def forward(
     if TURNED:
         p_k = turned + (first * heads + head) * BP
     p_v = v + first * stride + head * stride_head
-    p_turn = table + first * P
+    p_turn = angles_at(table, first, HALF)
     for key in range(0, count, BK):
         if TURNED:
             b_k = load_rows(p_k, o_key, count - key, heads * BP, BP, BP)
@@ -84,7 +86,7 @@ def forward(
         b_sum, b_total, b_top = n_sum, n_total, n_top
         p_k += BK * (heads * BP if TURNED else stride)
         p_v += BK * stride
-        p_turn += BK * P
+        p_turn = angles_at(p_turn, BK, HALF)
     p_out = out + begin * stride_out + head * P
     p_statistic = statistic + head.to(tl.int64) * tokens + begin
     for tile in tl.static_range(TILES):

@@ -55,12 +55,32 @@ def store_rows(p_base, b_tile, o_row, limit, stride, WIDTH: tl.constexpr, BLOCK:
 
 
 @triton.jit
+def angles_at(table, row, HALF: tl.constexpr):
+    """Where a table has the angles of the token `row` further on."""
+    if table.dtype.element_ty == tl.int32:
+        return table + row * HALF
+    return table + row * (2 * HALF)
+
+
+@triton.jit
+def load_angles(p_table, o_row, limit, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """Cosines and sines [rows, BLOCK] in fp32 of the rows below `limit`, from fp32 or from two fp16 in one word."""
+    if p_table.dtype.element_ty == tl.int32:
+        b_both = load_rows(p_table, o_row, limit, HALF, HALF, BLOCK)
+        b_cos = b_both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        b_sin = (b_both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        b_cos = load_rows(p_table, o_row, limit, 2 * HALF, HALF, BLOCK)
+        b_sin = load_rows(p_table + HALF, o_row, limit, 2 * HALF, HALF, BLOCK)
+    return b_cos, b_sin
+
+
+@triton.jit
 def load_turned(p_base, p_table, o_row, limit, stride, ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
     """Rows of q or k turned by their angles: [ROWS, 2 * BLOCK], the second half from column BLOCK on."""
     b_first = load_rows(p_base, o_row, limit, stride, HALF, BLOCK)
     b_second = load_rows(p_base + HALF, o_row, limit, stride, HALF, BLOCK)
-    b_cos = load_rows(p_table, o_row, limit, 2 * HALF, HALF, BLOCK)
-    b_sin = load_rows(p_table + HALF, o_row, limit, 2 * HALF, HALF, BLOCK)
+    b_cos, b_sin = load_angles(p_table, o_row, limit, HALF, BLOCK)
     b_low = (b_first.to(tl.float32) * b_cos - b_second.to(tl.float32) * b_sin).to(b_first.dtype)
     b_high = (b_second.to(tl.float32) * b_cos + b_first.to(tl.float32) * b_sin).to(b_first.dtype)
     return tl.reshape(tl.permute(tl.join(b_low, b_high), (0, 2, 1)), [ROWS, 2 * BLOCK])
@@ -81,8 +101,7 @@ def store_turned_back(
 ):  # fmt: skip
     """Write the gradient [ROWS, 2 * BLOCK] of q or k, turned by minus the angles, and with SUMS its sums over rows."""
     b_low, b_high = tl.split(tl.permute(tl.reshape(b_grad, [ROWS, 2, BLOCK]), (0, 2, 1)))
-    b_cos = load_rows(p_table, o_row, limit, 2 * HALF, HALF, BLOCK)
-    b_sin = load_rows(p_table + HALF, o_row, limit, 2 * HALF, HALF, BLOCK)
+    b_cos, b_sin = load_angles(p_table, o_row, limit, HALF, BLOCK)
     b_first = b_low * b_cos + b_high * b_sin
     b_second = b_high * b_cos - b_low * b_sin
     store_rows(p_base, b_first, o_row, limit, stride, HALF, BLOCK)

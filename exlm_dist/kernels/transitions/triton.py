@@ -8,6 +8,8 @@ a score is share_h G - p_h sum_u(share_h G); no probability is divided by, so no
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -71,229 +73,272 @@ def _before(first, count, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _rows(pointer, first, o_row, length, h, heads: tl.constexpr, width: tl.constexpr, P_BLOCK: tl.constexpr):
-    """[rows, P_BLOCK] of head h of packed [S, H, P]."""
-    o_p = tl.arange(0, P_BLOCK)
-    m_row = (o_row < length)[:, None]
-    if P_BLOCK != width:
-        m_row = m_row & (o_p < width)[None, :]
-    return tl.load(pointer + ((first + o_row)[:, None] * heads + h) * width + o_p[None, :], mask=m_row, other=0.0)
+def _sequence(cu_states, b):
+    """Where the states of a sequence begin (64 bits), and how many it has (32 bits)."""
+    first = tl.load(cu_states + b)
+    return first, (tl.load(cu_states + b + 1) - first).to(tl.int32)
 
 
 @triton.jit
+def _rows(pointer, place, count, heads: tl.constexpr, width: tl.constexpr, ROWS: tl.constexpr, P_BLOCK: tl.constexpr):
+    """[ROWS, P_BLOCK] of a head (where `pointer` is) from state `place` of [S, H, P] on; zeros but for `count` rows."""
+    o_row = tl.arange(0, ROWS)
+    o_p = tl.arange(0, P_BLOCK)
+    m_row = (o_row < count)[:, None]
+    if P_BLOCK != width:
+        m_row = m_row & (o_p < width)[None, :]
+    pointer += place * (heads * width)
+    return tl.load(pointer + (o_row[:, None] * (heads * width) + o_p[None, :]), mask=m_row, other=0.0)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def normaliser_kernel(
-    query, key, gate, cu_states, log_sum, log_gate, scale,
+    query, key, gate, cu_states, log_sum, base, scale, rows,
     heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, HEADS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """log2 of the sum over u of 2^score of one head, and log2 of the head's gate, for ROWS states v."""
+    """log2 of the sum over u of 2^score of one head, and log2 of the head's gate less that, for ROWS states v."""
     h = tl.program_id(1)
-    first = tl.load(cu_states + tl.program_id(2))
-    length = (tl.load(cu_states + tl.program_id(2) + 1) - first).to(tl.int32)
-    o_v = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if tl.program_id(0) * ROWS < length:
-        b_query = _rows(query, first, o_v, length, h, heads, width, P_BLOCK)
+    first, length = _sequence(cu_states, tl.program_id(2))
+    row = tl.program_id(0) * ROWS
+    o_v = row + tl.arange(0, ROWS)
+    if row < length:
+        b_query = _rows(query + h * width, first + row, length - row, heads, width, ROWS, P_BLOCK)
         b_top = tl.full([ROWS], LOWEST, tl.float32)
         b_sum = tl.zeros([ROWS], tl.float32)
-        start, stop = _after(tl.program_id(0) * ROWS, ROWS, length, GROUP)
+        start, stop = _after(row, ROWS, length, GROUP)
         for column in range(start // COLUMNS * COLUMNS, stop, COLUMNS):
             o_u = column + tl.arange(0, COLUMNS)
-            b_key = _rows(key, first, o_u, length, h, heads, width, P_BLOCK)
+            b_key = _rows(key + h * width, first + column, length - column, heads, width, COLUMNS, P_BLOCK)
             b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
             b_score = tl.where(_allowed(o_v, o_u, length, GROUP), b_score, float("-inf"))
             b_new = tl.maximum(b_top, tl.max(b_score, 1))
             b_sum = b_sum * tl.exp2(b_top - b_new) + tl.sum(tl.exp2(b_score - b_new[:, None]), 1)
             b_top = b_new
-        o_out = (first + o_v) * heads + h
         b_sum = tl.where(b_sum > 0, b_top + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), 0.0)
-        tl.store(log_sum + o_out, b_sum, mask=o_v < length)
-        o_h = tl.arange(0, HEADS)
-        m_gate = (o_v < length)[:, None] & (o_h < heads)[None, :]
-        b_gate = tl.load(gate + (first + o_v)[:, None] * heads + o_h[None, :], mask=m_gate, other=float("-inf"))
-        b_gate = tl.where((o_v < length)[:, None], b_gate.to(tl.float32) * LOG2E, 0.0)
-        b_high = tl.max(b_gate, 1)
-        b_total = b_high + tl.log2(tl.sum(tl.exp2(b_gate - b_high[:, None]), 1))
-        b_own = tl.sum(tl.where((o_h == h)[None, :], b_gate, 0.0), 1)
-        tl.store(log_gate + o_out, b_own - b_total, mask=o_v < length)
+        head = h.to(tl.int64) * rows + first
+        tl.store(log_sum + head + o_v, b_sum, mask=o_v < length)
+        b_gate = _log_gates(gate, first + o_v, o_v < length, heads, HEADS)
+        b_own = tl.sum(tl.where((tl.arange(0, HEADS) == h)[None, :], b_gate, 0.0), 1)
+        tl.store(base + head + o_v, b_own - b_sum, mask=o_v < length)
 
 
-@triton.jit(do_not_specialize=["longest"])
+@triton.jit
+def _log_gates(gate, o_row, m_row, heads: tl.constexpr, HEADS: tl.constexpr):
+    """log2 of the gates of states, [rows, HEADS]; -inf past the last head."""
+    o_h = tl.arange(0, HEADS)
+    m_gate = m_row[:, None] & (o_h < heads)[None, :]
+    b_gate = tl.load(gate + (o_row[:, None] * heads + o_h[None, :]), mask=m_gate, other=0.0).to(tl.float32) * LOG2E
+    b_gate = tl.where((o_h < heads)[None, :], b_gate, float("-inf"))
+    b_high = tl.max(b_gate, 1)[:, None]
+    return b_gate - (b_high + tl.log2(tl.sum(tl.exp2(b_gate - b_high), 1))[:, None])
+
+
+@triton.jit(do_not_specialize=["side", "rows"])
 def mixture_kernel(
-    query, key, cu_states, log_sum, log_gate, out, scale, longest,
+    query, key, cu_states, base, out, scale, side, rows,
     heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):
     """log E of a tile [ROWS, COLUMNS]: log-sum over the heads of gate times probability; -inf where not allowed."""
     b = tl.program_id(2).to(tl.int64)
-    first = tl.load(cu_states + b)
-    length = (tl.load(cu_states + b + 1) - first).to(tl.int32)
-    o_v = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    o_u = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    start, stop = _after(tl.program_id(1) * ROWS, ROWS, length, GROUP)
+    first, length = _sequence(cu_states, b)
+    row = tl.program_id(1) * ROWS
+    column = tl.program_id(0) * COLUMNS
+    o_v = row + tl.arange(0, ROWS)
+    o_u = column + tl.arange(0, COLUMNS)
+    start, stop = _after(row, ROWS, length, GROUP)
     b_top = tl.full([ROWS, COLUMNS], LOWEST, tl.float32)
     b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
-    column = tl.program_id(0) * COLUMNS
-    used = (column < stop) & (column + COLUMNS > start) & (tl.program_id(1) * ROWS < length)
+    used = (column < stop) & (column + COLUMNS > start) & (row < length)
+    p_base = base + first
     for h in range(0, tl.where(used, heads, 0)):
-        b_query = _rows(query, first, o_v, length, h, heads, width, P_BLOCK)
-        b_key = _rows(key, first, o_u, length, h, heads, width, P_BLOCK)
-        o_head = (first + o_v) * heads + h
-        b_base = tl.load(log_gate + o_head, mask=o_v < length, other=0.0)
-        b_base -= tl.load(log_sum + o_head, mask=o_v < length, other=0.0)
+        b_query = _rows(query + h * width, first + row, length - row, heads, width, ROWS, P_BLOCK)
+        b_key = _rows(key + h * width, first + column, length - column, heads, width, COLUMNS, P_BLOCK)
+        b_base = tl.load(p_base + o_v, mask=o_v < length, other=0.0)
         b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale + b_base[:, None]
         b_gap = tl.exp2(-tl.abs(b_score - b_top))
         b_sum = tl.where(b_score > b_top, b_sum * b_gap + 1.0, b_sum + b_gap)
         b_top = tl.maximum(b_score, b_top)
+        p_base += rows
     b_out = (b_top + tl.log2(b_sum)) * LN2
     b_out = tl.where(_allowed(o_v, o_u, length, GROUP), b_out, float("-inf"))
-    m_out = (o_v < longest)[:, None] & (o_u < longest)[None, :]
-    tl.store(out + ((b * longest + o_v)[:, None] * longest + o_u[None, :]), b_out, mask=m_out)
+    o_tile, o_move, m_move = _moves(b, row, column, side, ROWS, COLUMNS, ALIGN)
+    tl.store(out + o_tile + o_move, b_out, mask=m_move)
 
 
 @triton.jit
-def _tile(out, grad_out, b, o_v, o_u, length, longest, GROUP: tl.constexpr):
-    """(log2 E, gradient) of a tile of moves: 0 and 0 for a move that is not allowed or has no probability at all."""
-    m_move = _allowed(o_v, o_u, length, GROUP)
-    o_move = b * longest * longest + (o_v[:, None] * longest + o_u[None, :])
-    b_log = tl.load(out + o_move, mask=m_move, other=float("-inf")) * LOG2E
-    b_grad = tl.load(grad_out + o_move, mask=m_move, other=0.0)
-    m_known = b_log > float("-inf")
-    # Far above any score: the share of a move without probability is then 0 times its gradient, and 0 it is.
-    return tl.where(m_known, b_log, -LOWEST), tl.where(m_known, b_grad, 0.0)
+def _moves(b, row, column, side, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr):
+    """Start of a tile in [B, L, L], offsets from there, and which are inside; L is side * ALIGN, for wide words.
+
+    The mask must not differ from element to element, as that of the allowed moves does: it would part the words.
+    """
+    longest = side * ALIGN
+    o_v = tl.arange(0, ROWS)[:, None]
+    o_u = tl.arange(0, COLUMNS)[None, :]
+    o_tile = (b * longest + row) * longest + column
+    return o_tile, o_v * longest + o_u, (o_v < longest - row) & (o_u < longest - column)
 
 
 @triton.jit
-def _score_gradient(b_score, b_log, b_grad, b_log_sum, b_log_gate, b_leaving, m_move):
-    """share G - p leaving, [v, u], from the scores in base 2."""
-    b_score -= b_log_sum[:, None]
-    b_share = tl.exp2(b_score + b_log_gate[:, None] - b_log) * b_grad
-    return b_share - tl.where(m_move, tl.exp2(b_score), 0.0) * b_leaving[:, None]
+def _limit(count, SIZE: tl.constexpr):
+    """inf for the first `count` states of a tile, then -inf."""
+    return tl.where(tl.arange(0, SIZE) < count, float("inf"), float("-inf"))
 
 
-@triton.jit(do_not_specialize=["longest", "rows"])
+@triton.jit
+def _score_gradient(b_score, b_log, b_grad, b_log_sum, b_base, b_leaving, scale, b_limit):
+    """share G - p leaving, [v, u], from q.k; 0 for a move that is not allowed, not one's own (-inf in `b_limit`) or
+    without probability, whatever its gradient is.
+    """
+    b_less = b_base[:, None] - b_log * LOG2E
+    b_share = tl.exp2(b_score * scale + b_less) * b_grad
+    b_part = tl.exp2(b_score * scale - b_log_sum[:, None]) * b_leaving[:, None]
+    # A zero unknown to the compiler: with a known one it would choose after rounding, and round each number alone.
+    return tl.where(b_less < b_limit, b_share - b_part, tl.minimum(scale, 0.0))
+
+
+@triton.jit(do_not_specialize=["side", "rows"])
 def leaving_kernel(
-    query, key, cu_states, log_sum, log_gate, out, grad_out, leaving, scale, longest, rows,
+    query, key, cu_states, base, out, grad_out, leaving, scale, side, rows,
     heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):
-    """Sum over the u of a tile of share times gradient, [tiles of u, S, H]: all heads of a tile, read once."""
+    """Sum over the u of a tile of share times gradient, [tiles of u, H, S]: all heads of a tile, read once."""
     b = tl.program_id(2).to(tl.int64)
-    first = tl.load(cu_states + b)
-    length = (tl.load(cu_states + b + 1) - first).to(tl.int32)
-    o_v = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    o_u = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    start, stop = _after(tl.program_id(1) * ROWS, ROWS, length, GROUP)
+    first, length = _sequence(cu_states, b)
+    row = tl.program_id(1) * ROWS
     column = tl.program_id(0) * COLUMNS
-    if (column < stop) & (column + COLUMNS > start) & (tl.program_id(1) * ROWS < length):
-        b_log, b_grad = _tile(out, grad_out, b, o_v, o_u, length, longest, GROUP)
+    o_v = row + tl.arange(0, ROWS)
+    start, stop = _after(row, ROWS, length, GROUP)
+    if (column < stop) & (column + COLUMNS > start) & (row < length):
+        o_tile, o_move, m_move = _moves(b, row, column, side, ROWS, COLUMNS, ALIGN)
+        b_log = tl.load(out + o_tile + o_move, mask=m_move)
+        b_grad = tl.load(grad_out + o_tile + o_move, mask=m_move)
+        m_move = m_move & (b_log > float("-inf"))
+        # Far above any score: the share of a move without probability is then 0 times its gradient, and 0 it is.
+        b_log = tl.where(m_move, b_log * LOG2E, -LOWEST)
+        b_grad = tl.where(m_move, b_grad, 0.0)
+        p_base = base + first
+        p_out = leaving + (tl.program_id(0).to(tl.int64) * heads * rows + first)
         for h in range(0, heads):
-            b_query = _rows(query, first, o_v, length, h, heads, width, P_BLOCK)
-            b_key = _rows(key, first, o_u, length, h, heads, width, P_BLOCK)
-            o_head = (first + o_v) * heads + h
-            b_base = tl.load(log_gate + o_head, mask=o_v < length, other=0.0)
-            b_base -= tl.load(log_sum + o_head, mask=o_v < length, other=0.0)
+            b_query = _rows(query + h * width, first + row, length - row, heads, width, ROWS, P_BLOCK)
+            b_key = _rows(key + h * width, first + column, length - column, heads, width, COLUMNS, P_BLOCK)
+            b_base = tl.load(p_base + o_v, mask=o_v < length, other=0.0)
             b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
             b_share = tl.exp2(b_score + b_base[:, None] - b_log) * b_grad
-            o_out = tl.program_id(0).to(tl.int64) * rows * heads + o_head
-            tl.store(leaving + o_out, tl.sum(b_share, 1), mask=o_v < length)
+            tl.store(p_out + o_v, tl.sum(b_share, 1), mask=o_v < length)
+            p_base += rows
+            p_out += rows
 
 
-@triton.jit(do_not_specialize=["longest", "rows"])
+@triton.jit(do_not_specialize=["side", "rows"])
 def query_gradient_kernel(
-    query, key, cu_states, log_sum, log_gate, out, grad_out, leaving, left, grad_query, scale, root, longest, rows,
+    query, key, cu_states, log_sum, base, out, grad_out, leaving, left, grad_query, scale, root, side, rows,
     heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):
     """Gradient of ROWS queries of one head, and `left`: the sum of `leaving` over its tiles."""
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    first = tl.load(cu_states + b)
-    length = (tl.load(cu_states + b + 1) - first).to(tl.int32)
-    o_v = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if tl.program_id(0) * ROWS < length:
-        b_query = _rows(query, first, o_v, length, h, heads, width, P_BLOCK)
-        o_head = (first + o_v) * heads + h
-        b_log_sum = tl.load(log_sum + o_head, mask=o_v < length, other=0.0)
-        b_log_gate = tl.load(log_gate + o_head, mask=o_v < length, other=0.0)
-        start, stop = _after(tl.program_id(0) * ROWS, ROWS, length, GROUP)
+    first, length = _sequence(cu_states, b)
+    row = tl.program_id(0) * ROWS
+    o_v = row + tl.arange(0, ROWS)
+    if row < length:
+        b_query = _rows(query + h * width, first + row, length - row, heads, width, ROWS, P_BLOCK)
+        head = h.to(tl.int64) * rows + first
+        b_log_sum = tl.load(log_sum + head + o_v, mask=o_v < length, other=0.0)
+        b_base = tl.load(base + head + o_v, mask=o_v < length, other=0.0)
+        start, stop = _after(row, ROWS, length, GROUP)
         start = start // COLUMNS * COLUMNS
         b_leaving = tl.zeros([ROWS], tl.float32)
-        p_leaving = leaving + ((start // COLUMNS).to(tl.int64) * rows * heads + o_head)
+        p_leaving = leaving + ((start // COLUMNS).to(tl.int64) * heads * rows + head)
         for _ in range(start, stop, COLUMNS):
-            b_leaving += tl.load(p_leaving, mask=o_v < length, other=0.0)
+            b_leaving += tl.load(p_leaving + o_v, mask=o_v < length, other=0.0)
             p_leaving += rows * heads
         b_grad = tl.zeros([ROWS, P_BLOCK], tl.float32)
         for column in range(start, stop, COLUMNS):
-            o_u = column + tl.arange(0, COLUMNS)
-            b_key = _rows(key, first, o_u, length, h, heads, width, P_BLOCK)
-            b_log, b_out = _tile(out, grad_out, b, o_v, o_u, length, longest, GROUP)
-            b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
-            m_move = _allowed(o_v, o_u, length, GROUP)
-            b_score = _score_gradient(b_score, b_log, b_out, b_log_sum, b_log_gate, b_leaving, m_move)
+            b_key = _rows(key + h * width, first + column, length - column, heads, width, COLUMNS, P_BLOCK)
+            o_tile, o_move, m_move = _moves(b, row, column, side, ROWS, COLUMNS, ALIGN)
+            b_log = tl.load(out + o_tile + o_move, mask=m_move)
+            b_out = tl.load(grad_out + o_tile + o_move, mask=m_move)
+            b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
+            b_limit = _limit(length - column, COLUMNS)[None, :]
+            b_score = _score_gradient(b_score, b_log, b_out, b_log_sum, b_base, b_leaving, scale, b_limit)
             b_grad = tl.dot(b_score.to(b_key.dtype), b_key, b_grad, input_precision=PRECISION)
         b_grad *= root
-        tl.store(left + o_head, b_leaving, mask=o_v < length)
-        o_p = tl.arange(0, P_BLOCK)
-        m_out = (o_v < length)[:, None] & (o_p < width)[None, :]
-        tl.store(grad_query + o_head[:, None] * width + o_p[None, :], b_grad.to(b_query.dtype), mask=m_out)
+        tl.store(left + head + o_v, b_leaving, mask=o_v < length)
+        _store_rows(grad_query + h * width, first + row, length - row, b_grad, heads, width, ROWS, P_BLOCK)
 
 
-@triton.jit(do_not_specialize=["longest", "rows"])
+@triton.jit
+def _store_rows(
+    pointer, place, count, b_value, heads: tl.constexpr, width: tl.constexpr, ROWS: tl.constexpr, P_BLOCK: tl.constexpr
+):
+    """The way back of `_rows`."""
+    o_row = tl.arange(0, ROWS)
+    o_p = tl.arange(0, P_BLOCK)
+    m_out = (o_row < count)[:, None] & (o_p < width)[None, :]
+    pointer += place * (heads * width)
+    o_out = o_row[:, None] * (heads * width) + o_p[None, :]
+    tl.store(pointer + o_out, b_value.to(pointer.dtype.element_ty), mask=m_out)
+
+
+@triton.jit(do_not_specialize=["side", "rows"])
 def key_gradient_kernel(
-    query, key, cu_states, log_sum, log_gate, out, grad_out, left, grad_query, grad_key, grad_gate, scale, root,
-    longest, rows,
+    query, key, gate, cu_states, log_sum, base, out, grad_out, left, grad_query, grad_key, grad_gate, scale, root,
+    side, rows,
     heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, P_BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr, ALIGN: tl.constexpr,
 ):
     """Gradient of COLUMNS keys of one head. The programs after the last head do the gates of as many states, those
     after the last sequence clear the rows that no sequence owns.
     """
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    first = tl.load(cu_states + b)
     column = tl.program_id(0) * COLUMNS
     if b == tl.num_programs(2) - 1:
+        first = tl.load(cu_states + b)
         tail = tl.where(h < heads, (rows - first).to(tl.int32), 0)
         for row in range(column, tail, tl.num_programs(0) * COLUMNS):
             o_row = first + row + tl.arange(0, COLUMNS)
             _clear(grad_query, grad_key, grad_gate, o_row, o_row < rows, h, heads, width, COLUMNS, P_BLOCK)
     else:
-        length = (tl.load(cu_states + b + 1) - first).to(tl.int32)
-        o_u = column + tl.arange(0, COLUMNS)
+        first, length = _sequence(cu_states, b)
         if h == heads:
-            _gate_gradient(log_gate, left, grad_gate, first + o_u, o_u < length, heads, HEADS)
+            o_u = column + tl.arange(0, COLUMNS)
+            _gate_gradient(gate, left, grad_gate, first + o_u, o_u < length, rows, heads, HEADS)
         elif column < length:
-            b_key = _rows(key, first, o_u, length, h, heads, width, P_BLOCK)
+            b_key = _rows(key + h * width, first + column, length - column, heads, width, COLUMNS, P_BLOCK)
             b_total = tl.zeros([COLUMNS, P_BLOCK], tl.float32)
             start, stop = _before(column, COLUMNS, GROUP)
             for row in range(start // ROWS * ROWS, tl.minimum(stop, length), ROWS):
-                o_v = row + tl.arange(0, ROWS)
-                b_query = _rows(query, first, o_v, length, h, heads, width, P_BLOCK)
-                o_head = (first + o_v) * heads + h
-                b_log_sum = tl.load(log_sum + o_head, mask=o_v < length, other=0.0)
-                b_log_gate = tl.load(log_gate + o_head, mask=o_v < length, other=0.0)
-                b_leaving = tl.load(left + o_head, mask=o_v < length, other=0.0)
-                b_log, b_out = _tile(out, grad_out, b, o_v, o_u, length, longest, GROUP)
-                b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
-                m_move = _allowed(o_v, o_u, length, GROUP)
-                b_score = _score_gradient(b_score, b_log, b_out, b_log_sum, b_log_gate, b_leaving, m_move)
+                b_query = _rows(query + h * width, first + row, length - row, heads, width, ROWS, P_BLOCK)
+                head = h.to(tl.int64) * rows + first + row
+                o_v = tl.arange(0, ROWS)
+                b_log_sum = tl.load(log_sum + head + o_v, mask=o_v < length - row, other=0.0)
+                b_base = tl.load(base + head + o_v, mask=o_v < length - row, other=0.0)
+                b_leaving = tl.load(left + head + o_v, mask=o_v < length - row, other=0.0)
+                o_tile, o_move, m_move = _moves(b, row, column, side, ROWS, COLUMNS, ALIGN)
+                b_log = tl.load(out + o_tile + o_move, mask=m_move)
+                b_out = tl.load(grad_out + o_tile + o_move, mask=m_move)
+                b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
+                b_limit = _limit(length - row, ROWS)[:, None]
+                b_score = _score_gradient(b_score, b_log, b_out, b_log_sum, b_base, b_leaving, scale, b_limit)
                 b_total = tl.dot(tl.trans(b_score.to(b_query.dtype)), b_query, b_total, input_precision=PRECISION)
-            o_p = tl.arange(0, P_BLOCK)
-            m_out = (o_u < length)[:, None] & (o_p < width)[None, :]
-            o_out = ((first + o_u) * heads + h)[:, None] * width + o_p[None, :]
-            tl.store(grad_key + o_out, (b_total * root).to(b_key.dtype), mask=m_out)
+            b_total *= root
+            _store_rows(grad_key + h * width, first + column, length - column, b_total, heads, width, COLUMNS, P_BLOCK)
 
 
 @triton.jit
-def _gate_gradient(log_gate, left, grad_gate, o_row, m_row, heads: tl.constexpr, HEADS: tl.constexpr):
+def _gate_gradient(gate, left, grad_gate, o_row, m_row, rows, heads: tl.constexpr, HEADS: tl.constexpr):
     """left_h - gate_h times the sum of `left` over the heads."""
     o_h = tl.arange(0, HEADS)
-    o_out = o_row[:, None] * heads + o_h[None, :]
     m_out = m_row[:, None] & (o_h < heads)[None, :]
-    b_left = tl.load(left + o_out, mask=m_out, other=0.0)
-    b_gate = tl.exp2(tl.load(log_gate + o_out, mask=m_out, other=float("-inf")))
+    b_left = tl.load(left + (o_h.to(tl.int64)[None, :] * rows + o_row[:, None]), mask=m_out, other=0.0)
+    b_gate = tl.exp2(_log_gates(gate, o_row, m_row, heads, HEADS))
     b_grad = b_left - b_gate * tl.sum(b_left, 1)[:, None]
-    tl.store(grad_gate + o_out, b_grad.to(grad_gate.dtype.element_ty), mask=m_out)
+    tl.store(grad_gate + (o_row[:, None] * heads + o_h[None, :]), b_grad.to(grad_gate.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
@@ -314,58 +359,57 @@ class _Transitions(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, gate, cu_states, max_states, group):
         query, key, gate = query.contiguous(), key.contiguous(), gate.contiguous()
-        _, heads, width = query.shape
+        rows, heads, width = query.shape
         count = len(cu_states) - 1
-        log_sum = torch.empty(gate.shape, dtype=torch.float32, device=gate.device)
-        log_gate = torch.empty_like(log_sum)
+        log_sum = torch.empty((heads, rows), dtype=torch.float32, device=gate.device)
+        base = torch.empty_like(log_sum)
         out = torch.empty((count, max_states, max_states), dtype=torch.float32, device=gate.device)
-        packed = {"query": query, "key": key, "cu_states": cu_states, "log_sum": log_sum, "log_gate": log_gate}
-        packed["scale"] = width**-0.5 * LOG2E.value
-        settings, warps = _settings(query, max_states, group)
-        launch(
-            normaliser_kernel,
-            (cdiv(max_states, settings["ROWS"]), heads, count),
-            {**packed, "gate": gate},
-            {**settings, "HEADS": next_power_of_2(heads)},
-            warps=warps,
-        )
-        tiles = [cdiv(max_states, settings[side]) for side in ("COLUMNS", "ROWS")]
-        launch(mixture_kernel, (*tiles, count), {**packed, "out": out, "longest": max_states}, settings, warps=warps)
-        ctx.save_for_backward(query, key, gate, cu_states, log_sum, log_gate, out)
+        settings, align, warps = _settings(query, max_states, group)
+        packed = {
+            "query": query, "key": key, "cu_states": cu_states, "base": base, "scale": width**-0.5 * LOG2E.value,
+            "rows": rows,
+        }  # fmt: skip
+        grid = (cdiv(max_states, settings["ROWS"]), heads, count)
+        states = {**packed, "gate": gate, "log_sum": log_sum}
+        launch(normaliser_kernel, grid, states, {**settings, "HEADS": next_power_of_2(heads)}, warps=warps)
+        grid = (cdiv(max_states, settings["COLUMNS"]), grid[0], count)
+        moves = {**packed, "out": out, "side": max_states // align}
+        launch(mixture_kernel, grid, moves, {**settings, "ALIGN": align}, warps=warps)
+        ctx.save_for_backward(query, key, gate, cu_states, log_sum, base, out)
         ctx.settings = (max_states, group)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        query, key, gate, cu_states, log_sum, log_gate, out = ctx.saved_tensors
+        query, key, gate, cu_states, log_sum, base, out = ctx.saved_tensors
         max_states, group = ctx.settings
         rows, heads, width = query.shape
         count = len(cu_states) - 1
-        settings, warps = _settings(query, max_states, group)
+        settings, align, warps = _settings(query, max_states, group)
+        constants = {**settings, "ALIGN": align}
         down, across = (cdiv(max_states, settings[side]) for side in ("ROWS", "COLUMNS"))
-        leaving = torch.empty((across, rows, heads), dtype=torch.float32, device=query.device)
+        leaving = torch.empty((across, heads, rows), dtype=torch.float32, device=query.device)
         left = torch.empty_like(log_sum)
         grad_query, grad_key, grad_gate = (torch.empty_like(tensor) for tensor in (query, key, gate))
         arguments = {
-            "query": query, "key": key, "cu_states": cu_states, "log_sum": log_sum, "log_gate": log_gate, "out": out,
-            "grad_out": grad_out.contiguous(), "scale": width**-0.5 * LOG2E.value, "longest": max_states,
+            "query": query, "key": key, "cu_states": cu_states, "base": base, "out": out,
+            "grad_out": grad_out.contiguous(), "scale": width**-0.5 * LOG2E.value, "side": max_states // align,
+            "rows": rows,
         }  # fmt: skip
-        all_heads = {**arguments, "leaving": leaving, "rows": rows}
-        launch(leaving_kernel, (across, down, count), all_heads, settings, warps=warps)
-        gradient = {**all_heads, "left": left, "grad_query": grad_query, "root": width**-0.5}
-        launch(query_gradient_kernel, (down, heads, count), gradient, settings, warps=warps)
-        gradient = {
-            **arguments, "left": left, "grad_query": grad_query, "grad_key": grad_key, "grad_gate": grad_gate,
-            "root": width**-0.5, "rows": rows,
-        }  # fmt: skip
-        constants = {**settings, "HEADS": next_power_of_2(heads)}
-        launch(key_gradient_kernel, (across, heads + 1, count + 1), gradient, constants, warps=warps)
+        launch(leaving_kernel, (across, down, count), {**arguments, "leaving": leaving}, constants, warps=warps)
+        arguments |= {"log_sum": log_sum, "left": left, "grad_query": grad_query, "root": width**-0.5}
+        launch(query_gradient_kernel, (down, heads, count), {**arguments, "leaving": leaving}, constants, warps=warps)
+        arguments |= {"gate": gate, "grad_key": grad_key, "grad_gate": grad_gate}
+        constants = {**constants, "HEADS": next_power_of_2(heads)}
+        launch(key_gradient_kernel, (across, heads + 1, count + 1), arguments, constants, warps=warps)
         return grad_query, grad_key, grad_gate, None, None, None
 
 
-def _settings(query: Tensor, max_states: int, group: int | None) -> tuple[dict[str, object], int]:
-    """Compile-time constants shared by the tiled kernels, and warps: the measured best (benchmarks/results)."""
+def _settings(query: Tensor, max_states: int, group: int | None) -> tuple[dict[str, object], int, int]:
+    """Compile-time constants of the tiled kernels and warps, the measured best (benchmarks/results); between them how
+    many words of a row of moves can be read together.
+    """
     _, heads, width = query.shape
     precise = query.dtype == torch.float32
     block = max(16, next_power_of_2(width))
@@ -382,4 +426,4 @@ def _settings(query: Tensor, max_states: int, group: int | None) -> tuple[dict[s
         "COLUMNS": columns,
         "PRECISION": "ieee" if precise else "tf32",
     }
-    return settings, 8 if precise or block > 64 else 4
+    return settings, math.gcd(max_states, 4), 8 if precise or block > 64 else 4

@@ -22,6 +22,8 @@ from exlm_dist.kernels.transitions import reference
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1.0e30)
+# Where the sum of the heads' probabilities begins to miss terms that matter: 2^-100, 26 bits above the least number.
+FAINT = tl.constexpr(7.888609052210118e-31)
 
 
 def transition_log_probs(
@@ -40,12 +42,11 @@ def uniform_log_probs(cu_states: Tensor, max_states: int) -> Tensor:
 
 @triton.jit
 def _allowed(o_v, o_u, length, GROUP: tl.constexpr):
-    """[v, u]: may state v be followed by state u."""
+    """[v, u]: may state v be followed by state u; one comparison, as a v past the end has no u before it."""
     if GROUP == 0:
-        m_order = o_v[:, None] < o_u[None, :]
+        return o_v[:, None] < tl.where(o_u < length, o_u, -1)[None, :]
     else:
-        m_order = (o_v // GROUP + 1)[:, None] == (o_u // GROUP)[None, :]
-    return m_order & ((o_v < length)[:, None] & (o_u < length)[None, :])
+        return (o_v // GROUP + 1)[:, None] == tl.where(o_u < length, o_u // GROUP, -1)[None, :]
 
 
 @triton.jit
@@ -110,12 +111,14 @@ def normaliser_kernel(
         for column in range(start // COLUMNS * COLUMNS, stop, COLUMNS):
             o_u = column + tl.arange(0, COLUMNS)
             b_key = _rows(key + h * width, first + column, length - column, heads, width, COLUMNS, P_BLOCK)
-            b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
-            b_score = tl.where(_allowed(o_v, o_u, length, GROUP), b_score, float("-inf"))
+            b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
+            if (GROUP > 0) | (column < row + ROWS) | (column + COLUMNS > length):
+                b_score = tl.where(_allowed(o_v, o_u, length, GROUP), b_score, float("-inf"))
             b_new = tl.maximum(b_top, tl.max(b_score, 1))
-            b_sum = b_sum * tl.exp2(b_top - b_new) + tl.sum(tl.exp2(b_score - b_new[:, None]), 1)
+            b_part = tl.exp2(b_score * scale - (b_new * scale)[:, None])
+            b_sum = b_sum * tl.exp2((b_top - b_new) * scale) + tl.sum(b_part, 1)
             b_top = b_new
-        b_sum = tl.where(b_sum > 0, b_top + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), 0.0)
+        b_sum = tl.where(b_sum > 0, b_top * scale + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), 0.0)
         head = h.to(tl.int64) * rows + first
         tl.store(log_sum + head + o_v, b_sum, mask=o_v < length)
         b_gate = _log_gates(gate, first + o_v, o_v < length, heads, HEADS)
@@ -134,6 +137,19 @@ def _log_gates(gate, o_row, m_row, heads: tl.constexpr, HEADS: tl.constexpr):
     return b_gate - (b_high + tl.log2(tl.sum(tl.exp2(b_gate - b_high), 1))[:, None])
 
 
+@triton.jit
+def _scores(
+    query, key, base, first, row, column, length, h, scale, rows, heads: tl.constexpr, width: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, P_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """log2 of gate times probability of head h, for a tile of moves."""
+    b_query = _rows(query + h * width, first + row, length - row, heads, width, ROWS, P_BLOCK)
+    b_key = _rows(key + h * width, first + column, length - column, heads, width, COLUMNS, P_BLOCK)
+    o_v = row + tl.arange(0, ROWS)
+    b_base = tl.load(base + (tl.cast(h, tl.int64) * rows + first) + o_v, mask=o_v < length, other=0.0)
+    return tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale + b_base[:, None]
+
+
 @triton.jit(do_not_specialize=["side", "rows"])
 def mixture_kernel(
     query, key, cu_states, base, out, scale, side, rows,
@@ -148,21 +164,29 @@ def mixture_kernel(
     o_v = row + tl.arange(0, ROWS)
     o_u = column + tl.arange(0, COLUMNS)
     start, stop = _after(row, ROWS, length, GROUP)
-    b_top = tl.full([ROWS, COLUMNS], LOWEST, tl.float32)
-    b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
     used = (column < stop) & (column + COLUMNS > start) & (row < length)
-    p_base = base + first
-    for h in range(0, tl.where(used, heads, 0)):
-        b_query = _rows(query + h * width, first + row, length - row, heads, width, ROWS, P_BLOCK)
-        b_key = _rows(key + h * width, first + column, length - column, heads, width, COLUMNS, P_BLOCK)
-        b_base = tl.load(p_base + o_v, mask=o_v < length, other=0.0)
-        b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale + b_base[:, None]
-        b_gap = tl.exp2(-tl.abs(b_score - b_top))
-        b_sum = tl.where(b_score > b_top, b_sum * b_gap + 1.0, b_sum + b_gap)
-        b_top = tl.maximum(b_score, b_top)
-        p_base += rows
+    count = tl.where(used, heads, 0)
+    b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for h in range(0, count):
+        b_score = _scores(
+            query, key, base, first, row, column, length, h, scale, rows, heads, width, ROWS, COLUMNS, P_BLOCK, PRECISION
+        )
+        b_sum += tl.exp2(b_score)
+    m_move = _allowed(o_v, o_u, length, GROUP)
+    b_top = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if tl.min(tl.where(m_move, b_sum, 1.0)) < FAINT:  # again, beside the largest term: of others only the logarithm is left
+        b_top += LOWEST
+        b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for h in range(0, count):
+            b_score = _scores(
+                query, key, base, first, row, column, length, h, scale, rows, heads, width, ROWS, COLUMNS, P_BLOCK,
+                PRECISION,
+            )
+            b_gap = tl.exp2(-tl.abs(b_score - b_top))
+            b_sum = tl.where(b_score > b_top, b_sum * b_gap + 1.0, b_sum + b_gap)
+            b_top = tl.maximum(b_score, b_top)
     b_out = (b_top + tl.log2(b_sum)) * LN2
-    b_out = tl.where(_allowed(o_v, o_u, length, GROUP), b_out, float("-inf"))
+    b_out = tl.where(m_move, b_out, float("-inf"))
     o_tile, o_move, m_move = _moves(b, row, column, side, ROWS, COLUMNS, ALIGN)
     tl.store(out + o_tile + o_move, b_out, mask=m_move)
 
@@ -215,20 +239,17 @@ def leaving_kernel(
         o_tile, o_move, m_move = _moves(b, row, column, side, ROWS, COLUMNS, ALIGN)
         b_log = tl.load(out + o_tile + o_move, mask=m_move)
         b_grad = tl.load(grad_out + o_tile + o_move, mask=m_move)
-        m_move = m_move & (b_log > float("-inf"))
         # Far above any score: the share of a move without probability is then 0 times its gradient, and 0 it is.
+        m_move = m_move & (b_log > float("-inf"))
         b_log = tl.where(m_move, b_log * LOG2E, -LOWEST)
         b_grad = tl.where(m_move, b_grad, 0.0)
-        p_base = base + first
         p_out = leaving + (tl.program_id(0).to(tl.int64) * heads * rows + first)
         for h in range(0, heads):
-            b_query = _rows(query + h * width, first + row, length - row, heads, width, ROWS, P_BLOCK)
-            b_key = _rows(key + h * width, first + column, length - column, heads, width, COLUMNS, P_BLOCK)
-            b_base = tl.load(p_base + o_v, mask=o_v < length, other=0.0)
-            b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale
-            b_share = tl.exp2(b_score + b_base[:, None] - b_log) * b_grad
-            tl.store(p_out + o_v, tl.sum(b_share, 1), mask=o_v < length)
-            p_base += rows
+            b_score = _scores(
+                query, key, base, first, row, column, length, h, scale, rows, heads, width, ROWS, COLUMNS, P_BLOCK,
+                PRECISION,
+            )
+            tl.store(p_out + o_v, tl.sum(tl.exp2(b_score - b_log) * b_grad, 1), mask=o_v < length)
             p_out += rows
 
 

@@ -1,0 +1,121 @@
+"""Triton kernels of the transition log-probabilities: tiles of the allowed triangle only, nothing of [L, L, H] stored.
+
+Scores are kept in base 2. Forward: one kernel leaves the log-sum of each (head, state), a second adds the heads up
+tile by tile. Backward: with share_h = p(head h | move v -> u) in [0, 1] and G the gradient of log E, the gradient of
+a score is share_h G - p_h sum_u(share_h G); no probability is divided by, so none can underflow into a wrong gradient
+(README.md).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from exlm_dist.kernels.launch import cdiv, launch, next_power_of_2
+from exlm_dist.kernels.transitions import reference
+from exlm_dist.kernels.transitions.triton.backward import key_gradient_kernel, leaving_kernel, query_gradient_kernel
+from exlm_dist.kernels.transitions.triton.forward import mixture_kernel, normaliser_kernel
+
+LOG2E = math.log2(math.e)
+
+
+def transition_log_probs(
+    query: Tensor, key: Tensor, gate: Tensor, cu_states: Tensor, max_states: int, *, group: int | None
+) -> Tensor:
+    """Dense (group None) or sparse (states per group) log E; see `exlm_dist.kernels.transitions`."""
+    if query.dtype == torch.float64:
+        return reference.transition_log_probs(query, key, gate, cu_states, max_states, group=group)
+    return _Transitions.apply(query, key, gate, cu_states, max_states, group)
+
+
+def uniform_log_probs(cu_states: Tensor, max_states: int) -> Tensor:
+    """See `exlm_dist.kernels.transitions`: no parameters, made once per batch, the definition is enough."""
+    return reference.uniform_log_probs(cu_states, max_states)
+
+
+class _Transitions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, gate, cu_states, max_states, group):
+        query, key, gate = query.contiguous(), key.contiguous(), gate.contiguous()
+        rows, heads, width = query.shape
+        count = len(cu_states) - 1
+        log_sum = torch.empty((heads, rows), dtype=torch.float32, device=gate.device)
+        base = torch.empty_like(log_sum)
+        out = torch.empty((count, max_states, max_states), dtype=torch.float32, device=gate.device)
+        settings, align, warps = _settings(query, max_states, group)
+        packed = {
+            "query": query, "key": key, "cu_states": cu_states, "base": base, "scale": width**-0.5 * LOG2E,
+            "rows": rows,
+        }  # fmt: skip
+        grid = (cdiv(max_states, settings["ROWS"]), heads, count)
+        states = {**packed, "gate": gate, "log_sum": log_sum}
+        launch(normaliser_kernel, grid, states, {**settings, "HEADS": next_power_of_2(heads)}, warps=warps)
+        grid = (cdiv(max_states, settings["COLUMNS"]), grid[0], count)
+        moves = {**packed, "out": out, "side": max_states // align}
+        launch(mixture_kernel, grid, moves, {**settings, "ALIGN": align}, warps=warps)
+        ctx.save_for_backward(query, key, gate, cu_states, log_sum, base, out)
+        ctx.settings = (max_states, group)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        query, key, gate, cu_states, log_sum, base, out = ctx.saved_tensors
+        max_states, group = ctx.settings
+        rows, heads, width = query.shape
+        count = len(cu_states) - 1
+        settings, align, warps = _settings(query, max_states, group)
+        constants = {**settings, "ALIGN": align}
+        down, across = (cdiv(max_states, settings[side]) for side in ("ROWS", "COLUMNS"))
+        leaving = torch.empty((across, heads, rows), dtype=torch.float32, device=query.device)
+        left = torch.empty_like(log_sum)
+        grad_query, grad_key, grad_gate = (torch.empty_like(tensor) for tensor in (query, key, gate))
+        arguments = {
+            "query": query, "key": key, "cu_states": cu_states, "base": base, "out": out,
+            "grad_out": grad_out.contiguous(), "scale": width**-0.5 * LOG2E, "side": max_states // align,
+            "rows": rows,
+        }  # fmt: skip
+        launch(leaving_kernel, (across, down, count), {**arguments, "leaving": leaving}, constants, warps=warps)
+        arguments |= {"log_sum": log_sum, "left": left, "grad_query": grad_query, "root": width**-0.5}
+        constants = {**constants, **_together(settings, warps)}
+        down, groups = cdiv(max_states, constants["ROWS"]), heads // constants["EACH"]
+        launch(query_gradient_kernel, (down, groups, count), {**arguments, "leaving": leaving}, constants, warps=warps)
+        arguments |= {"gate": gate, "grad_key": grad_key, "grad_gate": grad_gate}
+        constants = {**constants, "HEADS": next_power_of_2(heads)}
+        launch(key_gradient_kernel, (across, groups + 1, count + 1), arguments, constants, warps=warps)
+        return grad_query, grad_key, grad_gate, None, None, None
+
+
+def _together(settings: dict[str, Any], warps: int) -> dict[str, int]:
+    """Heads of a program of the gradients, and rows of its tiles: two heads share what is read of the moves, where the
+    registers suffice for that, which they do not with 64 rows.
+    """
+    pairs = warps == 4 and settings["heads"] % 2 == 0
+    return {"EACH": 2, "ROWS": 32} if pairs else {"EACH": 1, "ROWS": settings["ROWS"]}
+
+
+def _settings(query: Tensor, max_states: int, group: int | None) -> tuple[dict[str, Any], int, int]:
+    """Compile-time constants of the tiled kernels and warps, the measured best (benchmarks/results); between them how
+    many words of a row of moves can be read together.
+    """
+    _, heads, width = query.shape
+    precise = query.dtype == torch.float32
+    block = max(16, next_power_of_2(width))
+    if precise:
+        rows = columns = 32 if block <= 32 else 16
+    else:
+        rows, columns = (32 if max_states <= 128 else 64), 32
+    settings = {
+        "heads": heads,
+        "width": width,
+        "GROUP": group or 0,
+        "BLOCK": block,
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "PRECISION": "ieee" if precise else "tf32",
+    }
+    return settings, math.gcd(max_states, 4), 8 if precise or block > 64 else 4

@@ -12,11 +12,11 @@ from exlm_dist.kernels.transitions import transition_log_probs
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def _run(width: int, dtype: torch.dtype, kind: str) -> None:
-    query, key = (torch.empty(2496, 12, width, dtype=dtype, device="meta", requires_grad=True) for _ in range(2))
-    gate = torch.empty(2496, 12, dtype=dtype, device="meta", requires_grad=True)
+def _run(width: int, dtype: torch.dtype, kind: str, states: int = 312, heads: int = 12) -> None:
+    query, key = (torch.empty(2496, heads, width, dtype=dtype, device="meta", requires_grad=True) for _ in range(2))
+    gate = torch.empty(2496, heads, dtype=dtype, device="meta", requires_grad=True)
     starts = torch.empty(9, dtype=torch.int64, device="meta")
-    out = transition_log_probs(query, key, gate, starts, 312, states_per_target=4, kind=kind, backend="triton")
+    out = transition_log_probs(query, key, gate, starts, states, states_per_target=4, kind=kind, backend="triton")
     out.sum().backward()
 
 
@@ -25,4 +25,10 @@ CASES: dict[str, Callable[[], None]] = {
     for name, dtype in TYPES.items()
     for width in (32, 64, 96, 128)
     for kind in ("dense", "sparse")
+} | {
+    # Few states; rows of moves of an odd number and twice one, which are read by words of 4 and 8 bytes; heads alone.
+    f"P64 bf16 dense {states} states, {heads} heads": functools.partial(
+        _run, 64, torch.bfloat16, "dense", states, heads
+    )
+    for states, heads in ((84, 12), (311, 12), (310, 12), (312, 11), (83, 11))
 }

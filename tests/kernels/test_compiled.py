@@ -5,19 +5,21 @@ The interpreter cannot do this: its products of bf16 are wrong, and it knows no 
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
 import torch
+from cases import random_graph, starts_of
 from test_attention_triton import BOUNDS, Problem, masked_attention
 from test_dag_triton import agree as graph_agrees
 from test_elementwise_triton import gelu_case, gelu_results
+from test_transitions_triton import DEVICE, make
 from test_transitions_triton import agree as transitions_agree
-from test_transitions_triton import make
 from test_vocab_triton import Case
 from test_vocab_triton import agree as match_agrees
 
-from cases import random_graph
+from exlm_dist.kernels import transition_log_probs
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET", "0") == "1", reason="for compiled kernels: a GPU, or EXLM_EMULATE=80 or 90"
@@ -47,9 +49,34 @@ def test_state_graph(targets: list[int], kind: str, ends: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
-@pytest.mark.parametrize("lengths, width", [([84, 4], 64), ([140], 64), ([20], 128)])
-def test_transitions(lengths: list[int], width: int, kind: str) -> None:
-    transitions_agree(make(lengths, 2, width, seed=4), lengths, 4, kind, BF16, 6e-3)
+@pytest.mark.parametrize(
+    "lengths, width, heads", [([83, 4], 64, 2), ([84], 64, 2), ([139], 64, 2), ([129], 64, 3), ([20], 128, 2)]
+)
+def test_transitions(lengths: list[int], width: int, heads: int, kind: str) -> None:
+    """One state more than the longest sequence has: rows of moves of 84, 85, 140, 130 and 21 words."""
+    transitions_agree(make(lengths, heads, width, seed=4), lengths, 4, kind, BF16, 6e-3)
+
+
+def test_transitions_too_faint_for_probabilities() -> None:
+    lengths = [39]
+    ours = transitions_agree(make(lengths, 2, 64, seed=5, scale=30.0), lengths, 4, "dense", BF16, 6e-3)
+    allowed = ours[0][ours[0].isfinite()]
+    assert allowed.min() < math.log(2.0**-149) and allowed.max() > -1
+
+
+def test_transitions_do_not_depend_on_batch_mates() -> None:
+    """Whose rows of moves have another length, read by other words."""
+    lengths = [44, 83]
+    inputs = make(lengths, 2, 64, seed=6, padding=0)
+    leaves = [tensor.to(DEVICE, BF16).requires_grad_() for tensor in inputs]
+    grad = torch.rand(2, 84, 84, device=DEVICE)
+    both = transition_log_probs(*leaves, starts_of(lengths).to(DEVICE), 84, states_per_target=4, backend="triton")
+    both.backward(grad)
+    alone = [tensor[:44].to(DEVICE, BF16).requires_grad_() for tensor in inputs]
+    one = transition_log_probs(*alone, starts_of([44]).to(DEVICE), 45, states_per_target=4, backend="triton")
+    one.backward(grad[:1, :45, :45])
+    assert torch.equal(one[0, :44, :44], both[0, :44, :44])
+    assert all(torch.equal(a.grad, b.grad[:44]) for a, b in zip(alone, leaves, strict=True))
 
 
 def test_vocabulary() -> None:

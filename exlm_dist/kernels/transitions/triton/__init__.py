@@ -83,7 +83,10 @@ class _Transitions(torch.autograd.Function):
         arguments |= {"log_sum": log_sum, "left": left, "grad_query": grad_query, "root": width**-0.5}
         constants = {**constants, **_together(settings, warps)}
         down, groups = cdiv(max_states, constants["ROWS"]), heads // constants["EACH"]
-        launch(query_gradient_kernel, (down, groups, count), {**arguments, "leaving": leaving}, constants, warps=warps)
+        gradient = {**arguments, "leaving": leaving}
+        # With eight warps ptxas would rather spill a few bytes than take the registers it has, unless told how many.
+        limit = 168 if warps == 8 else None
+        launch(query_gradient_kernel, (down, groups, count), gradient, constants, warps=warps, registers=limit)
         arguments |= {"gate": gate, "grad_key": grad_key, "grad_gate": grad_gate}
         constants = {**constants, "HEADS": next_power_of_2(heads)}
         launch(key_gradient_kernel, (across, groups + 1, count + 1), arguments, constants, warps=warps)

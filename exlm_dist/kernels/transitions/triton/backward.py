@@ -100,11 +100,11 @@ def query_gradient_kernel(
         start, stop = after(row, ROWS, length, GROUP)
         start = start // COLUMNS * COLUMNS
         step = tl.cast(rows, tl.int64) * heads
+        b_query = load_rows(query + h * width, first + row, length - row, heads, width, ROWS, BLOCK)
         head = h.to(tl.int64) * rows + first
         b_log_sum, b_base, b_left = _add_row_sums(
             leaving, log_sum, base, left, head, o_v, length, start, stop, step, COLUMNS
         )
-        b_query = load_rows(query + h * width, first + row, length - row, heads, width, ROWS, BLOCK)
         b_total = tl.zeros([ROWS, BLOCK], tl.float32)
         if EACH == 2:
             b_log_sum_2, b_base_2, b_left_2 = _add_row_sums(

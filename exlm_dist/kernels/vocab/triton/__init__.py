@@ -247,24 +247,24 @@ def _through_softmax(
     # The sum over several blocks of rows stays in fp32 until it is complete.
     chunk_sum = None if whole else torch.empty((words, width), dtype=torch.float32, device=hidden.device)
     shared = {"bias": bias, "grad_bias": sums, "vocab": len(weight), "width": width}
-    blocks = [*zip(*(_split(tensor, tiles.block) for tensor in (hidden, log_sum, mass, grad_hidden)))]
-    arguments = [
-        {**tiles.operands(block, weight), **shared, "log_sum": log_sums, "mass": masses, "rows": len(block),
-         "later": int(place > 0)}
-        for place, (block, log_sums, masses, _) in enumerate(blocks)
-    ]  # fmt: skip
-    constants, start, grad = tiles.constants(width), 0, buffer[:0].view(0, 0)
+    blocks = []
+    for block, *rest in zip(*(_split(tensor, tiles.block) for tensor in (hidden, log_sum, mass, grad_hidden))):
+        of_rows = {"log_sum": rest[0], "mass": rest[1], "rows": len(block), "later": int(bool(blocks))}
+        blocks.append((block, rest[2], {**tiles.operands(block, weight), **shared, **of_rows}))
+    constants, start, shape = tiles.constants(width), 0, (0, 0)
     for matrix, grad_matrix in zip(_split(weight, tiles.chunk), _split(grad_weight, tiles.chunk)):
         words = len(matrix)
-        for (block, _, _, grad_block), known in zip(blocks, arguments):
-            rows = len(block)
-            if grad.shape != (rows, words):  # all blocks and chunks but the last are of one size
-                grad = buffer[: rows * words].view(rows, words)
+        across = cdiv(words, tiles.words)
+        for block, grad_block, arguments in blocks:
+            rows = arguments["rows"]
+            if shape != (rows, words):  # all blocks and chunks but the last are of one size
+                shape = rows, words
+                grad = buffer[: rows * words].view(shape)
                 turned = grad.t()
             launch(
                 logit_gradient_kernel,
-                (cdiv(rows, tiles.rows) * cdiv(words, tiles.words),),
-                {**known, "grad": grad, "chunk": words, "start": start},
+                (cdiv(rows, tiles.rows) * across,),
+                {**arguments, "grad": grad, "chunk": words, "start": start},
                 constants,
                 warps=tiles.warps,
                 stages=tiles.stages,
@@ -272,7 +272,7 @@ def _through_softmax(
             if chunk_sum is None:
                 torch.mm(turned, block, out=grad_matrix)
             else:
-                _add_product(chunk_sum[:words], turned, block, fresh=not known["later"])
+                _add_product(chunk_sum[:words], turned, block, fresh=not arguments["later"])
             _add_product(grad_block, grad, matrix)
         if chunk_sum is not None:
             grad_matrix.copy_(chunk_sum[:words])

@@ -13,7 +13,20 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("WDS_SECURE", "1")
 if not Path("/dev/nvidiactl").exists():
     # Read when triton is first imported, by whichever test that is.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "0" if "EXLM_EMULATE" in os.environ else "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With EXLM_EMULATE=80 or 90 kernels are compiled for that GPU and run from their PTX (tests/ptx)."""
+    chosen = os.environ.get("EXLM_EMULATE")
+    if chosen is None:
+        return
+    from ptx.driver import install
+
+    from exlm_dist.kernels import launch
+
+    launch.DEFAULT_CAPABILITY = (int(chosen[:-1]), int(chosen[-1]))
+    install(launch.DEFAULT_CAPABILITY)
 
 
 @pytest.fixture(scope="session")

@@ -76,6 +76,7 @@ def _log_recursion(
             b_came = tl.where(b_some, b_came, 0.0)
             b_carry = tl.floor(b_came)
             b_value = ((b_whole + b_carry) - top) + (b_part + (b_came - b_carry))
+            tl.debug_barrier()  # values and tails may be one: every warp has read, one writes
             tl.store(values + o_row + o_u, tl.where(b_some, b_value, float("-inf")), mask=m_u)
         for k in range(0, blocks):
             tl.store(tail_scales + i * blocks + k, scale)
@@ -125,8 +126,9 @@ def check_kernel(
     failed = tl.maximum(failed, tl.load(totals + 2).to(tl.int32))
     tl.store(totals + 3, failed.to(tl.float32))
     if failed > 0:
-        tl.debug_barrier()  # nobody reads what the recursions left any more
-        tl.store(counter + b, tl.load(counter + b) + 1)
+        before = tl.load(counter + b)
+        tl.debug_barrier()  # nobody reads what the recursions left, nor the counter, any more
+        tl.store(counter + b, before + 1)
         match += b * targets * states
         moves += b * states * states
         gamma += b * targets * states
@@ -154,4 +156,5 @@ def check_kernel(
                 b_alpha = tl.load(alpha + o_row + o_s, mask=m_s, other=float("-inf"))
                 b_beta = tl.load(gamma + o_row + o_s, mask=m_s, other=float("-inf"))
                 b_gamma = tl.exp2((b_alpha + b_beta) + (shift - log_sum))
+                tl.debug_barrier()  # gamma held beta: every warp has read it
                 tl.store(gamma + o_row + o_s, b_gamma, mask=o_s < states)

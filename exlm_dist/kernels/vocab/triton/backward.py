@@ -135,4 +135,6 @@ def scatter_kernel(
         b_old = tl.load(p_out, mask=o_d < width, other=0.0).to(tl.float32)
         tl.store(p_out, (b_old + b_total).to(grad_weight.dtype.element_ty), mask=o_d < width)
         if tl.program_id(0) == 0:
-            tl.store(grad_bias + word, tl.load(grad_bias + word) + sum_bias)
+            before = tl.load(grad_bias + word)
+            tl.debug_barrier()  # every warp reads it, one writes it
+            tl.store(grad_bias + word, before + sum_bias)

@@ -33,6 +33,7 @@ def logit_gradient_kernel(
     tl.store(p_out, b_grad.to(grad.dtype.element_ty), mask=m_row[:, None] & (o_place < chunk)[None, :])
     p_out = grad_bias + row.to(tl.int64) * vocab + start + o_place
     b_before = tl.load(p_out, mask=o_place < chunk * later, other=0.0)
+    tl.debug_barrier()  # several warps read it, one writes it
     tl.store(p_out, b_before + tl.sum(b_grad, 0), mask=o_place < chunk)
 
 

@@ -1,0 +1,67 @@
+"""The tiles that ship, in bf16, at lengths of every range: on a GPU, or run from their PTX (EXLM_EMULATE, tests/ptx).
+
+The interpreter cannot do this: its products of bf16 are wrong, and it knows no warps.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from test_attention_triton import BOUNDS, Problem, masked_attention
+from test_dag_triton import agree as graph_agrees
+from test_elementwise_triton import gelu_case, gelu_results
+from test_transitions_triton import agree as transitions_agree
+from test_transitions_triton import make
+from test_vocab_triton import Case
+from test_vocab_triton import agree as match_agrees
+
+from cases import random_graph
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET", "0") == "1", reason="for compiled kernels: a GPU, or EXLM_EMULATE=80 or 90"
+)
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize("lengths", [[1, 63, 64, 65, 128], [191, 129], [257, 256]], ids=["short", "middle", "long"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_attention(lengths: list[int], dropout: float) -> None:
+    case = Problem(lengths, width=64, dtype=BF16)
+    if not dropout:
+        return case.check()
+    for got, want in zip(case.run("triton", dropout=dropout, seed=5), masked_attention(case, dropout, 5)):
+        assert float((got - want).norm() / want.norm()) < BOUNDS[BF16]
+
+
+@pytest.mark.parametrize("width", [32, 96, 128])
+def test_attention_of_other_widths(width: int) -> None:
+    Problem([70, 130], width=width, dtype=BF16).check()
+
+
+@pytest.mark.parametrize("targets", [[21, 2], [78]], ids=["128 tokens", "512 tokens"])
+@pytest.mark.parametrize("kind, ends", [("dense", 1), ("sparse", 4)])
+def test_state_graph(targets: list[int], kind: str, ends: int) -> None:
+    graph_agrees(random_graph(targets, [4 * n for n in targets], seed=9, kind=kind), ends=ends)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("lengths, width", [([84, 4], 64), ([140], 64), ([20], 128)])
+def test_transitions(lengths: list[int], width: int, kind: str) -> None:
+    transitions_agree(make(lengths, 2, width, seed=4), lengths, 4, kind, BF16, 6e-3)
+
+
+def test_vocabulary() -> None:
+    match_agrees(Case.make([21, 2], 4, 128, 300, seed=5), BF16, 8e-3)
+
+
+def test_gelu_gradient() -> None:
+    x, grad = gelu_case(70, 520, BF16)
+    for ours, other, true in zip(
+        gelu_results(x, grad, "triton"),
+        gelu_results(x, grad, "reference"),
+        gelu_results(x.double(), grad.double(), "reference"),
+    ):
+        error, bound = ((value.double() - true).abs().max() for value in (ours, other))
+        assert error <= bound + 4 * torch.finfo(BF16).eps * true.abs().max()

@@ -39,7 +39,8 @@ class Launch:
 @dataclass
 class _Recording:
     capability: tuple[int, int]
-    launches: list[Launch]
+    keep: Callable[[Launch], Any]
+    kept: list[Any]
 
 
 _recording: _Recording | None = None
@@ -81,7 +82,7 @@ def launch(
     `registers` caps the registers of a thread, so that more programs share a multiprocessor (None: no cap).
     """
     if _recording is not None:
-        _recording.launches.append(Launch(kernel, arguments, constants, warps, stages, registers))
+        _recording.kept.append(_recording.keep(Launch(kernel, arguments, constants, warps, stages, registers)))
     elif all(grid):
         if isinstance(kernel, JITFunction):
             _start(kernel, grid, arguments, constants, warps, stages, registers)
@@ -139,13 +140,20 @@ def next_power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def _all(item: Launch) -> Launch:
+    return item
+
+
 @contextmanager
-def record_launches(target: tuple[int, int]) -> Iterator[list[Launch]]:
-    """Collect launches as for compute capability `target` instead of making them (not for several threads at once)."""
+def record_launches(target: tuple[int, int], keep: Callable[[Launch], Any] = _all) -> Iterator[list[Any]]:
+    """Collect launches as for compute capability `target` instead of making them (not for several threads at once).
+
+    `keep` says what of each goes to the list: by default all, with its tensors, which therefore stay alive.
+    """
     global _recording
     assert _recording is None, "recordings do not nest"
-    _recording = _Recording(target, [])
+    _recording = _Recording(target, keep, [])
     try:
-        yield _recording.launches
+        yield _recording.kept
     finally:
         _recording = None

@@ -53,7 +53,7 @@ class Instruction:
     text: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Kernel:
     """A parsed kernel. `labels` holds places in `code`; `parameters` (name, bits or bytes of a struct) in their order."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
 from ptx.flow import meeting
 from ptx.memory import GlobalMemory, MemoryFault, Moment, Race, Space
 from ptx.parse import Address, Immediate, Instruction, Kernel, Register, Symbol, parse

@@ -173,7 +173,9 @@ class GlobalMemory:
         """Address for the kernel of the `size` bytes of this process at `start`."""
         number = self._numbers.setdefault(start, len(self._numbers) + 1)
         if number not in self.spaces:
-            data = np.frombuffer((ctypes.c_uint8 * size).from_address(start), np.uint8) if size else np.zeros(0, np.uint8)
+            data = np.zeros(0, np.uint8)
+            if size:
+                data = np.frombuffer((ctypes.c_uint8 * size).from_address(start), np.uint8)
             self.spaces[number] = Space(name, data, number << SHIFT)
         return number << SHIFT
 

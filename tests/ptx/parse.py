@@ -55,7 +55,7 @@ class Instruction:
 
 @dataclass(eq=False)
 class Kernel:
-    """A parsed kernel. `labels` holds places in `code`; `parameters` (name, bits or bytes of a struct) in their order."""
+    """A parsed kernel: `labels` are places in `code`, `parameters` (name, type) in their order."""
 
     name: str
     target: str

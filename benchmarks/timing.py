@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
+from triton.errors import TritonError
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def _checked(case: Case, name: str, device: torch.device) -> Figure:
         figure.error = case.error(name)
         case.sides[name]()
         figure.peak, figure.results = _memory(case.sides[name], device)
-    except (RuntimeError, ValueError, NotImplementedError, torch._dynamo.exc.TorchDynamoException) as error:
+    except (RuntimeError, ValueError, TorchDynamoException, TritonError) as error:
         figure.fault = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
         return figure
     if figure.error is not None and not figure.error <= case.bound:

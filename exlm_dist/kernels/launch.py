@@ -22,6 +22,8 @@ from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 DEFAULT_CAPABILITY = (9, 0)
+#: Settings of the compiler for all kernels. a * b + c is rounded once, whatever a version of Triton does by default.
+COMMON = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def _start(
     key = (driver.active.get_current_device(), warps, stages, registers, *fixed, *[_kind(value) for value in values])
     compiled = known.compiled.get(key)
     if compiled is None:
-        settings = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+        settings = {"num_warps": warps, "num_stages": stages, "maxnreg": registers, **COMMON}
         known.compiled[key] = kernel[grid](**arguments, **constants, **settings)
     else:
         compiled[(*grid, 1, 1)[:3]](*values, *fixed)

@@ -28,7 +28,7 @@ from timing import Case, Figure, ceilings, measure  # noqa: E402
 
 COLUMNS = (
     "date", "commit", "device", "torch", "cuda", "triton", "case", "sizes", "side",
-    "median_ms", "low_ms", "high_ms", "peak_mb", "error", "ratio_to_ours", "fault",
+    "median_ms", "low_ms", "high_ms", "peak_mb", "results_mb", "peak_share", "error", "ratio_to_ours", "fault",
 )  # fmt: skip
 
 
@@ -60,19 +60,24 @@ def table(case: Case, figures: list[Figure]) -> str:
     lines = [
         f"### {case.name}: {case.sizes}",
         "",
-        "| side | ms | quartiles | peak MB | error | times ours |",
-        "|---|---|---|---|---|---|",
+        "| side | ms | quartiles | peak MB | of that results | error | times ours |",
+        "|---|---|---|---|---|---|---|",
     ]
     for one in figures:
         error = "" if one.error is None else f"{one.error:.1e}"
         if one.fault:
-            lines.append(f"| {one.side} | left out: {one.fault} | | | {error} | |")
+            lines.append(f"| {one.side} | left out: {one.fault} | | | | {error} | |")
         else:
-            spread = f"{one.low:.4g} to {one.high:.4g}"
-            lines.append(f"| {one.side} | {one.median:.4g} | {spread} | {one.peak:.0f} | {error} | {one.ratio:.2f} |")
+            times, memory = f"{one.median:.4g} | {one.low:.4g} to {one.high:.4g}", f"{one.peak:.0f} | {one.results:.0f}"
+            lines.append(f"| {one.side} | {times} | {memory} | {error} | {one.ratio:.2f} |")
     others = [one.ratio for one in figures if not one.side.startswith(case.ours) and not one.fault]
     if others and case.aim is not None:
         lines += ["", f"Best other side over ours: {min(others):.2f} (at least {case.least}, aim {case.aim})."]
+    if case.whole:
+        name, size = case.whole[0], case.whole[1] / 2**20
+        shares = [f"{one.side} {one.peak / size:.1%} ({(one.peak - one.results) / size:.1%} beside results)"
+                  for one in figures if not one.fault]  # fmt: skip
+        lines += ["", f"Peak as a share of {name}, {size:.0f} MB: " + ", ".join(shares) + "."]
     if case.floors:
         lines += ["", "Floors: " + ", ".join(f"{name} {value:.3g} ms" for name, value in case.floors.items()) + "."]
     return "\n".join(lines) + "\n"
@@ -85,6 +90,7 @@ def rows(case: Case, figures: list[Figure], around: dict[str, str]) -> list[dict
         | {
             "case": one.case, "sizes": one.sizes, "side": one.side, "fault": one.fault,
             "median_ms": one.median, "low_ms": one.low, "high_ms": one.high, "peak_mb": one.peak,
+            "results_mb": one.results, "peak_share": one.peak * 2**20 / case.whole[1] if case.whole else "",
             "error": one.error, "ratio_to_ours": one.ratio,
         }
         for one in figures

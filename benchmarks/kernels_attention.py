@@ -8,6 +8,8 @@ q-k-v matrix, as in the model.
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -18,11 +20,23 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from exlm_dist.kernels.attention import attention, attention_packed, rotary_angles, schedule
+from exlm_dist.kernels.attention.schedule import UNLIMITED, Range, Tiles
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+#: What could ship instead, by the kernel it is about: wider tiles ask less of the L2 cache, loads that run ahead hide
+#: its latency, fewer registers let more programs share a multiprocessor. Triton 3.6 spills nowhere for sm_90.
+VARIANTS = {
+    "forward wide": {"forward": Tiles(128, 64, 1, 8, stages=2, registers=128)},
+    "queries wide": {"queries": Tiles(128, 64, 1, 8, stages=2)},
+    "queries wide, 128 registers": {"queries": Tiles(128, 64, 1, 8, stages=2, registers=128)},
+    "keys ahead": {"keys": Tiles(64, 64, 1, 4, stages=2)},
+    "keys ahead, 32 queries": {"keys": Tiles(32, 64, 1, 4, stages=2)},
+    "keys wide": {"keys": Tiles(64, 128, 1, 8)},
+    "keys wide, ahead": {"keys": Tiles(64, 128, 1, 8, stages=2)},
 }
 COPY, PRODUCT = 3.0e12, 790e12  # bytes/s and FLOP/s of an H100, for the floors
 
@@ -34,10 +48,11 @@ def cases(device: torch.device, toy: bool) -> Iterator[Case]:
         return
     for longest, count, least, aim in ((191, 512, 1.0, 1.3), (746, 128, 1.0, 1.1)):
         spread = torch.linspace(longest // 2, longest, count).long().tolist()
-        yield _Batch([longest] * count, 12, 64, device, torch.bfloat16, 0.0).case("full", least, aim)
+        yield _Batch([longest] * count, 12, 64, device, torch.bfloat16, 0.0).case("full", least, aim, variants=True)
         yield _Batch(spread, 12, 64, device, torch.bfloat16, 0.0).case("ragged", least, aim)
         yield _Batch([longest] * count, 16, 64, device, torch.bfloat16, 0.0).case("full, large", least, aim)
-        yield _Batch([longest] * count, 12, 64, device, torch.bfloat16, 0.1).case("full, dropout 0.1", least, aim)
+        dropped = _Batch([longest] * count, 12, 64, device, torch.bfloat16, 0.1)
+        yield dropped.case("full, dropout 0.1", least, aim, variants=True)
 
 
 def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,11 +101,13 @@ class _Batch:
         out[self.inside] = rows
         return out
 
-    def case(self, kind: str, least: float | None, aim: float | None) -> Case:
-        """The comparison; `kind` says how the lengths are spread."""
+    def case(self, kind: str, least: float | None, aim: float | None, *, variants: bool = False) -> Case:
+        """The comparison; `kind` says how the lengths are spread. `variants`: also what could ship instead."""
         sides = {"ours": self._ours}
         if self.longest > schedule.SHORT:
             sides["ours, short form"] = self._short
+        if variants:
+            sides |= {f"ours, {name}": self._variant(changes) for name, changes in VARIANTS.items()}
         if self.cu_tokens.device.type == "cuda":
             sides |= {f"sdpa {name}": self._sdpa(name) for name in BACKENDS if self.mask is None or name != "flash"}
             if not self.dropout:
@@ -133,6 +150,21 @@ class _Batch:
             return self._ours()
         finally:
             schedule.SHORT = limit
+
+    def _variant(self, changes: dict[str, Tiles]) -> Callable[[], Tensor]:
+        """Ours with other tiles for one kernel, at every length; keys are turned before for all but that of keys."""
+        kernels = importlib.import_module("exlm_dist.kernels.attention.triton")
+        ranges = {name: [Range(0, UNLIMITED, tiles, turned=name != "keys")] for name, tiles in changes.items()}
+
+        def run() -> Tensor:
+            chosen = kernels.plan
+            kernels.plan = lambda *sizes: dataclasses.replace(chosen(*sizes), **ranges)
+            try:
+                return self._ours()
+            finally:
+                kernels.plan = chosen
+
+        return run
 
     def _varlen(self) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn

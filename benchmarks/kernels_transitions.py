@@ -12,8 +12,8 @@ from exlm_dist.kernels.transitions import transition_log_probs
 
 
 def cases(device: torch.device, toy: bool) -> Iterator[Case]:
-    """S=128 and S=512 at k=4, heads of base; dense moves."""
-    for count, states in ((2, 8),) if toy else ((64, 84), (256, 84), (64, 312), (128, 312)):
+    """S=128 and S=512 at k=4, heads of base, dense moves: 64 sequences, and as many as in a step of `step.py`."""
+    for count, states in ((2, 8),) if toy else ((64, 84), (512, 84), (64, 312), (128, 312)):
         yield _Batch(count, states, 2 if toy else 12, 16 if toy else 64, device).case()
 
 

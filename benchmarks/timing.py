@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
+from triton.errors import TritonError
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,8 @@ class Case:
 
     `error(name)` is the largest relative error of a side's outputs and gradients, which must stay within `bound`; a
     side without a yardstick gives None. `ours` is the side that the others are divided by. `floors` are theoretical
-    times in ms by name (bytes or operations over what the device can do), printed beside the figures.
+    times in ms by name (bytes or operations over what the device can do), printed beside the figures. `whole` is what
+    an obvious way holds at once, by name and in bytes: peaks are also given as shares of it.
     """
 
     name: str
@@ -28,11 +31,14 @@ class Case:
     least: float | None = None
     aim: float | None = None
     floors: dict[str, float] = field(default_factory=dict)
+    whole: tuple[str, float] | None = None
 
 
 @dataclass
 class Figure:
-    """Times of one side in ms (median, first and third quartile), its peak memory over the start in MB, its error."""
+    """Times of one side in ms (median, first and third quartile), its peak memory over the start in MB, how much of
+    that is in results (what is still alive when it hands them back), its error.
+    """
 
     case: str
     sizes: str
@@ -41,6 +47,7 @@ class Figure:
     low: float = float("nan")
     high: float = float("nan")
     peak: float = float("nan")
+    results: float = float("nan")
     error: float | None = None
     ratio: float = float("nan")
     fault: str = ""
@@ -71,8 +78,8 @@ def _checked(case: Case, name: str, device: torch.device) -> Figure:
     try:
         figure.error = case.error(name)
         case.sides[name]()
-        figure.peak = _peak(case.sides[name], device)
-    except (RuntimeError, ValueError, NotImplementedError, torch._dynamo.exc.TorchDynamoException) as error:
+        figure.peak, figure.results = _memory(case.sides[name], device)
+    except (RuntimeError, ValueError, TorchDynamoException, TritonError) as error:
         figure.fault = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
         return figure
     if figure.error is not None and not figure.error <= case.bound:
@@ -80,17 +87,19 @@ def _checked(case: Case, name: str, device: torch.device) -> Figure:
     return figure
 
 
-def _peak(run: Callable[[], object], device: torch.device) -> float:
-    """Peak of allocated memory over its start, in MB; NaN off CUDA."""
+def _memory(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Allocated memory over the start in MB, at its peak and when the results are there; NaN off CUDA."""
     if device.type != "cuda":
-        return float("nan")
+        return float("nan"), float("nan")
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     start = torch.cuda.memory_allocated(device)
-    run()
+    results = run()  # held while they are counted
     torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - start) / 2**20
+    kept = torch.cuda.memory_allocated(device)
+    del results
+    return (torch.cuda.max_memory_allocated(device) - start) / 2**20, (kept - start) / 2**20
 
 
 def _repeats(run: Callable[[], object], device: torch.device, milliseconds: float) -> int:

@@ -28,6 +28,10 @@ install_slurm
 export OMP_NUM_THREADS=1
 code=0
 "$venv/bin/python" -m pytest -q -n 2 --dist loadfile --durations=10 tests/unit tests/kernels || code=$?
+# The kernels as they ship, compiled for two GPUs and run from their PTX (tests/ptx).
+for target in 80 90; do
+    EXLM_EMULATE=$target "$venv/bin/python" -m pytest -q -n 2 tests/kernels/test_compiled.py || code=$?
+done
 # In the order of the names: the one test of chaos, a minute long, comes first.
 "$venv/bin/python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 \
     tests/integration tests/parallel || code=$?

@@ -22,6 +22,8 @@ from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 DEFAULT_CAPABILITY = (9, 0)
+#: Settings of the compiler for all kernels. a * b + c is rounded once, whatever a version of Triton does by default.
+COMMON = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Launch:
 @dataclass
 class _Recording:
     capability: tuple[int, int]
-    launches: list[Launch]
+    keep: Callable[[Launch], Any]
+    kept: list[Any]
 
 
 _recording: _Recording | None = None
@@ -81,7 +84,7 @@ def launch(
     `registers` caps the registers of a thread, so that more programs share a multiprocessor (None: no cap).
     """
     if _recording is not None:
-        _recording.launches.append(Launch(kernel, arguments, constants, warps, stages, registers))
+        _recording.kept.append(_recording.keep(Launch(kernel, arguments, constants, warps, stages, registers)))
     elif all(grid):
         if isinstance(kernel, JITFunction):
             _start(kernel, grid, arguments, constants, warps, stages, registers)
@@ -102,7 +105,7 @@ def _start(
     key = (driver.active.get_current_device(), warps, stages, registers, *fixed, *[_kind(value) for value in values])
     compiled = known.compiled.get(key)
     if compiled is None:
-        settings = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+        settings = {"num_warps": warps, "num_stages": stages, "maxnreg": registers, **COMMON}
         known.compiled[key] = kernel[grid](**arguments, **constants, **settings)
     else:
         compiled[(*grid, 1, 1)[:3]](*values, *fixed)
@@ -139,13 +142,20 @@ def next_power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def _all(item: Launch) -> Launch:
+    return item
+
+
 @contextmanager
-def record_launches(target: tuple[int, int]) -> Iterator[list[Launch]]:
-    """Collect launches as for compute capability `target` instead of making them (not for several threads at once)."""
+def record_launches(target: tuple[int, int], keep: Callable[[Launch], Any] = _all) -> Iterator[list[Any]]:
+    """Collect launches as for compute capability `target` instead of making them (not for several threads at once).
+
+    `keep` says what of each goes to the list: by default all, with its tensors, which therefore stay alive.
+    """
     global _recording
     assert _recording is None, "recordings do not nest"
-    _recording = _Recording(target, [])
+    _recording = _Recording(target, keep, [])
     try:
-        yield _recording.launches
+        yield _recording.kept
     finally:
         _recording = None

@@ -17,8 +17,10 @@ BLOCK = 1 << 19
 LOGITS, LOGITS_KEPT = 1 << 21, 1 << 23
 #: Bytes that oneDNN keeps of a compiled product (measured: 0.58 to 0.63 MiB).
 PRODUCT = 600 << 10
-#: Words that the Triton form of the vocabulary scores works on at a time.
-WORDS = 6400
+#: How the Triton form of the vocabulary scores cuts its work (`kernels/vocab/triton`): what few rows are, the most
+#: words of a chunk for few and for many, the logits whose gradients are held, and the tiles that parts are made of.
+FEW_ROWS, WORDS_OF_FEW, WORDS_OF_MANY = 8192, 6400, 5632
+LOGITS_HELD, TILE = 11264 * 5632, 128
 
 
 def block_input(job: Job) -> float:
@@ -150,11 +152,25 @@ def _logits_work(job: Job) -> float:
     """Two chunks of logits, gradients of the features, and the gradient of the matrix before it is handed over."""
     matrix, features = job.vocabulary * job.model.width, job.states * job.model.width
     if job.gpu:
-        chunk = job.states * min(WORDS, job.vocabulary)
-        return job.element * (chunk + matrix + features) + FP32 * features
+        return job.element * matrix + FP32 * features + max(_held(job), job.element * features)
     copies = 0 if job.element == FP32 else 2
     chunks = min(2 * _chunk(job), job.states) * job.vocabulary
     return FP32 * (chunks + (1 + copies) * matrix + 2 * features)
+
+
+def _held(job: Job) -> float:
+    """Of the Triton form: gradients of a block of rows by a chunk of words, sums for the bias over each tile of rows,
+    and, where there are several blocks, the sum of a chunk's gradient over them."""
+    words = _part(job.vocabulary, WORDS_OF_FEW if job.states <= FEW_ROWS else WORDS_OF_MANY)
+    rows = _part(job.states, LOGITS_HELD // words)
+    tiles = -(-rows // (TILE if job.element < FP32 else TILE // 2))
+    total = words * job.model.width if rows < job.states else 0
+    return job.element * rows * words + FP32 * (tiles * job.vocabulary + total)
+
+
+def _part(total: float, most: int) -> float:
+    tiles = -(-total // TILE)
+    return total if total <= most else -(-tiles // -(-tiles // (most // TILE))) * TILE
 
 
 def _chunk(job: Job) -> int:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
-from exlm_dist.kernels.launch import Launch, record_launches  # noqa: E402
+from exlm_dist.kernels.launch import COMMON, Launch, record_launches  # noqa: E402
 
 # Compute capability -> bytes of shared memory a block may ask for (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
@@ -82,7 +82,7 @@ def compile_launch(case: str, item: Launch, target: tuple[int, int]) -> Report:
         if signature[name] != "constexpr" and _divisible(item, name)
     }
     source = ASTSource(item.kernel, signature, dict(_constants(item)), attributes)
-    options = {"num_warps": item.warps, "num_stages": item.stages, "maxnreg": item.registers}
+    options = {"num_warps": item.warps, "num_stages": item.stages, "maxnreg": item.registers, **COMMON}
     built = triton.compile(source, target=GPUTarget("cuda", target[0] * 10 + target[1], 32), options=options)
     registers, local = _resources(built.asm["cubin"])
     constants = " ".join(f"{name}={value}" for name, value in item.constants.items())

@@ -11,15 +11,20 @@ import os
 import pytest
 import torch
 from cases import random_graph, starts_of
-from test_attention_triton import BOUNDS, Problem, masked_attention
+from packed import make_batch
+from test_attention_triton import BOUNDS, DEVICE, Problem, masked_attention
 from test_dag_triton import agree as graph_agrees
 from test_elementwise_triton import gelu_case, gelu_results
-from test_transitions_triton import DEVICE, make
 from test_transitions_triton import agree as transitions_agree
+from test_transitions_triton import make
 from test_vocab_triton import Case
 from test_vocab_triton import agree as match_agrees
 
+from exlm_dist.config.schema import ModelConfig
 from exlm_dist.kernels import transition_log_probs
+from exlm_dist.model.build import build_model
+from exlm_dist.model.objective import loss_sum
+from exlm_dist.model.stream import Stream
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET", "0") == "1", reason="for compiled kernels: a GPU, or EXLM_EMULATE=80 or 90"
@@ -42,8 +47,7 @@ def test_attention_of_other_widths(width: int) -> None:
     Problem([70, 130], width=width, dtype=BF16).check()
 
 
-@pytest.mark.parametrize("targets", [[21, 2], [78]], ids=["128 tokens", "512 tokens"])
-@pytest.mark.parametrize("kind, ends", [("dense", 1), ("sparse", 4)])
+@pytest.mark.parametrize("targets, kind, ends", [([21, 2], "dense", 1), ([21, 2], "sparse", 4), ([40], "dense", 1)])
 def test_state_graph(targets: list[int], kind: str, ends: int) -> None:
     graph_agrees(random_graph(targets, [4 * n for n in targets], seed=9, kind=kind), ends=ends)
 
@@ -92,3 +96,23 @@ def test_gelu_gradient() -> None:
     ):
         error, bound = ((value.double() - true).abs().max() for value in (ours, other))
         assert error <= bound + 4 * torch.finfo(BF16).eps * true.abs().max()
+
+
+def test_a_step_of_the_whole_model() -> None:
+    """Loss and every gradient: no further from fp64 than the definitions are in bf16, and a little."""
+    sizes = {"layers": 2, "width": 64, "heads": 2, "ffn": 96, "max_positions": 128, "init_std": 0.2}
+    config = ModelConfig(**sizes, states=4, dropout=0.0, attention_dropout=0.0)
+    batch = make_batch([20, 61, 34], states=4, anchors=True, vocab_size=70)
+
+    def step(backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        model = build_model(config, 70, seed=1, kernel_backend=backend).to(DEVICE, dtype).train()
+        loss, invalid = loss_sum(model(Stream.from_batch(batch, DEVICE)), "sequence")
+        assert not invalid.any()
+        loss.backward()
+        return {"loss": loss.detach().double()} | {n: p.grad.double() for n, p in model.named_parameters()}
+
+    exact, plain, ours = step("reference", torch.float64), step("reference", BF16), step("triton", BF16)
+    for name, wanted in exact.items():
+        size = float(wanted.norm())
+        error, other = (float((found[name] - wanted).norm()) for found in (ours, plain))
+        assert error <= 1.5 * other + 0.01 * size, (name, error / size, other / size)

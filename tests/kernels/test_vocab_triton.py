@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 from cases import starts_of  # noqa: E402
 
+import exlm_dist.kernels.vocab.triton as vocab_triton  # noqa: E402
 from exlm_dist.kernels.vocab import VocabShard, match_scores  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -103,6 +104,33 @@ def test_large_logits() -> None:
     agree(case, torch.float32, 2e-5)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float16, 2e-3)])
+def test_blocks_of_rows_and_chunks_of_words(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Three blocks, the last of them short, and as many chunks; twice the same bits."""
+    for name in ("WORDS_OF_FEW", "WORDS_OF_MANY"):
+        monkeypatch.setattr(vocab_triton, name, 128)
+    monkeypatch.setattr(vocab_triton, "LOGITS", 128 * 128)
+    case = Case.make([40, 9, 33], 4, 24, 300, seed=8)
+    tiles = vocab_triton.Tiles.of(case.inputs[0], case.inputs[1])
+    assert (len(case.inputs[0]), tiles.block, tiles.chunk) == (331, 128, 128)
+    first, again = case.evaluate("triton", dtype), case.evaluate("triton", dtype)
+    assert all(torch.equal(one, other) for one, other in zip(first, again))
+    agree(case, dtype, tolerance)
+
+
+@pytest.mark.parametrize("total", [1, 66, 128, 5003, 5632, 5633, 25152, 50304, 43008, 43101])
+@pytest.mark.parametrize("most", [128, 5632, 11264, 12390])
+def test_parts_are_few_and_even(total: int, most: int) -> None:
+    part = vocab_triton._part(total, most)
+    count = vocab_triton.cdiv(total, part)
+    assert part <= max(most, min(total, most)) and (part == total or part % 128 == 0)
+    # Fewest of whole tiles, and no tile could be taken from all of them.
+    assert count == 1 or (count - 1) * (most // 128 * 128) < total
+    assert count == 1 or count * (part - 128) < total
+
+
 def test_batch_mates_and_order_change_nothing() -> None:
     case = Case.make([3, 7, 2], 2, 32, 70, seed=3, padding=0)
     whole = case.evaluate("triton", torch.float32)[0]
@@ -115,10 +143,13 @@ def test_batch_mates_and_order_change_nothing() -> None:
     assert torch.equal(case.evaluate("triton", torch.float32)[0], whole[order][:1])
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_shards_of_the_vocabulary_equal_the_whole(backend: str) -> None:
+@pytest.mark.parametrize("backend", ["triton", "triton in blocks", "reference"])
+def test_shards_of_the_vocabulary_equal_the_whole(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """Two ranks played one after the other: the first round only collects what each would send."""
     case = Case.make([3, 1, 5], 4, 24, 77, seed=4)
+    if backend == "triton in blocks":
+        backend, case = "triton", Case.make([13, 25, 1], 4, 24, 77, seed=4)
+        monkeypatch.setattr(vocab_triton, "LOGITS", 128 * 77)
     dtype = torch.float32 if backend == "triton" else torch.float64
     whole = case.evaluate(backend, dtype)
     parts = [slice(0, 30), slice(30, 77)]
@@ -151,6 +182,15 @@ def test_shards_of_the_vocabulary_equal_the_whole(backend: str) -> None:
 def test_full_size(dtype: torch.dtype, tolerance: float) -> None:
     agree(Case.make([21, 78, 1, 2, 16, 60], 4, 768, 50304, seed=5), dtype, tolerance)
     agree(Case.make([21] * 64, 4, 768, 5003, seed=6), dtype, tolerance)
+
+
+@pytest.mark.gpu
+def test_full_size_in_blocks_of_rows() -> None:
+    """More rows than a block: the sum over the blocks, and the products that start it afresh, repeat bitwise."""
+    case = Case.make([21, 78] * 120, 4, 256, 5760, seed=9)
+    first, again = case.evaluate("triton", torch.bfloat16), case.evaluate("triton", torch.bfloat16)
+    assert all(torch.equal(one, other) for one, other in zip(first, again))
+    agree(case, torch.bfloat16, 8e-3)
 
 
 @pytest.mark.gpu

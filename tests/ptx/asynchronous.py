@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from ptx.machine import PARAMETER, Machine, Step, Unknown, builds, location, parts, source
 from ptx.memory import Moment
 from ptx.parse import Immediate, Instruction, Kernel
@@ -25,8 +26,9 @@ class Tensor2d:
 
 
 def swizzled(addresses: np.ndarray, mode: int) -> np.ndarray:
-    """Addresses in shared memory with the 16-byte column of a line exchanged by the line's number; mode 1, 2, 3: lines of
-    32, 64, 128 bytes ("PTX ISA", swizzle modes of tensor copies and of wgmma's descriptors).
+    """Addresses in shared memory with the 16-byte column of a line exchanged by the line's number.
+
+    mode 1, 2, 3: lines of 32, 64, 128 bytes ("PTX ISA", swizzle modes of tensor copies and of wgmma's descriptors).
     """
     return addresses ^ ((addresses >> 7 & (1 << mode) - 1) << 4)
 

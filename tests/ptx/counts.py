@@ -20,6 +20,7 @@ import numpy as np
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
 import torch  # noqa: E402
+
 from ptx import machine as running  # noqa: E402
 from ptx.driver import install  # noqa: E402
 from ptx.memory import Space  # noqa: E402

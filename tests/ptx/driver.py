@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import driver as runtime
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from ptx.asynchronous import Tensor2d
 from ptx.machine import Machine, prepared
 from ptx.memory import GlobalMemory
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver as runtime
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 #: Shared memory that a block may have, by compute capability (CUDA programming guide).
 _SHARED_LIMIT = {(8, 0): 163 << 10, (9, 0): 227 << 10}
@@ -124,6 +125,12 @@ def _descriptor(value: TensorDescriptor, form: dict[str, Any], memory: GlobalMem
 
 
 def install(capability: tuple[int, int]) -> None:
-    """Make this process compile for `capability` ((8, 0) or (9, 0)) and run what it compiled here."""
-    assert not triton.knobs.runtime.interpret, "the interpreter was chosen already (TRITON_INTERPRET)"
+    """Make this process compile for `capability` ((8, 0) or (9, 0)) and run what it compiled here.
+
+    PTX is all that is needed, so ptxas is left out; what is compiled so must not be taken for whole kernels later, and
+    has a cache of its own.
+    """
+    assert not knobs.runtime.interpret, "the interpreter was chosen already (TRITON_INTERPRET)"
+    knobs.cache.dir = str(Path(knobs.cache.dir) / "ptx")
+    CUDABackend.make_cubin = lambda *_: b""
     runtime.set_active(EmulatedDriver(capability))

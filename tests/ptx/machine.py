@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from ptx.flow import meeting
 from ptx.memory import GlobalMemory, MemoryFault, Moment, Race, Space
 from ptx.parse import Address, Immediate, Instruction, Kernel, Register, Symbol, parse
 
@@ -61,7 +63,8 @@ class Machine:
         x, y, _ = self.grid
         self.block, self.epoch = number, 0
         self.active = self.mask = None  # None: all threads
-        self.parked: list[tuple[int, np.ndarray]] = []
+        self.meet = -2  # where the threads that act wait for those of `waiting`; here nowhere
+        self.waiting: list[tuple[int, int, np.ndarray | None]] = []  # the same of others, where they are, who they are
         self.place = (number % x, number // x % y, number // (x * y))
         self.warps = self.lanes // 32 + number * (self.threads // 32)
         self.shared = Space("shared memory", np.full(self.shared_bytes, 0xFF, np.uint8), SHARED)
@@ -80,27 +83,21 @@ class Machine:
                 error.add_note(f"{self.kernel.name}, block {self.place}: {self.kernel.code[at].text}")
                 raise
             at = at + 1 if chosen is None else chosen
-            if self.parked:
-                at = self._schedule(at)
+            while at == self.meet:
+                self.meet, at, self.active = self.waiting.pop()
+                self.mask = self.active
             if at < 0:
                 return
         raise Unknown(f"block {self.place} of {self.kernel.name} does not end")
 
-    def part(self, taken: np.ndarray, target: int) -> None:
-        """Some threads go to `target`; the others go on, or wait if they are ahead, until they meet."""
+    def part(self, taken: np.ndarray, branch: int, target: int) -> None:
+        """Some threads will go to `target`; first the others go on from the branch, until they meet."""
         everyone = np.ones(self.threads, bool) if self.active is None else self.active
-        self.parked.append((target, everyone & taken))
-        self.active = self.mask = everyone & ~taken
-
-    def _schedule(self, at: int) -> int:
-        """Whoever is at the earliest instruction acts next."""
-        if at >= 0:
-            self.parked.append((at, self.active))
-        at = min(place for place, _ in self.parked)
-        together = np.any([mask for place, mask in self.parked if place == at], axis=0)
-        self.parked = [(place, mask) for place, mask in self.parked if place != at]
-        self.active = self.mask = together if self.parked or not together.all() else None
-        return at
+        meet = meeting(self.kernel, branch)
+        self.waiting.append((self.meet, meet, self.active))
+        self.waiting.append((meet, target, everyone & taken))
+        self.meet, self.active = meet, everyone & ~taken
+        self.mask = self.active
 
     def whole(self, instruction: Instruction) -> None:
         """`Unknown` unless all threads act, as a warp's common operations want it."""
@@ -251,6 +248,7 @@ def _builder(name: str) -> Builder:
 @builds("bra")
 def branch(instruction: Instruction, kernel: Kernel) -> Step:
     """The threads of a block may part."""
+    place = next(number for number, item in enumerate(kernel.code) if item is instruction)
     target = kernel.labels[instruction.operands[0].name]
     if instruction.guard is None:
         return lambda _: target
@@ -262,7 +260,7 @@ def branch(instruction: Instruction, kernel: Kernel) -> Step:
         if acting.all():
             return target
         if acting.any():
-            machine.part(taken, target)
+            machine.part(taken, place, target)
         return None
 
     return run

@@ -10,7 +10,7 @@ import numpy as np
 
 #: Bytes that one record of who touched them stands for: the least that two threads may write side by side.
 UNIT = 2
-#: A tensor's place in global memory is its number, shifted: whatever leaves a tensor lands nowhere.
+#: A tensor begins in the middle of a range of addresses of its own: whatever leaves it lands nowhere.
 SHIFT = 40
 _SEVERAL = -1
 
@@ -173,9 +173,11 @@ class GlobalMemory:
         """Address for the kernel of the `size` bytes of this process at `start`."""
         number = self._numbers.setdefault(start, len(self._numbers) + 1)
         if number not in self.spaces:
-            data = np.frombuffer((ctypes.c_uint8 * size).from_address(start), np.uint8) if size else np.zeros(0, np.uint8)
-            self.spaces[number] = Space(name, data, number << SHIFT)
-        return number << SHIFT
+            data = np.zeros(0, np.uint8)
+            if size:
+                data = np.frombuffer((ctypes.c_uint8 * size).from_address(start), np.uint8)
+            self.spaces[number] = Space(name, data, (number << SHIFT) + (1 << SHIFT - 1))
+        return self.spaces[number].base
 
     def load(self, addresses: np.ndarray, size: int, count: int, moment: Moment) -> np.ndarray:
         """As `Space.load`, from whichever tensors the addresses are in."""

@@ -53,9 +53,9 @@ class Instruction:
     text: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Kernel:
-    """A parsed kernel. `labels` holds places in `code`; `parameters` (name, bits or bytes of a struct) in their order."""
+    """A parsed kernel: `labels` are places in `code`, `parameters` (name, type) in their order."""
 
     name: str
     target: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+
 from ptx.machine import PARAMETER, TYPES, Machine, Step, Unknown, builds, location, parts, source
 from ptx.parse import Instruction, Kernel, Register
 
@@ -167,7 +168,8 @@ def shift(instruction: Instruction, kernel: Kernel) -> Step:
         beyond, near = distance >= bits, np.minimum(distance, bits - 1).astype(kind)
         if name == "shl":
             return np.where(beyond, np.zeros(1, kind), value << near)
-        return np.where(beyond, value >> np.array([bits - 1], kind) if kind[0] == "i" else 0, value >> near).astype(kind)
+        rest = value >> np.array([bits - 1], kind) if kind[0] == "i" else 0
+        return np.where(beyond, rest, value >> near).astype(kind)
 
     return _apply(instruction, [kind, "u4"], compute)
 
@@ -246,7 +248,7 @@ def convert(instruction: Instruction, kernel: Kernel) -> Step:
         pack = lambda high, low: narrow(low).astype("u4") | narrow(high).astype("u4") << np.uint32(16)  # noqa: E731
         return _apply(instruction, ["f4", "f4"], pack)
     if to == "tf32":
-        return _apply(instruction, ["f4"], lambda x: ((x.view("u4") + np.uint32(0x1000)) & np.uint32(0xFFFFE000)))
+        return _apply(instruction, ["f4"], lambda x: (x.view("u4") + np.uint32(0x1000)) & np.uint32(0xFFFFE000))
     if to in ("bf16", "f16") and of == "f32":
         return _apply(instruction, ["f4"], narrower(to))
     if of in ("bf16", "f16") and to == "f32":
@@ -398,4 +400,3 @@ def elect(instruction: Instruction, kernel: Kernel) -> Step:
         machine.write(chosen, machine.lanes % 32 == 0)
 
     return run
-

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+
 from ptx.asynchronous import swizzled
 from ptx.machine import Machine, Step, Unknown, builds, location, parts, source
 from ptx.memory import Moment

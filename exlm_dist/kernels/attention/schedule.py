@@ -82,4 +82,5 @@ def _wide(capability: tuple[int, int]) -> Plan:
     """Half precision, heads of 96 and 128: chosen so that nothing spills, not measured."""
     if capability < (9, 0):
         return Plan(_all(Tiles(64, 32, 1, 8)), _all(Tiles(32, 32, 1, 8)), _all(Tiles(32, 64, 1, 8)))
-    return Plan(_all(Tiles(128, 64, 1, 8)), _all(Tiles(64, 64, 1, 8)), _all(Tiles(32, 128, 1, 8)))
+    queries = Tiles(64, 64 if capability < (10, 0) else 32, 1, 8)
+    return Plan(_all(Tiles(128, 64, 1, 8)), _all(queries), _all(Tiles(32, 128, 1, 8)))

@@ -40,6 +40,8 @@ def forward(
     count = (tl.load(cu + sequence + 1) - first).to(tl.int32)
     if count <= lower or count > upper or chunk * (TILES * BQ) >= count:
         return
+    if TILES > 2:
+        tl.assume(count > 0)  # else two registers more, which are not there
     o_query = tl.arange(0, BQ)
     o_key = tl.arange(0, BK)
     begin = first + chunk * (TILES * BQ)

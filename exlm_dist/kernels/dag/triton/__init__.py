@@ -160,5 +160,7 @@ def _gradients(
          "states": states, "blocks": cdiv(states, block.states)},
         {"BLOCK": block.states, "TILE": tile, "DEPTH": 16, "ROWS": MATCH_ROWS, "PRECISION": "tf32x3"},
         warps=8,
+        stages=1,
+        registers=128,
     )  # fmt: skip
     return grad_match, grad_moves

@@ -1,15 +1,17 @@
-"""Triton form of the vocabulary match: the logits live in registers, or as gradients of one chunk of words at a time.
+"""Triton form of the vocabulary match: the logits live in registers, or as gradients of one block of rows and chunk of
+words at a time.
 
 Forward: each (rows, tile of words) leaves its largest logit and sum of exponentials, added up in a fixed order by a
-second kernel; the scores of a sequence's own targets are a small product. Backward: for a chunk of words the logits
-are made again and turned into gradients -Gamma_u p before they leave the registers (Gamma_u: the incoming gradient
-summed over the targets), and cuBLAS multiplies them with the weights and the states. At the targets themselves the
-gradients are sums over one sequence (for the states) and over equal tokens, sorted (for the weights). No atomics, no
-host synchronisation.
+second kernel; the scores of a sequence's own targets are a small product. Backward: for each chunk of words, and in it
+for each block of rows, the logits are made again and turned into gradients -Gamma_u p before they leave the registers
+(Gamma_u: the incoming gradient summed over the targets), and cuBLAS multiplies them with the weights and the states. At
+the targets themselves the gradients are sums over one sequence (for the states) and over equal tokens, sorted (for the
+weights). No atomics, no host synchronisation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +51,20 @@ def match_scores(
     return _MatchScores.apply(hidden, weight, bias, target_ids, cu_states, cu_targets, *sizes, shard)
 
 
+#: How many rows are few, and the most words of a chunk for few and for many rows. Few rows: fewer chunks, or launching
+#: them takes longer than they do. 5,632 by 768 is 132 tiles of 256 by 128: one for each multiprocessor of an H100.
+FEW_ROWS, WORDS_OF_FEW, WORDS_OF_MANY = 8192, 6400, 5632
+#: Logits whose gradients are held at a time (127 MB in bf16): 11,264 rows of 5,632 words, two rounds of the same tiles.
+LOGITS = 11264 * 5632
+#: Blocks of rows and chunks of words are whole tiles of every form below.
+TILE = 128
+
+
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of the product states x words, and the words whose gradients are held at a time."""
+    """Sizes of the product states x words, and the block of rows and chunk of words whose gradients are held at a
+    time.
+    """
 
     rows: int
     words: int
@@ -59,6 +72,7 @@ class Tiles:
     group: int
     warps: int
     stages: int
+    block: int
     chunk: int
     precision: str
     descriptors: bool = False
@@ -66,17 +80,17 @@ class Tiles:
     @classmethod
     def of(cls, hidden: Tensor, weight: Tensor) -> Tiles:
         """The measured best for the type and the GPU (benchmarks/results)."""
-        # Few rows: fewer chunks, or launching them takes longer than they do.
-        chunk = 4096 if len(hidden) > 1 << 13 else 6400
+        chunk = _part(len(weight), WORDS_OF_FEW if len(hidden) <= FEW_ROWS else WORDS_OF_MANY)
+        held = (_part(len(hidden), LOGITS // chunk), chunk)
         if hidden.dtype == torch.float32:
-            return cls(64, 64, 32, 8, 4, 2, chunk, _precision(hidden))
+            return cls(64, 64, 32, 8, 4, 2, *held, _precision(hidden))
         if capability(hidden.device) >= (9, 0):
             # A descriptor asks for 16-byte rows and starts; parameters that are slices of one flat buffer may lack
             # the latter.
             aligned = hidden.shape[1] * hidden.element_size() % 16 == 0
             aligned = aligned and (hidden.data_ptr() | weight.data_ptr()) % 16 == 0
-            return cls(128, 128, 64, 8, 4, 3, chunk, _precision(hidden), descriptors=aligned)
-        return cls(128, 128, 32, 8, 8, 3, chunk, _precision(hidden))
+            return cls(128, 128, 64, 8, 4, 3, *held, _precision(hidden), descriptors=aligned)
+        return cls(128, 128, 32, 8, 8, 3, *held, _precision(hidden))
 
     def constants(self, width: int) -> dict[str, Any]:
         """Compile-time constants of the kernels that make logits."""
@@ -222,44 +236,68 @@ def _through_softmax(
     grad_bias: Tensor,
     tiles: Tiles | None = None,
 ) -> None:
-    """Add what the log-sum gives to grad_hidden (fp32), and write grad_weight and grad_bias, a chunk of words at a
-    time.
+    """Add what the log-sum gives to grad_hidden (fp32), and write grad_weight and grad_bias: for each chunk of words,
+    block by block of rows.
     """
     tiles = tiles or Tiles.of(hidden, weight)
-    rows, width = hidden.shape
-    down = cdiv(rows, tiles.rows)
-    buffer = torch.empty(rows * min(tiles.chunk, len(weight)), dtype=hidden.dtype, device=hidden.device)
-    sums = torch.empty((down, len(weight)), dtype=torch.float32, device=hidden.device)
-    shared = {
-        **tiles.operands(hidden, weight), "bias": bias, "log_sum": log_sum, "mass": mass, "grad_bias": sums,
-        "rows": rows, "vocab": len(weight), "width": width,
-    }  # fmt: skip
-    constants, start, grad = tiles.constants(width), 0, buffer[:0].view(0, 0)
-    for words, grad_words in zip(weight.split(tiles.chunk), grad_weight.split(tiles.chunk)):
-        chunk = len(words)
-        if grad.shape[1] != chunk:  # all chunks but the last are of one size
-            grad = buffer[: rows * chunk].view(rows, chunk)
-            turned = grad.t()
-        launch(
-            logit_gradient_kernel,
-            (down * cdiv(chunk, tiles.words),),
-            {**shared, "grad": grad, "chunk": chunk, "start": start},
-            constants,
-            warps=tiles.warps,
-            stages=tiles.stages,
-        )
-        torch.mm(turned, hidden, out=grad_words)
-        _add_product(grad_hidden, grad, words)
-        start += chunk
+    rows, words, width = tiles.block, tiles.chunk, hidden.shape[1]
+    buffer = torch.empty(rows * words, dtype=hidden.dtype, device=hidden.device)
+    sums = torch.empty((cdiv(rows, tiles.rows), len(weight)), dtype=torch.float32, device=hidden.device)
+    whole = rows == len(hidden)
+    # The sum over several blocks of rows stays in fp32 until it is complete.
+    chunk_sum = None if whole else torch.empty((words, width), dtype=torch.float32, device=hidden.device)
+    shared = {"bias": bias, "grad_bias": sums, "vocab": len(weight), "width": width}
+    blocks = []
+    for block, *rest in zip(*(_split(tensor, tiles.block) for tensor in (hidden, log_sum, mass, grad_hidden))):
+        of_rows = {"log_sum": rest[0], "mass": rest[1], "rows": len(block), "later": int(bool(blocks))}
+        blocks.append((block, rest[2], {**tiles.operands(block, weight), **shared, **of_rows}))
+    constants, start, shape = tiles.constants(width), 0, (0, 0)
+    for matrix, grad_matrix in zip(_split(weight, tiles.chunk), _split(grad_weight, tiles.chunk)):
+        words = len(matrix)
+        across = cdiv(words, tiles.words)
+        for block, grad_block, arguments in blocks:
+            rows = arguments["rows"]
+            if shape != (rows, words):  # all blocks and chunks but the last are of one size
+                shape = rows, words
+                grad = buffer[: rows * words].view(shape)
+                turned = grad.t()
+            launch(
+                logit_gradient_kernel,
+                (cdiv(rows, tiles.rows) * across,),
+                {**arguments, "grad": grad, "chunk": words, "start": start},
+                constants,
+                warps=tiles.warps,
+                stages=tiles.stages,
+            )
+            if chunk_sum is None:
+                torch.mm(turned, block, out=grad_matrix)
+            else:
+                _add_product(chunk_sum[:words], turned, block, fresh=not arguments["later"])
+            _add_product(grad_block, grad, matrix)
+        if chunk_sum is not None:
+            grad_matrix.copy_(chunk_sum[:words])
+        start += words
     torch.sum(sums, 0, out=grad_bias)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total (fp32) += left @ right, the sum kept in fp32 throughout."""
-    if total.device.type == "cuda" and left.dtype != torch.float32:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+def _part(total: int, most: int) -> int:
+    """The total, if that is at most `most`; else the size, in whole tiles, of the fewest equal parts that are."""
+    tiles = cdiv(total, TILE)
+    return total if total <= most else cdiv(tiles, cdiv(tiles, most // TILE)) * TILE
+
+
+def _split(tensor: Tensor, size: int) -> Sequence[Tensor]:
+    """`tensor.split(size)`, without the cost of a view where there is one part."""
+    return tensor.split(size) if len(tensor) > size else (tensor,)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, fresh: bool = False) -> None:
+    """total (fp32) += left @ right, or = where it is fresh; the sum kept in fp32 throughout."""
+    beta = 0 if fresh else 1
+    if total.device.type == "cpu" or left.dtype == torch.float32:
+        total.addmm_(left.float(), right.float(), beta=beta)
     else:
-        total.addmm_(left.float(), right.float())
+        torch.addmm(total, left, right, out_dtype=torch.float32, beta=beta, out=total)
 
 
 def _at_words(

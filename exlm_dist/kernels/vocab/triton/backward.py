@@ -8,14 +8,14 @@ import triton.language as tl
 from exlm_dist.kernels.vocab.triton.forward import logits, place
 
 
-@triton.jit(do_not_specialize=["rows", "vocab", "start"])
+@triton.jit(do_not_specialize=["rows", "vocab", "start", "later"])
 def logit_gradient_kernel(
-    hidden, weight, bias, log_sum, mass, grad, grad_bias, rows, vocab, chunk, start, width,
+    hidden, weight, bias, log_sum, mass, grad, grad_bias, rows, vocab, chunk, start, later, width,
     ROWS: tl.constexpr, WORDS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """-mass p of a tile of words start..start+chunk-1, [rows, chunk]; and its column sums, one row per tile of
-    states.
+    states. later (0 or 1): add the sums to those of the blocks of rows before.
     """
     row, word = place(tl.cdiv(rows, ROWS), tl.cdiv(chunk, WORDS), GROUP)
     o_row = row * ROWS + tl.arange(0, ROWS)
@@ -32,7 +32,9 @@ def logit_gradient_kernel(
     p_out = grad + o_row[:, None].to(tl.int64) * chunk + o_place[None, :]
     tl.store(p_out, b_grad.to(grad.dtype.element_ty), mask=m_row[:, None] & (o_place < chunk)[None, :])
     p_out = grad_bias + row.to(tl.int64) * vocab + start + o_place
-    tl.store(p_out, tl.sum(b_grad, 0), mask=o_place < chunk)
+    b_before = tl.load(p_out, mask=o_place < chunk * later, other=0.0)
+    tl.debug_barrier()  # several warps read it, one writes it
+    tl.store(p_out, b_before + tl.sum(b_grad, 0), mask=o_place < chunk)
 
 
 @triton.jit(do_not_specialize=["rows", "count", "vocab", "first_token", "max_states", "max_targets"])

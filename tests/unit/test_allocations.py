@@ -1,0 +1,32 @@
+"""The counter of live bytes that other tests rely on."""
+
+from __future__ import annotations
+
+import torch
+from allocations import Allocations
+
+
+def test_storages_count_once_from_their_making_to_their_end() -> None:
+    before = torch.empty(1000, device="meta")
+    with Allocations() as allocations:
+        view = before[:10].view(2, 5)  # of something from before: nothing
+        one = torch.empty(100, device="meta")  # 400 bytes
+        row = one.view(10, 10)[3]
+        one.add_(1)
+        assert (allocations.live, allocations.peak) == (400, 400)
+        two = one + before[:100]
+        del one
+        assert allocations.live == 800  # a view still holds the first
+        del row
+        assert (allocations.live, allocations.peak) == (400, 800)
+    del two, view
+    assert (allocations.live, allocations.peak) == (0, 800)
+
+
+def test_what_the_backward_pass_makes_counts() -> None:
+    weight = torch.empty(8, 4, device="meta", requires_grad=True)
+    with Allocations() as allocations:
+        out = torch.empty(16, 4, device="meta") @ weight.t()
+        (grad,) = torch.autograd.grad(out, [weight], torch.empty_like(out))
+    assert grad.shape == weight.shape
+    assert allocations.peak >= 4 * (16 * 8 + 16 * 8 + 8 * 4)

@@ -88,6 +88,13 @@ def test_large_scores(scale: float) -> None:
         assert (got.double() - want).norm() <= 1e-4 * want.norm()
 
 
+def test_the_gate_of_a_single_head_has_no_gradient() -> None:
+    """Not even that of rounding, which an optimiser would scale up."""
+    lengths = [9, 4]
+    grads = evaluate(make(lengths, 1, 16, seed=7), lengths, 1, "dense", "triton", torch.float32)[1:]
+    assert grads[0].any() and not grads[2].any()
+
+
 def test_uniform() -> None:
     starts = starts_of([5, 3]).to(DEVICE)
     ours, want = (

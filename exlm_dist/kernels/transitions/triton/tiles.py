@@ -109,7 +109,7 @@ def log_gates(gate, o_row, m_row, heads: tl.constexpr, HEADS: tl.constexpr):
     """log2 of the gates of states, [rows, HEADS]; -inf past the last head."""
     o_h = tl.arange(0, HEADS)
     m_gate = m_row[:, None] & (o_h < heads)[None, :]
-    b_gate = tl.load(gate + (o_row[:, None] * heads + o_h[None, :]), mask=m_gate, other=0.0).to(tl.float32) * LOG2E
+    b_gate = tl.load(gate + (o_row[:, None] * heads + o_h[None, :]), mask=m_gate, other=0.0).to(tl.float32)
     b_gate = tl.where((o_h < heads)[None, :], b_gate, float("-inf"))
-    b_high = tl.max(b_gate, 1)[:, None]
-    return b_gate - (b_high + tl.log2(tl.sum(tl.exp2(b_gate - b_high), 1))[:, None])
+    b_gate = (b_gate - tl.max(b_gate, 1)[:, None]) * LOG2E
+    return b_gate - tl.log2(tl.sum(tl.exp2(b_gate), 1))[:, None]

@@ -44,15 +44,14 @@ COPY, PRODUCT = 3.0e12, 790e12  # bytes/s and FLOP/s of an H100, for the floors
 def cases(device: torch.device, toy: bool) -> Iterator[Case]:
     """n~191 (S=128) and n~746 (S=512) at H=12, P=64; heads of 16 x 64 (large); dropout."""
     if toy:
-        yield _Batch([33, 20], 2, 32, device, torch.float32, 0.0, compiled=False).case("ragged", None, None)
+        yield Batch([33, 20], 2, 32, device, torch.float32, 0.0, compiled=False).case("ragged", None, None)
         return
     for longest, count, least, aim in ((191, 512, 1.0, 1.3), (746, 128, 1.0, 1.1)):
         spread = torch.linspace(longest // 2, longest, count).long().tolist()
-        yield _Batch([longest] * count, 12, 64, device, torch.bfloat16, 0.0).case("full", least, aim, variants=True)
-        yield _Batch(spread, 12, 64, device, torch.bfloat16, 0.0).case("ragged", least, aim)
-        yield _Batch([longest] * count, 16, 64, device, torch.bfloat16, 0.0).case("full, large", least, aim)
-        dropped = _Batch([longest] * count, 12, 64, device, torch.bfloat16, 0.1)
-        yield dropped.case("full, dropout 0.1", least, aim, variants=True)
+        yield Batch([longest] * count, 12, 64, device, torch.bfloat16, 0.0).case("full", least, aim)
+        yield Batch(spread, 12, 64, device, torch.bfloat16, 0.0).case("ragged", least, aim)
+        yield Batch([longest] * count, 16, 64, device, torch.bfloat16, 0.0).case("full, large", least, aim)
+        yield Batch([longest] * count, 12, 64, device, torch.bfloat16, 0.1).case("full, dropout 0.1", least, aim)
 
 
 def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +64,7 @@ def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
     return turn(q), turn(k)
 
 
-class _Batch:
+class Batch:
     """One packed batch and its padded copy, and the sides that work on them."""
 
     def __init__(
@@ -101,19 +100,25 @@ class _Batch:
         out[self.inside] = rows
         return out
 
-    def case(self, kind: str, least: float | None, aim: float | None, *, variants: bool = False) -> Case:
-        """The comparison; `kind` says how the lengths are spread. `variants`: also what could ship instead."""
+    def variants(self, kind: str) -> Case:
+        """What ships beside `VARIANTS`."""
+        sides = {"ours": self._ours} | {f"ours, {name}": self._variant(changes) for name, changes in VARIANTS.items()}
+        return self._case(kind, sides, None, None)
+
+    def case(self, kind: str, least: float | None, aim: float | None) -> Case:
+        """The comparison; `kind` says how the lengths are spread."""
         sides = {"ours": self._ours}
         if self.longest > schedule.SHORT:
             sides["ours, short form"] = self._short
-        if variants:
-            sides |= {f"ours, {name}": self._variant(changes) for name, changes in VARIANTS.items()}
         if self.cu_tokens.device.type == "cuda":
             sides |= {f"sdpa {name}": self._sdpa(name) for name in BACKENDS if self.mask is None or name != "flash"}
             if not self.dropout:
                 sides |= {"varlen_attn": self._varlen, "flex": self._flex()}
         else:
             sides["sdpa math"] = self._sdpa(None)
+        return self._case(kind, sides, least, aim)
+
+    def _case(self, kind: str, sides: dict[str, Callable[[], Tensor]], least: float | None, aim: float | None) -> Case:
         squares = sum(length * length for length in self.lengths)
         token_bytes = 2 * self.heads * self.width * self.tokens
         floors = {

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
+pytest.importorskip("triton")
+
+from ptx import counts
 from ptx import machine as running
 from ptx.machine import Machine, Unknown, prepared
 from ptx.memory import GlobalMemory, MemoryFault, Race
@@ -197,3 +201,25 @@ def test_what_does_not_end_and_what_is_not_known(words, monkeypatch: pytest.Monk
         run("$AGAIN: bra.uni $AGAIN;", *words)
     with pytest.raises(Unknown, match="vabsdiff4"):
         run("vabsdiff4.u32 %r6, %r1, %r2, %r3;", *words)
+
+
+def test_what_is_counted(words, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two warps read 128 bytes each; then every eighth word, so that eight lanes ask one bank; half of one writes."""
+    found = counts.Counts()
+    monkeypatch.setattr(counts, "_all", {"kernel": found})
+    with counts.counting():
+        run(
+            """ld.global.b32 { %r6 }, [ %rd4 + 0 ];
+            st.shared.b32 [%r5], %r6;
+            bar.sync 0;
+            shl.b32 %r7, %r3, 3;
+            and.b32 %r7, %r7, 1023;
+            add.s32 %r8, %r4, %r7;
+            ld.shared.b32 %r9, [%r8];
+            setp.lt.u32 %p1, %r1, 16;
+            @%p1 st.global.b32 [ %rd5 + 0 ], { %r9 };""",
+            *words,
+        )
+    assert found.blocks == 1 and (found.issued["memory"], found.issued["control"]) == (2 + 4 + 2 + 2 + 1, 2 + 2)
+    assert (found.sectors, found.bytes) == (2 * 4 + 2, 2 * 128 + 64)
+    assert (found.banks, found.banks_ideal) == (2 + 2 * 8, 2 + 2)

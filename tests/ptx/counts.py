@@ -1,9 +1,10 @@
 """What the compiled kernels do, counted while they run from their PTX: `python tests/ptx/counts.py [operation ...]`.
 
 Per kernel: instructions that warps issue, by the unit that executes them, passes through the banks of shared memory
-beside what they would be without conflicts, and sectors of 32 bytes of global memory beside the bytes asked for. These
-are exact but for arithmetic, which ptxas still rearranges. The last columns say what each unit of an H100 would need
-for it alone, in microseconds: a bound from below and no time, since nothing is known of waiting.
+beside what they would be without conflicts (what matrix products read there by themselves is left out), and sectors of
+32 bytes of global memory beside the bytes asked for. These are exact but for arithmetic, which ptxas still rearranges.
+The last columns say what each unit of an H100 would need for it alone, in microseconds: a bound from below and no
+time, since nothing is known of waiting.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from ptx.parse import Instruction  # noqa: E402
 RATES = {"special": 0.5, "whole": 2.0, "float": 4.0, "issue": 4.0, "banks": 1.0}
 CLOCK, MULTIPROCESSORS, COPY = 1.7, 132, 3.0e6
 UNITS = {
-    "special": ("ex2", "lg2", "rcp", "sqrt", "rsqrt", "sin", "cos", "div.full", "div.approx", "cvt"),
+    "special": ("ex2", "lg2", "rcp", "sqrt", "rsqrt", "sin", "cos", "div.full", "div.approx"),
+    "convert": ("cvt",),
     "float": ("fma", "add.f32", "mul.f32", "sub.f32", "add.ftz", "mul.ftz", "max.f32", "min.f32", "neg.f32"),
     "tensor": ("mma", "wgmma.mma"),
     "memory": ("ld", "st", "cp", "ldmatrix", "stmatrix"),
@@ -203,7 +205,7 @@ CASES: dict[str, list[tuple[str, Callable[[], None], int]]] = {
 
 def table(times: int) -> str:
     """A line for each kernel; bounds for `times` as much work."""
-    kinds = ["tensor", "special", "float", "whole", "moves", "exchange", "memory", "control"]
+    kinds = ["tensor", "special", "convert", "float", "whole", "moves", "exchange", "memory", "control"]
     lines = [f"{'kernel':24} {'blocks':>6} " + " ".join(f"{kind:>8}" for kind in kinds)]
     lines[0] += f" {'banks':>8} {'ideal':>8} {'sectors':>8} {'ideal':>8} | us: tensor special  issue  banks   copy"
     for name, counts in _all.items():

@@ -181,7 +181,7 @@ def test_a_hung_rank_of_the_command_is_replaced_and_the_bits_are_the_same(data, 
         data,
         schedule={"steps": 80},
         checkpoint={"every": 16},
-        watchdog={"step": 3},
+        watchdog={"step": 3, "save": 3, "evaluation": 3},  # whatever it is doing when it is stopped
         launch={"processes": 2},
     )
     file = tmp_path / "run.yaml"

@@ -56,8 +56,7 @@ class Session:
         """Lock the folder, find where to go on and build everything. False: the run is finished, there is nothing to
         do."""
         config, process = self.config, self.process
-        check_world(config, process.world)
-        working_dtype(config, process.device)
+        process.together(self._check_settings)
         self.path = Path(process.first_only(self._open_folder))
         self.train_data = process.together(lambda: self._dataset("train"))
         self.valid_data = (
@@ -115,6 +114,12 @@ class Session:
             process.device.type,
         )
         return True
+
+    def _check_settings(self) -> None:
+        """What the configuration asks of this world and device. Together: a rank that left at once would take the
+        others for lost, which may still be on their way here."""
+        check_world(self.config, self.process.world)
+        working_dtype(self.config, self.process.device)
 
     def _open_folder(self) -> str:
         self._folder = RunFolder.open(self.config, patience=min(LOCK_PATIENCE, self.config.launch.timeout / 2))

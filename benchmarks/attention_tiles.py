@@ -10,20 +10,14 @@ import gc
 import sys
 
 import torch
-from kernels import surroundings, table
+from kernels import on_gpu, surroundings, table
 from kernels_attention import Batch
 from timing import measure
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure; 1 if a side failed its check."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--commit", default="", help="where the checkout carries no git folder")
-    parser.add_argument("--toy", action="store_true", help="tiny sizes; works without a GPU")
-    options = parser.parse_args(argv)
-    if not options.toy and not torch.cuda.is_available():
-        parser.error("no CUDA device here; `--toy` runs tiny sizes without one")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options, device = on_gpu(argparse.ArgumentParser(description=__doc__.splitlines()[0]), argv)
     print(", ".join(f"{name} {value}" for name, value in surroundings(options.commit, device).items()))
     failed = 0
     for lengths in [[20, 9]] if options.toy else [[191] * 512, [746] * 128]:

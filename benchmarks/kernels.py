@@ -107,6 +107,16 @@ def write(path: Path, head: str, tables: list[str], lines: list[dict[str, object
     path.with_suffix(".md").write_text(head + "\n" + "\n".join(tables))
 
 
+def on_gpu(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
+    """The options, with two that all benchmarks of kernels have, and the GPU; at toy size any device will do."""
+    parser.add_argument("--commit", default="", help="where the checkout carries no git folder")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes; works without a GPU")
+    options = parser.parse_args(argv)
+    if not options.toy and not torch.cuda.is_available():
+        parser.error("no CUDA device here; `--toy` runs tiny sizes without one")
+    return options, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure; 1 if one of our own sides failed its check."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -115,12 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--milliseconds", type=float, default=60, help="time per side and round")
     parser.add_argument("--select", default="", help="only cases whose name and sizes contain this")
-    parser.add_argument("--commit", default="", help="where the checkout carries no git folder")
-    parser.add_argument("--toy", action="store_true", help="tiny sizes; works without a GPU")
-    options = parser.parse_args(argv)
-    if not options.toy and not torch.cuda.is_available():
-        parser.error("no CUDA device here; `--toy` runs tiny sizes without one")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options, device = on_gpu(parser, argv)
     around, tables, lines, failed = surroundings(options.commit, device), [], [], 0
     now = ", ".join(f"{name} {value:.4g}" for name, value in ceilings(device).items())
     facts = ", ".join(f"{name} {value}" for name, value in around.items())

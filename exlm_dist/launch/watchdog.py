@@ -80,7 +80,7 @@ def read_ranks(folder: Path) -> list[Rank]:
         rank = Rank(**about, phase=PHASES[phase], step=step, beats=beats, moment=moment)
         if rank.state:
             ranks.append(rank)
-        elif path.exists() and json.loads(path.read_text())["pid"] == rank.pid:
+        elif (about_now := _written(path)) and json.loads(about_now)["pid"] == rank.pid:
             remove(path)
     return ranks
 
@@ -239,7 +239,11 @@ def main(folder: str, limits: str) -> None:
 def _sweep(mine: Path) -> None:
     """Remove what launches have left of which even the watchdog was killed, as Slurm does at the end of a step."""
     for folder in mine.parent.glob(mine.name.rpartition("-")[0] + "-*"):
-        if folder != mine and time.time() - folder.stat().st_mtime > STALE and not read_ranks(folder):
+        try:
+            changed = folder.stat().st_mtime
+        except FileNotFoundError:  # its own watchdog has just removed it
+            continue
+        if folder != mine and time.time() - changed > STALE and not read_ranks(folder):
             remove_empty(folder)
 
 

@@ -29,7 +29,7 @@ from ptx.parse import Instruction  # noqa: E402
 
 #: Warp instructions per clock and multiprocessor of an H100 (CUDA programming guide, arithmetic throughput); its clock
 #: in GHz under load, its multiprocessors, and bytes per microsecond of a copy (docs/lab-log.md).
-RATES = {"special": 0.5, "whole": 2.0, "float": 4.0, "issue": 4.0, "banks": 1.0}
+RATES = {"special": 0.5, "issue": 4.0, "banks": 1.0}
 CLOCK, MULTIPROCESSORS, COPY = 1.7, 132, 3.0e6
 UNITS = {
     "special": ("ex2", "lg2", "rcp", "sqrt", "rsqrt", "sin", "cos", "div.full", "div.approx"),

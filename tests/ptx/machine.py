@@ -7,9 +7,8 @@ Registers start as NaN, shared memory as well. Form and meaning of the instructi
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -50,7 +49,6 @@ class Machine:
     arguments: list[Any]
     memory: GlobalMemory
     shared_bytes: int
-    executed: Counter = field(default_factory=Counter)
 
     def run(self) -> None:
         """All blocks of the grid, one after the other."""

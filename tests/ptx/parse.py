@@ -58,7 +58,6 @@ class Kernel:
     """A parsed kernel: `labels` are places in `code`, `parameters` (name, type) in their order."""
 
     name: str
-    target: str
     threads: int
     parameters: list[tuple[str, str]]
     code: list[Instruction] = field(default_factory=list)
@@ -83,8 +82,7 @@ def parse(text: str) -> Kernel:
     if entry is None:
         raise ValueError("no kernel in this PTX")
     threads = re.search(r"\.reqntid\s+(\d+)", entry[3])
-    target = re.search(r"\.target\s+(\w+)", text)
-    kernel = Kernel(entry[1], target[1] if target else "", int(threads[1]) if threads else 1, [])
+    kernel = Kernel(entry[1], int(threads[1]) if threads else 1, [])
     kernel.parameters = [(match[2], match[1]) for match in _PARAMETER.finditer(entry[2])]
     _body(kernel, text[entry.end() :])
     return kernel

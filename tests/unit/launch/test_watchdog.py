@@ -142,7 +142,8 @@ def test_what_killed_launches_left_is_swept_away(tmp_path):
         (folders[name] / "rank-0.beat").write_bytes(watchdog.BEAT.pack(0, 0, 1, 0.0))
         (folders[name] / "rank-0.json").write_text(json.dumps({"rank": 0, "pid": pid, "born": born, "error_file": ""}))
         os.utime(folders[name], (time.time() - age,) * 2)
-    watchdog._sweep(folders["mine"])
+    (folders["mine"].parent / f"{folders['mine'].name.rpartition('-')[0]}-vanished").symlink_to("nowhere")
+    watchdog._sweep(folders["mine"])  # not stopped by one that went between being listed and being looked at
     sleeper.kill()
     sleeper.wait()
     assert {name for name, folder in folders.items() if folder.exists()} == {"alive", "new", "mine"}

@@ -95,15 +95,15 @@ class _Transitions(torch.autograd.Function):
 
 def _together(settings: dict[str, Any], warps: int) -> dict[str, int]:
     """Heads of a program of the gradients, and rows of its tiles: two heads share what is read of the moves, where the
-    registers suffice for that, which they do not with 64 rows.
+    registers suffice for that, which they do not with 64 rows. Chosen by counts, not measured.
     """
     pairs = warps == 4 and settings["heads"] % 2 == 0
     return {"EACH": 2, "ROWS": 32} if pairs else {"EACH": 1, "ROWS": settings["ROWS"]}
 
 
 def _settings(query: Tensor, max_states: int, group: int | None) -> tuple[dict[str, Any], int, int]:
-    """Compile-time constants of the tiled kernels and warps, the measured best (benchmarks/results); between them how
-    many words of a row of moves can be read together.
+    """Compile-time constants of the tiled kernels and warps; between them how many words of a row of moves can be read
+    together. The tiles were the best measured of kernels that executed more (docs/lab-log.md); not measured since.
     """
     _, heads, width = query.shape
     precise = query.dtype == torch.float32

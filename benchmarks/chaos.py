@@ -36,9 +36,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from chaos_ranks import Kill, launch  # noqa: E402
 
+from exlm_dist.checkpoint import reader as reader  # noqa: E402
 from exlm_dist.config import RunConfig  # noqa: E402
-from exlm_dist.data.demo_molecules import prepare_demo_smiles  # noqa: E402
-from exlm_dist.model import checkpoint_reader as reader  # noqa: E402
+from exlm_dist.prepare.demo.demo_molecules import prepare_demo_smiles  # noqa: E402
 from exlm_dist.tracking import read_events  # noqa: E402
 from exlm_dist.utils.errors import EXIT_RETRY  # noqa: E402
 

@@ -37,19 +37,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from exlm_dist.checkpoint import reader, storage  # noqa: E402
+from exlm_dist.checkpoint.pieces import Piece  # noqa: E402
+from exlm_dist.checkpoint.tensors import Index, TensorReader, model_file, optimizer_file, tensor_name, write_header  # noqa: E402
 from exlm_dist.config import RunConfig, dump_config  # noqa: E402
 from exlm_dist.launch.local import free_port  # noqa: E402
-from exlm_dist.model import checkpoint_reader as reader  # noqa: E402
-from exlm_dist.model.checkpoint_tensors import (  # noqa: E402
-    Index,
-    TensorReader,
-    model_file,
-    optimizer_file,
-    tensor_name,
-)
-from exlm_dist.model.pieces import Piece  # noqa: E402
 from exlm_dist.tracking import EVENTS  # noqa: E402
-from exlm_dist.training import checkpoint, checkpoint_files  # noqa: E402
+from exlm_dist.training.engine import state as engine_state  # noqa: E402
 
 SIDES = ("gather", "pieces", "copied", "beside")
 
@@ -94,7 +88,7 @@ def gather(engine: Any) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     tensors: dict[str, torch.Tensor] = {}
-    for moment in (None, *checkpoint.MOMENTS):
+    for moment in (None, *engine_state.MOMENTS):
         for held in engine.parameters:
             full = (
                 safe_get_full_fp32_param(held.parameter)
@@ -119,33 +113,31 @@ def gather_and_write(session: Any) -> float:
 def _write_whole(session: Any, tensors: dict[str, torch.Tensor]) -> None:
     shapes = {held.name: held.shape for held in session.engine.parameters}
     pieces = {held.name: [Piece(None, 0, held.numel, 0)] for held in session.engine.parameters}
-    index = Index(shapes, pieces, checkpoint.MOMENTS).as_text()
-    target = checkpoint_files.folder_of(session.path, session.step)
-    folder = checkpoint_files.begin(target, sum(value.numel() * 4 for value in tensors.values()))
-    small = checkpoint_files.small_files(
-        index, session._state(), dump_config(session.config), session.train_data.tokenizer_path
-    )
-    entries = checkpoint_files.write_files(folder, [], b"", **small)
+    index = Index(shapes, pieces, engine_state.MOMENTS).as_text()
+    target = storage.folder_of(session.path, session.step)
+    folder = storage.begin(target, sum(value.numel() * 4 for value in tensors.values()))
+    small = storage.small_files(index, session._state(), dump_config(session.config), session.train_data.tokenizer_path)
+    entries = storage.write_files(folder, [], b"", **small)
     for name, part in (
         (model_file(0), {key: value for key, value in tensors.items() if key in shapes}),
         (optimizer_file(0), {key: value for key, value in tensors.items() if key not in shapes}),
     ):
-        entries[name] = checkpoint_files._write_file(
+        entries[name] = storage._write_file(
             folder / name,
             [
-                checkpoint_files.write_header({key: tuple(value.shape) for key, value in part.items()}),
+                write_header({key: tuple(value.shape) for key, value in part.items()}),
                 *(memoryview(value.view(-1).numpy()).cast("B") for value in part.values()),
             ],
         )
-    checkpoint_files.publish(folder, target, session.step, entries)
-    checkpoint_files.retain(session.path, 1, False)
+    storage.publish(folder, target, session.step, entries)
+    storage.retain(session.path, 1, False)
 
 
 class Bench:
     """One rank's part: a session and its two savers."""
 
     def __init__(self, config: RunConfig, process: Any) -> None:
-        from exlm_dist.training.saving import Saver
+        from exlm_dist.training.saver import Saver
         from exlm_dist.training.session import Session
 
         self.session, self.process = Session(config, process), process
@@ -162,7 +154,7 @@ class Bench:
         self.savers = {"copied": self.session._saver, "beside": self.session._saver, "pieces": inline}
 
     def slowest(self, seconds: float) -> float:
-        return float(self.process.gather([seconds]).max())
+        return float(self.process.all_gather([seconds]).max())
 
     def step(self) -> float:
         self.process.any(False)
@@ -213,13 +205,13 @@ class Bench:
         tensors: Any = TensorReader(folder)
         if not parts:
             tensors = Whole(tensors)
-        checkpoint.put(self.session.engine, tensors, state)
+        engine_state.put(self.session.engine, tensors, state)
         return self.slowest(time.perf_counter() - start)
 
     def close(self) -> None:
         self.savers["pieces"].close()
         self.session._saver = self.savers["beside"]
-        self.session.disband()
+        self.session.shut_down()
         self.session.close("KILLED")
 
 
@@ -327,7 +319,7 @@ def processor() -> str:
 
 
 def main() -> None:
-    from exlm_dist.data.demo_molecules import prepare_demo_smiles
+    from exlm_dist.prepare.demo.demo_molecules import prepare_demo_smiles
 
     given = options()
     folder = Path(tempfile.mkdtemp(prefix="exlm-checkpoint-", dir=given.folder))

@@ -36,7 +36,7 @@ from exlm_dist.config.schema import MaskingConfig  # noqa: E402
 from exlm_dist.data.loader import Loader  # noqa: E402
 from exlm_dist.data.manifest import MANIFEST, SCHEMA, sealed  # noqa: E402
 from exlm_dist.data.shards import ShardDataset, ShardWriter, token_dtype  # noqa: E402
-from exlm_dist.data.tokenizer import NUM_SPECIAL  # noqa: E402
+from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL  # noqa: E402
 
 OURS, READING = "ours, packed batches", "ours, reading only"
 DECODED, RAW = "webdataset, decoded", "webdataset, raw bytes"

@@ -205,7 +205,7 @@ class Batch:
             return None if all(bool(tensor.isfinite().all()) for tensor in found) else float("nan")
         if self.wanted is None:
             parts = [part.float().requires_grad_() for part in self.packed.detach().unbind(2)]
-            out = attention(*parts, self.angles, self.cu_tokens, self.longest, backend="reference")
+            out = attention(*parts, self.angles, self.cu_tokens, self.longest, backend="torch")
             self.wanted = [out.detach(), *torch.autograd.grad(out, parts, self.grad.float())]
         if len(found) == 2:
             found = [found[0], *found[1].unbind(2)]

@@ -39,10 +39,10 @@ class _Graphs:
 
     def cases(self) -> Iterator[Case]:
         """As called, and replayed from a graph where there is CUDA."""
-        backend = "auto" if self.grad.device.type == "cuda" else "reference"
+        backend = "auto" if self.grad.device.type == "cuda" else "torch"
         sides = {
             "ours": lambda: self._whole(dag_log_likelihood(*self.inputs, *self.sizes, backend=backend)),
-            "definition": lambda: self._whole(dag_log_likelihood(*self.inputs, *self.sizes, backend="reference")),
+            "definition": lambda: self._whole(dag_log_likelihood(*self.inputs, *self.sizes, backend="torch")),
             "torch recursion": lambda: self._whole(_recursion(*self.inputs)),
         }
         yield self._case("as called", sides, sides)
@@ -60,7 +60,7 @@ class _Graphs:
         """Largest difference of a posterior (gradient over what comes in) from fp64."""
         if self.wanted is None:
             inputs = [tensor.detach().double().requires_grad_() for tensor in self.inputs]
-            value = dag_log_likelihood(*inputs, *self.sizes, backend="reference")
+            value = dag_log_likelihood(*inputs, *self.sizes, backend="torch")
             self.wanted = torch.autograd.grad(value, inputs, self.grad.double())
         scale = self.grad.double()[:, None, None]
         return max(float(((got - want) / scale).abs().max()) for got, want in zip(found[1:], self.wanted))

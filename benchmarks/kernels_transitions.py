@@ -61,7 +61,7 @@ class _Batch:
         """Largest relative error (Frobenius) over log E of the allowed moves and the gradients, against fp64."""
         if self.wanted is None:
             inputs = [tensor.detach().double().requires_grad_() for tensor in self.inputs]
-            out = transition_log_probs(*inputs, self.starts, self.shape[1], states_per_target=4, backend="reference")
+            out = transition_log_probs(*inputs, self.starts, self.shape[1], states_per_target=4, backend="torch")
             grad = self.grad.double().where(self.forward, 0)
             self.wanted = [out.detach(), *torch.autograd.grad(out, inputs, grad)]
         allowed = self.forward.expand_as(found[0])

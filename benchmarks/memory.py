@@ -183,7 +183,7 @@ def run_rank(cases: list[Case]) -> list[int]:
 
 def train(case: Case, process) -> None:
     """A few steps of the package's own engine on random tokens."""
-    from exlm_dist.training.engine import build_engine
+    from exlm_dist.training.engine.base import build_engine
     from exlm_dist.training.step import optimizer_step
 
     config = case.config()
@@ -207,7 +207,7 @@ def make_batch(case: Case, config: RunConfig, index: int, step: int):
     from exlm_dist.data.expansion import expand, wrap
     from exlm_dist.data.masking import mask_batch, sample_keys
     from exlm_dist.data.packing import pack
-    from exlm_dist.data.tokenizer import NUM_SPECIAL
+    from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL
 
     lengths = np.full(case.micro, case.length - 2)
     tokens = np.random.default_rng(step).integers(NUM_SPECIAL, case.vocabulary, lengths.sum())

@@ -37,9 +37,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from exlm_dist.config import RunConfig, dump_config  # noqa: E402
-from exlm_dist.data.demo_molecules import prepare_demo_smiles  # noqa: E402
 from exlm_dist.launch.restart import newest_step  # noqa: E402
 from exlm_dist.launch.watchdog import Rank, read_ranks  # noqa: E402
+from exlm_dist.prepare.demo.demo_molecules import prepare_demo_smiles  # noqa: E402
 from exlm_dist.tracking import read_events  # noqa: E402
 
 #: Seconds that anything may take before the benchmark gives up.

@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from exlm_dist.config.schema import RunConfig  # noqa: E402
-from exlm_dist.data.tokenizer import NUM_SPECIAL  # noqa: E402
 from exlm_dist.launch.local import free_port  # noqa: E402
+from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL  # noqa: E402
 
 VOCABULARY = 512
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -87,7 +87,7 @@ def opened(config: RunConfig) -> tuple[Any, Any, Any]:
     """(process, loader, engine) of this rank."""
     from exlm_dist.data.loader import Loader
     from exlm_dist.parallel import process as processes
-    from exlm_dist.training.engine import build_engine
+    from exlm_dist.training.engine.base import build_engine
 
     process = processes.start(config.launch, config.parallel)
     data = process.grid.data
@@ -104,7 +104,7 @@ def counted(config: RunConfig) -> dict[str, Any] | None:
     """{kind: (calls, bytes, bytes by formula)} of one step; None except on the first rank of a stage."""
     from exlm_dist.parallel import process as processes
     from exlm_dist.parallel.traffic import Traffic
-    from exlm_dist.training import engine as engines
+    from exlm_dist.training.engine import base as engines
     from exlm_dist.training.step import optimizer_step
 
     engines.deepspeed_config = partitioning_all(engines.deepspeed_config)
@@ -219,7 +219,7 @@ def bubble(config: RunConfig, seconds: float, rounds: int = 4) -> float:
     shares = []
     for number in range(rounds):
         batches, busy = loader.step(number), 0.0
-        process.gather([0.0])
+        process.all_gather([0.0])
         start = time.perf_counter()
         optimizer_step(engine, batches, config, scored=False)
         shares.append(1 - busy / (time.perf_counter() - start))

@@ -19,11 +19,11 @@ from exlm_dist.data.batch import PackedBatch  # noqa: E402
 from exlm_dist.data.expansion import expand, wrap  # noqa: E402
 from exlm_dist.data.masking import mask_batch, sample_keys  # noqa: E402
 from exlm_dist.data.packing import pack  # noqa: E402
-from exlm_dist.data.tokenizer import NUM_SPECIAL  # noqa: E402
 from exlm_dist.model.build import build_model  # noqa: E402
 from exlm_dist.model.cost import Sizes, flops_per_sequence  # noqa: E402
 from exlm_dist.model.objective import loss_sum  # noqa: E402
 from exlm_dist.model.stream import Stream  # noqa: E402
+from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL  # noqa: E402
 
 STATES = 4
 ADAMW = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01}

@@ -34,10 +34,10 @@ from exlm_dist.config.schema import ModelConfig  # noqa: E402
 from exlm_dist.data.expansion import expand, wrap  # noqa: E402
 from exlm_dist.data.masking import mask_batch, sample_keys  # noqa: E402
 from exlm_dist.data.packing import pack  # noqa: E402
-from exlm_dist.data.tokenizer import NUM_SPECIAL  # noqa: E402
 from exlm_dist.model.build import build_model  # noqa: E402
 from exlm_dist.model.objective import loss_sum  # noqa: E402
 from exlm_dist.model.stream import Stream  # noqa: E402
+from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL  # noqa: E402
 
 SIDES = ("ours", "straightforward")
 SETTINGS = ("layers", "width", "heads", "length", "shortest", "states", "vocabulary", "sequences", "dropout", "rounds")

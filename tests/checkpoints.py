@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from exlm_dist.model.checkpoint_tensors import Index, model_file, optimizer_file, shape_in_file, tensor_name
-from exlm_dist.model.pieces import Piece, overlaps
-from exlm_dist.training import checkpoint_files as files
+from exlm_dist.checkpoint import storage as files
+from exlm_dist.checkpoint.pieces import Piece, overlaps
+from exlm_dist.checkpoint.tensors import Index, model_file, optimizer_file, shape_in_file, tensor_name
 
 Arrays = Mapping[str, np.ndarray]
 Cut = Callable[[tuple[int, ...]], list[Piece]]
@@ -34,7 +34,7 @@ def full_state(engine: Any) -> dict[str, np.ndarray]:
     import torch
     import torch.distributed as dist
 
-    from exlm_dist.training import checkpoint
+    from exlm_dist.training.engine import state as checkpoint
 
     parts = checkpoint.owned(engine)
     index = checkpoint.layout(engine, parts)

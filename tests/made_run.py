@@ -13,7 +13,7 @@ from checkpoints import write_checkpoint
 from exlm_dist.config import RunConfig, dump_config
 from exlm_dist.data.manifest import MANIFEST, SCHEMA, sealed
 from exlm_dist.data.shards import ShardDataset, ShardWriter
-from exlm_dist.data.smiles_tokenizer import SmilesTokenizer, split_smiles
+from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer, split_smiles
 from exlm_dist.tracking import EventLog
 
 MOLECULES = [
@@ -103,7 +103,7 @@ def make_run(config: RunConfig, *, seconds_per_step: float = 0.5, level: float =
                 "perf/expanded_tokens_per_second": 3000 / seconds_per_step,
                 "perf/step_seconds": seconds_per_step,
                 "perf/wait_seconds": 0.02,
-                "perf/padding_share": 0.05,
+                "perf/padding_fraction": 0.05,
                 "progress/seconds": step * seconds_per_step,
             },
         )

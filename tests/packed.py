@@ -8,7 +8,7 @@ from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.expansion import expand, wrap
 from exlm_dist.data.masking import mask_batch, sample_keys
 from exlm_dist.data.packing import pack
-from exlm_dist.data.tokenizer import NUM_SPECIAL
+from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL
 
 
 def make_batch(

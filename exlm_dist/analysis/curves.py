@@ -22,7 +22,11 @@ def plot_quality(histories: Sequence[History], folder: Path) -> Path:
     rows: list[tuple[str, str, Draw]] = [
         ("Training loss (each run's own objective)", "nats", lambda *rest: _trained(*rest, name="train/loss")),
         ("Held-out nll", "nats per masked token", lambda *rest: _held_out(*rest, name="valid/nll")),
-        ("Held-out accuracy", "share of masked tokens", lambda *rest: _held_out(*rest, name="valid/accuracy")),
+        (
+            "Held-out accuracy",
+            "share of masked tokens",
+            lambda *rest: _held_out(*rest, name="valid/accuracy"),
+        ),
     ]
     with style.figure(10, 9, "Quality over training", _subtitle(histories)) as made:
         grid = made.subplots(len(rows), 2, sharey="row", sharex="col")

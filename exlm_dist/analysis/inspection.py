@@ -11,16 +11,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from exlm_dist.checkpoint.reader import TOKENIZER_FOLDER, read_config, step_of
 from exlm_dist.config import RunConfig
 from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.loader import eval_batches
 from exlm_dist.data.shards import ShardDataset
-from exlm_dist.data.tokenizer import MASK, Tokenizer, load_tokenizer
 from exlm_dist.evaluation.masked_lm import check_tokenizer, load_model
 from exlm_dist.kernels.dag import dag_best_path, dag_posteriors
 from exlm_dist.model.build import LanguageModel
-from exlm_dist.model.checkpoint_reader import TOKENIZER_FOLDER, read_config, step_of
 from exlm_dist.model.stream import Stream
+from exlm_dist.tokenizers import Tokenizer, load_tokenizer
+from exlm_dist.tokenizers.tokenizer import MASK
 
 #: Held-out sequences among which those to look at are chosen.
 POOL = 64

@@ -26,7 +26,7 @@ class Lengths:
     original: np.ndarray
     expanded: np.ndarray
 
-    def padding_share(self, micro: int) -> float:
+    def padding_fraction(self, micro: int) -> float:
         """Share that padding would fill, were each micro-batch padded to its longest expanded sequence."""
         whole = len(self.expanded) // micro * micro
         batches = self.expanded[:whole].reshape(-1, micro)
@@ -46,7 +46,7 @@ def training_lengths(config: RunConfig, sequences: int = SEQUENCES) -> Lengths:
 def plot_lengths(history: History, lengths: Lengths, folder: Path) -> Path:
     """Histogram before and after expansion, with the padding share of packed and of padded batches."""
     config = history.config
-    packed = history.series("perf/padding_share").values
+    packed = history.series("perf/padding_fraction").values
     subtitle = (
         f"{history.name} ({history.kind}), {len(lengths.original)} sequences, masking {config.masking.ratio:.0%}: "
         f"{lengths.expanded.mean() / lengths.original.mean():.2f} times as many tokens after expansion"
@@ -73,5 +73,5 @@ def plot_lengths(history: History, lengths: Lengths, folder: Path) -> Path:
 
 
 def _padding(lengths: Lengths, micro: int, packed: np.ndarray) -> str:
-    padded = f"Padding: {lengths.padding_share(micro):.0%} if padded to the longest of {micro}"
+    padded = f"Padding: {lengths.padding_fraction(micro):.0%} if padded to the longest of {micro}"
     return padded + (f", {np.nanmean(packed):.1%} packed as in this run" if len(packed) else "")

@@ -11,10 +11,10 @@ from exlm_dist.analysis.curves import plot_optimisation, plot_quality, plot_thro
 from exlm_dist.analysis.inspection import inspect_checkpoint
 from exlm_dist.analysis.lengths import plot_lengths, training_lengths
 from exlm_dist.analysis.state_graph import plot_alignment, plot_state_graph, plot_transitions
+from exlm_dist.checkpoint.reader import newest_checkpoint
 from exlm_dist.config import config_difference
 from exlm_dist.evaluation.compare import compare_histories
 from exlm_dist.evaluation.history import History, read_history
-from exlm_dist.model.checkpoint_reader import newest_checkpoint
 from exlm_dist.tracking import EVENTS, EventLog, read_events, sync
 from exlm_dist.utils.errors import UserError
 from exlm_dist.utils.files import write_atomic

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 
@@ -21,6 +21,11 @@ def _auto_count(value: object) -> object:
     if value == "auto" or (type(value) is int and value >= 1):
         return value
     raise PydanticCustomError("auto_count", "Input should be auto or a whole number from 1")
+
+
+def _renamed_backend(value: object) -> object:
+    """Checkpoints written before version 0.9 call the torch backend `reference`."""
+    return "torch" if value == "reference" else value
 
 
 AutoCount = Annotated[Literal["auto"] | int, PlainValidator(_auto_count)]
@@ -198,8 +203,8 @@ class ParallelConfig(Section):
 class KernelConfig(Section):
     """Implementation of the four operations of `exlm_dist.kernels`."""
 
-    backend: Literal["auto", "triton", "reference"] = Field(
-        "auto", description="auto: Triton on a GPU, the torch definition elsewhere."
+    backend: Annotated[Literal["auto", "triton", "torch"], BeforeValidator(_renamed_backend)] = Field(
+        "auto", description="auto: Triton on a GPU, plain torch elsewhere."
     )
 
 
@@ -221,7 +226,9 @@ class EvaluationConfig(Section):
 
     every: int = Field(1000, ge=0, description="Steps between evaluations; 0: only after the last step.")
     sequences: int = Field(
-        1024, ge=1, description="Held-out sequences used (the first ones; fewer where the split is smaller)."
+        1024,
+        ge=1,
+        description="Held-out sequences used (the first ones; fewer where the split is smaller).",
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from exlm_dist.data.tokenizer import PAD
+from exlm_dist.tokenizers.tokenizer import PAD
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class PackedBatch:
         return int(np.diff(self.cu_targets).max())
 
     @property
-    def padding_share(self) -> float:
+    def padding_fraction(self) -> float:
         """Share of the T' tokens that is bucket padding."""
         return 1.0 - self.num_tokens / len(self.input_ids)
 

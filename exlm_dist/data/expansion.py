@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from exlm_dist.data.masking import Masks
-from exlm_dist.data.tokenizer import BOS, EOS
+from exlm_dist.tokenizers.tokenizer import BOS, EOS
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class StepBatches:
     wait_seconds: float  # time the caller waited for this step
 
     @property
-    def padding_share(self) -> float:
+    def padding_fraction(self) -> float:
         """Share of this rank's tokens that is bucket padding."""
         return 1.0 - sum(b.num_tokens for b in self.micro_batches) / sum(len(b.input_ids) for b in self.micro_batches)
 

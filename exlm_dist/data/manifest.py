@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from exlm_dist.utils.errors import DataError
-from exlm_dist.utils.files import sha256_file
+from exlm_dist.utils.files import fingerprint_of, sha256_file
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -36,12 +35,6 @@ class ShardEntry:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def fingerprint_of(value: Any) -> str:
-    """SHA-256 of the canonical JSON of `value`."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:

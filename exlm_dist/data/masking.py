@@ -20,7 +20,7 @@ from exlm_dist.data.hashing import (
     numbered,
     uniform,
 )
-from exlm_dist.data.tokenizer import MASK, NUM_SPECIAL
+from exlm_dist.tokenizers.tokenizer import MASK, NUM_SPECIAL
 from exlm_dist.utils.errors import DataError
 
 # A word of `choose_places` keeps 48 bits of the hash and has the place in its lowest 16.

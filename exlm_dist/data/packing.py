@@ -6,7 +6,7 @@ import numpy as np
 
 from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.expansion import Expanded
-from exlm_dist.data.tokenizer import PAD
+from exlm_dist.tokenizers.tokenizer import PAD
 
 
 def plan_micro_batches(lengths: np.ndarray, count: int) -> list[np.ndarray]:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from exlm_dist.data.manifest import MANIFEST, SPLITS, TOKENIZER, ShardEntry, read_manifest
-from exlm_dist.data.tokenizer import NUM_SPECIAL, UNK
+from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL, UNK
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.files import sha256_file
 from exlm_dist.utils.logs import get_logger

@@ -9,12 +9,7 @@ from typing import Any
 
 import torch
 
-from exlm_dist.config import RunConfig
-from exlm_dist.data.loader import eval_batches
-from exlm_dist.data.shards import ShardDataset
-from exlm_dist.data.tokenizer import Tokenizer, load_tokenizer
-from exlm_dist.model.build import LanguageModel, build_model
-from exlm_dist.model.checkpoint_reader import (
+from exlm_dist.checkpoint.reader import (
     CONFIG_FILE,
     TOKENIZER_FOLDER,
     find_checkpoint,
@@ -23,8 +18,13 @@ from exlm_dist.model.checkpoint_reader import (
     reference,
     step_of,
 )
+from exlm_dist.config import RunConfig
+from exlm_dist.data.loader import eval_batches
+from exlm_dist.data.shards import ShardDataset
+from exlm_dist.model.build import LanguageModel, build_model
 from exlm_dist.model.scoring import score
 from exlm_dist.model.stream import Stream
+from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tracking import EVENTS, EventLog, sync
 from exlm_dist.utils.errors import CheckpointError, ConfigError, DataError
 

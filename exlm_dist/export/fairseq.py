@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exlm_dist.data.tokenizer import MASK
-from exlm_dist.model.checkpoint_reader import find_checkpoint, load_weights, read_config
+from exlm_dist.checkpoint.reader import find_checkpoint, load_weights, read_config
+from exlm_dist.tokenizers.tokenizer import MASK
 from exlm_dist.utils.errors import CheckpointError
 from exlm_dist.utils.logs import get_logger
 

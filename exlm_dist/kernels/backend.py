@@ -11,7 +11,7 @@ import torch
 
 from exlm_dist.utils.errors import ConfigError
 
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "triton", "torch")
 
 
 @functools.cache
@@ -29,11 +29,11 @@ def resolve_backend(operation: str, backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise ConfigError(f"kernels.backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        return "triton" if device.type == "cuda" and has_triton(operation) else "reference"
+        return "triton" if device.type == "cuda" and has_triton(operation) else "torch"
     if backend == "triton" and not has_triton(operation):
         raise ConfigError(
             f"kernels.backend is 'triton', but {operation} has no Triton kernels here (kernels missing, or the "
-            f"triton package is not installed); use 'auto' or 'reference'"
+            f"triton package is not installed); use 'auto' or 'torch'"
         )
     return backend
 

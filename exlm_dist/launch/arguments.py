@@ -44,20 +44,20 @@ def add_launch(
 
 
 def _local(options: argparse.Namespace, overrides: list[str]) -> int:
-    from exlm_dist.launch.commands import launch_local
+    from exlm_dist.launch.start import launch_local
 
     return launch_local(options.config, overrides, dry_run=options.dry_run)
 
 
 def _deepspeed(options: argparse.Namespace, overrides: list[str]) -> int:
-    from exlm_dist.launch.commands import launch_deepspeed
+    from exlm_dist.launch.start import launch_deepspeed
 
     return launch_deepspeed(options.config, overrides, hostfile=options.hostfile, dry_run=options.dry_run)
 
 
 def _slurm(options: argparse.Namespace, overrides: list[str]) -> int:
-    from exlm_dist.launch.commands import launch_slurm
     from exlm_dist.launch.slurm import Job
+    from exlm_dist.launch.start import launch_slurm
 
     job = Job("pretrain", **{name: getattr(options, name) for name in _OF_THE_JOB})
     return launch_slurm(job, options.config, overrides, sweep=options.sweep, dry_run=options.dry_run)

@@ -119,7 +119,7 @@ def enter(name: str) -> None:
     _enter(name)
 
 
-def living(items: Iterable[Item]) -> Iterator[Item]:
+def keep_alive(items: Iterable[Item]) -> Iterator[Item]:
     """The items, with a sign of life at each."""
     for item in items:
         alive()

@@ -11,7 +11,7 @@ from exlm_dist.kernels.attention import attention_packed
 from exlm_dist.kernels.linear import BiasPassingLinear, Linear
 from exlm_dist.model.dropout import block_site
 from exlm_dist.model.stream import Stream
-from exlm_dist.parallel.part import WHOLE, Cut, Part
+from exlm_dist.parallel.region import WHOLE, Cut, Part
 
 
 class SelfAttention(nn.Module):

@@ -13,7 +13,7 @@ from exlm_dist.model.attention import SelfAttention
 from exlm_dist.model.dropout import block_site, dropout_add
 from exlm_dist.model.feedforward import FeedForward
 from exlm_dist.model.stream import Stream
-from exlm_dist.parallel.part import WHOLE, Cut, Part
+from exlm_dist.parallel.region import WHOLE, Cut, Part
 
 NORM_EPS = 1e-5
 

@@ -15,7 +15,7 @@ from exlm_dist.model.embedding import Embedding
 from exlm_dist.model.heads import Output
 from exlm_dist.model.initialisation import initialise
 from exlm_dist.model.stream import Stream
-from exlm_dist.parallel.held import Held, held_by
+from exlm_dist.parallel.sharded import ShardedParameter, sharded_parameters
 
 
 class LanguageModel(nn.Module):
@@ -62,10 +62,10 @@ class LanguageModel(nn.Module):
         """The layers of the whole model in order, None for those that another stage holds."""
         return [self.embedding, *self.blocks, self.norm, self.output]
 
-    def held(self) -> list[Held]:
+    def sharded_parameters(self) -> list[ShardedParameter]:
         """The parameters here, under the names they have in the whole model: a tied matrix is the embedding's, which
         also saves it."""
-        found = held_by(self)
+        found = sharded_parameters(self)
         if not self.tied or self.embedding is not None:
             return found
         first = {"name": "embedding.weight", "saved": False}
@@ -114,5 +114,5 @@ def build_model(
         )
     if split is not None:
         split(model)
-    initialise(model.held(), seed=seed, std=config.init_std)
+    initialise(model.sharded_parameters(), seed=seed, std=config.init_std)
     return model

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from exlm_dist.model.dropout import EMBEDDING_SITE, dropout
 from exlm_dist.model.stream import Stream
-from exlm_dist.parallel.part import WHOLE, Cut, Part
+from exlm_dist.parallel.region import WHOLE, Cut, Part
 
 #: Share of masked tokens that the authors' token dropout assumes in training (mask 0.15, of which 0.8 are `<mask>`).
 _TRAINED_SHARE = 0.15 * 0.8

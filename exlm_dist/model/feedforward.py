@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.elementwise import gelu_gradient_
 from exlm_dist.kernels.linear import BiasPassingLinear, product
-from exlm_dist.parallel.part import Cut
+from exlm_dist.parallel.region import Cut
 
 #: Inner activations [rows, F] worked on at a time on a CPU, in elements: few enough to stay in its cache.
 _BLOCK_ELEMENTS = 1 << 19

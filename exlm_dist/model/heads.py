@@ -16,7 +16,7 @@ from exlm_dist.kernels.vocab import VocabShard, match_scores
 from exlm_dist.model.block import NORM_EPS
 from exlm_dist.model.objective import diagonal_log_likelihood, prior_marginals
 from exlm_dist.model.stream import Stream
-from exlm_dist.parallel.part import WHOLE, Cut, Part
+from exlm_dist.parallel.region import WHOLE, Cut, Part
 
 #: Largest number of logits that predictions hold at a time.
 _PREDICTION_LOGITS = 1 << 23

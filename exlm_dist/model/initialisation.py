@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from exlm_dist.parallel.held import Held
+from exlm_dist.parallel.sharded import ShardedParameter
 from exlm_dist.utils.seeding import seed_from
 
 
@@ -21,7 +21,7 @@ def initial_value(name: str, shape: tuple[int, ...], *, seed: int, std: float) -
 
 
 @torch.no_grad()
-def initialise(parameters: Iterable[Held], *, seed: int, std: float) -> None:
+def initialise(parameters: Iterable[ShardedParameter], *, seed: int, std: float) -> None:
     """Give each parameter its initial value: of the full tensor the part that is held here, and 0 to what only fills it
     up. One full tensor exists at a time."""
     for held in parameters:

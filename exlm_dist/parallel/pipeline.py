@@ -15,7 +15,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from exlm_dist.parallel.grid import Grid
+from exlm_dist.parallel.process_groups import Grid
 
 #: What a stage does: its layers and the tensors that came in -> the tensors for the next stage, or the loss.
 Work = Callable[[Sequence[nn.Module], tuple[Tensor, ...]], Any]

@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from exlm_dist.config.schema import LaunchConfig, ParallelConfig
 from exlm_dist.parallel.compiler import leave_compiler_unloaded
-from exlm_dist.parallel.grid import Grid
 from exlm_dist.parallel.layout import Layout
 from exlm_dist.parallel.network import interface_towards
+from exlm_dist.parallel.process_groups import Grid
 from exlm_dist.utils import errors
 from exlm_dist.utils.errors import EXIT_RETRY, ConfigError, UserError
 
@@ -53,7 +53,7 @@ class Process:
         """Rank 0 alone writes to the run folder."""
         return self.rank == 0
 
-    def gather(self, values: list[float]) -> torch.Tensor:
+    def all_gather(self, values: list[float]) -> torch.Tensor:
         """The numbers of every rank, [world, n] in fp64. All ranks must call it, with equally many numbers."""
         mine = torch.tensor(values, dtype=torch.float64)
         every = [torch.empty_like(mine) for _ in range(self.world)]
@@ -62,18 +62,18 @@ class Process:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on at least one rank."""
-        return bool(self.gather([float(flag)]).any())
+        return bool(self.all_gather([float(flag)]).any())
 
-    def collect(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """`value` (JSON) of every rank, on every rank, in the order of the ranks."""
         content = json.dumps(value).encode()
-        sizes = self.gather([len(content)])[:, 0].long().tolist()
+        sizes = self.all_gather([len(content)])[:, 0].long().tolist()
         mine = torch.frombuffer(bytearray(content.ljust(max(sizes))), dtype=torch.uint8)
         every = [torch.empty_like(mine) for _ in sizes]
         dist.all_gather(every, mine, group=self.control)
         return [json.loads(data.numpy().tobytes()) for data in every]
 
-    def share(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """`value` (JSON) of rank 0, on every rank."""
         content = json.dumps(value).encode() if self.is_first else b""
         size = torch.tensor([len(content)])
@@ -82,7 +82,7 @@ class Process:
         dist.broadcast(data, 0, group=self.control)
         return json.loads(bytes(data.tolist()))
 
-    def first_only(self, work: Callable[[], Result]) -> Result:
+    def run_on_first_rank(self, work: Callable[[], Result]) -> Result:
         """Run `work` on rank 0 and give its result (JSON) to all; a UserError there is raised on every rank."""
         outcome: dict[str, Any] = {}
         if self.is_first:
@@ -91,19 +91,19 @@ class Process:
             except UserError as error:
                 known = next(kind.__name__ for kind in type(error).__mro__ if hasattr(errors, kind.__name__))
                 outcome = {"error": known, "message": str(error)}
-        outcome = self.share(outcome)
+        outcome = self.broadcast_object(outcome)
         if "error" in outcome:
             raise getattr(errors, outcome["error"])(outcome["message"])
         return outcome["result"]
 
-    def together(self, work: Callable[[], Result]) -> Result:
+    def run_everywhere(self, work: Callable[[], Result]) -> Result:
         """Run `work` (no communication inside) on every rank; where it raises a UserError, all ranks end with one."""
         failure: UserError | None = None
         try:
             result = work()
         except UserError as error:
             failure = error
-        ranks = [rank for rank, failed in enumerate(self.gather([float(failure is not None)])[:, 0]) if failed]
+        ranks = [rank for rank, failed in enumerate(self.all_gather([float(failure is not None)])[:, 0]) if failed]
         if failure is not None:
             raise failure
         if ranks:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from exlm_dist.checkpoint.pieces import Slice
 from exlm_dist.parallel.compiler import decorators_without_compiler
-from exlm_dist.parallel.held import Slice, set_extent
-from exlm_dist.parallel.part import Part
+from exlm_dist.parallel.region import Part
+from exlm_dist.parallel.sharded import set_sharding
 
 with warnings.catch_warnings(), decorators_without_compiler():
     warnings.simplefilter("ignore")  # of packages that are not needed
@@ -44,7 +45,7 @@ def split(model: nn.Module, group: dist.ProcessGroup, *, sequence: bool = False)
     """Cut `model`, or some layers of one, down in place to what this rank of the tensor-parallel `group` holds.
 
     New parameters are on the CPU, in fp32 and without a value; so are those held whole if they were on the meta device.
-    Each gets its extent (`parallel.held.held_by` reads it) and, where it is cut, megatron's `tensor_model_parallel`,
+    Each gets its extent (read by `sharded_parameters`) and, where it is cut, megatron's `tensor_model_parallel`,
     by which gradient norms count the others once. `sequence`: between the matrices each rank holds a slice of the rows.
     """
     _prepare(group)
@@ -212,7 +213,7 @@ class _Cutter:
         if hasattr(old, "extent"):
             return old
         new = nn.Parameter(torch.empty(old.shape, device="cpu")) if old.is_meta else old
-        set_extent(new, new.shape, None, saved=self.part.rank == 0)
+        set_sharding(new, new.shape, None, saved=self.part.rank == 0)
         return new
 
     def _act_on_rows(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -227,7 +228,7 @@ class _Cutter:
         if not getattr(parameter, "tensor_model_parallel", False):
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
         start, stop = (min(full[dim], (self.part.rank + end) * parameter.shape[dim]) for end in (0, 1))
-        set_extent(parameter, full, Slice(dim, start, stop), saved=True)
+        set_sharding(parameter, full, Slice(dim, start, stop), saved=True)
 
     def _share(self, size: int) -> int:
         """Rows of each rank, the last ones filled up."""

@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING
 from exlm_dist.config.schema import LaunchConfig
 from exlm_dist.launch.deadline import end_of_job
 from exlm_dist.utils.logs import get_logger
+from exlm_dist.utils.signals import SIGNALS
 
 if TYPE_CHECKING:
     from exlm_dist.parallel.process import Process
-
-#: TERM: preemption, `kill`; USR1: Slurm's warning before the time limit; INT: Ctrl-C.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 logger = get_logger(__name__)
 

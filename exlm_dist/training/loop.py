@@ -38,10 +38,10 @@ def train(config: RunConfig) -> int:
     try:
         session = Session(config, processes.start(config.launch, config.parallel))
         code = run(session, interruption)
-        session.disband()
+        session.shut_down()
         processes.finish()
     except BaseException as error:
-        raise _told(error, session) from None
+        raise _report_to_peers(error, session) from None
     finally:
         interruption.restore()
     session.close("FINISHED" if code == EXIT_DONE else "KILLED")
@@ -81,7 +81,7 @@ def run(session: Session, interruption: Interruption) -> int:
     return EXIT_DONE
 
 
-def _told(error: BaseException, session: Session | None) -> BaseException:
+def _report_to_peers(error: BaseException, session: Session | None) -> BaseException:
     """Let the other ranks and the launcher know of `error`; returns what is to be raised here."""
     from exlm_dist.parallel import process as processes
 

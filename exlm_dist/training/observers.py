@@ -82,11 +82,11 @@ class Meter:
         """Look at the steps that no report has looked at yet, as before a save. A collective; RunStopped as in
         `after_step`."""
         if self._unjudged:
-            self._judge(self.process.gather(self._left_out()).sum(0))
+            self._judge(self.process.all_gather(self._left_out()).sum(0))
 
     def _report(self) -> None:
         """Exchange and log what has gathered since the last report, and judge it."""
-        every = self.process.gather([*self._numbers(self._window), *self._left_out()])
+        every = self.process.all_gather([*self._numbers(self._window), *self._left_out()])
         self._count_time()  # the numbers were waited for, so the device has done the work by now
         window, self._window = self._window, _Window()
         invalid = every[:, _NUMBERS:].sum(0)
@@ -105,7 +105,7 @@ class Meter:
             float(last.loss),
             *scores,
             wait,
-            sum(step.padding_share for step in window.steps),
+            sum(step.padding_fraction for step in window.steps),
             peak_memory(self.process.device),
         ]
 
@@ -124,7 +124,7 @@ class Meter:
             "perf/expanded_tokens_per_second": sum(step.batches.num_tokens for step in window.steps) / seconds,
             "perf/step_seconds": seconds / steps,
             "perf/wait_seconds": float(every[:, 4].max()) / steps,
-            "perf/padding_share": float(every[:, 5].mean()) / steps,
+            "perf/padding_fraction": float(every[:, 5].mean()) / steps,
             "perf/memory_megabytes": float(every[:, 6].max()),
             "progress/seconds": self.progress.seconds,
             "progress/sequences": self.progress.sequences,
@@ -156,7 +156,7 @@ class Meter:
             if not count:
                 continue
             mine = [int(sample) for ids, mask in step.invalid for sample in ids[mask.cpu().numpy()]][:NAMED]
-            every = self.process.gather([*mine, *[-1] * (NAMED - len(mine))]).flatten().long()
+            every = self.process.all_gather([*mine, *[-1] * (NAMED - len(mine))]).flatten().long()
             named = ", ".join(str(sample) for sample in every[every >= 0].tolist()[:NAMED])
             share = count / step.batches.num_sequences
             of_all = f"{int(count)} of {step.batches.num_sequences} sequences"

@@ -6,23 +6,25 @@ import math
 from pathlib import Path
 from typing import Any
 
+from exlm_dist.checkpoint import reader
+from exlm_dist.checkpoint import storage as checkpoint_files
+from exlm_dist.checkpoint.tensors import TensorReader
+from exlm_dist.checkpoint.writer import DISK, LOST, VALUES
 from exlm_dist.config import RunConfig, check_vocabulary, check_world, config_difference, dump_config
 from exlm_dist.data.loader import Loader, eval_batches
 from exlm_dist.data.shards import ShardDataset
-from exlm_dist.data.tokenizer import load_tokenizer
 from exlm_dist.launch import heartbeat
-from exlm_dist.model import checkpoint_reader as reader
-from exlm_dist.model.checkpoint_tensors import TensorReader
 from exlm_dist.model.scoring import Totals
 from exlm_dist.parallel.process import Process
+from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.tracking import EVENTS, EventLog, Tracker
-from exlm_dist.training import checkpoint, checkpoint_files, provenance
-from exlm_dist.training.checkpoint_writer import DISK, LOST, VALUES
-from exlm_dist.training.engine import Engine, build_engine, working_dtype
+from exlm_dist.training import provenance
+from exlm_dist.training.engine import state as checkpoint
+from exlm_dist.training.engine.base import Engine, build_engine, working_dtype
 from exlm_dist.training.observers import Meter, Progress
 from exlm_dist.training.run_folder import LOCK_PATIENCE, RunFolder, difference_table
 from exlm_dist.training.sample_log import SampleLog
-from exlm_dist.training.saving import Saved, Saver, WriterLost
+from exlm_dist.training.saver import Saved, Saver, WriterLost
 from exlm_dist.training.step import optimizer_step
 from exlm_dist.utils.errors import CheckpointError, RunStopped
 from exlm_dist.utils.logs import get_logger
@@ -56,11 +58,11 @@ class Session:
         """Lock the folder, find where to go on and build everything. False: the run is finished, there is nothing to
         do."""
         config, process = self.config, self.process
-        process.together(self._check_settings)
-        self.path = Path(process.first_only(self._open_folder))
-        self.train_data = process.together(lambda: self._dataset("train"))
+        process.run_everywhere(self._check_settings)
+        self.path = Path(process.run_on_first_rank(self._open_folder))
+        self.train_data = process.run_everywhere(lambda: self._dataset("train"))
         self.valid_data = (
-            process.together(lambda: self._dataset("valid"))
+            process.run_everywhere(lambda: self._dataset("valid"))
             if self.train_data.manifest["splits"]["valid"]["shards"]
             else None
         )
@@ -69,11 +71,11 @@ class Session:
         found = checkpoint.select(self.path, process)
         state = found[1] if found else {"step": 0, "progress": {}}
         if found:
-            process.together(lambda: self._check_origin(*found))
+            process.run_everywhere(lambda: self._check_origin(*found))
         self.step, self.evaluation = state["step"], state.get("evaluation")
         if self.step >= config.schedule.steps:
             return False
-        self._loader = process.together(self._make_loader)
+        self._loader = process.run_everywhere(self._make_loader)
         length = float(self.train_data.lengths.mean()) + 2
         self.engine = build_engine(config, process, self.train_data.vocab_size, length)
         self._saver = Saver(
@@ -93,7 +95,7 @@ class Session:
                 # The launch that wrote it may have been killed before it could say so.
                 self._log_checkpoint(found[0], self.step, self.evaluation)
             self._tracker = Tracker.start(self.path, config, self._events)
-        if config.tracking.samples and process.grid.speaks:
+        if config.tracking.samples and process.grid.reports_metrics:
             self._samples = SampleLog(self.path, process.grid.data.rank, process.grid.data.size)
         self.meter = Meter(config, process, self._events, progress)
         logger.info(
@@ -173,8 +175,8 @@ class Session:
         }
 
     def _resume(self, folder: Path, state: dict[str, Any]) -> None:
-        tensors = self.process.together(lambda: TensorReader(folder))
-        self.process.together(lambda: checkpoint.check(self._saver.index, tensors.index))
+        tensors = self.process.run_everywhere(lambda: TensorReader(folder))
+        self.process.run_everywhere(lambda: checkpoint.check(self._saver.index, tensors.index))
         self.engine.prime(self._loader.step(self.step).micro_batches)
         checkpoint.put(self.engine, tensors, state)
 
@@ -203,8 +205,8 @@ class Session:
         """nll and accuracy per masked token on the held-out split; all ranks take part."""
         with self.meter.pause():
             batches = eval_batches(self.valid_data, sequences=self.config.evaluation.sequences, **self._packing())
-            mine = self.engine.evaluate(heartbeat.living(batches))
-            sums = self.process.gather([mine.nll, mine.correct, mine.count]).sum(0).tolist()
+            mine = self.engine.evaluate(heartbeat.keep_alive(batches))
+            sums = self.process.all_gather([mine.nll, mine.correct, mine.count]).sum(0).tolist()
             self.evaluation = Totals(*sums).means()
         if self._events is not None:
             values = _valid_metrics(self.evaluation)
@@ -249,7 +251,7 @@ class Session:
             return
         self._slowest_save = max(self._slowest_save, saved.seconds)
         if saved.failure is not None:
-            older = self.process.first_only(lambda: checkpoint_files.has_whole(self.path))
+            older = self.process.run_on_first_rank(lambda: checkpoint_files.has_whole(self.path))
             if needed or not older or saved.kind == VALUES:
                 error = {DISK: checkpoint_files.SaveFailed, LOST: WriterLost, VALUES: RunStopped}[saved.kind]
                 raise error(f"step {saved.step} was not saved: {saved.failure}")
@@ -301,7 +303,7 @@ class Session:
             },
         }
 
-    def disband(self) -> None:
+    def shut_down(self) -> None:
         """Take the engine apart, while the other ranks are still there."""
         if self.engine is not None:
             self.engine.close()

@@ -9,7 +9,7 @@ import torch
 
 from exlm_dist.config.schema import RunConfig
 from exlm_dist.data.loader import StepBatches
-from exlm_dist.training.engine import Engine
+from exlm_dist.training.engine.base import Engine
 from exlm_dist.training.schedule import learning_rate
 
 
@@ -24,7 +24,7 @@ class StepResult:
     grad_norm: torch.Tensor | float
     rate: float
     batches: StepBatches  # its sizes; the micro-batches themselves are let go
-    padding_share: float
+    padding_fraction: float
 
 
 def optimizer_step(engine: Engine, batches: StepBatches, config: RunConfig, *, scored: bool) -> StepResult:
@@ -37,4 +37,6 @@ def optimizer_step(engine: Engine, batches: StepBatches, config: RunConfig, *, s
     done = engine.train(batches.micro_batches, denominator, scored=scored)
     invalid = [(batch.sample_ids, left_out) for batch, left_out in zip(batches.micro_batches, done.invalid)]
     sizes = replace(batches, micro_batches=[])
-    return StepResult(batches.step, done.loss, invalid, done.scores, done.grad_norm, rate, sizes, batches.padding_share)
+    return StepResult(
+        batches.step, done.loss, invalid, done.scores, done.grad_norm, rate, sizes, batches.padding_fraction
+    )

@@ -19,9 +19,9 @@ from locations import ROOT
 from made_run import MOLECULES, make_data
 from tracking_server import free_port, mlflow_server
 
-from exlm_dist.data.demo_molecules import prepare_demo_smiles
+from exlm_dist.checkpoint import reader
 from exlm_dist.launch.restart import newest_step
-from exlm_dist.model import checkpoint_reader as reader
+from exlm_dist.prepare.demo.demo_molecules import prepare_demo_smiles
 from exlm_dist.tracking import sync
 from exlm_dist.training.sample_log import samples_of_steps
 

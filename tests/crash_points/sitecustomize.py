@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 POINT = Path(os.environ.get("EXLM_CRASH_POINT", "none"))
-WRITER = "exlm_dist.training.checkpoint_writer"
+WRITER = "exlm_dist.checkpoint.writer"
 
 
 def crash(how):

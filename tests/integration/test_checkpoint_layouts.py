@@ -16,10 +16,10 @@ from made_run import make_data
 from parallel.harness import on_ranks
 from training_runs import tiny, train_on
 
+from exlm_dist.checkpoint import reader
+from exlm_dist.checkpoint.pieces import Piece, Slice
 from exlm_dist.config import RunConfig
-from exlm_dist.model import checkpoint_reader as reader
-from exlm_dist.model.pieces import Piece
-from exlm_dist.parallel.held import Held, Slice
+from exlm_dist.parallel.sharded import ShardedParameter
 from exlm_dist.utils.errors import EXIT_SAVED
 
 STEP = 4
@@ -64,9 +64,9 @@ def load_and_save(process, settings, cases):
     """For each (ZeRO stage, dtype, degrees) in turn: resume, compare the weights that the model works with, save as the
     next step, and train meanwhile. Stage 3 partitions every parameter in bf16; in fp32 it keeps the small ones whole,
     as is its default."""
-    from exlm_dist.parallel.grid import Grid
     from exlm_dist.parallel.layout import Layout
-    from exlm_dist.training import engine as engines
+    from exlm_dist.parallel.process_groups import Grid
+    from exlm_dist.training.engine import base as engines
     from exlm_dist.training.session import Session
 
     plain = engines.deepspeed_config
@@ -96,7 +96,7 @@ def load_and_save(process, settings, cases):
         change_the_numbers(session)
         while session.saving:
             session.attend_save()
-        session.disband()
+        session.shut_down()
         session.close("KILLED")
 
 
@@ -121,7 +121,7 @@ def change_the_numbers(session):
     """One training step, which leaves nothing as it was but the moments of rows that got no gradient."""
     import torch
 
-    from exlm_dist.training import checkpoint
+    from exlm_dist.training.engine import state as checkpoint
 
     numbers = checkpoint.sources(session.engine, session._saver._parts)
     before = [values.clone() for values in numbers]
@@ -213,10 +213,10 @@ class Sliced:
                 start = min(number * local[dim], shape[dim])
                 cut = Slice(dim, start, min(start + local[dim], shape[dim]))
             parameter = torch.nn.Parameter(torch.full(local, torch.nan))
-            self.parameters.append(Held(name, parameter, shape, cut, saved=cut is not None or number == 0))
+            self.parameters.append(ShardedParameter(name, parameter, shape, cut, saved=cut is not None or number == 0))
         # A copy of a matrix that another stage saves; it is loaded all the same.
         copy = torch.nn.Parameter(torch.full(SHAPES["tied"], torch.nan))
-        self.parameters.append(Held("tied", copy, SHAPES["tied"], None, saved=False))
+        self.parameters.append(ShardedParameter("tied", copy, SHAPES["tied"], None, saved=False))
         self.inner_optimizer = torch.optim.AdamW([held.parameter for held in self.parameters], lr=0.0)
         for held in self.parameters:
             held.parameter.grad = torch.zeros_like(held.parameter)
@@ -251,7 +251,7 @@ class Sliced:
 
 def save_sliced(process, degree, run, values):
     from exlm_dist.config.schema import CheckpointConfig
-    from exlm_dist.training.saving import Saver
+    from exlm_dist.training.saver import Saver
 
     (Path(run) / "events.jsonl").touch()
     about = {"config": "name: x\n", "tokenizer": Path(run).parent / "tokenizer", "log": Path(run) / "events.jsonl"}
@@ -266,8 +266,8 @@ def save_sliced(process, degree, run, values):
 def load_sliced(process, degree, run, values):
     import torch
 
-    from exlm_dist.model.checkpoint_tensors import TensorReader
-    from exlm_dist.training import checkpoint
+    from exlm_dist.checkpoint.tensors import TensorReader
+    from exlm_dist.training.engine import state as checkpoint
 
     folder = reader.newest_checkpoint(Path(run))
     engine, wanted = Sliced(process, degree, None), Sliced(process, degree, values)

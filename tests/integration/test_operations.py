@@ -16,9 +16,9 @@ from made_run import make_data, write_initial_checkpoint
 from parallel.harness import RankFailed, on_ranks, run_processes
 from training_runs import _before_step, _train, final_hashes, log_of, tiny, train_on
 
+from exlm_dist.checkpoint import reader
 from exlm_dist.config import dump_config
 from exlm_dist.launch.restart import newest_step
-from exlm_dist.model import checkpoint_reader as reader
 from exlm_dist.utils.errors import EXIT_DONE, EXIT_SAVED
 
 
@@ -87,7 +87,7 @@ def test_a_rank_that_is_stopped_on_its_way_out_is_ended_too(data, tmp_path):
 
 def signals_in_a_save(rank, settings):
     """USR1 when the save of step 8 begins, TERM while its numbers are copied, TERM again when it is given away."""
-    from exlm_dist.training import checkpoint
+    from exlm_dist.training.engine import state as checkpoint
     from exlm_dist.training.session import Session
 
     save, copy_out, saved = Session.save, checkpoint.copy_out, []
@@ -128,7 +128,7 @@ def test_the_pointer_to_the_latest_checkpoint_is_never_followed(content, data, t
 
 
 def chosen(process, folders):
-    from exlm_dist.training import checkpoint
+    from exlm_dist.training.engine import state as checkpoint
 
     found = checkpoint.select(Path(folders[process.rank]), process)
     return found[0].name, found[1]["step"]

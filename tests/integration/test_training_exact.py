@@ -23,7 +23,7 @@ def first_step(process, settings):
     """(gradients by name, loss, samples of this rank) of step 0, through the engine's own optimizer state."""
     from exlm_dist.data.loader import Loader
     from exlm_dist.data.shards import ShardDataset
-    from exlm_dist.training.engine import build_engine
+    from exlm_dist.training.engine.base import build_engine
     from exlm_dist.training.step import optimizer_step
 
     config = RunConfig.model_validate(settings)
@@ -47,7 +47,7 @@ def first_step(process, settings):
     batches = loader.step(0)
     samples = sorted(int(sample) for batch in batches.micro_batches for sample in batch.sample_ids)
     result = optimizer_step(engine, batches, config, scored=False)
-    loss = float(process.gather([float(result.loss)]).sum())
+    loss = float(process.all_gather([float(result.loss)]).sum())
     state = full_state(engine)
     norm = float(result.grad_norm)
     engine.close()
@@ -107,7 +107,7 @@ def test_micro_batch_size_and_zero_stage(zero, micro, data, tmp_path):
 def zero3_model_equals(process, settings):
     """At ZeRO 3 with no parameter small enough to stay whole, recomputing activations: loss, and the copy for
     evaluation."""
-    from exlm_dist.training import engine as engines
+    from exlm_dist.training.engine import base as engines
 
     plain = engines.deepspeed_config
 

@@ -13,8 +13,8 @@ from made_run import make_data
 from parallel.harness import RankFailed, run_processes
 from training_runs import _before_step, _train, final_hashes, log_of, tiny, train_on
 
+from exlm_dist.checkpoint import reader
 from exlm_dist.config import RunConfig
-from exlm_dist.model import checkpoint_reader as reader
 from exlm_dist.tracking import read_events
 from exlm_dist.training.run_folder import RunFolder
 from exlm_dist.utils.errors import EXIT_DATA, EXIT_DONE, EXIT_RETRY, EXIT_SAVED, EXIT_STOP, EXIT_USAGE
@@ -155,7 +155,7 @@ def left_out(rank, settings, which):
     """On rank 1, sequence 0 of every micro-batch of step `which` has likelihood zero."""
     import torch
 
-    from exlm_dist.training import objective
+    from exlm_dist.training.engine import training_module as objective
 
     plain, now = objective.loss_sum, {"step": -1}
     _before_step(lambda step: now.update(step=step))
@@ -195,7 +195,7 @@ def test_few_of_them_are_left_out_and_counted(data, tmp_path):
 
 def full_disk(rank, settings, full_from):
     """From step `full_from` on the file system has one byte free."""
-    from exlm_dist.training import checkpoint_files
+    from exlm_dist.checkpoint import storage as checkpoint_files
 
     now = {"step": -1}
     _before_step(lambda step: now.update(step=step + 1))
@@ -261,7 +261,7 @@ def test_the_next_save_waits_for_the_former(data, tmp_path):
 
 def poisoned(rank, settings):
     """A parameter of rank 1 becomes infinite after step 3."""
-    from exlm_dist.training.engine import PlainEngine
+    from exlm_dist.training.engine.base import PlainEngine
 
     plain, count = PlainEngine.train, {"steps": 0}
 

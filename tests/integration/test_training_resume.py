@@ -10,7 +10,7 @@ import pytest
 from made_run import make_data
 from training_runs import final_hashes, tiny, train_on
 
-from exlm_dist.model import checkpoint_reader as reader
+from exlm_dist.checkpoint import reader
 from exlm_dist.tracking import read_events
 from exlm_dist.utils.errors import EXIT_DONE, EXIT_SAVED
 

@@ -12,8 +12,8 @@ from typing import Any
 from made_run import make_config
 from parallel.harness import RankFailed, run_processes
 
+from exlm_dist.checkpoint import reader
 from exlm_dist.config import RunConfig
-from exlm_dist.model import checkpoint_reader as reader
 
 CRASH_POINTS = Path(__file__).resolve().parents[1] / "crash_points"
 

@@ -11,7 +11,7 @@ from cases import naive_attention, naive_rotate, starts_of
 from golden import Golden, golden_cases
 
 from exlm_dist.kernels import attention, rotary_angles
-from exlm_dist.kernels.attention import reference
+from exlm_dist.kernels.attention import torch as torch_form
 
 BATCHES = [[5], [1], [4, 4, 4], [3, 7, 1, 7, 7, 2], [2, 0, 3]]
 
@@ -29,7 +29,7 @@ def form(request, monkeypatch):
     """Both ways of going through the batch: sequence by sequence (CPU), and padded (as on CUDA)."""
     if request.param == "padded":
         monkeypatch.setattr(
-            reference, "_blocks", lambda starts, longest, heads: [reference._padded_block(starts, longest)]
+            torch_form, "_blocks", lambda starts, longest, heads: [torch_form._padded_block(starts, longest)]
         )
 
 
@@ -88,7 +88,7 @@ def test_dropout_is_a_function_of_the_seed():
 
 
 def test_heads_held_apart_have_the_masks_of_all(form, monkeypatch):
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 300)  # so that the heads decide how many sequences go together
+    monkeypatch.setattr(torch_form, "BLOCK_ELEMENTS", 300)  # so that the heads decide how many sequences go together
     qkv, angles, starts, longest = example([5, 5, 5, 3, 5], heads=6)
     whole = attention(*qkv, angles, starts, longest, dropout=0.3, seed=3)
     grads = torch.autograd.grad(whole.square().sum(), qkv)
@@ -171,8 +171,8 @@ def pack(case, name, dtype, order):
 
 def turn(step, rows, angles):
     """One step of `_Rotation` on all rows as one sequence."""
-    block = reference._Block(0, len(rows), 1, len(rows), None, None)
-    rotation = reference._Rotation(angles, rows.dtype, 1.0)
+    block = torch_form._Block(0, len(rows), 1, len(rows), None, None)
+    rotation = torch_form._Rotation(angles, rows.dtype, 1.0)
     return getattr(rotation, step)(rows[None].transpose(1, 2), block)[0].transpose(0, 1)
 
 

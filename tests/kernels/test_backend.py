@@ -14,15 +14,15 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def test_auto_takes_triton_only_on_cuda_where_it_exists(monkeypatch):
     monkeypatch.setattr(backend, "has_triton", lambda operation: operation == "dag")
     assert resolve_backend("dag", "auto", CUDA) == "triton"
-    assert resolve_backend("dag", "auto", CPU) == "reference"
-    assert resolve_backend("vocab", "auto", CUDA) == "reference"
+    assert resolve_backend("dag", "auto", CPU) == "torch"
+    assert resolve_backend("vocab", "auto", CUDA) == "torch"
     assert resolve_backend("dag", "triton", CPU) == "triton"  # the interpreter
-    assert resolve_backend("dag", "reference", CUDA) == "reference"
+    assert resolve_backend("dag", "torch", CUDA) == "torch"
 
 
 def test_triton_without_kernels_says_so(monkeypatch):
     monkeypatch.setattr(backend, "has_triton", lambda operation: False)
-    with pytest.raises(ConfigError, match="attention has no Triton kernels.*'auto' or 'reference'"):
+    with pytest.raises(ConfigError, match="attention has no Triton kernels.*'auto' or 'torch'"):
         resolve_backend("attention", "triton", CUDA)
 
 

@@ -39,7 +39,7 @@ def test_add_norm_is_the_definition(rows, width, branch):
     weights = torch.randn(2, rows, width, generator=torch.Generator().manual_seed(width)).to(DEVICE)
     factor = mask(rows, width, 0.25)
     results = []
-    for backend in ("triton", "reference"):
+    for backend in ("triton", "torch"):
         x, residual, weight, bias = (tensor.detach().clone().requires_grad_() for tensor in inputs)
         if backend == "triton":
             key = {"dropout": 0.25, "seed": SEED} if branch else {}
@@ -86,7 +86,7 @@ def test_mask_is_a_pure_function_with_the_right_share(dropout):
         assert abs((centred * (mask(64, 1024, dropout, other) == 0)).mean().item()) < 0.02
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_rows_held_apart_have_the_mask_of_all(backend):
     key = {"dropout": 0.25, "seed": SEED, "backend": backend}
     inputs = leaves((11, 30), (11, 30), (30,), (30,))
@@ -129,8 +129,8 @@ def test_gelu_gradient_and_its_sums(rows, width, dtype, monkeypatch, fresh_nans)
     """No further from fp64 than torch in the same precision, plus roundings."""
     monkeypatch.setattr(triton_form, "GELU_PROGRAMS", 48)
     x, grad = gelu_case(rows, width, dtype)
-    results = (gelu_results(x, grad, backend) for backend in ("triton", "reference"))
-    for ours, plain, exact in zip(*results, gelu_results(x.double(), grad.double(), "reference")):
+    results = (gelu_results(x, grad, backend) for backend in ("triton", "torch"))
+    for ours, plain, exact in zip(*results, gelu_results(x.double(), grad.double(), "torch")):
         assert ours.dtype == dtype and ours.shape == exact.shape
         error, bound = ((value.double() - exact).abs().max() for value in (ours, plain))
         assert error <= bound + 4 * torch.finfo(dtype).eps * exact.abs().max()
@@ -173,7 +173,7 @@ def test_gelu_gradient_at_full_size(rows, width, dtype):
     x, grad = gelu_case(rows, width, dtype)
     first = gelu_results(x, grad, "triton")
     assert all(map(torch.equal, first, gelu_results(x, grad, "triton")))
-    plain, exact = gelu_results(x, grad, "reference"), gelu_results(x.double(), grad.double(), "reference")
+    plain, exact = gelu_results(x, grad, "torch"), gelu_results(x.double(), grad.double(), "torch")
     for ours, other, true in zip(first, plain, exact):
         error, bound = ((value.double() - true).abs().max() for value in (ours, other))
         assert error <= bound + 4 * torch.finfo(dtype).eps * true.abs().max()

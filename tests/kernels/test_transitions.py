@@ -10,7 +10,7 @@ from cases import naive_transitions, starts_of
 from golden import Golden, golden_cases
 
 from exlm_dist.kernels import transition_log_probs
-from exlm_dist.kernels.transitions import reference
+from exlm_dist.kernels.transitions import torch as torch_form
 
 BATCHES = [[4], [2, 6, 4], [1, 8], [2]]
 
@@ -30,7 +30,7 @@ def finite_sum(logs, cotangent):
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 @pytest.mark.parametrize("lengths", BATCHES)
 def test_equals_written_out(kind, lengths, monkeypatch):
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 200)  # several parts even here
+    monkeypatch.setattr(torch_form, "BLOCK_ELEMENTS", 200)  # several parts even here
     tensors, starts, longest = example(lengths)
     out = transition_log_probs(*tensors, starts, longest, states_per_target=2, kind=kind)
     expected = torch.full_like(out, -math.inf)

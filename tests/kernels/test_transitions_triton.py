@@ -42,7 +42,7 @@ def evaluate(
         *leaves, starts_of(lengths).to(DEVICE), longest, states_per_target=k, kind=kind, backend=backend
     )
     grad = torch.linspace(0, 1, out.numel(), dtype=torch.float64).view_as(out).to(out)
-    rest = 0.0 if backend == "reference" else torch.nan
+    rest = 0.0 if backend == "torch" else torch.nan
     out.backward(grad.where(out.isfinite(), rest))
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -52,7 +52,7 @@ def agree(
 ) -> list[Tensor]:
     """Relative error of each output within `tolerance` of the definition on the same (rounded) inputs in fp64."""
     rounded = [tensor.to(dtype).double().nan_to_num() for tensor in inputs]
-    exact = evaluate(rounded, lengths, k, kind, "reference", torch.float64)
+    exact = evaluate(rounded, lengths, k, kind, "torch", torch.float64)
     ours = evaluate(inputs, lengths, k, kind, "triton", dtype)
     assert torch.equal(exact[0].isfinite(), ours[0].isfinite())
     allowed = exact[0].isfinite()
@@ -80,7 +80,7 @@ def test_large_scores(scale: float) -> None:
     """Probabilities far below what fp32 holds still have their logarithm and their gradient."""
     lengths = [9, 33]
     inputs = make(lengths, 2, 16, seed=2, scale=scale)
-    exact = evaluate([t.double().nan_to_num() for t in inputs], lengths, 1, "dense", "reference", torch.float64)
+    exact = evaluate([t.double().nan_to_num() for t in inputs], lengths, 1, "dense", "torch", torch.float64)
     ours = evaluate(inputs, lengths, 1, "dense", "triton", torch.float32)
     allowed = exact[0].isfinite()
     torch.testing.assert_close(ours[0][allowed].double(), exact[0][allowed], rtol=2e-6, atol=1e-3)
@@ -99,7 +99,7 @@ def test_uniform() -> None:
     starts = starts_of([5, 3]).to(DEVICE)
     ours, want = (
         transition_log_probs(None, None, None, starts, 6, states_per_target=1, kind="uniform", backend=backend)
-        for backend in ("triton", "reference")
+        for backend in ("triton", "torch")
     )
     assert torch.equal(ours, want)
 

@@ -10,7 +10,7 @@ from cases import starts_of
 from golden import Golden, golden_cases
 
 from exlm_dist.kernels import match_scores
-from exlm_dist.kernels.vocab import reference
+from exlm_dist.kernels.vocab import torch as torch_form
 
 
 def example(states, targets, width=5, vocabulary=11, extra=2, dtype=torch.float64, seed=0):
@@ -36,8 +36,8 @@ def in_full(tensors, sizes):
 @pytest.fixture(params=["kept", "made again", "both"])
 def budget(request, monkeypatch):
     """Chunks of two rows, of which all, none or some are kept for the backward pass."""
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 22)
-    monkeypatch.setattr(reference, "KEEP_ELEMENTS", {"kept": 10**6, "made again": 0, "both": 60}[request.param])
+    monkeypatch.setattr(torch_form, "CHUNK_ELEMENTS", 22)
+    monkeypatch.setattr(torch_form, "KEEP_ELEMENTS", {"kept": 10**6, "made again": 0, "both": 60}[request.param])
 
 
 @pytest.mark.parametrize(("states", "targets"), [([4], [2]), ([2, 6, 4], [1, 3, 2]), ([3, 1], [3, 1])])

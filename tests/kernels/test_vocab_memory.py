@@ -1,6 +1,6 @@
 """What the backward pass of the vocabulary match holds at its peak, at the sizes of training, on the meta device.
 
-Held to a count tensor by tensor, to shares of the logits in bf16, and beside the planner's own count of the same.
+Checked against a count tensor by tensor, fractions of the logits in bf16, and the planner's own count of the same.
 """
 
 from __future__ import annotations

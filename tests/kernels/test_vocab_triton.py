@@ -71,7 +71,7 @@ class Case:
             shard=shard,
             backend=backend,
         )
-        rest = 0.0 if backend == "reference" else torch.nan
+        rest = 0.0 if backend == "torch" else torch.nan
         match.backward(self.grad.to(match).where(match.isfinite(), rest))
         return [match.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -80,7 +80,7 @@ def agree(case: Case, dtype: torch.dtype, tolerance: float) -> None:
     """Relative error of each output within `tolerance` of the definition on the same (rounded) inputs in fp64."""
     ours = case.evaluate("triton", dtype)
     case.inputs = [tensor.to(dtype).double() for tensor in case.inputs]
-    exact = case.evaluate("reference", torch.float64)
+    exact = case.evaluate("torch", torch.float64)
     assert torch.equal(exact[0].isfinite(), ours[0].isfinite())
     own = exact[0].isfinite()
     torch.testing.assert_close(ours[0][own].double(), exact[0][own], rtol=3e-6, atol=3e-5)
@@ -143,7 +143,7 @@ def test_batch_mates_and_order_change_nothing() -> None:
     assert torch.equal(case.evaluate("triton", torch.float32)[0], whole[order][:1])
 
 
-@pytest.mark.parametrize("backend", ["triton", "triton in blocks", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "triton in blocks", "torch"])
 def test_shards_of_the_vocabulary_equal_the_whole(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """Two ranks played one after the other: the first round only collects what each would send."""
     case = Case.make([3, 1, 5], 4, 24, 77, seed=4)
@@ -155,11 +155,11 @@ def test_shards_of_the_vocabulary_equal_the_whole(monkeypatch: pytest.MonkeyPatc
     parts = [slice(0, 30), slice(30, 77)]
     sent: dict[str, list[Tensor]] = {"log_sum": [], "total": []}
 
-    def collect(name: str):
+    def record(name: str):
         return lambda tensor: sent[name].append(tensor.clone()) or tensor.clone()
 
     for words in parts:
-        case.evaluate(backend, dtype, VocabShard(words.start, collect("log_sum"), collect("total")), words)
+        case.evaluate(backend, dtype, VocabShard(words.start, record("log_sum"), record("total")), words)
     # The second sum is that of local scores, which do not depend on what the first exchange brought.
     shards = [
         VocabShard(

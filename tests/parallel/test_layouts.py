@@ -62,7 +62,7 @@ def sums(process, degrees):
     import torch
     import torch.distributed as dist
 
-    from exlm_dist.parallel.grid import Grid
+    from exlm_dist.parallel.process_groups import Grid
 
     grid = Grid.make(Layout(*degrees), process.rank)
     found, limits = {}, set()
@@ -72,7 +72,7 @@ def sums(process, degrees):
         dist.all_reduce(value, group=line.group)
         limits.add(line.group._get_backend(value.device).options._timeout.total_seconds())
         found[name] = (line.rank, line.size, int(value))
-    return found, grid.speaks, limits
+    return found, grid.reports_metrics, limits
 
 
 @pytest.mark.parametrize("degrees", [(2, 2, 1), (1, 2, 2), (4, 1, 1)])

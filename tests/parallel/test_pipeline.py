@@ -48,8 +48,8 @@ def trajectory(process, settings):
     """Losses, norms and scores of ten steps, gradients of the first, the weights and the evaluation after the last."""
     from exlm_dist.data.loader import Loader, eval_batches
     from exlm_dist.data.shards import ShardDataset
-    from exlm_dist.parallel.grid import Grid
-    from exlm_dist.training.engine import build_engine
+    from exlm_dist.parallel.process_groups import Grid
+    from exlm_dist.training.engine.base import build_engine
     from exlm_dist.training.step import optimizer_step
 
     config = RunConfig.model_validate(settings)
@@ -70,14 +70,14 @@ def trajectory(process, settings):
         result = optimizer_step(engine, loader.step(number), config, scored=True)
         scores = [0.0] * 3 if result.scores is None else result.scores.tolist()
         left_out = sum(float(mask.sum()) for _, mask in result.invalid)
-        sums = process.gather([float(result.loss), left_out, *scores]).sum(0).tolist()
+        sums = process.all_gather([float(result.loss), left_out, *scores]).sum(0).tolist()
         rows.append([*sums, float(result.grad_norm)])
         if number == 0:
             first = pieces(engine, "exp_avg")
     sums = engine.evaluate(eval_batches(datasets["valid"], sequences=10, **packing))
-    evaluation = process.gather([sums.nll, sums.correct, sums.count]).sum(0).tolist()
+    evaluation = process.all_gather([sums.nll, sums.correct, sums.count]).sum(0).tolist()
     after = optimizer_step(engine, loader.step(STEPS), config, scored=False)
-    rows.append([float(process.gather([float(after.loss)]).sum())])
+    rows.append([float(process.all_gather([float(after.loss)]).sum())])
     final = pieces(engine, None)
     engine.close()
     return {"rows": rows, "initial": initial, "first": first, "final": final, "evaluation": evaluation}
@@ -180,7 +180,7 @@ def test_in_bf16(parallel, world, data, tmp_path):
 
 def left_out(rank, settings, ranks):
     """On the last stage of the second copy, sequence 0 of every micro-batch of step 5 has likelihood zero."""
-    from exlm_dist.training import pipeline_engine
+    from exlm_dist.training.engine import pipeline_engine
 
     plain, now = pipeline_engine.loss_sum, {"step": -1}
     _before_step(lambda step: now.update(step=step))

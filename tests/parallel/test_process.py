@@ -11,12 +11,12 @@ from exlm_dist.utils.errors import CHOSEN_PORT, EXIT_DATA, EXIT_RETRY, EXIT_STOP
 
 def agreements(process):
     return (
-        process.gather([process.rank, 7.0]).tolist(),
+        process.all_gather([process.rank, 7.0]).tolist(),
         process.any(process.rank == 1),
         process.any(False),
-        process.share({"text": "wörld", "empty": []} if process.is_first else None),
-        process.first_only(lambda: process.rank),
-        process.share(""),
+        process.broadcast_object({"text": "wörld", "empty": []} if process.is_first else None),
+        process.run_on_first_rank(lambda: process.rank),
+        process.broadcast_object(""),
     )
 
 
@@ -32,7 +32,7 @@ def first_fails(process):
     def work():
         raise Special("enough")
 
-    process.first_only(work)
+    process.run_on_first_rank(work)
 
 
 def test_an_error_of_rank_0_is_raised_everywhere_with_its_exit_code():
@@ -46,7 +46,7 @@ def one_fails(process):
         if process.rank == 1:
             raise DataError("no shard here")
 
-    process.together(work)
+    process.run_everywhere(work)
 
 
 def test_an_error_of_any_rank_ends_all():

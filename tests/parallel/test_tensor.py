@@ -83,14 +83,14 @@ class Pair:
         import torch
 
         from exlm_dist.model.build import build_model
-        from exlm_dist.parallel.held import held_by
+        from exlm_dist.parallel.sharded import sharded_parameters
         from exlm_dist.parallel.tensor import split
 
         dtype = {"fp32": torch.float32, "fp64": torch.float64}[precision]
         build = functools.partial(build_model, config, VOCABULARY, seed=3, **options)
         self.models = [build(), build(split=functools.partial(split, group=group, sequence=sequence))]
         self.models = [model.to(dtype) for model in self.models]
-        self.full, self.parts = dict(self.models[0].named_parameters()), held_by(self.models[1])
+        self.full, self.parts = dict(self.models[0].named_parameters()), sharded_parameters(self.models[1])
         shapes = [(name, tuple(parameter.shape)) for name, parameter in self.full.items()]
         assert [(held.name, held.shape) for held in self.parts] == shapes
         self.optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6) for model in self.models]

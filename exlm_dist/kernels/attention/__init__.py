@@ -70,7 +70,7 @@ def attention_packed(
     _check(q, k, v, angles, cu_tokens, max_tokens, dropout)
     mask = _mask(q.shape[1], dropout, seed, site, first_head, all_heads)
     chosen = implementation("attention", resolved, qkv.device)
-    if resolved == "reference":
+    if resolved == "torch":
         if bias is not None:
             q, k, v = passed_bias(qkv.flatten(1), bias).view_as(qkv).unbind(2)
         return chosen.attention(q, k, v, angles, cu_tokens, max_tokens, mask)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, no_grad
 
 from exlm_dist.kernels.backend import implementation
 from exlm_dist.kernels.checks import check_shape
@@ -49,7 +48,7 @@ def dag_posteriors(
     """
     _check(match, transitions, num_targets, num_states, ends)
     chosen = implementation("dag", backend, match.device)
-    with torch.no_grad():
+    with no_grad():
         return chosen.dag_posteriors(match, transitions, num_targets, num_states, ends=ends)
 
 
@@ -69,7 +68,7 @@ def dag_best_path(
     """
     _check(match, transitions, num_targets, num_states, ends)
     chosen = implementation("dag", backend, match.device)
-    with torch.no_grad():
+    with no_grad():
         return chosen.dag_best_path(match, transitions, num_targets, num_states, ends=ends)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
-from torch import Tensor
+from torch import Tensor, float64
 
 from exlm_dist.kernels.backend import implementation
 from exlm_dist.kernels.checks import check_shape
@@ -80,4 +79,4 @@ def gelu_gradient_(grad: Tensor, x: Tensor, *, backend: str = "auto") -> tuple[T
 
 def _implementation(tensor: Tensor, backend: str) -> ModuleType:
     """The Triton form has no fp64."""
-    return implementation("elementwise", "reference" if tensor.dtype == torch.float64 else backend, tensor.device)
+    return implementation("elementwise", "torch" if tensor.dtype == float64 else backend, tensor.device)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, int64
 
 from exlm_dist.kernels.backend import implementation
 from exlm_dist.kernels.checks import check_segments, check_shape
@@ -37,7 +36,7 @@ def match_scores(
     check_shape("weight", weight, (None, hidden.shape[1]))
     check_shape("bias", bias, (len(weight),))
     check_shape("target_ids", target_ids, (None,))
-    if target_ids.dtype != torch.int64:
+    if target_ids.dtype != int64:
         raise ValueError(f"target_ids must be int64, got {target_ids.dtype}")
     check_segments("cu_states", cu_states, len(hidden), max_states)
     check_segments("cu_targets", cu_targets, len(target_ids), max_targets)

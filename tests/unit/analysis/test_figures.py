@@ -13,9 +13,9 @@ from exlm_dist.analysis.inspection import choose, inspect_checkpoint
 from exlm_dist.analysis.lengths import Lengths, training_lengths
 from exlm_dist.analysis.run_report import run_report
 from exlm_dist.analysis.state_graph import edge_flow
+from exlm_dist.checkpoint.reader import find_checkpoint
 from exlm_dist.data.loader import Loader
 from exlm_dist.data.shards import ShardDataset
-from exlm_dist.model.checkpoint_reader import find_checkpoint
 from exlm_dist.tracking import read_events
 from exlm_dist.utils.errors import CheckpointError
 
@@ -75,10 +75,10 @@ def test_lengths_are_those_the_loader_makes(data, tmp_path):
         )
 
 
-def test_padding_share_of_a_rectangle():
+def test_padding_fraction_of_a_rectangle():
     lengths = Lengths(np.zeros(5), np.array([2, 4, 3, 3, 9]))
-    assert lengths.padding_share(2) == pytest.approx(1 - 12 / 14)
-    assert np.isnan(lengths.padding_share(6))
+    assert lengths.padding_fraction(2) == pytest.approx(1 - 12 / 14)
+    assert np.isnan(lengths.padding_fraction(6))
 
 
 def test_sequences_to_look_at_are_of_a_size_that_can_be_drawn():

@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 
-from exlm_dist.data.tokenizer import NUM_SPECIAL
+from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL
 
 
 class FakeDataset:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from exlm_dist.data.expansion import expand, expanded_lengths, wrap
 from exlm_dist.data.masking import mask_batch, num_masks, sample_keys
-from exlm_dist.data.tokenizer import BOS, EOS, MASK, NUM_SPECIAL
+from exlm_dist.tokenizers.tokenizer import BOS, EOS, MASK, NUM_SPECIAL
 
 
 def by_hand(payloads: list[list[int]], masked: list[list[int]], states: int, anchors: bool) -> dict[str, list]:

@@ -12,7 +12,7 @@ from golden import Case, Golden, golden_cases
 
 from exlm_dist.data.expansion import Expanded, Source, expand, wrap
 from exlm_dist.data.masking import Masks
-from exlm_dist.data.tokenizer import BOS, EOS, PAD
+from exlm_dist.tokenizers.tokenizer import BOS, EOS, PAD
 
 FILE = "expansion.npz"
 ROWS = [

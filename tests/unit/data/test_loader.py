@@ -17,7 +17,7 @@ from exlm_dist.config.schema import MaskingConfig
 from exlm_dist.data.batch import PackedBatch, check_batch
 from exlm_dist.data.loader import Loader, eval_batches
 from exlm_dist.data.shards import ShardDataset
-from exlm_dist.data.tokenizer import BOS, EOS, MASK
+from exlm_dist.tokenizers.tokenizer import BOS, EOS, MASK
 from exlm_dist.utils.errors import ConfigError, DataError
 
 DATA = FakeDataset(varied_lengths(101))
@@ -96,7 +96,7 @@ def test_batches_are_valid_and_sizes_are_known_everywhere(states: int, anchors: 
             assert part.num_original_tokens == sum(batch.num_original_tokens for batch in batches)
             assert part.num_tokens == sum(batch.num_tokens for batch in batches)
             padded = sum(len(batch.input_ids) for batch in part.micro_batches)
-            assert part.padding_share == pytest.approx(1 - sum(b.num_tokens for b in part.micro_batches) / padded)
+            assert part.padding_fraction == pytest.approx(1 - sum(b.num_tokens for b in part.micro_batches) / padded)
 
 
 def test_content_is_that_of_the_samples() -> None:

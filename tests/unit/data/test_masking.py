@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from exlm_dist.config import largest_num_masks
 from exlm_dist.data.masking import Masks, choose_places, mask_batch, num_masks, sample_keys
-from exlm_dist.data.tokenizer import MASK, NUM_SPECIAL
+from exlm_dist.tokenizers.tokenizer import MASK, NUM_SPECIAL
 from exlm_dist.utils.errors import DataError
 
 LENGTHS = np.array([20, 7, 33])

@@ -9,7 +9,7 @@ from exlm_dist.data.batch import check_batch
 from exlm_dist.data.expansion import expand, wrap
 from exlm_dist.data.masking import mask_batch, sample_keys
 from exlm_dist.data.packing import pack, plan_micro_batches, rounded_up, spread
-from exlm_dist.data.tokenizer import NUM_SPECIAL
+from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=80), st.integers(1, 12))

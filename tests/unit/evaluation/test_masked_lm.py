@@ -10,9 +10,9 @@ import pytest
 import torch
 from made_run import make_config, make_data, make_run, write_initial_checkpoint
 
+from exlm_dist.checkpoint import reader
+from exlm_dist.checkpoint.tensors import model_file
 from exlm_dist.evaluation.masked_lm import Evaluation, evaluate_checkpoint
-from exlm_dist.model import checkpoint_reader as reader
-from exlm_dist.model.checkpoint_tensors import model_file
 from exlm_dist.tracking import read_events
 from exlm_dist.utils.errors import CheckpointError, ConfigError, DataError
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from exlm_dist.config.schema import ModelConfig
-from exlm_dist.data.tokenizer import MASK
 from exlm_dist.export.fairseq import from_fairseq, load_file, to_fairseq
 from exlm_dist.model.build import build_model
+from exlm_dist.tokenizers.tokenizer import MASK
 from exlm_dist.utils.errors import CheckpointError
 
 VOCABULARY = 12

@@ -104,5 +104,5 @@ def test_a_job_file_learns_the_run_folder_and_the_restarts(config, capsys, tmp_p
 
 
 def test_it_never_imports_torch():
-    code = "import sys, exlm_dist.launch.commands; sys.exit('torch' in sys.modules)"
+    code = "import sys, exlm_dist.launch.start; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

@@ -104,7 +104,7 @@ def test_ranks_that_move_and_phases_without_a_limit_are_left_alone(tmp_path, cap
     code = """
 time.sleep(1.2)
 heartbeat.enter('step')
-for _ in heartbeat.living(range(30)): time.sleep(0.05)
+for _ in heartbeat.keep_alive(range(30)): time.sleep(0.05)
 with heartbeat.phase('evaluation'): time.sleep(1.2)
 if rank == 0: heartbeat.stop()"""
     assert run(tmp_path, code) == 0

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exlm_dist.kernels.elementwise.reference import keep_mask
+from exlm_dist.kernels.elementwise.torch import keep_mask
 from exlm_dist.kernels.randomness import seed_tensor, site_seed
 from exlm_dist.model.dropout import EMBEDDING_SITE, block_site, dropout, dropout_add
 

@@ -71,7 +71,7 @@ def test_stages_one_after_the_other_are_the_whole_model(config, stages):
     names: list[str] = []
     for held in cut_layers([0.0, 1.0, 1.0, 1.0, 0.0, 1.0], stages):
         model = build_model(settings, 23, seed=3, stage=held)
-        names += [parameter.name for parameter in model.held() if parameter.saved]
+        names += [parameter.name for parameter in model.sharded_parameters() if parameter.saved]
         result = model(Stream.from_tensors(tensors))
         tensors = result.to_tensors()
         assert len(model.layers) == len(held) and all(tensor.is_contiguous() for tensor in tensors)

@@ -130,11 +130,11 @@ def test_peaks_recorded_on_an_h100(objective, length, sequences):
 
 
 def test_sizes_are_those_of_engine_and_kernels():
-    from exlm_dist.kernels.attention import reference as attention
-    from exlm_dist.kernels.transitions import reference as transitions
-    from exlm_dist.kernels.vocab import reference as vocab
+    from exlm_dist.kernels.attention import torch as attention
+    from exlm_dist.kernels.transitions import torch as transitions
+    from exlm_dist.kernels.vocab import torch as vocab
     from exlm_dist.model import feedforward
-    from exlm_dist.training import engine
+    from exlm_dist.training.engine import base as engine
 
     assert memory.BUCKET == engine.BUCKET
     blocks = {attention.BLOCK_ELEMENTS, transitions.BLOCK_ELEMENTS, feedforward._BLOCK_ELEMENTS}

@@ -47,7 +47,7 @@ def attention_packed(
 def _check(operand: Tensor) -> None:
     width = operand.shape[-1]
     if width % 32 or not 32 <= width <= 128:
-        raise ValueError(f"the attention kernels take head widths 32, 64, 96 and 128, not {width}; take 'reference'")
+        raise ValueError(f"the attention kernels take head widths 32, 64, 96 and 128, not {width}; take 'torch'")
     if operand.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"the attention kernels take float32, bfloat16 and float16, not {operand.dtype}")
 

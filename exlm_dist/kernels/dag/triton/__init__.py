@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from exlm_dist.kernels.dag import reference
+from exlm_dist.kernels.dag import torch as torch_form
 from exlm_dist.kernels.dag.triton.fallback import check_kernel
 from exlm_dist.kernels.dag.triton.gradient import gradient_kernel
 from exlm_dist.kernels.dag.triton.recursion import TOTALS, scan_kernel
@@ -48,7 +48,7 @@ def dag_log_likelihood(
 ) -> Tensor:
     """See `exlm_dist.kernels.dag.dag_log_likelihood`."""
     if match.dtype == torch.float64:
-        return reference.dag_log_likelihood(match, transitions, num_targets, num_states, ends=ends)
+        return torch_form.dag_log_likelihood(match, transitions, num_targets, num_states, ends=ends)
     return _LogLikelihood.apply(match, transitions, num_targets, num_states, ends)
 
 
@@ -57,7 +57,7 @@ def dag_posteriors(
 ) -> Tensor:
     """See `exlm_dist.kernels.dag.dag_posteriors`."""
     if match.dtype == torch.float64:
-        return reference.dag_posteriors(match, transitions, num_targets, num_states, ends=ends)
+        return torch_form.dag_posteriors(match, transitions, num_targets, num_states, ends=ends)
     return _scan(match, transitions, num_targets, num_states, ends, Block.of(match.shape[2], match.device))[2]
 
 
@@ -65,7 +65,7 @@ def dag_best_path(
     match: Tensor, transitions: Tensor, num_targets: Tensor, num_states: Tensor, *, ends: int
 ) -> tuple[Tensor, Tensor]:
     """See `exlm_dist.kernels.dag.dag_best_path`."""
-    return reference.dag_best_path(match, transitions, num_targets, num_states, ends=ends)
+    return torch_form.dag_best_path(match, transitions, num_targets, num_states, ends=ends)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.launch import cdiv, launch, next_power_of_2
-from exlm_dist.kernels.transitions import reference
+from exlm_dist.kernels.transitions import torch as torch_form
 from exlm_dist.kernels.transitions.triton.backward import key_gradient_kernel, leaving_kernel, query_gradient_kernel
 from exlm_dist.kernels.transitions.triton.forward import mixture_kernel, normaliser_kernel
 
@@ -28,13 +28,13 @@ def transition_log_probs(
 ) -> Tensor:
     """Dense (group None) or sparse (states per group) log E; see `exlm_dist.kernels.transitions`."""
     if query.dtype == torch.float64:
-        return reference.transition_log_probs(query, key, gate, cu_states, max_states, group=group)
+        return torch_form.transition_log_probs(query, key, gate, cu_states, max_states, group=group)
     return _Transitions.apply(query, key, gate, cu_states, max_states, group)
 
 
 def uniform_log_probs(cu_states: Tensor, max_states: int) -> Tensor:
     """See `exlm_dist.kernels.transitions`: no parameters, made once per batch, the definition is enough."""
-    return reference.uniform_log_probs(cu_states, max_states)
+    return torch_form.uniform_log_probs(cu_states, max_states)
 
 
 class _Transitions(torch.autograd.Function):

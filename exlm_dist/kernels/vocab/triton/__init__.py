@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from exlm_dist.kernels.launch import capability, cdiv, launch
-from exlm_dist.kernels.vocab import reference
+from exlm_dist.kernels.vocab import torch as torch_form
 from exlm_dist.kernels.vocab.shard import VocabShard
 from exlm_dist.kernels.vocab.triton.backward import (
     logit_gradient_kernel,
@@ -47,7 +47,7 @@ def match_scores(
     """See `exlm_dist.kernels.vocab.match_scores`."""
     sizes = (max_states, max_targets)
     if hidden.dtype == torch.float64:
-        return reference.match_scores(hidden, weight, bias, target_ids, cu_states, cu_targets, *sizes, shard=shard)
+        return torch_form.match_scores(hidden, weight, bias, target_ids, cu_states, cu_targets, *sizes, shard=shard)
     return _MatchScores.apply(hidden, weight, bias, target_ids, cu_states, cu_targets, *sizes, shard)
 
 

@@ -1,0 +1,144 @@
+"""The tensors of a checkpoint: an index that names every piece, and reading any part of a parameter from the pieces.
+
+`index.json`: `{"moments": ["exp_avg", "exp_avg_sq"], "parameters": {name: {"shape": [...], "pieces": [{"rank": 3,
+"range": [0, 4096], "slice": [1, 0, 64]}, ...]}}}`. The piece of `name` by rank 3 is the tensor `name` in
+`model-00003.safetensors` and the tensors `exp_avg.name`, `exp_avg_sq.name` in `optimizer-00003.safetensors`, all fp32
+and of the same extent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exlm_dist.checkpoint.pieces import Piece, Shape, Slice, gap, overlaps, part_shape
+from exlm_dist.utils.errors import CheckpointError
+
+INDEX_FILE = "index.json"
+
+
+def model_file(rank: int) -> str:
+    """File with the pieces of the parameters that `rank` wrote."""
+    return f"model-{rank:05d}.safetensors"
+
+
+def optimizer_file(rank: int) -> str:
+    """File with the pieces of the moments that `rank` wrote."""
+    return f"optimizer-{rank:05d}.safetensors"
+
+
+def tensor_name(name: str, moment: str | None) -> str:
+    """Name in the file of a parameter (None) or one of its moments."""
+    return name if moment is None else f"{moment}.{name}"
+
+
+@dataclass(frozen=True)
+class Index:
+    """Shapes and pieces of every parameter by canonical name, and which moments each has."""
+
+    shapes: dict[str, Shape]
+    pieces: dict[str, list[Piece]]
+    moments: tuple[str, ...]
+
+    @staticmethod
+    def merged(parts: list[Mapping[str, Any]]) -> Index:
+        """The index of what several ranks write, each part in the form of `as_json`."""
+        shapes: dict[str, Shape] = {}
+        pieces: dict[str, list[Piece]] = {}
+        for part in parts:
+            for name, entry in part["parameters"].items():
+                if shapes.setdefault(name, tuple(entry["shape"])) != tuple(entry["shape"]):
+                    raise CheckpointError(f"parameter {name} has shape {shapes[name]} and {tuple(entry['shape'])}.")
+                pieces.setdefault(name, []).extend(Piece.from_json(piece) for piece in entry["pieces"])
+        return Index(shapes, pieces, tuple(parts[0]["moments"]))
+
+    def as_json(self) -> dict[str, Any]:
+        """As it stands in `index.json`."""
+        parameters = {
+            name: {"shape": list(self.shapes[name]), "pieces": [piece.as_json() for piece in pieces]}
+            for name, pieces in self.pieces.items()
+        }
+        return {"moments": list(self.moments), "parameters": parameters}
+
+    def as_text(self) -> str:
+        """Content of `index.json`."""
+        return json.dumps(self.as_json(), separators=(",", ":"), sort_keys=True) + "\n"
+
+    def check(self) -> None:
+        """CheckpointError unless the pieces of every parameter make it up exactly: nothing missing, nothing twice."""
+        for name, shape in self.shapes.items():
+            if fault := gap(shape, self.pieces[name]):
+                raise CheckpointError(f"the pieces of parameter {name} {list(shape)} do not make it up: {fault}.")
+
+
+class TensorReader:
+    """Reads parts of parameters and moments from the files of a checkpoint, touching only the bytes that are wanted."""
+
+    def __init__(self, folder: Path) -> None:
+        """CheckpointError where the index does not make up every parameter."""
+        self.folder = Path(folder)
+        self.index = Index.merged([json.loads((self.folder / INDEX_FILE).read_text())])
+        self.index.check()
+        self._files: dict[str, dict[str, np.ndarray]] = {}
+
+    def read(self, name: str, moment: str | None, cut: Slice | None, start: int, stop: int) -> np.ndarray:
+        """Numbers `start` to `stop` of the flattened `cut` of a parameter or moment, fp32."""
+        shape, target = self.index.shapes[name], Piece(cut, start, stop, -1)
+        result = np.empty(target.numel, np.float32)
+        for piece in self.index.pieces[name]:
+            source = None
+            for into, out_of, count in overlaps(shape, target, piece):
+                if source is None:
+                    source = self._piece(name, moment, piece)
+                result[into : into + count] = source[out_of : out_of + count]
+        return result
+
+    def whole(self, name: str, moment: str | None) -> np.ndarray:
+        """A full parameter or moment in its shape, fp32."""
+        shape = self.index.shapes[name]
+        return self.read(name, moment, None, 0, math.prod(shape)).reshape(shape)
+
+    def _piece(self, name: str, moment: str | None, piece: Piece) -> np.ndarray:
+        file = (model_file if moment is None else optimizer_file)(piece.rank)
+        if file not in self._files:
+            self._files[file] = _open(self.folder / file)
+        found = self._files[file].get(tensor_name(name, moment))
+        if found is None or found.size != piece.numel:
+            raise CheckpointError(f"{self.folder / file} does not hold {piece.numel} numbers of {name}.")
+        return found
+
+
+def _open(path: Path) -> dict[str, np.ndarray]:
+    """Flat fp32 tensors of a safetensors file by name, mapped: what is not looked at is not read."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    if path.stat().st_size == 8 + length:
+        return {name: np.zeros(0, np.float32) for name in header}
+    data = np.memmap(path, np.uint8, mode="r", offset=8 + length)
+    return {name: data[slice(*entry["data_offsets"])].view(np.float32) for name, entry in header.items()}
+
+
+def write_header(tensors: Mapping[str, Shape]) -> bytes:
+    """Head of a safetensors file with fp32 `tensors`, whose numbers follow in the order given."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, shape in tensors.items():
+        end = offset + math.prod(shape) * 4
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def shape_in_file(shape: Shape, piece: Piece) -> Shape:
+    """A piece that is all of its parameter, or all of its slice, keeps its shape; others are flat."""
+    part = part_shape(shape, piece.slice)
+    return part if piece.numel == math.prod(part) else (piece.numel,)

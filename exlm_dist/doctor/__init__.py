@@ -1,0 +1,1 @@
+"""`exlm doctor`: what would waste GPU hours, found before they are spent."""

@@ -1,0 +1,207 @@
+"""The checks of `exlm doctor` that need this machine alone: each looks at one thing and says what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import re
+import resource
+import shutil
+import socket
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from exlm_dist.config.schema import RunConfig
+from exlm_dist.doctor.findings import Finding, bad, doubtful, good
+from exlm_dist.launch.deadline import end_of_job
+from exlm_dist.utils.files import sha256_file
+
+PYTHONS = ((3, 10), (3, 13))
+#: Bytes of a checkpoint per parameter: fp32 weights and two moments.
+BYTES_PER_PARAMETER = 12
+#: Shards of each split whose hash is compared.
+SAMPLED = 2
+#: Bytes written to find the speed of the disk, and bytes per second below which a save is a burden.
+PROBE_BYTES = 32 << 20
+SLOW_DISK = 50e6
+#: Seconds that a tracking server gets to answer.
+PATIENCE = 5.0
+_REQUIREMENT = re.compile(r"^([A-Za-z0-9_.-]+)\s*>=\s*([0-9.]+)$")
+
+
+def check_packages() -> list[Finding]:
+    """Python, and every package that this one needs, against the versions it was written for."""
+    here = platform.python_version_tuple()
+    known = PYTHONS[0] <= (int(here[0]), int(here[1])) <= PYTHONS[1]
+    span = " to ".join(f"{major}.{minor}" for major, minor in PYTHONS)
+    text = f"Python {platform.python_version()}"
+    findings = [good("python", text) if known else doubtful("python", text, f"Tested with Python {span}.")]
+    found, problems = [], []
+    for requirement in importlib.metadata.requires("exlm_dist") or []:
+        match = _REQUIREMENT.match(requirement)
+        if match is None:
+            continue
+        name, least = match.groups()
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            problems.append(f"{name} is missing")
+            continue
+        found.append(f"{name} {version}")
+        if _numbers(version) < _numbers(least):
+            problems.append(f"{name} {version} is older than {least}")
+    if problems:
+        return [*findings, bad("packages", ", ".join(problems), "Install with launchers/install.sh.")]
+    return [*findings, good("packages", ", ".join(found[:4]) + f" and {len(found[4:])} more")]
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version.split("+")[0])]
+
+
+def check_limits() -> Finding:
+    """Open files: shards, connections between ranks, logs."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    text = f"{files} open files, {len(os.sched_getaffinity(0))} cores"
+    return good("limits", text) if files >= 1024 else doubtful("limits", text, "Raise it: ulimit -n 4096.")
+
+
+def check_shards(config: RunConfig, seed: int = 0) -> list[Finding]:
+    """Sizes of all shards and indices of the prepared data, hashes of a few chosen by `seed`."""
+    folder = Path(config.data.path)
+    remedy = f"Prepare or copy the data again, or set data.path (now {folder})."
+    file = folder / "manifest.json"
+    if not file.is_file():
+        return [bad("shards", f"{folder} has no manifest.json", remedy)]
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+    problems, hashed, count, total = [], 0, 0, 0
+    for split in manifest["splits"].values():
+        sampled = random.Random(seed).sample(split["shards"], min(SAMPLED, len(split["shards"])))
+        for shard in split["shards"]:
+            count, total = count + 1, total + shard["size"]
+            for name, size, digest in (
+                (shard["name"], shard["size"], shard["sha256"]),
+                (shard["index"], shard["index_size"], shard["index_sha256"]),
+            ):
+                path = folder / name
+                if not path.is_file() or path.stat().st_size != size:
+                    problems.append(f"{name} is missing or does not have {size} bytes")
+                elif shard in sampled:
+                    hashed += 1
+                    if sha256_file(path) != digest:
+                        problems.append(f"{name} is damaged: its SHA-256 is not that of the manifest")
+    if problems:
+        return [bad("shards", problem, remedy) for problem in problems[:5]]
+    return [good("shards", f"{count} shards, {total / 1e6:.1f} MB, all there; {hashed} files hashed and equal")]
+
+
+def check_space(config: RunConfig, parameters: int) -> Finding:
+    """Room for every checkpoint that is kept at once, and the one being written."""
+    folder = _existing(Path(config.runs))
+    kept = config.checkpoint.keep + config.checkpoint.best + 1
+    needed, free = kept * parameters * BYTES_PER_PARAMETER, shutil.disk_usage(folder).free
+    text = (
+        f"{free / 1e9:.1f} GB free in {folder}; {kept} checkpoints of {parameters / 1e6:.1f} M parameters "
+        f"are {needed / 1e9:.1f} GB"
+    )
+    if free < needed:
+        return bad("free space", text, "Free space there, set `runs` to another file system, or lower checkpoint.keep.")
+    return good("free space", text)
+
+
+def check_disk(config: RunConfig, parameters: int) -> Finding:
+    """Speed of the file system of the runs, flush to disk included, and what that means for a checkpoint."""
+    folder = _existing(Path(config.runs))
+    probe = folder / f".exlm-doctor-{socket.gethostname()}-{os.getpid()}"
+    block = os.urandom(1 << 20)
+    begun = time.monotonic()
+    try:
+        with open(probe, "wb") as file:
+            for _ in range(PROBE_BYTES >> 20):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        speed = PROBE_BYTES / (time.monotonic() - begun)
+    except OSError as error:
+        return bad("disk", f"{folder} cannot be written: {error.strerror}", "Set `runs` to a folder you may write.")
+    finally:
+        probe.unlink(missing_ok=True)
+    seconds = parameters * BYTES_PER_PARAMETER / speed
+    text = f"{speed / 1e6:.0f} MB/s to {folder}; a checkpoint takes about {seconds:.1f} s to write from one process"
+    return good("disk", text) if speed > SLOW_DISK else doubtful("disk", text, "Set `runs` to a faster file system.")
+
+
+def check_tracking(config: RunConfig, uri: str, shown: str) -> Finding:
+    """Whether MLflow can be reached at `uri`; `shown`: the same without passwords. Training goes on without it."""
+    if not config.tracking.mlflow:
+        return good("tracking", "tracking.mlflow is off: events.jsonl only")
+    remedy = "Start it or set tracking.uri. Training would go on and send the events later (`exlm sync`)."
+    if uri.startswith("sqlite:"):
+        folder = _existing(Path(uri.removeprefix("sqlite:///")).parent)
+        if os.access(folder, os.W_OK):
+            return good("tracking", f"{shown} can be written")
+        return doubtful("tracking", f"{shown}: {folder} cannot be written", remedy)
+    if not uri.startswith(("http://", "https://")):
+        return good("tracking", f"{shown} (not tried: no web address)")
+    try:
+        with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=PATIENCE):
+            return good("tracking", f"{shown} answers")
+    except urllib.error.HTTPError as error:
+        return good("tracking", f"{shown} answers ({error.code} to an unsigned request)")
+    except (urllib.error.URLError, OSError) as error:
+        return doubtful("tracking", f"{shown} does not answer: {getattr(error, 'reason', error)}", remedy)
+
+
+def check_port() -> Finding:
+    """The port at which the ranks are to meet, where the environment names one."""
+    port = os.environ.get("MASTER_PORT", "")
+    if not port:
+        return good("port", "MASTER_PORT is not set: a free one is chosen at each start")
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", int(port)))
+        except OSError as error:
+            return bad(
+                "port",
+                f"MASTER_PORT {port} on {socket.gethostname()}: {error.strerror}",
+                "Unset it, or name a free one.",
+            )
+    return good("port", f"MASTER_PORT {port} is free on {socket.gethostname()}")
+
+
+def check_time_limit(config: RunConfig) -> Finding:
+    """The end of the job against the seconds between two checkpoints, as the run itself last measured its steps."""
+    end = end_of_job(config.launch.time_limit)
+    left = None if end is None else end - time.time()
+    step = _measured_step(Path(config.runs) / config.name / "events.jsonl")
+    limit = "no time limit" if left is None else f"{left / 60:.0f} minutes are left"
+    if step is None:
+        return good("time limit", f"{limit}; the time of a step is not known before the first run")
+    interval = step * config.checkpoint.every
+    text = f"{limit}; checkpoint.every {config.checkpoint.every} steps of {step:.2f} s are {interval / 60:.1f} minutes"
+    if left is not None and interval + config.launch.margin > left:
+        fits = max(1, int((left - config.launch.margin) / 3 / step))
+        return doubtful("time limit", text, f"A failure would lose the whole job. Set checkpoint.every {fits} or less.")
+    return good("time limit", text)
+
+
+def _measured_step(events: Path) -> float | None:
+    """`perf/step_seconds` of the last report of a run; None before there is one."""
+    if not events.is_file():
+        return None
+    last = None
+    for line in events.read_text().splitlines():
+        if "perf/step_seconds" in line and line.endswith("}"):
+            last = json.loads(line)["values"]["perf/step_seconds"]
+    return last
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder at or above `path` that exists."""
+    path = path.resolve()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())

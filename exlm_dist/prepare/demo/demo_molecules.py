@@ -1,0 +1,193 @@
+"""The embedded corpus of molecules: fragments of well-known drugs, recombined with a seed.
+
+The drugs are cut at BRICS bonds (Degen et al., ChemMedChem 2008) into pieces with one open bond (heads) or two (links),
+and pieces are joined head-head or head-link-head where BRICS allows that bond. Pieces are joined as SMILES text, which
+is much faster than a reaction; RDKit then parses and canonicalises the result, so only valid molecules come out.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from rdkit import Chem
+from rdkit import __version__ as RDKIT_VERSION
+from rdkit.Chem import BRICS
+
+from exlm_dist.prepare.api import prepare_molecules
+from exlm_dist.prepare.demo.drugs import DRUGS
+from exlm_dist.prepare.folder import Source, chunked
+from exlm_dist.prepare.readers import Row
+from exlm_dist.prepare.summary import Summary
+from exlm_dist.prepare.workers import default_workers, ordered_map
+from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles, make_policy
+from exlm_dist.tokenizers.smiles_tokenizer import split_smiles
+from exlm_dist.utils.errors import DataError
+
+DEMO_MOLECULES = 24_000
+CANDIDATES_PER_TASK = 512
+MIN_ATOMS, MAX_ATOMS = 8, 45
+_OPEN = re.compile(r"\[(\d+)\*\]")
+
+
+def prepare_demo_smiles(
+    out: Path | str,
+    *,
+    count: int = DEMO_MOLECULES,
+    seed: int = 0,
+    max_length: int = 128,
+    workers: int | None = None,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Summary:
+    """`count` demo molecules as a prepared folder. `settings`: as in `prepare_molecules`."""
+    identity = [{"name": "demo molecules", "count": count, "seed": seed, "rdkit": RDKIT_VERSION}]
+
+    def rows() -> Iterator[Row]:
+        for number, smiles in enumerate(demo_molecules(count, seed, workers or default_workers()), 1):
+            yield Row("demo", number, smiles)
+
+    return prepare_molecules(
+        Source(identity, rows, canonical_under=_POLICY),
+        out,
+        max_length=max_length,
+        workers=workers,
+        overwrite=overwrite,
+        **settings,
+    )
+
+
+def demo_molecules(count: int = DEMO_MOLECULES, seed: int = 0, workers: int = 1) -> Iterator[str]:
+    """`count` distinct canonical SMILES, the same for the same seed and RDKit: the drugs first, then recombinations.
+
+    Raises DataError when the fragments do not yield that many.
+    """
+    seen: set[str] = set()
+    misses = 0
+    for finished in ordered_map(
+        finish_candidates, chunked(_candidates(random.Random(seed)), CANDIDATES_PER_TASK), workers
+    ):
+        for smiles in finished:
+            if len(seen) == count:
+                return
+            if not smiles or smiles in seen:
+                misses += 1
+                continue
+            seen.add(smiles)
+            yield smiles
+        if misses > 20 * count + 1000:
+            raise DataError(f"the demo fragments give {len(seen):,} molecules, {count:,} were asked for.")
+
+
+def _candidates(generator: random.Random) -> Iterator[str]:
+    """Drugs, then an endless stream of joined pieces."""
+    yield from DRUGS.values()
+    heads, links = fragments()
+    partners = _partners(heads)
+    starts = [head for label in sorted(heads) if partners[label] for head in heads[label]]
+    while True:
+        if _draw(generator, 3) and links:
+            first, middle, second = links[_draw(generator, len(links))]
+            if partners[first] and partners[second]:
+                one = partners[first][_draw(generator, len(partners[first]))]
+                two = partners[second][_draw(generator, len(partners[second]))]
+                yield _filled(middle, [one, two])
+        else:
+            label, text = starts[_draw(generator, len(starts))]
+            other = partners[label][_draw(generator, len(partners[label]))]
+            yield _filled(f"[{label}*]{text}", [other])
+
+
+def fragments() -> tuple[dict[str, list[tuple[str, str]]], list[tuple[str, str, str]]]:
+    """Pieces of the drugs: heads by BRICS label as (label, SMILES from the open bond on), links as (label, label,
+    SMILES).
+    """
+    heads: dict[str, dict[str, None]] = defaultdict(dict)
+    links: dict[tuple[str, str, str], None] = {}
+    for drug in DRUGS.values():
+        molecule = Chem.MolFromSmiles(drug)
+        bonds = sorted(
+            (tuple(sorted(pair)), labels)
+            for pair, labels in BRICS.FindBRICSBonds(molecule)
+            if "7" not in labels[0] + labels[1]
+        )  # label 7 is a double bond
+        for cut in [*([bond] for bond in bonds), *map(list, combinations(bonds, 2))]:
+            for piece in Chem.GetMolFrags(BRICS.BreakBRICSBonds(molecule, cut), asMols=True):
+                ends = [atom for atom in piece.GetAtoms() if atom.GetAtomicNum() == 0]
+                text = Chem.MolToSmiles(piece, rootedAtAtom=ends[0].GetIdx())
+                labels = [str(atom) for atom in _OPEN.findall(text)]
+                if len(labels) == 1:
+                    heads[labels[0]][text[text.index("]") + 1 :]] = None
+                elif len(labels) == 2:
+                    links[(labels[0], labels[1], text)] = None
+    return {label: [(label, text) for text in texts] for label, texts in heads.items()}, list(links)
+
+
+def _partners(heads: dict[str, list[tuple[str, str]]]) -> dict[str, list[str]]:
+    """For each label, the heads that BRICS lets it bond to by a single bond."""
+    allowed: dict[str, set[str]] = defaultdict(set)
+    for group in BRICS.reactionDefs:
+        for first, second, bond in group:
+            if bond == "-":
+                allowed[first].add(second)
+                allowed[second].add(first)
+    allowed = {
+        re.sub(r"\D", "", label): {re.sub(r"\D", "", other) for other in others} for label, others in allowed.items()
+    }
+    return defaultdict(
+        list,
+        {
+            label: [text for other in sorted(others) for _, text in heads.get(other, [])]
+            for label, others in allowed.items()
+        },
+    )
+
+
+def _filled(scaffold: str, pieces: list[str]) -> str:
+    """`scaffold` with each open bond replaced by the next of `pieces`; a leading one becomes a chain in front."""
+    for number, piece in enumerate(pieces):
+        place = _OPEN.search(scaffold)
+        piece = _renumbered(piece, 40 + 20 * number)
+        if place.start() == 0:
+            # X of the piece and Y of the scaffold are joined by a ring-closure label, so that the piece need not be
+            # reversed.
+            closing = f"%{90 + number}"
+            tokens, own = split_smiles(piece), split_smiles(scaffold[place.end() :])
+            scaffold = f"{own[0]}{closing}{''.join(own[1:])}.{tokens[0]}{closing}{''.join(tokens[1:])}"
+        else:
+            scaffold = scaffold[: place.start()] + piece + scaffold[place.end() :]
+    return scaffold
+
+
+def _renumbered(smiles: str, base: int) -> str:
+    """Ring-closure digits moved up by `base`, out of the way of those of the scaffold."""
+    return "".join(
+        f"%{base + int(token.lstrip('%'))}" if token.lstrip("%").isdigit() else token for token in split_smiles(smiles)
+    )
+
+
+def finish_candidates(candidates: list[str]) -> list[str]:
+    """Canonical form of each; empty for what is no molecule or not of the size of a drug."""
+    finished = []
+    for candidate in candidates:
+        try:
+            smiles = canonical_smiles(candidate, _POLICY)
+        except MoleculeError:
+            smiles = ""
+        atoms = sum(token[0].isalpha() or token[0] == "[" for token in split_smiles(smiles))
+        finished.append(smiles if MIN_ATOMS <= atoms <= MAX_ATOMS or candidate in _DRUGS else "")
+    return finished
+
+
+def _draw(generator: random.Random, size: int) -> int:
+    """Integer in [0, size); built on `random()`, whose stream is the same in every version of Python."""
+    return int(generator.random() * size)
+
+
+_POLICY = make_policy()
+_DRUGS = frozenset(DRUGS.values())

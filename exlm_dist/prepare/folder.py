@@ -1,0 +1,235 @@
+"""What the preparation of molecules and of text share: sources, quarantine, the held-out split, the finished folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from exlm_dist.data.manifest import MANIFEST, QUARANTINE, SCHEMA, SPLITS, TOKENIZER, read_manifest, sealed
+from exlm_dist.data.shards import ShardDataset, ShardWriter
+from exlm_dist.prepare.readers import Row, expand_inputs, read_rows
+from exlm_dist.prepare.staging import staged_folder
+from exlm_dist.prepare.summary import Summary
+from exlm_dist.tokenizers.tokenizer import UNK, Tokenizer
+from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.files import sha256_file, write_json
+from exlm_dist.utils.logs import get_logger
+
+_log = get_logger(__name__)
+Item = TypeVar("Item")
+VALID_FRACTION = 0.02
+VALID_CAP = 10_000
+QUARANTINED_CHARACTERS = 500
+
+
+@dataclass(frozen=True)
+class Source:
+    """Input rows, and what identifies them: equal identities have equal rows.
+
+    canonical_under: the canonicalisation policy that the rows, molecules, follow already; None for rows from outside.
+    """
+
+    identity: list[dict[str, Any]]
+    rows: Callable[[], Iterable[Row]]
+    canonical_under: dict[str, Any] | None = None
+
+    @classmethod
+    def of_files(cls, inputs: Sequence[str], column: str | None, default_column: str) -> Source:
+        """All rows of the files named by paths and patterns. The files are identified by name, size and SHA-256."""
+        files = expand_inputs(list(inputs))
+        identity = [{"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path)} for path in files]
+
+        def rows() -> Iterator[Row]:
+            for path in files:
+                yield from read_rows(path, column, default_column)
+
+        return cls(identity, rows)
+
+
+class Quarantine:
+    """Rows that cannot be used, each with its place and reason, in `quarantine.tsv`."""
+
+    def __init__(self, path: Path):
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, tuple[Row, str]] = {}
+        self._file = open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n")
+        self._file.write("file\trow\treason\ttext\n")
+
+    def __enter__(self) -> Quarantine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, row: Row, reason: str) -> None:
+        """Set `row` aside. The part of `reason` before a colon is the kind that it is counted under."""
+        kind = reason.split(":")[0]
+        self.counts[kind] += 1
+        self.first.setdefault(kind, (row, reason))
+        self._file.write(
+            f"{_escaped(row.file)}\t{row.row}\t{_escaped(reason)}\t{_escaped(row.text[:QUARANTINED_CHARACTERS])}\n"
+        )
+
+
+def is_utf8(text: str) -> bool:
+    """Whether the reader could decode the text (what it could not is carried as surrogates)."""
+    return text.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in text)
+
+
+def content_hash(content: bytes) -> int:
+    """64-bit hash that decides duplicates and the held-out split."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def choose_valid(hashes: np.ndarray, fraction: float) -> np.ndarray:
+    """Which of the sequences (hashes uint64 [n]) are held out: bool [n], those of the smallest hashes.
+
+    About `fraction` of them, at least one, at most `VALID_CAP` (more only where equal sequences share a hash), whatever
+    their order.
+    """
+    if len(hashes) < 2:
+        raise DataError(
+            f"{len(hashes)} usable sequence(s): at least 2 are needed, one to train on and one to hold out."
+        )
+    count = min(max(1, round(fraction * len(hashes))), VALID_CAP, len(hashes) - 1)
+    chosen = hashes <= np.partition(hashes, count - 1)[count - 1]
+    if chosen.all():
+        raise DataError("all sequences are equal: nothing is left to train on beside the held-out ones.")
+    return chosen
+
+
+def check_fraction(fraction: float) -> None:
+    """DataError for a held-out share that is none."""
+    if not 0 < fraction <= 0.5:
+        raise DataError(f"valid_fraction = {fraction:g}: more than 0 and at most 0.5 is expected.")
+
+
+def check_max_length(max_length: int) -> None:
+    """DataError for a length that has no room for two tokens between BOS and EOS."""
+    if max_length < 4:
+        raise DataError(f"max_length = {max_length}: at least 4 is expected (BOS and EOS are counted).")
+
+
+def chunked(items: Iterable[Item], size: int, weight: Callable[[Item], int] = lambda _: 1) -> Iterator[list[Item]]:
+    """Lists of consecutive items whose weights add up to at least `size` (the last one may be lighter)."""
+    chunk: list[Item] = []
+    total = 0
+    for item in items:
+        chunk.append(item)
+        total += weight(item)
+        if total >= size:
+            yield chunk
+            chunk, total = [], 0
+    if chunk:
+        yield chunk
+
+
+class SplitWriter:
+    """Shards and statistics of both splits."""
+
+    def __init__(self, folder: Path, vocab_size: int, max_length: int):
+        self._writers = [ShardWriter(folder, split, vocab_size=vocab_size) for split in SPLITS]
+        self._histograms = [np.zeros(max_length + 1, dtype=np.int64) for _ in SPLITS]
+        self._unknown = [0 for _ in SPLITS]
+
+    def __enter__(self) -> SplitWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in self._writers:
+            writer.abort()
+
+    def write(self, tokens: np.ndarray, lengths: np.ndarray, is_valid: np.ndarray) -> None:
+        """A ragged batch: tokens [sum of lengths], lengths [m], is_valid bool [m]."""
+        owner = np.repeat(is_valid, lengths)
+        for place, (member, chosen) in enumerate(((~owner, ~is_valid), (owner, is_valid))):
+            part, sizes = tokens[member], lengths[chosen]
+            self._writers[place].write(part, sizes)
+            self._histograms[place] += np.bincount(sizes + 2, minlength=len(self._histograms[place]))
+            self._unknown[place] += int(np.count_nonzero(part == UNK))
+
+    def close(self) -> dict[str, Any]:
+        """Finish the shards; the `splits` part of the manifest."""
+        splits = {}
+        for split, writer, histogram, unknown in zip(SPLITS, self._writers, self._histograms, self._unknown):
+            entries = writer.close()
+            sequences, tokens = sum(entry.sequences for entry in entries), sum(entry.tokens for entry in entries)
+            if not sequences:
+                raise DataError(f"nothing is left for the {split} split.")
+            splits[split] = {
+                "sequences": sequences,
+                "tokens": tokens,
+                "unknown_tokens": unknown,
+                "unknown_rate": unknown / tokens,
+                "mean_length": tokens / sequences + 2,
+                "length_histogram": histogram.tolist(),
+                "shards": [entry.as_dict() for entry in entries],
+            }
+        return splits
+
+
+def prepare_folder(
+    out: Path, request: dict[str, Any], overwrite: bool, work: Callable[[Path], dict[str, Any]]
+) -> Summary:
+    """Let `work` fill a staged folder and return the manifest's content, seal it, and publish it at `out`.
+
+    A finished `out` of the same `request` is reused. DataError for one of another request, unless `overwrite`.
+    """
+    start = time.monotonic()
+    if not overwrite and (out / MANIFEST).is_file():
+        return _reuse(out, request)
+    with staged_folder(out, overwrite=overwrite) as folder:
+        content = work(folder)
+        _flush(folder / QUARANTINE)
+        manifest = sealed({"schema": SCHEMA, "request": request, **content})
+        write_json(folder / MANIFEST, manifest)
+    return Summary(out, manifest, time.monotonic() - start)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+    """Save into the prepared folder; the `tokenizer` part of the manifest."""
+    tokenizer.save(folder / TOKENIZER)
+    files = {f"{TOKENIZER}/{path.name}": sha256_file(path) for path in sorted((folder / TOKENIZER).iterdir())}
+    return {"fingerprint": tokenizer.fingerprint, "files": files}
+
+
+def _reuse(out: Path, request: dict[str, Any]) -> Summary:
+    manifest = read_manifest(out)
+    before = manifest["request"]
+    changed = sorted(key for key in before.keys() | request.keys() if before.get(key) != request.get(key))
+    if changed:
+        said = "; ".join(f"{key}: {_short(before.get(key))} there, {_short(request.get(key))} now" for key in changed)
+        raise DataError(
+            f"{out}: holds data that was prepared otherwise ({said}). "
+            "Choose another --out, or replace it with --overwrite."
+        )
+    for split in SPLITS:
+        ShardDataset.open(out, split).close()
+    _log.info("%s was prepared already from the same input and settings", out)
+    return Summary(out, manifest, 0.0, reused=True)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return (
+            ", ".join(str(item.get("name", item)) if isinstance(item, dict) else str(item) for item in value[:5])
+            or "none"
+        )
+    return str(value)[:100]
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")

@@ -1,0 +1,1 @@
+"""The DeepSpeed engines of a run, and their state as the checkpoint format sees it."""

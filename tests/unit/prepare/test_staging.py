@@ -1,0 +1,135 @@
+"""Publishing: whole or not at all, whatever interrupts it."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from exlm_dist.data import shards
+from exlm_dist.data.manifest import MANIFEST
+from exlm_dist.prepare.api import prepare_smiles
+from exlm_dist.prepare.progress import Progress
+from exlm_dist.prepare.staging import remove_leftovers, staged_folder
+from exlm_dist.prepare.workers import ordered_map
+from exlm_dist.utils.errors import DataError
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from exlm_dist.prepare.staging import staged_folder
+with staged_folder(Path(sys.argv[1]), overwrite=False) as folder:
+    (folder / "part").write_text("x")
+    print(folder, flush=True)
+    time.sleep(100)
+"""
+
+
+def hold(out: Path) -> tuple[subprocess.Popen, Path]:
+    """A process that is in the middle of writing `out`, and its hidden folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], stdout=subprocess.PIPE, text=True)
+    return process, Path(process.stdout.readline().strip())
+
+
+def test_published_when_the_block_ends_and_only_then(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with staged_folder(out, overwrite=False) as folder:
+        (folder / MANIFEST).write_text("{}")
+        assert not out.exists() and folder.parent == out.parent
+    assert (out / MANIFEST).is_file() and not folder.exists()
+    with pytest.raises(KeyError), staged_folder(tmp_path / "b", overwrite=False) as folder:
+        raise KeyError
+    assert list(tmp_path.iterdir()) == [tmp_path / "deep"]
+
+
+def test_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "a.smi"
+    source.write_text("CCO\nCCC\nCCCC\n")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shards._OpenShard, "_put", full)
+    with pytest.raises(DataError, match=r"out: no space left while writing \(.* MB free now\)"):
+        prepare_smiles([str(source)], tmp_path / "out", workers=1)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_killed_run_leaves_nothing_that_looks_finished_and_the_next_cleans_up(tmp_path: Path) -> None:
+    process, folder = hold(tmp_path / "out")
+    try:
+        assert folder.is_dir() and not (tmp_path / "out").exists()
+        remove_leftovers(tmp_path / "out")
+        assert (folder / "part").is_file(), "the folder of a living process must stay"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+    other = tmp_path / ".other.abc.partial"
+    other.mkdir()
+    with staged_folder(tmp_path / "out", overwrite=False) as fresh:
+        (fresh / MANIFEST).write_text("{}")
+    assert not folder.exists() and other.is_dir() and (tmp_path / "out" / MANIFEST).is_file()
+
+
+def test_what_may_not_be_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "home"
+    out.mkdir()
+    (out / "thesis.tex").write_text("x")
+    for overwrite in (False, True):
+        with (
+            pytest.raises(DataError, match="exists and is not a folder of prepared data"),
+            staged_folder(out, overwrite=overwrite),
+        ):
+            pass
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match=r"file"), staged_folder(tmp_path / "file" / "out", overwrite=False):
+        pass
+    assert (out / "thesis.tex").is_file()
+
+
+def test_two_at_once_the_second_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="prepared already"), staged_folder(out, overwrite=False) as late:
+        (late / MANIFEST).write_text("late")
+        with staged_folder(out, overwrite=False) as early:
+            (early / MANIFEST).write_text("early")
+    assert (out / MANIFEST).read_text() == "early" and list(tmp_path.iterdir()) == [out]
+
+
+def square_or_die(number: int) -> int:
+    if number == 7:
+        os._exit(9)
+    return number * number
+
+
+def slow_square(number: int) -> int:
+    time.sleep(0.02 * (number % 3))
+    return number * number
+
+
+def test_results_keep_their_order() -> None:
+    for workers in (1, 2):
+        assert list(ordered_map(slow_square, range(20), workers)) == [number * number for number in range(20)]
+    assert list(ordered_map(slow_square, [], 2)) == []
+
+
+def test_a_worker_that_dies_is_an_error_not_a_hang() -> None:
+    with pytest.raises(DataError, match="a worker process died"):
+        list(ordered_map(square_or_die, range(20), 2))
+
+
+def test_progress_is_plain_lines_without_a_terminal(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exlm_dist.prepare.progress.SECONDS", 0.0)
+    with caplog.at_level("INFO", logger="exlm_dist"), Progress("shards", "rows", 2000) as progress:
+        progress.update(1000)
+        progress.update(1000)
+    texts = [record.getMessage() for record in caplog.records]
+    assert texts[0].startswith("shards: 1,000 of 2,000 rows so far, ") and texts[-1].startswith(
+        "shards: 2,000 of 2,000 rows done, "
+    )

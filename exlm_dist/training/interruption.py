@@ -1,4 +1,4 @@
-"""Signals and the end of the job's time become a flag; it is acted on at a step edge, by all ranks at the same one."""
+"""Signals and the time limit of the job become a flag, on which all ranks act after the same step."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ class Deadline:
 
 
 class Interruption:
-    """Catches the signals that ask a run to save and end, and watches the clock. Build it before anything slow is
-    imported."""
+    """Catches the signals that ask a run to save and end, and watches the clock. Create it before slow imports."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None

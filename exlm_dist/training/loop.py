@@ -1,5 +1,5 @@
-"""The training loop, and how a run ends: done, saved on request, or with a message that every rank's launcher gets to
-see."""
+"""The training loop, and how a launch ends: done, saved on request, or with a message that reaches the launchers of
+all ranks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from exlm_dist.config import RunConfig
 from exlm_dist.launch import heartbeat
 from exlm_dist.training.interruption import Deadline, Interruption
 from exlm_dist.training.pace import Pace
+from exlm_dist.training.resources import Resources
 from exlm_dist.utils.errors import EXIT_DONE, EXIT_SAVED, UserError, leave_message
 from exlm_dist.utils.logs import get_logger
 
@@ -32,47 +33,59 @@ def train(config: RunConfig) -> int:
     interruption.deadline = Deadline.of_job(config.launch)
     # Heavy imports come after the signal handlers, so that no signal is lost to them.
     from exlm_dist.parallel import process as processes
-    from exlm_dist.training.session import Session
 
-    session = None
+    resources = Resources()
     try:
-        session = Session(config, processes.start(config.launch, config.parallel))
-        code = run(session, interruption)
-        session.shut_down()
+        code = _launch(config, interruption, resources)
         processes.finish()
     except BaseException as error:
-        raise _report_to_peers(error, session) from None
+        raise _report_to_peers(error, resources) from None
     finally:
         interruption.restore()
-    session.close("FINISHED" if code == EXIT_DONE else "KILLED")
+    resources.status = "FINISHED" if code == EXIT_DONE else "KILLED"
+    resources.close()
     _stop_heartbeat()
+    return code
+
+
+def _launch(config: RunConfig, interruption: Interruption, resources: Resources) -> int:
+    """Join the other ranks, build the session and run the loop."""
+    from exlm_dist.parallel import process as processes
+    from exlm_dist.training.session import build_session
+    from exlm_dist.training.starting_point import find_starting_point
+
+    process = processes.start(config.launch, config.parallel)
+    start = find_starting_point(config, process, resources)
+    if start.step >= config.schedule.steps:
+        logger.info("%s is finished at step %d: nothing to do. Results: %s", config.name, start.step, start.path)
+        return EXIT_DONE
+    session = build_session(config, process, start, resources)
+    code = run(session, interruption)
+    session.engine.close()  # while the other ranks are still there
     return code
 
 
 def run(session: Session, interruption: Interruption) -> int:
     """The outer loop."""
-    config = session.config
-    if not session.open():
-        logger.info("%s is finished at step %d: nothing to do. Results: %s", config.name, session.step, session.path)
-        return EXIT_DONE
-    if session.step and session.evaluation is None and session.evaluation_is_due():
+    config, evaluator, checkpointer = session.config, session.evaluator, session.checkpointer
+    if session.step and session.evaluation is None and evaluator.is_due(session.step):
         session.evaluate()  # the signal that ended the last launch left no time for it
     pace = Pace()
     while session.step < config.schedule.steps:
         with pace.phase("step"):
             session.train_step()
-            session.attend_save()
+            checkpointer.attend()
         heartbeat.enter("step")
         last = session.step == config.schedule.steps
-        evaluate, save = session.evaluation_is_due(), session.save_is_due()
-        ahead = pace.until_next_edge(evaluate) + session.seconds_to_save(due=save)
+        evaluation_due, save_due = evaluator.is_due(session.step), checkpointer.is_due(session.step)
+        ahead = pace.until_next_edge(evaluation_due) + checkpointer.seconds_to_save(due=save_due)
         stop = interruption.agreed(session.process, ahead) and not last
-        if evaluate and not stop:
+        if evaluation_due and not stop:
             with pace.phase("evaluation"):
                 session.evaluate()
-        if save or stop:
+        if save_due or stop:
             with pace.phase("save"):
-                session.save(needed=stop or last)
+                checkpointer.save(session.step, session.evaluation, needed=stop or last)
         if stop:
             logger.info("%s is saved at step %d; the same command continues it", config.name, session.step)
             heartbeat.enter("end")
@@ -81,7 +94,7 @@ def run(session: Session, interruption: Interruption) -> int:
     return EXIT_DONE
 
 
-def _report_to_peers(error: BaseException, session: Session | None) -> BaseException:
+def _report_to_peers(error: BaseException, resources: Resources) -> BaseException:
     """Let the other ranks and the launcher know of `error`; returns what is to be raised here."""
     from exlm_dist.parallel import process as processes
 
@@ -98,14 +111,13 @@ def _report_to_peers(error: BaseException, session: Session | None) -> BaseExcep
         sys.stderr.flush()
         os._exit(getattr(error, "exit_code", 1))
     processes.leave()
-    if session is not None:
-        session.close("FAILED")
+    resources.close()
     _stop_heartbeat()
     return error
 
 
 def _stop_heartbeat() -> None:
-    """A rank of a job ends right after its training, and is watched until it is gone: letting go of a model takes a
-    while, and one that is stopped meanwhile would keep the job for ever."""
+    """A rank of a job ends right after its training, and is watched until its process is gone: freeing a model takes a
+    while, and one that hangs meanwhile would keep the job for ever."""
     if "RANK" not in os.environ:
         heartbeat.stop()

@@ -1,4 +1,4 @@
-"""How long the parts of this run take, so that it can stop in time, and where it is, for the watchdog."""
+"""How long the phases of this run take, so that it can stop in time, and which one it is in, for the watchdog."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from exlm_dist.launch import heartbeat
 
-#: Steps whose slowest counts.
+#: Number of recent steps of which the slowest counts.
 RECENT = 100
 
 
@@ -22,7 +22,7 @@ class Pace:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Be in phase `name` (step, save, evaluation) inside. The first step, which compiles, belongs to `start`."""
+        """Run the body in phase `name` (step, save, evaluation). The first step, which compiles, belongs to `start`."""
         compiles = not self._started and name == "step"
         begun = time.monotonic()
         with contextlib.nullcontext() if compiles else heartbeat.phase(name):
@@ -32,6 +32,7 @@ class Pace:
             self._seconds.setdefault(name, deque(maxlen=RECENT)).append(time.monotonic() - begun)
 
     def until_next_edge(self, evaluate: bool) -> float:
-        """Seconds from a step edge to the next one, by the slowest of late; `evaluate`: an evaluation comes before."""
+        """Seconds from the end of a step to the end of the next, by the slowest recent ones; `evaluate`: with an
+        evaluation in between."""
         parts = ["step", "evaluation"] if evaluate else ["step"]
         return sum(max(self._seconds.get(name, [0.0])) for name in parts)

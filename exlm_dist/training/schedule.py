@@ -11,16 +11,15 @@ def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:
     """Rate of optimizer step `step` (0-based): linear warm-up from 0 to `peak`, then the shape `schedule.kind`.
 
     As in fairseq, which the authors used: step t of the warm-up has `peak * t / warmup`, so the first step of a run
-    with
-    warm-up changes nothing, and `final * peak` would be reached one step after the last.
+    with warm-up changes nothing, and `final * peak` would be reached one step after the last.
     """
     if step < schedule.warmup:
         return peak * step / schedule.warmup
-    return peak * _share(step, schedule)
+    return peak * _fraction(step, schedule)
 
 
-def _share(step: int, schedule: ScheduleConfig) -> float:
-    """Share of the peak after the warm-up."""
+def _fraction(step: int, schedule: ScheduleConfig) -> float:
+    """Fraction of the peak after the warm-up."""
     if schedule.kind == "constant":
         return 1.0
     if schedule.kind == "inverse_sqrt":
@@ -29,12 +28,12 @@ def _share(step: int, schedule: ScheduleConfig) -> float:
         return math.sqrt(start / max(step, start))
     if schedule.kind == "wsd":
         start = max(schedule.warmup, schedule.steps - max(1, round(schedule.decay * schedule.steps)))
-        return _line(max(0.0, (step - start) / (schedule.steps - start)), schedule.final)
+        return _interpolated(max(0.0, (step - start) / (schedule.steps - start)), schedule.final)
     progress = (step - schedule.warmup) / (schedule.steps - schedule.warmup)
     if schedule.kind == "linear":
-        return _line(progress, schedule.final)
+        return _interpolated(progress, schedule.final)
     return schedule.final + (1 - schedule.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _line(progress: float, final: float) -> float:
+def _interpolated(progress: float, final: float) -> float:
     return 1.0 + (final - 1.0) * progress

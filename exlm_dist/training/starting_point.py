@@ -1,0 +1,134 @@
+"""Where a launch of a run starts: its locked folder, its data, and the checkpoint that it continues from, if any."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exlm_dist.checkpoint import reader, storage
+from exlm_dist.config import RunConfig, check_vocabulary, check_world, config_difference
+from exlm_dist.data.shards import ShardDataset
+from exlm_dist.parallel.process import Process
+from exlm_dist.tokenizers import load_tokenizer
+from exlm_dist.training.engine.deepspeed_config import working_dtype
+from exlm_dist.training.resources import Resources
+from exlm_dist.training.run_folder import LOCK_PATIENCE, RunFolder, difference_table
+from exlm_dist.utils.errors import CheckpointError
+from exlm_dist.utils.logs import get_logger
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """The same on every rank. `checkpoint`: the folder to resume from, None for a new run; `state`: its state.json."""
+
+    path: Path
+    train_data: ShardDataset
+    valid_data: ShardDataset | None
+    checkpoint: Path | None
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state["step"]
+
+
+def find_starting_point(config: RunConfig, process: Process, resources: Resources) -> StartingPoint:
+    """Lock the run folder, open the data and choose the checkpoint. A collective.
+
+    ConfigError for settings that do not fit the ranks or the device, DataError for data that cannot be used,
+    CheckpointError where the folder is in use, none of its checkpoints is whole, or they belong to another run.
+    """
+    process.run_everywhere(lambda: _check_settings(config, process))
+    path = Path(process.run_on_first_rank(lambda: _open_folder(config, resources)))
+    train_data = process.run_everywhere(lambda: _open_split(config, "train"))
+    valid_data = None
+    if train_data.manifest["splits"]["valid"]["shards"]:
+        valid_data = process.run_everywhere(lambda: _open_split(config, "valid"))
+    check_vocabulary(train_data.vocab_size, config.parallel.tensor)
+    found = select_checkpoint(path, process)
+    if found is None:
+        return StartingPoint(path, train_data, valid_data, None, {"step": 0, "progress": {}})
+    folder, state = found
+    process.run_everywhere(lambda: _check_origin(config, train_data, folder, state))
+    return StartingPoint(path, train_data, valid_data, folder, state)
+
+
+def fingerprints(data: ShardDataset) -> dict[str, str]:
+    """What ties a checkpoint to its data, as it is written in `state.json`."""
+    tokenizer = load_tokenizer(data.tokenizer_path)
+    return {"data_fingerprint": data.fingerprint, "tokenizer_fingerprint": tokenizer.fingerprint}
+
+
+def select_checkpoint(run_folder: Path, process: Process) -> tuple[Path, dict[str, Any]] | None:
+    """(folder, state) of the newest checkpoint that is whole on every rank; None when the run has none. A collective.
+
+    Every rejected one is reported with the reason. CheckpointError, on every rank, when there are some but none is
+    whole.
+    """
+    candidates = process.broadcast_object([folder.name for folder in reader.checkpoint_folders(run_folder)])
+    rejected = []
+    for name in candidates:
+        folder = Path(run_folder) / reader.CHECKPOINTS / name
+        reasons = process.all_gather_object(_rejection(folder, process))
+        reason = next((reason for reason in reasons if reason), None)
+        if reason is None:
+            return folder, process.run_on_first_rank(lambda folder=folder: reader.read_state(folder))
+        rejected.append(f"{name}: {reason}")
+        if process.is_first:
+            logger.warning("checkpoint rejected: %s", reason)
+    if rejected:
+        raise CheckpointError(
+            f"none of the {len(rejected)} checkpoints in {run_folder} is whole:\n  "
+            + "\n  ".join(rejected)
+            + "\nPut a whole one back, or remove the run folder to start anew."
+        )
+    return None
+
+
+def _check_settings(config: RunConfig, process: Process) -> None:
+    """What the configuration asks of these ranks and this device. Checked on all ranks before any leaves: one that
+    left at once would look lost to those still on their way here."""
+    check_world(config, process.world)
+    working_dtype(config, process.device)
+
+
+def _open_folder(config: RunConfig, resources: Resources) -> str:
+    folder = RunFolder.open(config, patience=min(LOCK_PATIENCE, config.launch.timeout / 2))
+    resources.callback(folder.close)
+    storage.clean(folder.path)
+    return str(folder.path)
+
+
+def _open_split(config: RunConfig, split: str) -> ShardDataset:
+    return ShardDataset.open(config.data.path, split, max_bad_records=config.data.max_bad_records)
+
+
+def _rejection(folder: Path, process: Process) -> str | None:
+    """Why this rank cannot use the checkpoint. The ranks divide the hashing of the files; each looks at all sizes."""
+    try:
+        reader.verify(folder, share=(process.rank, process.world))
+    except CheckpointError as error:
+        return str(error)
+    except (OSError, ValueError, KeyError) as error:
+        return f"{folder} cannot be read: {error}"
+    return None
+
+
+def _check_origin(config: RunConfig, data: ShardDataset, folder: Path, state: dict[str, Any]) -> None:
+    """CheckpointError when the checkpoint belongs to other data, another tokenizer or other settings."""
+    for what, here in fingerprints(data).items():
+        if state[what] != here:
+            raise CheckpointError(
+                f"{folder} was trained with {what.replace('_', ' ')} {state[what]}, but {config.data.path} has {here}. "
+                "Give the path of the data it was trained on, or give the new run another `name`."
+            )
+    different = config_difference(reader.read_config(folder), config)
+    if different:
+        raise CheckpointError(
+            f"{folder} was written with other settings:\n{difference_table(different)}\n"
+            "Give the new run another `name`."
+        )

@@ -32,9 +32,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import webdataset as wds  # noqa: E402
 
-from exlm_dist.config.schema import MaskingConfig  # noqa: E402
 from exlm_dist.data.loader import Loader  # noqa: E402
 from exlm_dist.data.manifest import MANIFEST, SCHEMA, sealed  # noqa: E402
+from exlm_dist.data.recipe import Recipe  # noqa: E402
 from exlm_dist.data.shards import ShardDataset, ShardWriter, token_dtype  # noqa: E402
 from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL  # noqa: E402
 
@@ -111,15 +111,19 @@ def contenders(
     itemsize = token_dtype(dataset.vocab_size).itemsize
     loader = Loader(
         FirstSequences(dataset, count),
-        masking=MaskingConfig(),
-        states=args.states,
-        anchors=True,
+        Recipe(
+            states=args.states,
+            anchors=True,
+            ratio=0.15,
+            keep=0.0,
+            random=0.0,
+            vocab_size=dataset.vocab_size,
+            max_positions=(longest + 2) * args.states,
+            bucket=64,
+            micro=args.micro,
+        ),
         seed=0,
         global_batch=args.batch,
-        micro=args.micro,
-        max_positions=(longest + 2) * args.states,
-        bucket=64,
-        vocab_size=dataset.vocab_size,
         rank=0,
         world=1,
         prefetch=0,

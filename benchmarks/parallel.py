@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -86,17 +87,21 @@ class Sequences:
 def opened(config: RunConfig) -> tuple[Any, Any, Any]:
     """(process, loader, engine) of this rank."""
     from exlm_dist.data.loader import Loader
+    from exlm_dist.data.recipe import Recipe
     from exlm_dist.parallel import process as processes
     from exlm_dist.training.engine.base import build_engine
 
     process = processes.start(config.launch, config.parallel)
     data = process.grid.data
     loader = Loader(
-        Sequences(), masking=config.masking, states=config.model.states, anchors=config.model.anchors,
-        seed=config.seed, global_batch=config.batch.sequences, micro=config.batch.micro,
-        max_positions=config.model.max_positions, bucket=1, vocab_size=VOCABULARY, rank=data.rank, world=data.size,
+        Sequences(),
+        replace(Recipe.of(config, VOCABULARY), bucket=1),
+        seed=config.seed,
+        global_batch=config.batch.sequences,
+        rank=data.rank,
+        world=data.size,
         prefetch=0,
-    )  # fmt: skip
+    )
     return process, loader, build_engine(config, process, VOCABULARY, 45.0)
 
 

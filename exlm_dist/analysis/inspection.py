@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from exlm_dist.checkpoint.reader import TOKENIZER_FOLDER, read_config, step_of
 from exlm_dist.config import RunConfig
 from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.loader import eval_batches
+from exlm_dist.data.recipe import Recipe
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.evaluation.masked_lm import check_tokenizer, load_model
 from exlm_dist.kernels.dag import dag_best_path, dag_posteriors
@@ -64,19 +65,8 @@ def inspect_checkpoint(
     dataset = ShardDataset.open(data, "valid")
     check_tokenizer(tokenizer, folder, dataset, data)
     model = load_model(folder, config, tokenizer)
-    (batch,) = eval_batches(
-        dataset,
-        masking=config.masking,
-        states=config.model.states,
-        anchors=config.model.anchors,
-        sequences=POOL,
-        micro=POOL,
-        max_positions=config.model.max_positions,
-        bucket=1,
-        vocab_size=tokenizer.vocab_size,
-        rank=0,
-        world=1,
-    )
+    recipe = replace(Recipe.for_evaluation(config, tokenizer.vocab_size), micro=POOL, bucket=1)
+    (batch,) = eval_batches(dataset, recipe, sequences=POOL, rank=0, world=1)
     return (
         config,
         step_of(folder),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from exlm_dist.checkpoint.reader import (
 )
 from exlm_dist.config import RunConfig
 from exlm_dist.data.loader import eval_batches
+from exlm_dist.data.recipe import Recipe
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.model.build import LanguageModel, build_model
 from exlm_dist.model.scoring import score
@@ -214,14 +215,8 @@ def _evaluate(
 
     batches = eval_batches(
         dataset,
-        masking=config.masking,
-        states=config.model.states,
-        anchors=config.model.anchors,
+        replace(Recipe.for_evaluation(config, vocab_size), bucket=1),
         sequences=sequences,
-        micro=config.batch.micro,
-        max_positions=config.model.max_positions,
-        bucket=1,
-        vocab_size=vocab_size,
         rank=0,
         world=1,
     )

@@ -22,6 +22,7 @@ def data(tmp_path_factory) -> Path:
 def first_step(process, settings):
     """(gradients by name, loss, samples of this rank) of step 0, through the engine's own optimizer state."""
     from exlm_dist.data.loader import Loader
+    from exlm_dist.data.recipe import Recipe
     from exlm_dist.data.shards import ShardDataset
     from exlm_dist.training.engine.base import build_engine
     from exlm_dist.training.step import optimizer_step
@@ -30,15 +31,9 @@ def first_step(process, settings):
     dataset = ShardDataset.open(config.data.path, "train")
     loader = Loader(
         dataset,
-        masking=config.masking,
-        states=config.model.states,
-        anchors=config.model.anchors,
+        Recipe.of(config, dataset.vocab_size),
         seed=config.seed,
         global_batch=config.batch.sequences,
-        micro=config.batch.micro,
-        max_positions=config.model.max_positions,
-        bucket=config.data.bucket,
-        vocab_size=dataset.vocab_size,
         rank=process.rank,
         world=process.world,
         prefetch=0,

@@ -47,6 +47,7 @@ def data(tmp_path_factory) -> Path:
 def trajectory(process, settings):
     """Losses, norms and scores of ten steps, gradients of the first, the weights and the evaluation after the last."""
     from exlm_dist.data.loader import Loader, eval_batches
+    from exlm_dist.data.recipe import Recipe
     from exlm_dist.data.shards import ShardDataset
     from exlm_dist.parallel.process_groups import Grid
     from exlm_dist.training.engine.base import build_engine
@@ -56,14 +57,18 @@ def trajectory(process, settings):
     layout = Layout.of(config.parallel, process.world)
     process = dataclasses.replace(process, grid=Grid.make(layout, process.rank))
     datasets = {split: ShardDataset.open(config.data.path, split) for split in ("train", "valid")}
-    packing = {
-        "masking": config.masking, "states": config.model.states, "anchors": config.model.anchors,
-        "micro": config.batch.micro, "max_positions": config.model.max_positions, "bucket": config.data.bucket,
-        "vocab_size": datasets["train"].vocab_size,
-        "rank": process.grid.data.rank, "world": process.grid.data.size,
-    }  # fmt: skip
-    loader = Loader(datasets["train"], seed=config.seed, global_batch=config.batch.sequences, prefetch=0, **packing)
-    engine = build_engine(config, process, packing["vocab_size"], 20.0)
+    vocab_size, data = datasets["train"].vocab_size, process.grid.data
+    recipe = Recipe.of(config, vocab_size)
+    loader = Loader(
+        datasets["train"],
+        recipe,
+        seed=config.seed,
+        global_batch=config.batch.sequences,
+        rank=data.rank,
+        world=data.size,
+        prefetch=0,
+    )
+    engine = build_engine(config, process, vocab_size, 20.0)
     initial = pieces(engine, None)
     rows, first = [], None
     for number in range(STEPS):
@@ -74,7 +79,8 @@ def trajectory(process, settings):
         rows.append([*sums, float(result.grad_norm)])
         if number == 0:
             first = pieces(engine, "exp_avg")
-    sums = engine.evaluate(eval_batches(datasets["valid"], sequences=10, **packing))
+    asked = Recipe.for_evaluation(config, vocab_size)
+    sums = engine.evaluate(eval_batches(datasets["valid"], asked, sequences=10, rank=data.rank, world=data.size))
     evaluation = process.all_gather([sums.nll, sums.correct, sums.count]).sum(0).tolist()
     after = optimizer_step(engine, loader.step(STEPS), config, scored=False)
     rows.append([float(process.all_gather([float(after.loss)]).sum())])

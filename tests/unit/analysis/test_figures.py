@@ -15,6 +15,7 @@ from exlm_dist.analysis.run_report import run_report
 from exlm_dist.analysis.state_graph import edge_flow
 from exlm_dist.checkpoint.reader import find_checkpoint
 from exlm_dist.data.loader import Loader
+from exlm_dist.data.recipe import Recipe
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.tracking import read_events
 from exlm_dist.utils.errors import CheckpointError
@@ -52,15 +53,9 @@ def test_lengths_are_those_the_loader_makes(data, tmp_path):
     dataset = ShardDataset.open(data, "train")
     loader = Loader(
         dataset,
-        masking=config.masking,
-        states=4,
-        anchors=True,
+        Recipe.of(config, dataset.vocab_size),
         seed=config.seed,
         global_batch=8,
-        micro=8,
-        max_positions=256,
-        bucket=1,
-        vocab_size=dataset.vocab_size,
         rank=0,
         world=1,
         prefetch=0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,44 +12,28 @@ import pytest
 from fake_data import FakeDataset, varied_lengths
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_run import make_config
 from test_shards import overwrite, record_place, write_folder
 
-from exlm_dist.config.schema import MaskingConfig
 from exlm_dist.data.batch import PackedBatch, check_batch
 from exlm_dist.data.loader import Loader, eval_batches
+from exlm_dist.data.recipe import Recipe
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.tokenizers.tokenizer import BOS, EOS, MASK
 from exlm_dist.utils.errors import ConfigError, DataError
 
 DATA = FakeDataset(varied_lengths(101))
-DEFAULTS = {
-    "masking": MaskingConfig(ratio=0.2),
-    "states": 3,
-    "anchors": True,
-    "seed": 5,
-    "global_batch": 16,
-    "micro": 2,
-    "max_positions": 256,
-    "bucket": 1,
-    "vocab_size": 512,
-    "rank": 0,
-    "world": 1,
-    "prefetch": 0,
-}
-EVALUATION = {
-    "masking": MaskingConfig(ratio=0.4, eval_ratio=0.15, random=0.5),
-    "states": 3,
-    "anchors": True,
-    "sequences": 50,
-    "micro": 8,
-    "max_positions": 256,
-    "bucket": 1,
-    "vocab_size": 512,
-}
+RECIPE = Recipe(
+    states=3, anchors=True, ratio=0.2, keep=0.0, random=0.0, vocab_size=512, max_positions=256, bucket=1, micro=2
+)
+EVALUATION = replace(RECIPE, ratio=0.15, micro=8)
+DEFAULTS = {"seed": 5, "global_batch": 16, "rank": 0, "world": 1, "prefetch": 0}
 
 
 def loader(dataset: FakeDataset = DATA, **changes: object) -> Loader:
-    return Loader(dataset, **{**DEFAULTS, **changes})
+    recipe = {name: value for name, value in changes.items() if name not in DEFAULTS}
+    others = {name: value for name, value in changes.items() if name in DEFAULTS}
+    return Loader(dataset, replace(RECIPE, **recipe), **{**DEFAULTS, **others})
 
 
 def same(a: PackedBatch, b: PackedBatch) -> bool:
@@ -272,13 +257,13 @@ def test_empty_sequences_and_foreign_tokens() -> None:
 
 def test_more_kept_and_random_than_all() -> None:
     with pytest.raises(ConfigError, match="masking.keep 0.7 . masking.random 0.6 is more than 1"):
-        loader(masking=MaskingConfig(keep=0.7, random=0.6))
+        loader(keep=0.7, random=0.6)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_evaluation_is_the_same_for_every_world(world: int) -> None:
-    alone = list(eval_batches(DATA, **EVALUATION, rank=0, world=1))
-    ranks = [list(eval_batches(DATA, **EVALUATION, rank=rank, world=world)) for rank in range(world)]
+    alone = list(eval_batches(DATA, EVALUATION, sequences=50, rank=0, world=1))
+    ranks = [list(eval_batches(DATA, EVALUATION, sequences=50, rank=rank, world=world)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1, "every rank takes part as often"
     counted = sorted((b for batches in ranks for b in batches if not b.is_filler), key=lambda batch: batch.index)
     assert len(counted) == len(alone) == 7 and all(same(a, b) for a, b in zip(alone, counted))
@@ -292,7 +277,7 @@ def test_evaluation_is_the_same_for_every_world(world: int) -> None:
 def test_evaluation_masks_the_same_places_for_every_model() -> None:
     def masked(**changes: object) -> dict[int, list[tuple[int, int]]]:
         found = {}
-        for batch in eval_batches(DATA, **{**EVALUATION, **changes}, rank=0, world=1):
+        for batch in eval_batches(DATA, replace(EVALUATION, **changes), sequences=50, rank=0, world=1):
             first = batch.state_index[: batch.num_states : batch.states]
             for number, sample in enumerate(batch.sample_ids.tolist()):
                 own = slice(batch.cu_targets[number], batch.cu_targets[number + 1])
@@ -302,9 +287,16 @@ def test_evaluation_masks_the_same_places_for_every_model() -> None:
                 found[sample] = list(zip(places.tolist(), targets.tolist()))
         return found
 
-    assert masked() == masked(states=1, anchors=False, micro=16, masking=MaskingConfig(ratio=0.6, eval_ratio=0.15))
+    assert masked() == masked(states=1, anchors=False, micro=16)
 
 
 def test_evaluation_uses_what_a_small_split_has() -> None:
-    batches = list(eval_batches(FakeDataset(np.array([4, 9, 6])), **EVALUATION, rank=0, world=1))
+    batches = list(eval_batches(FakeDataset(np.array([4, 9, 6])), EVALUATION, sequences=50, rank=0, world=1))
     assert [batch.num_sequences for batch in batches] == [3]
+
+
+def test_recipes_are_those_of_the_configuration(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "x", tmp_path, masking={"ratio": 0.4, "eval_ratio": 0.2, "keep": 0.1, "random": 0.1})
+    training = Recipe.of(config, 77)
+    assert (training.ratio, training.keep, training.random, training.vocab_size) == (0.4, 0.1, 0.1, 77)
+    assert Recipe.for_evaluation(config, 77) == replace(training, ratio=0.2, keep=0.0, random=0.0)

@@ -1,0 +1,151 @@
+"""How sequences become packed micro-batches: read, masked, expanded and packed, a few micro-batches at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from exlm_dist.config import RunConfig, check_length
+from exlm_dist.data.batch import PackedBatch
+from exlm_dist.data.expansion import Expanded, expand, wrap
+from exlm_dist.data.masking import mask_batch
+from exlm_dist.data.packing import pack
+from exlm_dist.utils.errors import ConfigError, DataError
+
+# Masking and expansion work on whole micro-batches of about this many payload tokens at once: enough that numpy's cost
+# per call vanishes, few enough that the arrays stay in the cache of a core.
+CHUNK_TOKENS = 16_384
+
+
+class Dataset(Protocol):
+    """What is needed of a data set; `exlm_dist.data.shards.ShardDataset` is one."""
+
+    lengths: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings that turn sequences into packed micro-batches; the same for every batch of a run."""
+
+    states: int  # k per expanded position
+    anchors: bool
+    ratio: float  # fraction of the tokens that is masked
+    keep: float  # fractions of the masked positions that keep their token, or get a random one
+    random: float
+    vocab_size: int
+    max_positions: int  # longest expanded sequence
+    bucket: int  # packed sizes are rounded up to a multiple of it
+    micro: int  # sequences in a micro-batch
+
+    def __post_init__(self) -> None:
+        if self.keep + self.random > 1:
+            raise ConfigError(
+                f"masking.keep {self.keep} + masking.random {self.random} is more than 1: "
+                "both are fractions of the masked tokens"
+            )
+
+    @classmethod
+    def of(cls, config: RunConfig, vocab_size: int) -> Recipe:
+        """The recipe of training."""
+        return cls(
+            states=config.model.states,
+            anchors=config.model.anchors,
+            ratio=config.masking.ratio,
+            keep=config.masking.keep,
+            random=config.masking.random,
+            vocab_size=vocab_size,
+            max_positions=config.model.max_positions,
+            bucket=config.data.bucket,
+            micro=config.batch.micro,
+        )
+
+    @classmethod
+    def for_evaluation(cls, config: RunConfig, vocab_size: int) -> Recipe:
+        """The recipe of every evaluation: `masking.eval_ratio`, and all masked positions show MASK."""
+        return replace(cls.of(config, vocab_size), ratio=config.masking.eval_ratio, keep=0.0, random=0.0)
+
+    def check_lengths(self, lengths: np.ndarray) -> None:
+        """DataError if a sequence is empty, ConfigError if one could exceed `max_positions` when expanded."""
+        if len(lengths) == 0 or lengths.min() < 1:
+            raise DataError("the data has no sequences, or empty ones: prepare it again")
+        check_length(
+            int(lengths.max()) + 2,
+            ratio=self.ratio,
+            states=self.states,
+            anchors=self.anchors,
+            max_positions=self.max_positions,
+        )
+
+    def batches(
+        self,
+        dataset: Dataset,
+        plan: list[np.ndarray],
+        samples: np.ndarray,
+        epochs: np.ndarray,
+        keys: np.ndarray,
+        *,
+        step: int,
+        indices: list[int],
+    ) -> list[PackedBatch]:
+        """Read, mask, expand and pack the micro-batches `plan` (each an array of rows of `samples`, `epochs`, `keys`);
+        `indices`: their numbers within the step."""
+        lengths = dataset.lengths[samples].astype(np.int64)
+        result: list[PackedBatch] = []
+        for group in _groups([int(lengths[rows].sum()) for rows in plan]):
+            rows = np.concatenate([plan[number] for number in group])
+            expanded = self._expanded(dataset, samples[rows], lengths[rows], keys[rows])
+            first = 0
+            for number in group:
+                members = plan[number]
+                result.append(
+                    pack(
+                        expanded,
+                        first,
+                        first + len(members),
+                        states=self.states,
+                        bucket=self.bucket,
+                        sample_ids=samples[members],
+                        epochs=epochs[members],
+                        step=step,
+                        index=indices[number],
+                    )
+                )
+                first += len(members)
+        return result
+
+    def _expanded(self, dataset: Dataset, samples: np.ndarray, lengths: np.ndarray, keys: np.ndarray) -> Expanded:
+        tokens, read_lengths = dataset.read(samples)
+        assert np.array_equal(read_lengths, lengths), "a data set returns the lengths of its index"
+        self._check_tokens(tokens, samples, lengths)
+        masks = mask_batch(
+            tokens, lengths, keys, ratio=self.ratio, keep=self.keep, random=self.random, vocab_size=self.vocab_size
+        )
+        return expand(wrap(tokens, lengths, masks, self.anchors), self.states)
+
+    def _check_tokens(self, tokens: np.ndarray, samples: np.ndarray, lengths: np.ndarray) -> None:
+        if tokens.max() >= self.vocab_size:
+            place = int(tokens.argmax())
+            sample = samples[np.searchsorted(np.cumsum(lengths), place, side="right")]
+            raise DataError(
+                f"token id {tokens[place]} in sample {sample}, but the vocabulary has {self.vocab_size} entries: "
+                "the data and the tokenizer do not belong together"
+            )
+
+
+def _groups(sizes: list[int]) -> list[list[int]]:
+    """Consecutive numbers of micro-batches whose payload sizes add up to CHUNK_TOKENS at most, or single ones."""
+    groups: list[list[int]] = []
+    room = 0
+    for number, size in enumerate(sizes):
+        if room < size:
+            groups.append([])
+            room = CHUNK_TOKENS
+        groups[-1].append(number)
+        room -= size
+    return groups

@@ -44,6 +44,7 @@ from exlm_dist.config import RunConfig, dump_config  # noqa: E402
 from exlm_dist.launch.local import free_port  # noqa: E402
 from exlm_dist.tracking import EVENTS  # noqa: E402
 from exlm_dist.training.engine import state as engine_state  # noqa: E402
+from exlm_dist.utils.checkpoint_names import checkpoint_folder  # noqa: E402
 
 SIDES = ("gather", "pieces", "copied", "beside")
 
@@ -114,15 +115,15 @@ def _write_whole(session: Any, tensors: dict[str, torch.Tensor]) -> None:
     shapes = {held.name: held.shape for held in session.engine.parameters}
     pieces = {held.name: [Piece(None, 0, held.numel, 0)] for held in session.engine.parameters}
     index = Index(shapes, pieces, engine_state.MOMENTS).as_text()
-    target = storage.folder_of(session.path, session.step)
+    target = checkpoint_folder(session.path, session.step)
     folder = storage.begin(target, sum(value.numel() * 4 for value in tensors.values()))
-    small = storage.small_files(index, session._state(), dump_config(session.config), session.train_data.tokenizer_path)
-    entries = storage.write_files(folder, [], b"", **small)
+    about = (session._state(), dump_config(session.config), session.train_data.tokenizer_path)
+    entries = storage.write_files(folder, [], b"", storage.SmallFiles.of_run(index, *about))
     for name, part in (
         (model_file(0), {key: value for key, value in tensors.items() if key in shapes}),
         (optimizer_file(0), {key: value for key, value in tensors.items() if key not in shapes}),
     ):
-        entries[name] = storage._write_file(
+        entries[name] = storage.write_file(
             folder / name,
             [
                 write_header({key: tuple(value.shape) for key, value in part.items()}),
@@ -179,7 +180,7 @@ class Bench:
             self.session.save()
             if side == "copied":
                 self.savers[side]._writer.settle()
-            memory = self.savers[side]._numbers.numel() * 4 / 1e6
+            memory = self.savers[side]._copy.numel() * 4 / 1e6
         waited = time.perf_counter() - start
         stall, begun = self.slowest(waited), self.savers["beside"].stall
         busy = []

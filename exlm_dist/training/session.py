@@ -8,8 +8,8 @@ from typing import Any
 
 from exlm_dist.checkpoint import reader
 from exlm_dist.checkpoint import storage as checkpoint_files
-from exlm_dist.checkpoint.tensors import TensorReader
-from exlm_dist.checkpoint.writer import DISK, LOST, VALUES
+from exlm_dist.checkpoint.messages import Failed, Failure
+from exlm_dist.checkpoint.tensors import BYTES_PER_PARAMETER, TensorReader
 from exlm_dist.config import RunConfig, check_vocabulary, check_world, config_difference, dump_config
 from exlm_dist.data.loader import Loader, eval_batches
 from exlm_dist.data.shards import ShardDataset
@@ -31,8 +31,9 @@ from exlm_dist.utils.logs import get_logger
 
 #: Seconds that sending the last events to MLflow may take at the end of a launch, by how it ended.
 SENDING = {"FINISHED": 30.0, "KILLED": 5.0, "FAILED": 3.0}
-#: A checkpoint in bytes, and bytes per second of a slow shared file system, hashing included.
-BYTES_PER_PARAMETER, SLOWEST_WRITE = 12, 100e6
+SAVE_ERRORS = {Failure.DISK: checkpoint_files.SaveFailed, Failure.LOST: WriterLost, Failure.VALUES: RunStopped}
+#: Bytes per second of a slow shared file system, hashing included.
+SLOWEST_WRITE = 100e6
 logger = get_logger(__name__)
 
 
@@ -250,25 +251,24 @@ class Session:
         if saved is None:
             return
         self._slowest_save = max(self._slowest_save, saved.seconds)
-        if saved.failure is not None:
+        if isinstance(failed := saved.outcome, Failed):
             older = self.process.run_on_first_rank(lambda: checkpoint_files.has_whole(self.path))
-            if needed or not older or saved.kind == VALUES:
-                error = {DISK: checkpoint_files.SaveFailed, LOST: WriterLost, VALUES: RunStopped}[saved.kind]
-                raise error(f"step {saved.step} was not saved: {saved.failure}")
+            if needed or not older or failed.kind is Failure.VALUES:
+                raise SAVE_ERRORS[failed.kind](f"step {saved.step} was not saved: {failed.why}")
         if self._events is not None:
             self._report(saved)
 
     def _report(self, saved: Saved) -> None:
         """On rank 0."""
-        if saved.failure is not None:
-            logger.error("step %d was not saved: %s Training goes on.", saved.step, saved.failure)
-            self._events.tags({f"save_failed_step_{saved.step}": saved.failure})
+        if isinstance(outcome := saved.outcome, Failed):
+            logger.error("step %d was not saved: %s Training goes on.", saved.step, outcome.why)
+            self._events.tags({f"save_failed_step_{saved.step}": outcome.why})
             return
         self._log_checkpoint(saved.folder, saved.step, saved.evaluation)
         self._events.metrics(saved.step, {"checkpoint/stall_seconds": saved.stall, "checkpoint/seconds": saved.seconds})
-        if saved.alarm:
-            logger.error("%s", saved.alarm)
-        removed = f"; removed {', '.join(saved.removed)}" if saved.removed else ""
+        if outcome.alarm:
+            logger.error("%s", outcome.alarm)
+        removed = f"; removed {', '.join(outcome.removed)}" if outcome.removed else ""
         logger.info(
             "step %d saved in %.1f s, training waited %.2f s%s", saved.step, saved.seconds, saved.stall, removed
         )

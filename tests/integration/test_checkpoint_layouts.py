@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import numbers_of, write_checkpoint
+from checkpoints import elements_of, write_checkpoint
 from made_run import make_data
 from parallel.harness import on_ranks
 from training_runs import tiny, train_on
 
 from exlm_dist.checkpoint import reader
+from exlm_dist.checkpoint.messages import Published
 from exlm_dist.checkpoint.pieces import Piece, Slice
 from exlm_dist.config import RunConfig
 from exlm_dist.parallel.sharded import ShardedParameter
@@ -103,18 +104,18 @@ def load_and_save(process, settings, cases):
 def delay_copy(saver):
     """From now on saves copy no number before something waits for that. Were it not the update of the next step, they
     would copy what it has made of the numbers."""
-    copy, settle, waited_for = saver._copy, saver._writer.settle, threading.Event()
+    begin_fill, settle, waited_for = saver._fill, saver._writer.settle, threading.Event()
 
     def settle_seen():
         if saver._writer._filling is not None:
             waited_for.set()
         settle()
 
-    def late_copy():
-        fill = copy()
+    def late_fill():
+        fill = begin_fill()
         return lambda: waited_for.wait(30) and fill()
 
-    saver._copy, saver._writer.settle = late_copy, settle_seen
+    saver._fill, saver._writer.settle = late_fill, settle_seen
 
 
 def change_the_numbers(session):
@@ -139,7 +140,7 @@ def compare_weights(engine, folder):
     with engine._plain_model() if engine.zero == 3 else contextlib.nullcontext() as model:
         for held, local in zip(engine.parameters, at_hand if model is None else model.parameters()):
             size = int(np.prod(held.part_shape))
-            part = numbers_of(weights[held.name].numpy(), Piece(held.slice, 0, size, 0))
+            part = elements_of(weights[held.name].numpy(), Piece(held.slice, 0, size, 0))
             wanted = torch.from_numpy(part.copy()).to(local.dtype)
             assert torch.equal(local.detach().reshape(-1)[:size], wanted), held.name
 
@@ -259,7 +260,7 @@ def save_sliced(process, degree, run, values):
     assert saver.start(1, {"step": 1, "evaluation": None, "optimizer_step": 1}) is None
     saved = saver.wait()
     saver.close()
-    assert saved.failure is None
+    assert isinstance(saved.outcome, Published)
     return sum(part.stop - part.start for part in saver._parts)
 
 

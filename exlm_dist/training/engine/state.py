@@ -186,7 +186,7 @@ def select(run_folder: Path, process: Process) -> tuple[Path, dict[str, Any]] | 
 def _rejection(folder: Path, process: Process) -> str | None:
     """Why this rank cannot use the checkpoint. The ranks share the reading of the files; each looks at all sizes."""
     try:
-        reader.verify(folder, share=(process.rank, process.world))
+        reader.verify(folder, split=(process.rank, process.world))
     except CheckpointError as error:
         return str(error)
     except (OSError, ValueError, KeyError) as error:

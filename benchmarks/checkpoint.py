@@ -90,14 +90,14 @@ def gather(engine: Any) -> dict[str, torch.Tensor]:
 
     tensors: dict[str, torch.Tensor] = {}
     for moment in (None, *engine_state.MOMENTS):
-        for held in engine.parameters:
+        for sharded in engine.parameters:
             full = (
-                safe_get_full_fp32_param(held.parameter)
+                safe_get_full_fp32_param(sharded.parameter)
                 if moment is None
-                else safe_get_full_optimizer_state(held.parameter, moment)
+                else safe_get_full_optimizer_state(sharded.parameter, moment)
             )
             if engine.process.is_first:
-                tensors[tensor_name(held.name, moment)] = full.detach().float().cpu().clone()
+                tensors[tensor_name(sharded.name, moment)] = full.detach().float().cpu().clone()
     return tensors
 
 
@@ -112,8 +112,8 @@ def gather_and_write(session: Any) -> float:
 
 
 def _write_whole(session: Any, tensors: dict[str, torch.Tensor]) -> None:
-    shapes = {held.name: held.shape for held in session.engine.parameters}
-    pieces = {held.name: [Piece(None, 0, held.numel, 0)] for held in session.engine.parameters}
+    shapes = {sharded.name: sharded.shape for sharded in session.engine.parameters}
+    pieces = {sharded.name: [Piece(None, 0, sharded.numel, 0)] for sharded in session.engine.parameters}
     index = Index(shapes, pieces, engine_state.MOMENTS).as_text()
     target = checkpoint_folder(session.path, session.step)
     folder = storage.begin(target, sum(value.numel() * 4 for value in tensors.values()))
@@ -206,7 +206,7 @@ class Bench:
         tensors: Any = TensorReader(folder)
         if not parts:
             tensors = Whole(tensors)
-        engine_state.put(self.session.engine, tensors, state)
+        engine_state.restore(self.session.engine, tensors, state)
         return self.slowest(time.perf_counter() - start)
 
     def close(self) -> None:
@@ -227,7 +227,7 @@ class Whole:
             for name in tensors.index.shapes
         }
 
-    def read(self, name: str, moment: str | None, cut: None, start: int, stop: int) -> Any:
+    def read(self, name: str, moment: str | None, part: None, start: int, stop: int) -> Any:
         return self._tensors[name, moment][start:stop]
 
 
@@ -257,7 +257,7 @@ def rank_main(rank: int, given: argparse.Namespace, folder: Path, port: int, res
             seconds = bench.resume(parts)
             if number:
                 rows.append({"side": side, "stall": seconds})
-    numel = sum(held.numel for held in bench.session.engine.parameters)
+    numel = sum(sharded.numel for sharded in bench.session.engine.parameters)
     if rank == 0:
         results.put((rows, numel))
     bench.close()

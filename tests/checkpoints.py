@@ -37,14 +37,14 @@ def full_state(engine: Any) -> dict[str, np.ndarray]:
 
     from exlm_dist.training.engine import state as checkpoint
 
-    parts = checkpoint.owned(engine)
-    index = checkpoint.layout(engine, parts)
-    sizes = [part.stop - part.start for part in parts]
+    parts = checkpoint.owned_ranges(engine)
+    index = checkpoint.gather_index(engine, parts)
+    sizes = [part.numel for part in parts]
     moments = (None, *checkpoint.MOMENTS)
-    numbers = torch.full((len(moments) * sum(sizes),), torch.nan)
-    checkpoint.copy_out(checkpoint.sources(engine, parts), numbers)
-    keys = [(moment, part.held.name) for moment in moments for part in parts]
-    mine = dict(zip(keys, (values.numpy() for values in numbers.split(sizes * len(moments)))))
+    elements = torch.full((len(moments) * sum(sizes),), torch.nan)
+    checkpoint.copy_out(checkpoint.owned_tensors(engine, parts), elements)
+    keys = [(moment, part.sharded.name) for moment in moments for part in parts]
+    mine = dict(zip(keys, (values.numpy() for values in elements.split(sizes * len(moments)))))
     every: list[Any] = [None] * engine.process.world
     dist.all_gather_object(every, mine)
     result = {}

@@ -86,10 +86,10 @@ class Saver:
         `tokenizer`: its folder; `log`: of the run, forced to the disk with every checkpoint."""
         self._run_folder, self._engine, self._process, self._settings = run_folder, engine, engine.process, settings
         self._config, self._tokenizer, self._log = config, tokenizer, log
-        self._parts = checkpoint.owned(engine)
-        self.index = checkpoint.layout(engine, self._parts)
+        self._parts = checkpoint.owned_ranges(engine)
+        self.index = checkpoint.gather_index(engine, self._parts)
         self._index_text = self.index.as_text() if self._process.is_first else ""
-        numel = sum(part.stop - part.start for part in self._parts) * (1 + len(checkpoint.MOMENTS))
+        numel = sum(part.numel for part in self._parts) * (1 + len(checkpoint.MOMENTS))
         self._memory = self._process.run_everywhere(lambda: Memory(numel * 4))
         # At least one element: torch makes no tensor of none.
         self._copy = torch.frombuffer(self._memory.bytes, dtype=torch.float32, count=max(numel, 1))
@@ -133,7 +133,7 @@ class Saver:
 
     def _fill(self) -> Callable[[], None]:
         """What copies the elements of this moment; it must be done before the next update begins."""
-        tensors = checkpoint.sources(self._engine, self._parts)
+        tensors = checkpoint.owned_tensors(self._engine, self._parts)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._process.device))
         return lambda: checkpoint.copy_out(tensors, self._copy, self._stream)
@@ -155,13 +155,13 @@ class Saver:
 
     def _tensor_files(self) -> list[storage.TensorFile]:
         rank = self._process.rank
-        shapes: dict[str, Shape] = {
-            part.held.name: shape_in_file(part.held.shape, Piece(part.held.slice, part.start, part.stop, rank))
-            for part in self._parts
-        }
+        shapes: dict[str, Shape] = {}
+        for part in self._parts:
+            piece = Piece(part.sharded.slice, part.start, part.stop, rank)
+            shapes[part.sharded.name] = shape_in_file(part.sharded.shape, piece)
         if not shapes:
             return []
-        size = sum(part.stop - part.start for part in self._parts) * 4
+        size = sum(part.numel for part in self._parts) * 4
         moments = {tensor_name(name, key): shape for key in checkpoint.MOMENTS for name, shape in shapes.items()}
         return [
             storage.TensorFile(model_file(rank), shapes, 0, size),

@@ -19,8 +19,10 @@ from exlm_dist.parallel.process import Process
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.tracking import EVENTS, EventLog, Tracker
 from exlm_dist.training import provenance
+from exlm_dist.training.engine import build_engine
 from exlm_dist.training.engine import state as checkpoint
-from exlm_dist.training.engine.base import Engine, build_engine, working_dtype
+from exlm_dist.training.engine.base import Engine
+from exlm_dist.training.engine.deepspeed_config import working_dtype
 from exlm_dist.training.observers import Meter, Progress
 from exlm_dist.training.run_folder import LOCK_PATIENCE, RunFolder, difference_table
 from exlm_dist.training.sample_log import SampleLog
@@ -177,9 +179,9 @@ class Session:
 
     def _resume(self, folder: Path, state: dict[str, Any]) -> None:
         tensors = self.process.run_everywhere(lambda: TensorReader(folder))
-        self.process.run_everywhere(lambda: checkpoint.check(self._saver.index, tensors.index))
+        self.process.run_everywhere(lambda: checkpoint.check_index(self._saver.index, tensors.index))
         self.engine.prime(self._loader.step(self.step).micro_batches)
-        checkpoint.put(self.engine, tensors, state)
+        checkpoint.restore(self.engine, tensors, state)
 
     def train_step(self) -> None:
         """One optimizer step."""

@@ -145,14 +145,15 @@ def _instrument(announce: Any, samples: str) -> None:
     record = os.open(samples, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def announced(phase: str, method: Any) -> Any:
-        def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        def call(*arguments: Any, **keywords: Any) -> Any:
             announce(phase)
-            return method(self, *arguments, **keywords)
+            return method(*arguments, **keywords)
 
         return call
 
-    for name, phase in (("_resume", "load"), ("train_step", "step"), ("save", "save")):
-        setattr(session.Session, name, announced(phase, getattr(session.Session, name)))
+    session._resume = announced("load", session._resume)
+    session.Session.train_step = announced("step", session.Session.train_step)
+    session.Checkpointer.save = announced("save", session.Checkpointer.save)
     step = session.optimizer_step
 
     def optimizer_step(engine: Any, batches: Any, *arguments: Any, **keywords: Any) -> Any:

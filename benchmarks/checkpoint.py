@@ -44,6 +44,7 @@ from exlm_dist.config import RunConfig, dump_config  # noqa: E402
 from exlm_dist.launch.local import free_port  # noqa: E402
 from exlm_dist.tracking import EVENTS  # noqa: E402
 from exlm_dist.training.engine import state as engine_state  # noqa: E402
+from exlm_dist.utils.checkpoint_names import checkpoint_folder  # noqa: E402
 
 SIDES = ("gather", "pieces", "copied", "beside")
 
@@ -89,40 +90,41 @@ def gather(engine: Any) -> dict[str, torch.Tensor]:
 
     tensors: dict[str, torch.Tensor] = {}
     for moment in (None, *engine_state.MOMENTS):
-        for held in engine.parameters:
+        for sharded in engine.parameters:
             full = (
-                safe_get_full_fp32_param(held.parameter)
+                safe_get_full_fp32_param(sharded.parameter)
                 if moment is None
-                else safe_get_full_optimizer_state(held.parameter, moment)
+                else safe_get_full_optimizer_state(sharded.parameter, moment)
             )
             if engine.process.is_first:
-                tensors[tensor_name(held.name, moment)] = full.detach().float().cpu().clone()
+                tensors[tensor_name(sharded.name, moment)] = full.detach().float().cpu().clone()
     return tensors
 
 
-def gather_and_write(session: Any) -> float:
+def gather_and_write(session: Any, start: Any) -> float:
     """The other way: all on rank 0. Returns the size of its copy in MB."""
     session.meter.judge()
     tensors = gather(session.engine)
     if session.process.is_first:
-        _write_whole(session, tensors)
+        _write_whole(session, start, tensors)
     session.process.any(False)  # the others wait
     return sum(value.numel() for value in tensors.values()) * 4 / 1e6
 
 
-def _write_whole(session: Any, tensors: dict[str, torch.Tensor]) -> None:
-    shapes = {held.name: held.shape for held in session.engine.parameters}
-    pieces = {held.name: [Piece(None, 0, held.numel, 0)] for held in session.engine.parameters}
+def _write_whole(session: Any, start: Any, tensors: dict[str, torch.Tensor]) -> None:
+    shapes = {sharded.name: sharded.shape for sharded in session.engine.parameters}
+    pieces = {sharded.name: [Piece(None, 0, sharded.numel, 0)] for sharded in session.engine.parameters}
     index = Index(shapes, pieces, engine_state.MOMENTS).as_text()
-    target = storage.folder_of(session.path, session.step)
+    target = checkpoint_folder(start.path, session.step)
     folder = storage.begin(target, sum(value.numel() * 4 for value in tensors.values()))
-    small = storage.small_files(index, session._state(), dump_config(session.config), session.train_data.tokenizer_path)
-    entries = storage.write_files(folder, [], b"", **small)
+    state = session.checkpointer.state(session.step, session.evaluation)
+    about = (state, dump_config(session.config), start.train_data.tokenizer_path)
+    entries = storage.write_files(folder, [], b"", storage.SmallFiles.of_run(index, *about))
     for name, part in (
         (model_file(0), {key: value for key, value in tensors.items() if key in shapes}),
         (optimizer_file(0), {key: value for key, value in tensors.items() if key not in shapes}),
     ):
-        entries[name] = storage._write_file(
+        entries[name] = storage.write_file(
             folder / name,
             [
                 write_header({key: tuple(value.shape) for key, value in part.items()}),
@@ -130,28 +132,32 @@ def _write_whole(session: Any, tensors: dict[str, torch.Tensor]) -> None:
             ],
         )
     storage.publish(folder, target, session.step, entries)
-    storage.retain(session.path, 1, False)
+    storage.retain(start.path, 1, False)
 
 
 class Bench:
     """One rank's part: a session and its two savers."""
 
     def __init__(self, config: RunConfig, process: Any) -> None:
+        from exlm_dist.training.resources import Resources
         from exlm_dist.training.saver import Saver
-        from exlm_dist.training.session import Session
+        from exlm_dist.training.session import build_session
+        from exlm_dist.training.starting_point import find_starting_point
 
-        self.session, self.process = Session(config, process), process
-        self.session.open()
+        self.process, self.resources = process, Resources()
+        self.start = find_starting_point(config, process, self.resources)
+        self.session = build_session(config, process, self.start, self.resources)
         waiting = config.checkpoint.model_copy(update={"asynchronous": False})
         inline = Saver(
-            self.session.path,
+            self.start.path,
             self.session.engine,
             waiting,
             config=dump_config(config),
-            tokenizer=self.session.train_data.tokenizer_path,
-            log=self.session.path / EVENTS,
+            tokenizer=self.start.train_data.tokenizer_path,
+            log=self.start.path / EVENTS,
         )
-        self.savers = {"copied": self.session._saver, "beside": self.session._saver, "pieces": inline}
+        beside = self.session.checkpointer.saver
+        self.savers = {"copied": beside, "beside": beside, "pieces": inline}
 
     def slowest(self, seconds: float) -> float:
         return float(self.process.all_gather([seconds]).max())
@@ -160,7 +166,7 @@ class Bench:
         self.process.any(False)
         start = time.perf_counter()
         self.session.train_step()
-        self.session.attend_save()
+        self.session.checkpointer.attend()
         return self.slowest(time.perf_counter() - start)
 
     def save(self, side: str, checked: bool) -> dict[str, float]:
@@ -171,19 +177,17 @@ class Bench:
         self.process.any(False)
         start = time.perf_counter()
         if side == "gather":
-            memory = gather_and_write(self.session)
+            memory = gather_and_write(self.session, self.start)
         else:
-            self.session._saver = self.savers[side]
-            settings = self.session.config.checkpoint.model_copy(update={"asynchronous": side != "pieces"})
-            self.session.config = self.session.config.model_copy(update={"checkpoint": settings})
-            self.session.save()
+            self.session.checkpointer.saver = self.savers[side]
+            self.session.checkpointer.save(self.session.step, self.session.evaluation, needed=side == "pieces")
             if side == "copied":
                 self.savers[side]._writer.settle()
-            memory = self.savers[side]._numbers.numel() * 4 / 1e6
+            memory = self.savers[side]._copy.numel() * 4 / 1e6
         waited = time.perf_counter() - start
         stall, begun = self.slowest(waited), self.savers["beside"].stall
         busy = []
-        while self.session.saving:
+        while self.session.checkpointer.saving:
             busy.append(self.step())
         written = time.perf_counter() - start
         if side == "beside":
@@ -198,21 +202,21 @@ class Bench:
 
     def resume(self, parts: bool) -> float:
         """Seconds to fill the engine from the newest checkpoint (in the page cache)."""
-        folder = reader.checkpoint_folders(self.session.path)[0]
+        folder = reader.checkpoint_folders(self.start.path)[0]
         state = reader.read_state(folder)
         self.process.any(False)
         start = time.perf_counter()
         tensors: Any = TensorReader(folder)
         if not parts:
             tensors = Whole(tensors)
-        engine_state.put(self.session.engine, tensors, state)
+        engine_state.restore(self.session.engine, tensors, state)
         return self.slowest(time.perf_counter() - start)
 
     def close(self) -> None:
         self.savers["pieces"].close()
-        self.session._saver = self.savers["beside"]
-        self.session.shut_down()
-        self.session.close("KILLED")
+        self.session.engine.close()
+        self.resources.status = "KILLED"
+        self.resources.close()
 
 
 class Whole:
@@ -226,7 +230,7 @@ class Whole:
             for name in tensors.index.shapes
         }
 
-    def read(self, name: str, moment: str | None, cut: None, start: int, stop: int) -> Any:
+    def read(self, name: str, moment: str | None, part: None, start: int, stop: int) -> Any:
         return self._tensors[name, moment][start:stop]
 
 
@@ -256,7 +260,7 @@ def rank_main(rank: int, given: argparse.Namespace, folder: Path, port: int, res
             seconds = bench.resume(parts)
             if number:
                 rows.append({"side": side, "stall": seconds})
-    numel = sum(held.numel for held in bench.session.engine.parameters)
+    numel = sum(sharded.numel for sharded in bench.session.engine.parameters)
     if rank == 0:
         results.put((rows, numel))
     bench.close()
@@ -267,7 +271,7 @@ def check(bench: Bench, wanted: dict[str, torch.Tensor], step: int) -> None:
     """The newest checkpoint is that of `step` and holds what was gathered before it."""
     if not bench.process.is_first:
         return
-    folder = reader.newest_checkpoint(bench.session.path)
+    folder = reader.newest_checkpoint(bench.start.path)
     assert reader.step_of(folder) == step, (folder, step)
     found = reader.load_weights(folder) | reader.load_optimizer(folder)
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)

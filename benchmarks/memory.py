@@ -183,7 +183,7 @@ def run_rank(cases: list[Case]) -> list[int]:
 
 def train(case: Case, process) -> None:
     """A few steps of the package's own engine on random tokens."""
-    from exlm_dist.training.engine.base import build_engine
+    from exlm_dist.training.engine import build_engine
     from exlm_dist.training.step import optimizer_step
 
     config = case.config()

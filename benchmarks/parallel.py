@@ -89,7 +89,7 @@ def opened(config: RunConfig) -> tuple[Any, Any, Any]:
     from exlm_dist.data.loader import Loader
     from exlm_dist.data.recipe import Recipe
     from exlm_dist.parallel import process as processes
-    from exlm_dist.training.engine.base import build_engine
+    from exlm_dist.training.engine import build_engine
 
     process = processes.start(config.launch, config.parallel)
     data = process.grid.data

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from exlm_dist.checkpoint import storage as files
+from exlm_dist.checkpoint import storage
 from exlm_dist.checkpoint.pieces import Piece, overlaps
 from exlm_dist.checkpoint.tensors import Index, model_file, optimizer_file, shape_in_file, tensor_name
+from exlm_dist.utils.checkpoint_names import checkpoint_folder
 
 Arrays = Mapping[str, np.ndarray]
 Cut = Callable[[tuple[int, ...]], list[Piece]]
@@ -21,8 +22,8 @@ def whole(shape: tuple[int, ...]) -> list[Piece]:
     return [Piece(None, 0, int(np.prod(shape)), 0)]
 
 
-def numbers_of(array: np.ndarray, piece: Piece) -> np.ndarray:
-    """What a piece holds of a full array: the definition, by slicing."""
+def elements_of(array: np.ndarray, piece: Piece) -> np.ndarray:
+    """What a piece covers of a full array: the definition, by slicing."""
     if piece.slice is not None:
         array = array.take(range(piece.slice.start, piece.slice.stop), axis=piece.slice.dim)
     return array.reshape(-1)[piece.start : piece.stop]
@@ -36,14 +37,14 @@ def full_state(engine: Any) -> dict[str, np.ndarray]:
 
     from exlm_dist.training.engine import state as checkpoint
 
-    parts = checkpoint.owned(engine)
-    index = checkpoint.layout(engine, parts)
-    sizes = [part.stop - part.start for part in parts]
+    parts = checkpoint.owned_ranges(engine)
+    index = checkpoint.gather_index(engine, parts)
+    sizes = [part.numel for part in parts]
     moments = (None, *checkpoint.MOMENTS)
-    numbers = torch.full((len(moments) * sum(sizes),), torch.nan)
-    checkpoint.copy_out(checkpoint.sources(engine, parts), numbers)
-    keys = [(moment, part.held.name) for moment in moments for part in parts]
-    mine = dict(zip(keys, (values.numpy() for values in numbers.split(sizes * len(moments)))))
+    elements = torch.full((len(moments) * sum(sizes),), torch.nan)
+    checkpoint.copy_out(checkpoint.owned_tensors(engine, parts), elements)
+    keys = [(moment, part.sharded.name) for moment in moments for part in parts]
+    mine = dict(zip(keys, (values.numpy() for values in elements.split(sizes * len(moments)))))
     every: list[Any] = [None] * engine.process.world
     dist.all_gather_object(every, mine)
     result = {}
@@ -73,12 +74,11 @@ def write_checkpoint(
     pieces = {name: cut(array.shape) for name, array in model.items()}
     moments = tuple(dict.fromkeys(name.split(".")[0] for name in optimizer))
     index = Index({name: array.shape for name, array in model.items()}, pieces, moments)
-    target = files.folder_of(run_folder, step)
+    target = checkpoint_folder(run_folder, step)
     size = 4 * sum(array.size for arrays in (model, optimizer) for array in arrays.values())
-    temporary = files.begin(target, size)
-    entries = files.write_files(
-        temporary, [], b"", **files.small_files(index.as_text(), state, config, Path(tokenizer))
-    )
+    temporary = storage.begin(target, size)
+    small = storage.SmallFiles.of_run(index.as_text(), state, config, Path(tokenizer))
+    entries = storage.write_files(temporary, [], b"", small)
     for rank in sorted({piece.rank for parts in pieces.values() for piece in parts}):
         for file, wanted, arrays in (
             (model_file(rank), (None,), model),
@@ -91,11 +91,10 @@ def write_checkpoint(
                 for piece in pieces[name]
                 if piece.rank == rank
             ]
-            memory = b"".join(numbers_of(array, piece).astype(np.float32).tobytes() for _, piece, array in parts)
+            memory = b"".join(elements_of(array, piece).astype(np.float32).tobytes() for _, piece, array in parts)
             shapes = {name: shape_in_file(array.shape, piece) for name, piece, array in parts}
             if parts:
-                entries |= files.write_files(
-                    temporary, [files.TensorFile(file, shapes, 0, len(memory))], memory, {}, {}
-                )
-    files.publish(temporary, target, step, entries)
+                tensors = [storage.TensorFile(file, shapes, 0, len(memory))]
+                entries |= storage.write_files(temporary, tensors, memory, storage.SmallFiles())
+    storage.publish(temporary, target, step, entries)
     return target

@@ -1,9 +1,8 @@
-"""Parameters in pieces: which numbers of a full tensor a piece holds, whether pieces make up the whole, and how to put
-another cut together from them. Arithmetic only: no files and no torch.
+"""Parameters in pieces: which elements of a full tensor a piece covers, whether pieces make up the whole, and how other
+pieces are assembled from them. Arithmetic only: no files and no torch.
 
-A rank holds a `Slice` of a parameter (all of it without tensor parallelism) and owns a range `start:stop` of that
-slice, flattened row by row: its ZeRO fragment. So a piece is (slice, start, stop), and needs no other rank to be
-written.
+A rank has a `Slice` of a parameter (all of it without tensor parallelism) and owns a range `start:stop` of that slice,
+flattened row by row: its ZeRO fragment. So a piece is (slice, start, stop), and needs no other rank to be written.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows (`dim` 0), columns (1), ... `start` to `stop` of a full tensor: what a tensor-parallel rank holds of it.
+    """Rows (`dim` 0), columns (1), ... `start` to `stop` of a full tensor: what a tensor-parallel rank has of it.
 
     A local tensor longer than `stop - start` along `dim` ends in padding (a vocabulary filled up to the degree).
     """
@@ -31,14 +29,14 @@ class Slice:
     stop: int
 
 
-def part_shape(shape: tuple[int, ...], cut: Slice | None) -> tuple[int, ...]:
-    """Shape of a slice of a tensor of `shape`."""
-    return shape if cut is None else (*shape[: cut.dim], cut.stop - cut.start, *shape[cut.dim + 1 :])
+def part_shape(shape: Shape, part: Slice | None) -> Shape:
+    """Shape of a slice (None: all) of a tensor of `shape`."""
+    return shape if part is None else (*shape[: part.dim], part.stop - part.start, *shape[part.dim + 1 :])
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Numbers `start` to `stop` of the flattened `slice` (None: all) of a parameter, in the files of `rank`."""
+    """Elements `start` to `stop` of the flattened `slice` (None: all) of a parameter, in the files of `rank`."""
 
     slice: Slice | None
     start: int
@@ -47,49 +45,53 @@ class Piece:
 
     @property
     def numel(self) -> int:
-        """Numbers in it."""
+        """Elements in it."""
         return self.stop - self.start
 
     def as_json(self) -> dict[str, Any]:
-        """As it stands in the index: `{"rank": 3, "range": [0, 4096], "slice": [1, 0, 64]}` or `"slice": null`."""
-        cut = None if self.slice is None else [self.slice.dim, self.slice.start, self.slice.stop]
-        return {"rank": self.rank, "range": [self.start, self.stop], "slice": cut}
+        """Its entry in the index: `{"rank": 3, "range": [0, 4096], "slice": [1, 0, 64]}` or `"slice": null`."""
+        part = None if self.slice is None else [self.slice.dim, self.slice.start, self.slice.stop]
+        return {"rank": self.rank, "range": [self.start, self.stop], "slice": part}
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Piece:
         """The reverse of `as_json`."""
-        cut = None if entry["slice"] is None else Slice(*entry["slice"])
-        return Piece(cut, *entry["range"], entry["rank"])
+        part = None if entry["slice"] is None else Slice(*entry["slice"])
+        start, stop = entry["range"]
+        return Piece(part, start, stop, entry["rank"])
 
 
 def gap(shape: Shape, pieces: Iterable[Piece]) -> str | None:
     """None when the pieces make up a tensor of `shape` exactly; else what is missing, doubled or out of place.
 
-    The slices must share one dimension and follow one another along it; the ranges must do so within each slice.
+    All slices must be along one dimension and adjacent there; so must the ranges within each slice.
     """
     if math.prod(shape) == 0:
         return None
-    pieces = [piece for piece in pieces if piece.numel]
-    dims = {None if piece.slice is None else piece.slice.dim for piece in pieces}
-    if not dims:
+    ranges: dict[Slice | None, list[tuple[int, int]]] = {}
+    for piece in pieces:
+        if piece.numel:
+            ranges.setdefault(piece.slice, []).append((piece.start, piece.stop))
+    if not ranges:
         return "it has no pieces"
+    if None in ranges and len(ranges) == 1:
+        return _break(ranges[None], math.prod(shape), "elements")
+    dims = {None if part is None else part.dim for part in ranges}
     if len(dims) > 1:
         return f"its pieces are cut along different dimensions {sorted(map(str, dims))}"
-    dim = dims.pop()
-    if dim is None:
-        return _break([(piece.start, piece.stop) for piece in pieces], math.prod(shape), "numbers")
+    slices = sorted((part for part in ranges if part is not None), key=lambda part: (part.start, part.stop))
+    dim = slices[0].dim
     if dim >= len(shape):
         return f"its pieces are cut along dimension {dim}, but it has {len(shape)}"
-    ordered = sorted(pieces, key=lambda piece: (piece.slice.start, piece.slice.stop))
-    groups = [(cut, list(group)) for cut, group in groupby(ordered, key=lambda piece: piece.slice)]
-    fault = _break([(cut.start, cut.stop) for cut, _ in groups], shape[dim], f"places of dimension {dim}")
-    for cut, group in groups:
-        size = math.prod(part_shape(shape, cut))
-        fault = fault or _break([(piece.start, piece.stop) for piece in group], size, f"numbers of slice {cut}")
+    fault = _break([(part.start, part.stop) for part in slices], shape[dim], f"indices of dimension {dim}")
+    for part in slices:
+        size = math.prod(part_shape(shape, part))
+        fault = fault or _break(ranges[part], size, f"elements of slice {part}")
     return fault
 
 
 def _break(ranges: list[tuple[int, int]], end: int, what: str) -> str | None:
+    """What keeps the ranges from covering 0 to `end` once."""
     at = 0
     for start, stop in [*sorted(ranges), (end, end)]:
         if start != at or stop < start:
@@ -99,7 +101,8 @@ def _break(ranges: list[tuple[int, int]], end: int, what: str) -> str | None:
 
 
 def overlaps(shape: Shape, target: Piece, source: Piece) -> Iterator[tuple[int, int, int]]:
-    """(place in target, place in source, count) of every run of numbers that both pieces hold of one parameter."""
+    """(offset in target, offset in source, count) of every run of elements that two pieces of one parameter have in
+    common."""
     if target.slice == source.slice:
         start, stop = max(target.start, source.start), min(target.stop, source.stop)
         if start < stop:
@@ -120,13 +123,13 @@ def overlaps(shape: Shape, target: Piece, source: Piece) -> Iterator[tuple[int, 
 
 
 def _runs(shape: Shape, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
-    """Starts in the flattened full tensor, and lengths, of the runs that a piece is made of; both int64, ascending."""
-    cut = piece.slice or Slice(0, 0, shape[0] if shape else 1)
-    inner = math.prod(shape[cut.dim + 1 :])
-    length, full = (cut.stop - cut.start) * inner, math.prod(shape[cut.dim :])
+    """Starts in the flattened full tensor, and lengths, of the contiguous runs of a piece; both int64, ascending."""
+    part = piece.slice or Slice(0, 0, shape[0] if shape else 1)
+    inner = math.prod(shape[part.dim + 1 :])
+    length, full = (part.stop - part.start) * inner, math.prod(shape[part.dim :])
     if piece.stop <= piece.start or length == 0:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     rows = np.arange(piece.start // length, -(-piece.stop // length), dtype=np.int64)
     low = np.maximum(rows * length, piece.start)
     high = np.minimum((rows + 1) * length, piece.stop)
-    return rows * full + cut.start * inner + low - rows * length, high - low
+    return rows * full + part.start * inner + low - rows * length, high - low

@@ -1,23 +1,22 @@
-"""Reading a checkpoint: verify, weights, state. The one reader of the format, shared by training (resume), evaluation,
-analysis and export; it knows no rank and imports no DeepSpeed.
+"""Reading a checkpoint: verify, weights, state. The one reader of the format, for training (resume), evaluation,
+analysis and export alike; it knows no rank and imports no DeepSpeed.
 
 A checkpoint is a folder `checkpoints/step-00001000/` with the pieces of parameters and moments
 (`exlm_dist.checkpoint.tensors`), `state.json`, `config.yaml`, `tokenizer/`, `manifest.json`
-(`{"format": 2, "files": {relative path: {"sha256": hex, "bytes": int}}, ...}`) and
-`COMPLETE` (the SHA-256 of `manifest.json` and a line end).
-No pickle is read.
+(`{"format": 2, "files": {relative path: {"sha256": hex, "bytes": int}}, ...}`) and `COMPLETE` (the SHA-256 of
+`manifest.json` and a line end). No pickle is read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exlm_dist.checkpoint.tensors import INDEX_FILE, Index, TensorReader, tensor_name
+from exlm_dist.utils.checkpoint_names import CHECKPOINTS, COMPLETE_FILE, step_in_name
 from exlm_dist.utils.errors import CheckpointError
 from exlm_dist.utils.files import sha256_file
 from exlm_dist.utils.logs import get_logger
@@ -32,32 +31,29 @@ STATE_FILE = "state.json"
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
 MANIFEST_FILE = "manifest.json"
-COMPLETE_FILE = "COMPLETE"
-CHECKPOINTS = "checkpoints"
 
-_STEP_FOLDER = re.compile(r"step-(\d+)$")
 logger = get_logger(__name__)
 
 
 def step_of(folder: Path) -> int:
     """Step in the name `step-00001000`; CheckpointError for any other name."""
-    match = _STEP_FOLDER.search(Path(folder).name)
-    if match is None:
+    step = step_in_name(folder)
+    if step is None:
         raise CheckpointError(f"{folder} is no checkpoint folder: its name is not of the form step-00001000.")
-    return int(match.group(1))
+    return step
 
 
 def checkpoint_folders(run_folder: Path) -> list[Path]:
     """Checkpoint folders of a run, newest first, whole or not."""
-    folders = [path for path in (Path(run_folder) / CHECKPOINTS).glob("step-*") if _STEP_FOLDER.search(path.name)]
+    folders = [path for path in (Path(run_folder) / CHECKPOINTS).glob("step-*") if step_in_name(path) is not None]
     return sorted((path for path in folders if path.is_dir()), key=step_of, reverse=True)
 
 
-def verify(folder: Path, *, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+def verify(folder: Path, *, hashes: bool = True, split: tuple[int, int] = (0, 1)) -> dict[str, Any]:
     """The manifest of a whole checkpoint; CheckpointError naming the first thing that is wrong.
 
     Checks the COMPLETE marker, the manifest against it, and size and SHA-256 of every file. `hashes=False`: sizes only.
-    `share` (i, n): hashes of every n-th file from the i-th on, where n ranks share the reading.
+    `split` (i, n): only the hashes of every n-th file from the i-th on, for n ranks that divide up the reading.
     """
     folder = Path(folder)
     if not (folder / COMPLETE_FILE).is_file():
@@ -74,7 +70,7 @@ def verify(folder: Path, *, hashes: bool = True, share: tuple[int, int] = (0, 1)
             f"Use the version that wrote it ({STATE_FILE} names it)."
         )
     for number, (name, entry) in enumerate(sorted(manifest["files"].items())):
-        _verify_file(folder, name, entry, hashes and number % share[1] == share[0])
+        _verify_file(folder, name, entry, hashes and number % split[1] == split[0])
     return manifest
 
 
@@ -117,7 +113,7 @@ def find_checkpoint(path: Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is no folder. Give a run folder (runs/NAME) or a checkpoint in it.")
-    if (path / MANIFEST_FILE).is_file() or _STEP_FOLDER.search(path.name):
+    if (path / MANIFEST_FILE).is_file() or step_in_name(path) is not None:
         verify(path)
         return path
     return newest_checkpoint(path)
@@ -155,14 +151,14 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def read_config(folder: Path) -> RunConfig:
     """The resolved config that the checkpoint (or run folder) was written with."""
-    from exlm_dist.config import load_config  # not above: the process that writes checkpoints starts sooner without
+    from exlm_dist.config import load_config  # not above: the process that writes checkpoints starts faster without
 
     return load_config(Path(folder) / CONFIG_FILE, [])
 
 
 def reference(folder: Path) -> dict[str, str]:
-    """What is logged about a checkpoint in place of its files: `checkpoint.step`, `.path`, `.sha256` of the index and
-    the files of the weights."""
+    """What is logged about a checkpoint instead of its files: `checkpoint.step`, `.path`, and `.sha256` of the index
+    and the files of the weights."""
     files = json.loads((Path(folder) / MANIFEST_FILE).read_text())["files"]
     weights = [name for name in sorted(files) if name == INDEX_FILE or name.startswith("model-")]
     digest = hashlib.sha256("".join(f"{files[name]['sha256']}  {name}\n" for name in weights).encode()).hexdigest()

@@ -3,7 +3,7 @@
 `index.json`: `{"moments": ["exp_avg", "exp_avg_sq"], "parameters": {name: {"shape": [...], "pieces": [{"rank": 3,
 "range": [0, 4096], "slice": [1, 0, 64]}, ...]}}}`. The piece of `name` by rank 3 is the tensor `name` in
 `model-00003.safetensors` and the tensors `exp_avg.name`, `exp_avg_sq.name` in `optimizer-00003.safetensors`, all fp32
-and of the same extent.
+and of one length.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from exlm_dist.checkpoint.pieces import Piece, Shape, Slice, gap, overlaps, part
 from exlm_dist.utils.errors import CheckpointError
 
 INDEX_FILE = "index.json"
+#: Bytes of a checkpoint per parameter of the model: fp32 weight and two moments.
+BYTES_PER_PARAMETER = 12
 
 
 def model_file(rank: int) -> str:
@@ -48,7 +50,7 @@ class Index:
 
     @staticmethod
     def merged(parts: list[Mapping[str, Any]]) -> Index:
-        """The index of what several ranks write, each part in the form of `as_json`."""
+        """The index of what several ranks write, each of `parts` in the form of `as_json`."""
         shapes: dict[str, Shape] = {}
         pieces: dict[str, list[Piece]] = {}
         for part in parts:
@@ -59,7 +61,7 @@ class Index:
         return Index(shapes, pieces, tuple(parts[0]["moments"]))
 
     def as_json(self) -> dict[str, Any]:
-        """As it stands in `index.json`."""
+        """As in `index.json`."""
         parameters = {
             name: {"shape": list(self.shapes[name]), "pieces": [piece.as_json() for piece in pieces]}
             for name, pieces in self.pieces.items()
@@ -71,14 +73,14 @@ class Index:
         return json.dumps(self.as_json(), separators=(",", ":"), sort_keys=True) + "\n"
 
     def check(self) -> None:
-        """CheckpointError unless the pieces of every parameter make it up exactly: nothing missing, nothing twice."""
+        """CheckpointError unless the pieces of every parameter make it up exactly: none missing, none twice."""
         for name, shape in self.shapes.items():
             if fault := gap(shape, self.pieces[name]):
                 raise CheckpointError(f"the pieces of parameter {name} {list(shape)} do not make it up: {fault}.")
 
 
 class TensorReader:
-    """Reads parts of parameters and moments from the files of a checkpoint, touching only the bytes that are wanted."""
+    """Reads parts of parameters and moments from the files of a checkpoint, touching only the bytes it needs."""
 
     def __init__(self, folder: Path) -> None:
         """CheckpointError where the index does not make up every parameter."""
@@ -87,9 +89,9 @@ class TensorReader:
         self.index.check()
         self._files: dict[str, dict[str, np.ndarray]] = {}
 
-    def read(self, name: str, moment: str | None, cut: Slice | None, start: int, stop: int) -> np.ndarray:
-        """Numbers `start` to `stop` of the flattened `cut` of a parameter or moment, fp32."""
-        shape, target = self.index.shapes[name], Piece(cut, start, stop, -1)
+    def read(self, name: str, moment: str | None, part: Slice | None, start: int, stop: int) -> np.ndarray:
+        """Elements `start` to `stop` of the flattened slice `part` (None: all) of a parameter or moment, fp32."""
+        shape, target = self.index.shapes[name], Piece(part, start, stop, -1)
         result = np.empty(target.numel, np.float32)
         for piece in self.index.pieces[name]:
             source = None
@@ -110,12 +112,12 @@ class TensorReader:
             self._files[file] = _open(self.folder / file)
         found = self._files[file].get(tensor_name(name, moment))
         if found is None or found.size != piece.numel:
-            raise CheckpointError(f"{self.folder / file} does not hold {piece.numel} numbers of {name}.")
+            raise CheckpointError(f"{self.folder / file} does not have {piece.numel} elements of {name}.")
         return found
 
 
 def _open(path: Path) -> dict[str, np.ndarray]:
-    """Flat fp32 tensors of a safetensors file by name, mapped: what is not looked at is not read."""
+    """Flat fp32 tensors of a safetensors file by name, mapped into memory: only what is accessed is read."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -126,7 +128,7 @@ def _open(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_header(tensors: Mapping[str, Shape]) -> bytes:
-    """Head of a safetensors file with fp32 `tensors`, whose numbers follow in the order given."""
+    """Header of a safetensors file with fp32 `tensors`, whose elements follow in this order."""
     header: dict[str, Any] = {}
     offset = 0
     for name, shape in tensors.items():
@@ -139,6 +141,6 @@ def write_header(tensors: Mapping[str, Shape]) -> bytes:
 
 
 def shape_in_file(shape: Shape, piece: Piece) -> Shape:
-    """A piece that is all of its parameter, or all of its slice, keeps its shape; others are flat."""
+    """Shape of a piece in its file: that of the slice where the piece is all of it, else flat."""
     part = part_shape(shape, piece.slice)
     return part if piece.numel == math.prod(part) else (piece.numel,)

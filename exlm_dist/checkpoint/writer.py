@@ -1,15 +1,13 @@
 """The process beside each rank that hashes and writes its part of a checkpoint while training goes on. No torch in it.
 
-The numbers are in memory that both share (`Memory`: it has no name, so whatever ends the two, nothing of it is left).
-A thread of the rank puts them there and then gives the job away. A job is JSON in memory shared in the same way; a line
-through a pipe says how long it is, a line comes back with the outcome. The process ends with its parent (also by
-SIGKILL) and has the signals blocked that ask a run to save and end.
+The elements are in memory that both have mapped (`Memory`: it has no name, so whatever ends the two, nothing of it is
+left). A thread of the rank copies them there and then hands the job over. A job is JSON in memory of the same kind; a
+line through a pipe says how long it is, a line comes back with the outcome (`exlm_dist.checkpoint.messages`). The
+process ends with its parent (also by SIGKILL) and has the signals blocked that ask a run to save and end.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
 import mmap
 import os
 import select
@@ -23,25 +21,33 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import exlm_dist
-from exlm_dist.checkpoint import storage as files
+from exlm_dist.checkpoint import storage
+from exlm_dist.checkpoint.messages import (
+    Failed,
+    Failure,
+    Job,
+    Outcome,
+    Published,
+    PublishJob,
+    WriteJob,
+    Written,
+    job_from_json,
+    outcome_from_json,
+    to_json,
+)
 from exlm_dist.utils.errors import CheckpointError, ConfigError
 from exlm_dist.utils.files import sync_path
-from exlm_dist.utils.signals import SIGNALS
+from exlm_dist.utils.signals import SIGNALS, die_with_parent
 
-Job = dict[str, Any]
-Reply = dict[str, Any]
-#: Puts the numbers of a job into the memory.
+#: Copies the elements of a job into the memory.
 Fill = Callable[[], None]
-_PR_SET_PDEATHSIG = 1
-#: What has failed: writing, the process that writes, or the training (a parameter is not finite).
-DISK, LOST, VALUES = "disk", "lost", "values"
 
 
 class Memory:
-    """Bytes that a child process may share; they are allocated at once and go with the last process that has them."""
+    """Bytes that a child process can map too; they are allocated at once and freed with the last process that does."""
 
     def __init__(self, size: int) -> None:
-        """ConfigError when there is not that much."""
+        """`size`: bytes. ConfigError when there is not that much."""
         self.handle = os.memfd_create("exlm-checkpoint")
         size = max(size, mmap.PAGESIZE)
         try:
@@ -54,7 +60,7 @@ class Memory:
         self.bytes = mmap.mmap(self.handle, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
 
     def close(self) -> None:
-        """Give this process's share back; views of `bytes` stay usable until they are gone too."""
+        """Release this process's handle; views of `bytes` stay usable and keep the memory until they are gone."""
         os.close(self.handle)
 
 
@@ -62,14 +68,13 @@ class Writer(Protocol):
     """Takes one job at a time and answers it later."""
 
     def submit(self, job: Job, fill: Fill | None = None) -> None:
-        """Begin a job, after `fill`. That may run in a thread: until `settle` what it reads must stay as it is."""
+        """Begin a job, after `fill`. That may run in a thread: until `settle` what it reads must not change."""
 
     def settle(self) -> None:
         """Wait until `fill` is done, and raise what it has raised."""
 
-    def poll(self) -> Reply | None:
-        """The outcome of the job, once: `{"files": ...}`, `{"removed": ..., "alarm": ...}` or `{"failure": why, "kind":
-        DISK, LOST or VALUES}`."""
+    def poll(self) -> Outcome | None:
+        """The outcome of the job, once; None until it is there."""
 
     def close(self) -> None:
         """End, whatever is under way."""
@@ -80,48 +85,48 @@ class InlineWriter:
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
-        self._reply: Reply | None = None
+        self._outcome: Outcome | None = None
 
     def submit(self, job: Job, fill: Fill | None = None) -> None:
         """As in `Writer`."""
         if fill is not None:
             fill()
-        self._reply = run_job(job, self._memory.bytes)
+        self._outcome = run_job(job, self._memory.bytes)
 
     def settle(self) -> None:
         """As in `Writer`: `submit` has waited."""
 
-    def poll(self) -> Reply | None:
+    def poll(self) -> Outcome | None:
         """As in `Writer`."""
-        reply, self._reply = self._reply, None
-        return reply
+        outcome, self._outcome = self._outcome, None
+        return outcome
 
     def close(self) -> None:
         """As in `Writer`."""
 
 
 class ProcessWriter:
-    """Has the job done by a child process, which is started at once and again where it has died."""
+    """Has the job done by a child process, which is started at once, and again when it has died."""
 
     def __init__(self, memory: Memory, timeout: float) -> None:
         """`timeout`: seconds after which a job counts as failed and the process is ended."""
         self._memory, self._timeout = memory, timeout
         self._jobs = os.memfd_create("exlm-checkpoint-job")
-        self._process = self._spawn()
+        self._start()
         self._deadline = 0.0
         self._received = b""
         self._filler = ThreadPoolExecutor(1, "checkpoint-copy")
         self._filling: Future[None] | None = None
 
-    def _spawn(self) -> subprocess.Popen:
+    def _start(self) -> None:
         root = str(Path(exlm_dist.__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         handles = (self._memory.handle, self._jobs)
         arguments = [str(number) for number in (os.getpid(), *handles)]
-        # A blocked signal stays blocked in the child: it finishes the save that the signal asks for.
+        # A signal that is blocked here stays blocked in the child: it finishes the save that the signal asks for.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
-            process = subprocess.Popen(
+            self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -131,8 +136,9 @@ class ProcessWriter:
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        os.set_blocking(process.stdout.fileno(), False)
-        return process
+        assert self._process.stdin is not None and self._process.stdout is not None  # both are pipes
+        self._to_process, self._from_process = self._process.stdin, self._process.stdout
+        os.set_blocking(self._from_process.fileno(), False)
 
     @property
     def pid(self) -> int:
@@ -140,31 +146,31 @@ class ProcessWriter:
         return self._process.pid
 
     def submit(self, job: Job, fill: Fill | None = None) -> None:
-        """As in `Writer`; what goes wrong with the process is in the reply."""
+        """As in `Writer`; what goes wrong with the process is in the outcome."""
         self.settle()
-        # In this thread: a child is ended together with the thread that has started it.
+        # In this thread: a child ends with the thread that has started it.
         if self._process.poll() is not None:
             self._end()
-            self._process = self._spawn()
-        text = json.dumps(job).encode()
+            self._start()
+        text = to_json(job).encode()
         os.ftruncate(self._jobs, 0)
         os.pwrite(self._jobs, text, 0)
         self._received, self._deadline = b"", time.monotonic() + self._timeout
         if fill is None:
-            self._give(len(text))
+            self._hand_over(len(text))
         else:
-            self._filling = self._filler.submit(self._fill_and_give, fill, len(text))
+            self._filling = self._filler.submit(self._fill_and_hand_over, fill, len(text))
 
-    def _fill_and_give(self, fill: Fill, length: int) -> None:
+    def _fill_and_hand_over(self, fill: Fill, length: int) -> None:
         """In the thread; until it is done no other touches the process."""
         fill()
-        self._give(length)
+        self._hand_over(length)
 
-    def _give(self, length: int) -> None:
+    def _hand_over(self, length: int) -> None:
         try:
-            self._process.stdin.write(f"{length}\n".encode())
+            self._to_process.write(f"{length}\n".encode())
         except BrokenPipeError:
-            pass  # its end is seen, and its exit code told, by `poll`
+            pass  # `poll` sees that it has ended, and reports its exit code
 
     def settle(self) -> None:
         """As in `Writer`."""
@@ -172,10 +178,10 @@ class ProcessWriter:
         if filling is not None:
             filling.result()
 
-    def poll(self) -> Reply | None:
+    def poll(self) -> Outcome | None:
         """As in `Writer`."""
         self.settle()
-        handle = self._process.stdout.fileno()
+        handle = self._from_process.fileno()
         while select.select([handle], [], [], 0)[0]:
             part = os.read(handle, 1 << 16)
             if not part:
@@ -183,15 +189,14 @@ class ProcessWriter:
             self._received += part
         if self._received.endswith(b"\n"):
             received, self._received = self._received, b""
-            return json.loads(received)
+            return outcome_from_json(received)
         if time.monotonic() > self._deadline:
             return self._lost(f"did not finish within checkpoint.timeout, {self._timeout:.0f} s")
         return None
 
-    def _lost(self, why: str) -> Reply:
+    def _lost(self, why: str) -> Failed:
         self._end()
-        failure = f"the process that writes the checkpoint {why}. Older checkpoints are untouched."
-        return {"failure": failure, "kind": LOST}
+        return Failed(Failure.LOST, f"the process that writes the checkpoint {why}. Older checkpoints are untouched.")
 
     def close(self) -> None:
         """As in `Writer`. (A process that waits for a job has nothing to lose.)"""
@@ -202,50 +207,51 @@ class ProcessWriter:
     def _end(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._process.stdin.close()
-        self._process.stdout.close()
+        self._to_process.close()
+        self._from_process.close()
 
 
-def run_job(job: Job, memory: Any) -> Reply:
-    """Write one rank's files, or publish the checkpoint and thin out the older ones."""
+def run_job(job: Job, memory: Any) -> Outcome:
+    """Do a job; `memory`: bytes with the elements of its tensors."""
     try:
-        if job["kind"] == "write":
-            return _write(job, memory)
-        target = Path(job["target"])
-        files.publish(Path(job["folder"]), target, job["step"], job["files"])
+        return _write(job, memory) if isinstance(job, WriteJob) else _publish(job)
     except (CheckpointError, OSError) as error:
-        return {"failure": str(error), "kind": DISK}
-    try:
-        removed = files.retain(target.parent.parent, job["keep"], job["best"])
-        return {"removed": [path.name for path in removed], "alarm": None}
-    except OSError as error:
-        return {"removed": [], "alarm": f"older checkpoints could not be removed: {error}"}
+        return Failed(Failure.DISK, str(error))
 
 
-def _write(job: Job, memory: Any) -> Reply:
-    tensors = [files.TensorFile(**file) for file in job["tensors"]]
-    for file in tensors[:1]:  # the parameters
-        if (broken := files.not_finite(file, memory)) is not None:
+def _write(job: WriteJob, memory: Any) -> Outcome:
+    for file in job.tensors[:1]:  # the parameters
+        if (broken := storage.not_finite(file, memory)) is not None:
             why = (
-                f"parameter {broken} is not finite after step {job['step']}; it was not saved. "
+                f"parameter {broken} is not finite after step {job.step}; it was not saved. "
                 "Lower optimizer.lr or set optimizer.clip, and go on from an older checkpoint."
             )
-            return {"failure": why, "kind": VALUES}
-    for path in job["sync"]:
+            return Failed(Failure.VALUES, why)
+    for path in job.sync:
         sync_path(Path(path))
-    return {"files": files.write_files(Path(job["folder"]), tensors, memory, job["texts"], job["copies"])}
+    return Written(storage.write_files(Path(job.folder), job.tensors, memory, job.small))
+
+
+def _publish(job: PublishJob) -> Outcome:
+    target = Path(job.target)
+    storage.publish(Path(job.folder), target, job.step, job.files)
+    try:
+        removed = storage.retain(target.parent.parent, job.keep, job.best)
+    except (CheckpointError, OSError) as error:
+        return Published([], f"older checkpoints could not be removed: {error}")
+    return Published([path.name for path in removed])
 
 
 def main(parent: int, memory: int, jobs: int) -> None:
     """The loop of the child process. Ends when the pipe is closed, or with the parent."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     if os.getppid() != parent:
         return  # it died before the line above
     os.nice(10)  # a training step goes first
-    with mmap.mmap(memory, 0, prot=mmap.PROT_READ) as numbers:
+    with mmap.mmap(memory, 0, prot=mmap.PROT_READ) as elements:
         for line in sys.stdin:
-            reply = run_job(json.loads(os.pread(jobs, int(line), 0)), numbers)
-            sys.stdout.write(json.dumps(reply) + "\n")
+            outcome = run_job(job_from_json(os.pread(jobs, int(line), 0)), elements)
+            sys.stdout.write(to_json(outcome) + "\n")
             sys.stdout.flush()
 
 

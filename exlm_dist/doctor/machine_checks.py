@@ -16,14 +16,13 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from exlm_dist.checkpoint.tensors import BYTES_PER_PARAMETER
 from exlm_dist.config.schema import RunConfig
 from exlm_dist.doctor.findings import Finding, bad, doubtful, good
 from exlm_dist.launch.deadline import end_of_job
 from exlm_dist.utils.files import sha256_file
 
 PYTHONS = ((3, 10), (3, 13))
-#: Bytes of a checkpoint per parameter: fp32 weights and two moments.
-BYTES_PER_PARAMETER = 12
 #: Shards of each split whose hash is compared.
 SAMPLED = 2
 #: Bytes written to find the speed of the disk, and bytes per second below which a save is a burden.

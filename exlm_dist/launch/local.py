@@ -3,7 +3,6 @@ torch."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -18,12 +17,12 @@ from types import FrameType
 
 from exlm_dist.launch.restart import Restarts
 from exlm_dist.utils.errors import CHOSEN_PORT, ERROR_FILE, EXIT_RETRY
+from exlm_dist.utils.signals import die_with_parent
 
 RANK_COMMAND = [sys.executable, "-m", "exlm_dist.cli", "pretrain"]
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 #: Seconds that the other ranks get to end by themselves once one has ended by an error.
 GRACE = 15.0
-_PR_SET_PDEATHSIG = 1
 
 
 def run_local(arguments: Sequence[str], processes: int, restarts: Restarts, *, grace: float = GRACE) -> int:
@@ -92,9 +91,8 @@ def supervise(
     former = {number: signal.signal(number, pass_on) for number in FORWARDED}
     try:
         for environment in environments:
-            ranks.append(
-                subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_parent)
-            )
+            # A killed supervisor leaves no orphans.
+            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent))
         failed = _wait(ranks, grace)
     finally:
         for number, handler in former.items():
@@ -104,12 +102,6 @@ def supervise(
                 rank.kill()
                 rank.wait()
     return _verdict(ranks, failed, environments)
-
-
-def _die_with_parent() -> None:
-    """A killed supervisor leaves no orphans. Linux only; elsewhere the ranks notice at their next collective."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _wait(ranks: list[subprocess.Popen], grace: float) -> list[int]:

@@ -5,24 +5,23 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from exlm_dist.config.schema import RunConfig
+from exlm_dist.utils.checkpoint_names import CHECKPOINTS, COMPLETE_FILE, step_in_name
 from exlm_dist.utils.errors import EXIT_RETRY, EXIT_STOP
 from exlm_dist.utils.logs import get_logger
 
 #: A shell and Slurm report a process that a signal ended as 128 + the signal; DeepSpeed's launcher as 256 - the signal.
 KILLED = 128
-_STEP_FOLDER = re.compile(r"step-(\d+)$")
 logger = get_logger(__name__)
 
 
 def newest_step(run_folder: Path) -> int:
     """Step of the newest checkpoint of a run that was written to its end; 0 when there is none."""
-    found = (_STEP_FOLDER.search(path.parent.name) for path in (run_folder / "checkpoints").glob("step-*/COMPLETE"))
-    return max((int(match.group(1)) for match in found if match), default=0)
+    complete = (run_folder / CHECKPOINTS).glob(f"step-*/{COMPLETE_FILE}")
+    return max((step_in_name(path.parent) or 0 for path in complete), default=0)
 
 
 def may_be_retried(code: int) -> bool:

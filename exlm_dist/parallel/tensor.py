@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from exlm_dist.checkpoint.pieces import Slice
 from exlm_dist.parallel.compiler import decorators_without_compiler
 from exlm_dist.parallel.region import Part
-from exlm_dist.parallel.sharded import set_sharding
+from exlm_dist.parallel.sharded import has_sharding, set_sharding
 
 with warnings.catch_warnings(), decorators_without_compiler():
     warnings.simplefilter("ignore")  # of packages that are not needed
@@ -210,7 +210,7 @@ class _Cutter:
 
     def _whole(self, old: nn.Parameter) -> nn.Parameter:
         """A parameter that every rank holds; one with an extent is done already."""
-        if hasattr(old, "extent"):
+        if has_sharding(old):
             return old
         new = nn.Parameter(torch.empty(old.shape, device="cpu")) if old.is_meta else old
         set_sharding(new, new.shape, None, saved=self.part.rank == 0)

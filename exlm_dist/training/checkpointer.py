@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from exlm_dist.checkpoint import reader, storage
-from exlm_dist.checkpoint.writer import DISK, LOST, VALUES
+from exlm_dist.checkpoint.messages import Failed, Failure
+from exlm_dist.checkpoint.tensors import BYTES_PER_PARAMETER
 from exlm_dist.config import RunConfig, dump_config
 from exlm_dist.parallel.process import Process
 from exlm_dist.tracking import EventLog
@@ -20,6 +21,8 @@ from exlm_dist.training.starting_point import StartingPoint, fingerprints
 from exlm_dist.utils.errors import RunStopped
 from exlm_dist.utils.logs import get_logger
 
+#: What is raised for a save that failed where the run cannot go on without it.
+SAVE_ERRORS = {Failure.DISK: storage.SaveFailed, Failure.LOST: WriterLost, Failure.VALUES: RunStopped}
 #: Bytes per second of a slow shared file system, hashing included.
 SLOWEST_WRITE = 100e6
 logger = get_logger(__name__)
@@ -31,7 +34,7 @@ class Checkpointer:
     def __init__(
         self, config: RunConfig, process: Process, start: StartingPoint, engine: Engine, saver: Saver, meter: Meter
     ) -> None:
-        self._config, self._process, self._engine, self._saver, self._meter = config, process, engine, saver, meter
+        self._config, self._process, self._engine, self.saver, self._meter = config, process, engine, saver, meter
         self._run_folder = start.path
         self._events: EventLog | None = meter.events
         self._slowest_save = 0.0
@@ -40,7 +43,7 @@ class Checkpointer:
     @property
     def saving(self) -> bool:
         """Whether a save is under way."""
-        return self._saver.busy
+        return self.saver.busy
 
     def is_due(self, step: int) -> bool:
         """After every `checkpoint.every` steps and after the last one."""
@@ -49,7 +52,7 @@ class Checkpointer:
     def seconds_to_save(self, *, due: bool) -> float:
         """Seconds until the state after the next step could be on disk, that step not counted; `due`: a save comes
         before. As the slowest save of this launch; before there was one, as on a slow file system."""
-        guess = storage.BYTES_PER_PARAMETER * self._engine.num_parameters / SLOWEST_WRITE
+        guess = BYTES_PER_PARAMETER * self._engine.num_parameters / SLOWEST_WRITE
         return (self._slowest_save or guess) * (2 if due or self.saving else 1)
 
     def save(self, step: int, evaluation: dict[str, float] | None, *, needed: bool = False) -> None:
@@ -61,14 +64,14 @@ class Checkpointer:
         """
         self._meter.judge()
         with self._meter.pause():
-            self._conclude(self._saver.wait(), needed=False)
-            failed = self._saver.start(step, self._state(step, evaluation))
+            self._conclude(self.saver.wait(), needed=False)
+            failed = self.saver.start(step, self.state(step, evaluation))
             if failed or needed or not self._config.checkpoint.asynchronous:
-                self._conclude(failed or self._saver.wait(), needed)
+                self._conclude(failed or self.saver.wait(), needed)
 
     def attend(self) -> None:
         """At a step edge: see whether a save under way is done."""
-        self._conclude(self._saver.attend(), needed=False)
+        self._conclude(self.saver.attend(), needed=False)
 
     def log_evaluation(self, folder: Path, step: int, evaluation: dict[str, float] | None) -> None:
         """Log the evaluation of a checkpoint as a child run that names the checkpoint; a second time does nothing."""
@@ -76,8 +79,8 @@ class Checkpointer:
             tags = {"split": "valid", "tokens": int(evaluation["tokens"]), **reader.reference(folder)}
             self._events.child_run("evaluation", step, valid_metrics(evaluation), tags)
 
-    def _state(self, step: int, evaluation: dict[str, float] | None) -> dict[str, Any]:
-        """`state.json`."""
+    def state(self, step: int, evaluation: dict[str, float] | None) -> dict[str, Any]:
+        """`state.json` of a checkpoint after `step` steps."""
         changing = {"step": step, "evaluation": evaluation, "progress": vars(self._meter.progress)}
         return {**self._about, **changing, **engine_state.scalars(self._engine)}
 
@@ -85,24 +88,23 @@ class Checkpointer:
         if saved is None:
             return
         self._slowest_save = max(self._slowest_save, saved.seconds)
-        if saved.failure is not None:
+        if isinstance(failed := saved.outcome, Failed):
             older = self._process.run_on_first_rank(lambda: storage.has_whole(self._run_folder))
-            if needed or not older or saved.kind == VALUES:
-                error = {DISK: storage.SaveFailed, LOST: WriterLost, VALUES: RunStopped}[saved.kind]
-                raise error(f"step {saved.step} was not saved: {saved.failure}")
+            if needed or not older or failed.kind is Failure.VALUES:
+                raise SAVE_ERRORS[failed.kind](f"step {saved.step} was not saved: {failed.why}")
         if self._events is not None:
             self._report(saved, self._events)
 
     def _report(self, saved: Saved, events: EventLog) -> None:
-        if saved.failure is not None:
-            logger.error("step %d was not saved: %s Training goes on.", saved.step, saved.failure)
-            events.tags({f"save_failed_step_{saved.step}": saved.failure})
+        if isinstance(outcome := saved.outcome, Failed):
+            logger.error("step %d was not saved: %s Training goes on.", saved.step, outcome.why)
+            events.tags({f"save_failed_step_{saved.step}": outcome.why})
             return
         self.log_evaluation(saved.folder, saved.step, saved.evaluation)
         events.metrics(saved.step, {"checkpoint/stall_seconds": saved.stall, "checkpoint/seconds": saved.seconds})
-        if saved.alarm:
-            logger.error("%s", saved.alarm)
-        removed = f"; removed {', '.join(saved.removed)}" if saved.removed else ""
+        if outcome.alarm:
+            logger.error("%s", outcome.alarm)
+        removed = f"; removed {', '.join(outcome.removed)}" if outcome.removed else ""
         logger.info(
             "step %d saved in %.1f s, training waited %.2f s%s", saved.step, saved.seconds, saved.stall, removed
         )

@@ -73,8 +73,8 @@ class Meter:
         out."""
         self._window.steps.append(result)
         self._unjudged.append(result)
-        self.progress.sequences += result.batches.num_sequences
-        self.progress.tokens += result.batches.num_original_tokens
+        self.progress.sequences += result.sizes.num_sequences
+        self.progress.tokens += result.sizes.num_original_tokens
         if self.is_logged(result.step):
             self._report()
 
@@ -95,14 +95,14 @@ class Meter:
 
     def _left_out(self) -> list[float]:
         """Sequences of this rank that each step not yet judged has left out."""
-        return torch.stack([torch.cat([mask for _, mask in step.invalid]).sum() for step in self._unjudged]).tolist()
+        return torch.stack([torch.cat(step.result.invalid).sum() for step in self._unjudged]).tolist()
 
     def _numbers(self, window: _Window) -> list[float]:
         last = window.steps[-1]
-        scores = [0.0, 0.0, 0.0] if last.scores is None else last.scores.tolist()
-        wait = sum(step.batches.wait_seconds for step in window.steps)
+        scores = [0.0, 0.0, 0.0] if last.result.scores is None else last.result.scores.tolist()
+        wait = sum(step.sizes.wait_seconds for step in window.steps)
         return [
-            float(last.loss),
+            float(last.result.loss),
             *scores,
             wait,
             sum(step.padding_fraction for step in window.steps),
@@ -118,10 +118,10 @@ class Meter:
         values = {
             "train/loss": loss,
             "train/lr": last.rate,
-            "train/grad_norm": float(last.grad_norm),
+            "train/grad_norm": float(last.result.grad_norm),
             "train/invalid_sequences": invalid,
-            "perf/tokens_per_second": sum(step.batches.num_original_tokens for step in window.steps) / seconds,
-            "perf/expanded_tokens_per_second": sum(step.batches.num_tokens for step in window.steps) / seconds,
+            "perf/tokens_per_second": sum(step.sizes.num_original_tokens for step in window.steps) / seconds,
+            "perf/expanded_tokens_per_second": sum(step.sizes.num_tokens for step in window.steps) / seconds,
             "perf/step_seconds": seconds / steps,
             "perf/wait_seconds": float(every[:, 4].max()) / steps,
             "perf/padding_fraction": float(every[:, 5].mean()) / steps,
@@ -155,11 +155,12 @@ class Meter:
         for step, count in zip(steps, invalid.tolist()):
             if not count:
                 continue
-            mine = [int(sample) for ids, mask in step.invalid for sample in ids[mask.cpu().numpy()]][:NAMED]
+            masks = (mask.cpu().numpy() for mask in step.result.invalid)
+            mine = [int(sample) for ids, mask in zip(step.sample_ids, masks) for sample in ids[mask]][:NAMED]
             every = self.process.all_gather([*mine, *[-1] * (NAMED - len(mine))]).flatten().long()
             named = ", ".join(str(sample) for sample in every[every >= 0].tolist()[:NAMED])
-            share = count / step.batches.num_sequences
-            of_all = f"{int(count)} of {step.batches.num_sequences} sequences"
+            share = count / step.sizes.num_sequences
+            of_all = f"{int(count)} of {step.sizes.num_sequences} sequences"
             text = f"step {step.step + 1}: {of_all} have no finite likelihood: samples {named}"
             if self.events is not None:
                 logger.warning("%s. They were left out.", text)

@@ -91,6 +91,6 @@ def _lock(path: Path, patience: float) -> int:
                 ) from None
             time.sleep(0.1)
     os.ftruncate(handle, 0)
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    os.pwrite(handle, json.dumps(owner).encode(), 0)
+    about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    os.pwrite(handle, json.dumps(about).encode(), 0)
     return handle

@@ -33,7 +33,7 @@ class SampleLog:
 
     def write(self, result: StepResult) -> None:
         """Note one completed step."""
-        ids = np.concatenate([samples for samples, _ in result.invalid]).tolist()
+        ids = np.concatenate(result.sample_ids).tolist()
         line = {"step": result.step, "rank": self._rank, "world": self._world, "ids": ids}
         os.write(self._handle, json.dumps(line).encode() + b"\n")
 

@@ -117,9 +117,9 @@ def _resume(process: Process, start: StartingPoint, loader: Loader, engine: Engi
     assert start.checkpoint is not None
     folder = start.checkpoint
     tensors = process.run_everywhere(lambda: TensorReader(folder))
-    process.run_everywhere(lambda: engine_state.check(saver.index, tensors.index))
+    process.run_everywhere(lambda: engine_state.check_index(saver.index, tensors.index))
     engine.prime(loader.step(start.step).micro_batches)
-    engine_state.put(engine, tensors, start.state)
+    engine_state.restore(engine, tensors, start.state)
 
 
 def _track(config: RunConfig, start: StartingPoint, resources: Resources) -> EventLog:

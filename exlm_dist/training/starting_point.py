@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def select_checkpoint(run_folder: Path, process: Process) -> tuple[Path, dict[st
         reasons = process.all_gather_object(_rejection(folder, process))
         reason = next((reason for reason in reasons if reason), None)
         if reason is None:
-            return folder, process.run_on_first_rank(lambda folder=folder: reader.read_state(folder))
+            return folder, process.run_on_first_rank(functools.partial(reader.read_state, folder))
         rejected.append(f"{name}: {reason}")
         if process.is_first:
             logger.warning("checkpoint rejected: %s", reason)
@@ -110,7 +111,7 @@ def _open_split(config: RunConfig, split: str) -> ShardDataset:
 def _rejection(folder: Path, process: Process) -> str | None:
     """Why this rank cannot use the checkpoint. The ranks divide the hashing of the files; each looks at all sizes."""
     try:
-        reader.verify(folder, share=(process.rank, process.world))
+        reader.verify(folder, split=(process.rank, process.world))
     except CheckpointError as error:
         return str(error)
     except (OSError, ValueError, KeyError) as error:

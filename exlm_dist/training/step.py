@@ -5,26 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from exlm_dist.config.schema import RunConfig
 from exlm_dist.data.loader import StepBatches
-from exlm_dist.training.engine.base import Engine
+from exlm_dist.training.engine.base import BatchResult, Engine
 from exlm_dist.training.schedule import learning_rate
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves to be reported. Tensors stay on the device: reading them waits for it."""
+    """An optimizer step: what was trained on, and what came of it on this rank."""
 
-    step: int
-    loss: torch.Tensor  # this rank's share of the loss of the global batch; the sum over ranks is the loss
-    invalid: list[tuple[np.ndarray, torch.Tensor]]  # per micro-batch: sample ids [B], left out [B] bool
-    scores: torch.Tensor | None  # [nll sum, correct, count] over the masked tokens of the last micro-batch
-    grad_norm: torch.Tensor | float
-    rate: float
-    batches: StepBatches  # its sizes; the micro-batches themselves are let go
-    padding_fraction: float
+    result: BatchResult
+    rate: float  # learning rate
+    sizes: StepBatches  # without the micro-batches themselves, which are freed
+    sample_ids: list[np.ndarray]  # of each micro-batch of this rank, [B]
+    padding_fraction: float  # of the tokens of this rank
+
+    @property
+    def step(self) -> int:
+        """Number of the step, from 0."""
+        return self.sizes.step
 
 
 def optimizer_step(engine: Engine, batches: StepBatches, config: RunConfig, *, scored: bool) -> StepResult:
@@ -34,9 +35,6 @@ def optimizer_step(engine: Engine, batches: StepBatches, config: RunConfig, *, s
     denominator = batches.num_sequences if config.loss.reduction == "sequence" else batches.num_targets
     rate = learning_rate(batches.step, config.optimizer.lr, config.schedule)
     engine.set_learning_rate(rate)
-    done = engine.train(batches.micro_batches, denominator, scored=scored)
-    invalid = [(batch.sample_ids, left_out) for batch, left_out in zip(batches.micro_batches, done.invalid)]
-    sizes = replace(batches, micro_batches=[])
-    return StepResult(
-        batches.step, done.loss, invalid, done.scores, done.grad_norm, rate, sizes, batches.padding_fraction
-    )
+    result = engine.train(batches.micro_batches, denominator, scored=scored)
+    sample_ids = [batch.sample_ids for batch in batches.micro_batches]
+    return StepResult(result, rate, replace(batches, micro_batches=[]), sample_ids, batches.padding_fraction)

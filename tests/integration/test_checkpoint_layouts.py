@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import numbers_of, write_checkpoint
+from checkpoints import elements_of, write_checkpoint
 from made_run import make_data
 from parallel.harness import on_ranks
 from training_runs import tiny, train_on
 
 from exlm_dist.checkpoint import reader
+from exlm_dist.checkpoint.messages import Published
 from exlm_dist.checkpoint.pieces import Piece, Slice
 from exlm_dist.config import RunConfig
 from exlm_dist.parallel.sharded import ShardedParameter
@@ -67,7 +68,9 @@ def load_and_save(process, settings, cases):
     from exlm_dist.parallel.layout import Layout
     from exlm_dist.parallel.process_groups import Grid
     from exlm_dist.training.engine import base as engines
-    from exlm_dist.training.session import Session
+    from exlm_dist.training.resources import Resources
+    from exlm_dist.training.session import build_session
+    from exlm_dist.training.starting_point import find_starting_point
 
     plain = engines.deepspeed_config
 
@@ -87,47 +90,50 @@ def load_and_save(process, settings, cases):
             }
         )
         grid = Grid.make(Layout.of(config.parallel, process.world), process.rank)
-        session = Session(config, dataclasses.replace(process, grid=grid))
-        assert session.open() and session.step == STEP
-        compare_weights(session.engine, Path(config.runs) / "run/checkpoints" / f"step-{STEP:08d}")
-        session.step += 1
-        delay_copy(session._saver)
-        session.save()
-        change_the_numbers(session)
-        while session.saving:
-            session.attend_save()
-        session.shut_down()
-        session.close("KILLED")
+        placed = dataclasses.replace(process, grid=grid)
+        with Resources() as resources:
+            start = find_starting_point(config, placed, resources)
+            session = build_session(config, placed, start, resources)
+            assert session.step == STEP
+            compare_weights(session.engine, Path(config.runs) / "run/checkpoints" / f"step-{STEP:08d}")
+            session.step += 1
+            delay_copy(session.checkpointer.saver)
+            session.checkpointer.save(session.step, session.evaluation)
+            change_every_tensor(session)
+            while session.checkpointer.saving:
+                session.checkpointer.attend()
+            session.engine.close()
+            resources.status = "KILLED"
 
 
 def delay_copy(saver):
-    """From now on saves copy no number before something waits for that. Were it not the update of the next step, they
-    would copy what it has made of the numbers."""
-    copy, settle, waited_for = saver._copy, saver._writer.settle, threading.Event()
+    """From now on saves copy no element before something waits for the copy. Were it not the update of the next step,
+    they would copy what it has made of the elements."""
+    begin_fill, settle, waited_for = saver._fill, saver._writer.settle, threading.Event()
 
     def settle_seen():
         if saver._writer._filling is not None:
             waited_for.set()
         settle()
 
-    def late_copy():
-        fill = copy()
+    def late_fill():
+        fill = begin_fill()
         return lambda: waited_for.wait(30) and fill()
 
-    saver._copy, saver._writer.settle = late_copy, settle_seen
+    saver._fill, saver._writer.settle = late_fill, settle_seen
 
 
-def change_the_numbers(session):
+def change_every_tensor(session):
     """One training step, which leaves nothing as it was but the moments of rows that got no gradient."""
     import torch
 
     from exlm_dist.training.engine import state as checkpoint
 
-    numbers = checkpoint.sources(session.engine, session._saver._parts)
-    before = [values.clone() for values in numbers]
+    tensors = checkpoint.owned_tensors(session.engine, session.checkpointer.saver._parts)
+    before = [values.clone() for values in tensors]
     session.train_step()
-    unchanged = [number for number, pair in enumerate(zip(before, numbers)) if torch.equal(*pair)]
-    assert len(unchanged) < len(numbers) / 10, unchanged
+    unchanged = [number for number, pair in enumerate(zip(before, tensors)) if torch.equal(*pair)]
+    assert len(unchanged) < len(tensors) / 10, unchanged
 
 
 def compare_weights(engine, folder):
@@ -135,13 +141,13 @@ def compare_weights(engine, folder):
     import torch
 
     weights = reader.load_weights(folder)
-    at_hand = [held.parameter for held in engine.parameters]
-    with engine._plain_model() if engine.zero == 3 else contextlib.nullcontext() as model:
-        for held, local in zip(engine.parameters, at_hand if model is None else model.parameters()):
-            size = int(np.prod(held.part_shape))
-            part = numbers_of(weights[held.name].numpy(), Piece(held.slice, 0, size, 0))
+    local_parameters = [sharded.parameter for sharded in engine.parameters]
+    with engine._gathered_model() if engine.zero == 3 else contextlib.nullcontext() as model:
+        for sharded, local in zip(engine.parameters, local_parameters if model is None else model.parameters()):
+            size = int(np.prod(sharded.part_shape))
+            part = elements_of(weights[sharded.name].numpy(), Piece(sharded.slice, 0, size, 0))
             wanted = torch.from_numpy(part.copy()).to(local.dtype)
-            assert torch.equal(local.detach().reshape(-1)[:size], wanted), held.name
+            assert torch.equal(local.detach().reshape(-1)[:size], wanted), sharded.name
 
 
 FP32 = [(stage, "fp32", {}) for stage in range(4)]
@@ -217,35 +223,34 @@ class Sliced:
         # A copy of a matrix that another stage saves; it is loaded all the same.
         copy = torch.nn.Parameter(torch.full(SHAPES["tied"], torch.nan))
         self.parameters.append(ShardedParameter("tied", copy, SHAPES["tied"], None, saved=False))
-        self.inner_optimizer = torch.optim.AdamW([held.parameter for held in self.parameters], lr=0.0)
-        for held in self.parameters:
-            held.parameter.grad = torch.zeros_like(held.parameter)
+        self.inner_optimizer = torch.optim.AdamW([sharded.parameter for sharded in self.parameters], lr=0.0)
+        for sharded in self.parameters:
+            sharded.parameter.grad = torch.zeros_like(sharded.parameter)
         self.inner_optimizer.step()
         self.fill(values)
 
     def fill(self, values):
-        """Set what this rank holds from full arrays, by slicing."""
+        """Set the local tensors from full arrays, by slicing."""
         import torch
 
-        for held in self.parameters:
+        state = self.inner_optimizer.state
+        for sharded in self.parameters:
             for moment in (None, "exp_avg", "exp_avg_sq") if values else ():
-                full = torch.from_numpy(values[held.name if moment is None else f"{moment}.{held.name}"])
-                part = (
-                    full
-                    if held.slice is None
-                    else full.narrow(held.slice.dim, held.slice.start, held.slice.stop - held.slice.start)
-                )
-                local = held.parameter.data if moment is None else self.inner_optimizer.state[held.parameter][moment]
+                part = torch.from_numpy(values[sharded.name if moment is None else f"{moment}.{sharded.name}"])
+                if (cut := sharded.slice) is not None:
+                    part = part.narrow(cut.dim, cut.start, cut.stop - cut.start)
+                local = sharded.parameter.data if moment is None else state[sharded.parameter][moment]
                 local.zero_()
                 local[tuple(slice(0, size) for size in part.shape)] = part
 
     def locals(self):
         """Copies of all local tensors."""
         state = self.inner_optimizer.state
+        local = [sharded.parameter for sharded in self.parameters]
         return [
             tensor.detach().clone()
-            for held in self.parameters
-            for tensor in (held.parameter, state[held.parameter]["exp_avg"], state[held.parameter]["exp_avg_sq"])
+            for parameter in local
+            for tensor in (parameter, state[parameter]["exp_avg"], state[parameter]["exp_avg_sq"])
         ]
 
 
@@ -259,8 +264,8 @@ def save_sliced(process, degree, run, values):
     assert saver.start(1, {"step": 1, "evaluation": None, "optimizer_step": 1}) is None
     saved = saver.wait()
     saver.close()
-    assert saved.failure is None
-    return sum(part.stop - part.start for part in saver._parts)
+    assert isinstance(saved.outcome, Published)
+    return sum(part.numel for part in saver._parts)
 
 
 def load_sliced(process, degree, run, values):
@@ -271,14 +276,15 @@ def load_sliced(process, degree, run, values):
 
     folder = reader.newest_checkpoint(Path(run))
     engine, wanted = Sliced(process, degree, None), Sliced(process, degree, values)
-    checkpoint.check(checkpoint.layout(engine, checkpoint.owned(engine)), TensorReader(folder).index)
-    checkpoint.put(engine, TensorReader(folder), reader.read_state(folder))
+    index = checkpoint.gather_index(engine, checkpoint.owned_ranges(engine))
+    checkpoint.check_index(index, TensorReader(folder).index)
+    checkpoint.restore(engine, TensorReader(folder), reader.read_state(folder))
     assert all(torch.equal(one, other) for one, other in zip(engine.locals(), wanted.locals()))
 
 
 @pytest.mark.parametrize("world, degree", [(2, 2), (4, 2), (4, 4), (3, 3), (2, 1)])
 def test_slices_and_paddings_of_tensor_parallel_ranks(world, degree, tmp_path):
-    """Rows, columns, a padded table, parameters that all ranks have, and a tied copy; replicas share the saving."""
+    """Rows, columns, a padded table, replicated parameters, and a tied copy; replicas divide up the saving."""
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "tokenizer").mkdir()
     dice = np.random.default_rng(0)
@@ -289,7 +295,7 @@ def test_slices_and_paddings_of_tensor_parallel_ranks(world, degree, tmp_path):
     }
     counts = on_ranks(save_sliced, world, degree, str(tmp_path / "run"), values)
     assert sum(counts) == sum(int(np.prod(shape)) for shape in SHAPES.values())
-    # Ranks with the same slices share them evenly.
+    # Ranks with the same slices divide them up evenly.
     assert all(max(counts[first::degree]) - min(counts[first::degree]) <= 1 for first in range(degree))
     found = tensors_of(reader.newest_checkpoint(tmp_path / "run"))
     assert found.keys() == values.keys()

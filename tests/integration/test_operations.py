@@ -41,16 +41,16 @@ def stopped_in_a_step(rank, settings):
 
 
 def stopped_in_a_save(rank, settings):
-    from exlm_dist.training.session import Session
+    from exlm_dist.training.checkpointer import Checkpointer
 
-    plain = Session.save
+    plain = Checkpointer.save
 
-    def save(session, **keywords):
-        if rank == 0 and session.step == 8:
+    def save(checkpointer, step, evaluation, **keywords):
+        if rank == 0 and step == 8:
             os.kill(os.getpid(), signal.SIGSTOP)
-        plain(session, **keywords)
+        plain(checkpointer, step, evaluation, **keywords)
 
-    Session.save = save
+    Checkpointer.save = save
     return _train(rank, settings, None)
 
 
@@ -87,17 +87,17 @@ def test_a_rank_that_is_stopped_on_its_way_out_is_ended_too(data, tmp_path):
 
 def signals_in_a_save(rank, settings):
     """USR1 when the save of step 8 begins, TERM while its numbers are copied, TERM again when it is given away."""
+    from exlm_dist.training.checkpointer import Checkpointer
     from exlm_dist.training.engine import state as checkpoint
-    from exlm_dist.training.session import Session
 
-    save, copy_out, saved = Session.save, checkpoint.copy_out, []
+    save, copy_out, saved = Checkpointer.save, checkpoint.copy_out, []
 
-    def signalled_save(session, **keywords):
-        saved.append(session.step)
-        if rank == 1 and session.step == 8:
+    def signalled_save(checkpointer, step, evaluation, **keywords):
+        saved.append(step)
+        if rank == 1 and step == 8:
             os.kill(os.getpid(), signal.SIGUSR1)
-        save(session, **keywords)
-        if rank == 1 and session.step == 8:
+        save(checkpointer, step, evaluation, **keywords)
+        if rank == 1 and step == 8:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def signalled_copy(*arguments):
@@ -105,7 +105,7 @@ def signals_in_a_save(rank, settings):
             os.kill(os.getpid(), signal.SIGTERM)
         return copy_out(*arguments)
 
-    Session.save, checkpoint.copy_out = signalled_save, signalled_copy
+    Checkpointer.save, checkpoint.copy_out = signalled_save, signalled_copy
     code = _train(rank, settings, None)
     return code, saved
 
@@ -128,9 +128,9 @@ def test_the_pointer_to_the_latest_checkpoint_is_never_followed(content, data, t
 
 
 def chosen(process, folders):
-    from exlm_dist.training.engine import state as checkpoint
+    from exlm_dist.training.starting_point import select_checkpoint
 
-    found = checkpoint.select(Path(folders[process.rank]), process)
+    found = select_checkpoint(Path(folders[process.rank]), process)
     return found[0].name, found[1]["step"]
 
 

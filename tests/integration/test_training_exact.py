@@ -24,7 +24,7 @@ def first_step(process, settings):
     from exlm_dist.data.loader import Loader
     from exlm_dist.data.recipe import Recipe
     from exlm_dist.data.shards import ShardDataset
-    from exlm_dist.training.engine.base import build_engine
+    from exlm_dist.training.engine import build_engine
     from exlm_dist.training.step import optimizer_step
 
     config = RunConfig.model_validate(settings)
@@ -41,7 +41,7 @@ def first_step(process, settings):
     engine = build_engine(config, process, dataset.vocab_size, 20.0)
     batches = loader.step(0)
     samples = sorted(int(sample) for batch in batches.micro_batches for sample in batch.sample_ids)
-    result = optimizer_step(engine, batches, config, scored=False)
+    result = optimizer_step(engine, batches, config, scored=False).result
     loss = float(process.all_gather([float(result.loss)]).sum())
     state = full_state(engine)
     norm = float(result.grad_norm)

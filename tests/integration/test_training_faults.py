@@ -261,9 +261,9 @@ def test_the_next_save_waits_for_the_former(data, tmp_path):
 
 def poisoned(rank, settings):
     """A parameter of rank 1 becomes infinite after step 3."""
-    from exlm_dist.training.engine.base import PlainEngine
+    from exlm_dist.training.engine.zero_engine import ZeroEngine
 
-    plain, count = PlainEngine.train, {"steps": 0}
+    plain, count = ZeroEngine.train, {"steps": 0}
 
     def train(engine, *arguments, **keywords):
         result = plain(engine, *arguments, **keywords)
@@ -272,7 +272,7 @@ def poisoned(rank, settings):
             engine.parameters[-1].parameter.data.fill_(float("inf"))
         return result
 
-    PlainEngine.train = train
+    ZeroEngine.train = train
     return _train(rank, settings, None)
 
 

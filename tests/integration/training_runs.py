@@ -91,15 +91,15 @@ def _before_step(action: Any) -> None:
 
 def _finish_saves_before_steps() -> None:
     """So that a death at step n finds the save of an earlier step done: these steps take milliseconds."""
-    from exlm_dist.training.session import Session
+    from exlm_dist.training.checkpointer import Checkpointer
 
-    plain = Session.attend_save
+    plain = Checkpointer.attend
 
-    def attend_save(session: Session) -> None:
-        while session.saving:
-            plain(session)
+    def attend(checkpointer: Checkpointer) -> None:
+        while checkpointer.saving:
+            plain(checkpointer)
 
-    Session.attend_save = attend_save
+    Checkpointer.attend = attend
 
 
 def _die_at_step(number: int) -> None:

@@ -50,7 +50,7 @@ def trajectory(process, settings):
     from exlm_dist.data.recipe import Recipe
     from exlm_dist.data.shards import ShardDataset
     from exlm_dist.parallel.process_groups import Grid
-    from exlm_dist.training.engine.base import build_engine
+    from exlm_dist.training.engine import build_engine
     from exlm_dist.training.step import optimizer_step
 
     config = RunConfig.model_validate(settings)
@@ -72,9 +72,9 @@ def trajectory(process, settings):
     initial = pieces(engine, None)
     rows, first = [], None
     for number in range(STEPS):
-        result = optimizer_step(engine, loader.step(number), config, scored=True)
+        result = optimizer_step(engine, loader.step(number), config, scored=True).result
         scores = [0.0] * 3 if result.scores is None else result.scores.tolist()
-        left_out = sum(float(mask.sum()) for _, mask in result.invalid)
+        left_out = sum(float(mask.sum()) for mask in result.invalid)
         sums = process.all_gather([float(result.loss), left_out, *scores]).sum(0).tolist()
         rows.append([*sums, float(result.grad_norm)])
         if number == 0:
@@ -83,7 +83,7 @@ def trajectory(process, settings):
     sums = engine.evaluate(eval_batches(datasets["valid"], asked, sequences=10, rank=data.rank, world=data.size))
     evaluation = process.all_gather([sums.nll, sums.correct, sums.count]).sum(0).tolist()
     after = optimizer_step(engine, loader.step(STEPS), config, scored=False)
-    rows.append([float(process.all_gather([float(after.loss)]).sum())])
+    rows.append([float(process.all_gather([float(after.result.loss)]).sum())])
     final = pieces(engine, None)
     engine.close()
     return {"rows": rows, "initial": initial, "first": first, "final": final, "evaluation": evaluation}

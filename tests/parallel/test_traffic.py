@@ -39,7 +39,7 @@ def counted(process, layout: dict) -> dict[str, float]:
     from exlm_dist.parallel.layout import Layout
     from exlm_dist.parallel.process_groups import Grid
     from exlm_dist.parallel.traffic import Traffic
-    from exlm_dist.training.engine.base import build_engine
+    from exlm_dist.training.engine import build_engine
 
     config = RunConfig.model_validate(settings(layout))
     grid = Grid.make(Layout.of(config.parallel, process.world), process.rank)

@@ -1,150 +1,133 @@
-"""Where DeepSpeed keeps the fp32 numbers that a rank updates: one class per kind of ZeRO, all with the same methods.
+"""Where DeepSpeed keeps the fp32 elements that a rank updates: one class per kind of ZeRO, all with the same methods.
 
-A fragment is the range of a flattened local tensor (padding included) for which this rank holds master copy and
-moments.
+A fragment is the range of a flattened local tensor (padding included) for which this rank has master copy and moments.
+The traps that the classes avoid are listed in docs/checkpoints.md.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
-from torch import nn
 
 from exlm_dist.parallel.sharded import ShardedParameter
 from exlm_dist.training.engine.base import Engine
 
 
-class Fragments(Protocol):
+class Fragments(ABC):
     """Access to the fragments of a rank. `moment`: None for the parameter, else a state of the optimizer."""
 
-    #: Whether every data-parallel rank holds all of them.
-    replicated: bool
+    #: Whether every data-parallel rank has all of them.
+    replicated = False
 
-    def extent(self, held: ShardedParameter) -> tuple[int, int]:
-        """First number and the one after the last; equal where this rank has none."""
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
-    def local_numel(self, held: ShardedParameter) -> int:
-        """Numbers of the local tensor, padding included."""
+    @abstractmethod
+    def bounds(self, sharded: ShardedParameter) -> tuple[int, int]:
+        """First element and the one after the last; equal where this rank has none."""
 
-    def read(self, held: ShardedParameter, moment: str | None) -> torch.Tensor:
-        """The numbers, flat; valid until the next step."""
+    @abstractmethod
+    def read(self, sharded: ShardedParameter, moment: str | None) -> torch.Tensor:
+        """The elements, flat; valid until the next step."""
 
-    def write(self, held: ShardedParameter, moment: str | None, values: torch.Tensor) -> None:
-        """Replace all numbers of the fragment (and of the part of the working copy that goes with it)."""
+    def write(self, sharded: ShardedParameter, moment: str | None, values: torch.Tensor) -> None:
+        """Replace all elements of the fragment."""
+        self.read(sharded, moment).copy_(values)
 
-    def copies_whole(self, held: ShardedParameter) -> bool:
-        """Whether this rank works with a copy of the whole local tensor, which `refresh` must fill after a `write`:
-        the next step would run on stale weights."""
+    def local_numel(self, sharded: ShardedParameter) -> int:
+        """Elements of the local tensor, padding included."""
+        return sharded.parameter.numel()
 
-    def refresh(self, held: ShardedParameter, values: torch.Tensor) -> None:
-        """Replace the working copy."""
+    def has_working_copy(self, sharded: ShardedParameter) -> bool:
+        """Whether this rank computes with a copy of the whole local tensor, which `refresh` must fill after a `write`:
+        the next step would use stale weights."""
+        return True
+
+    def refresh(self, sharded: ShardedParameter, values: torch.Tensor) -> None:
+        """Replace all elements of the working copy."""
+        sharded.parameter.data.view(-1).copy_(values)
 
 
 def fragments_of(engine: Engine) -> Fragments:
     """Access for the ZeRO stage of the engine."""
-    return {0: _Replicated, 1: _Mapped, 2: _Mapped, 3: _Partitioned}[engine.zero](engine)
+    kinds: dict[int, type[Fragments]] = {0: _Replicated, 1: _Mapped, 2: _Mapped, 3: _Partitioned}
+    return kinds[engine.zero](engine)
 
 
-class _Replicated:
+def _annotated(sharded: ShardedParameter) -> Any:
+    """The parameter, with the attributes that DeepSpeed has put on it."""
+    return sharded.parameter
+
+
+class _Replicated(Fragments):
     """ZeRO 0. DeepSpeed's accessors do not work here; its 16-bit wrapper has the fp32 copies in `fp32_groups`."""
 
     replicated = True
 
     def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
         self._state = engine.inner_optimizer.state
-        self._copies: dict[nn.Parameter, torch.Tensor] = {}
+        self._masters: dict[torch.Tensor, torch.Tensor] = {}
         if engine.dtype != torch.float32:
             wrapper = engine.deepspeed.optimizer
             for halves, fulls in zip(wrapper.fp16_groups, wrapper.fp32_groups):
-                self._copies.update(zip(halves, fulls))
+                self._masters.update(zip(halves, fulls))
 
-    def extent(self, held: ShardedParameter) -> tuple[int, int]:
-        return 0, held.parameter.numel()
+    def bounds(self, sharded: ShardedParameter) -> tuple[int, int]:
+        return 0, sharded.parameter.numel()
 
-    def local_numel(self, held: ShardedParameter) -> int:
-        return held.parameter.numel()
-
-    def read(self, held: ShardedParameter, moment: str | None) -> torch.Tensor:
-        master = self._copies.get(held.parameter, held.parameter)
+    def read(self, sharded: ShardedParameter, moment: str | None) -> torch.Tensor:
+        master = self._masters.get(sharded.parameter, sharded.parameter)
         return (master if moment is None else self._state[master][moment]).detach().view(-1)
 
-    def write(self, held: ShardedParameter, moment: str | None, values: torch.Tensor) -> None:
-        self.read(held, moment).copy_(values)
-
-    def copies_whole(self, held: ShardedParameter) -> bool:
-        return held.parameter in self._copies
-
-    def refresh(self, held: ShardedParameter, values: torch.Tensor) -> None:
-        held.parameter.data.view(-1).copy_(values)
+    def has_working_copy(self, sharded: ShardedParameter) -> bool:
+        return sharded.parameter in self._masters
 
 
-class _Mapped:
+class _Mapped(Fragments):
     """ZeRO 1 and 2: `_hp_mapping` links a parameter to its fragment of the flat partition."""
 
-    replicated = False
-
-    def __init__(self, engine: Engine) -> None:
-        pass
-
-    def extent(self, held: ShardedParameter) -> tuple[int, int]:
-        mapping = held.parameter._hp_mapping
+    def bounds(self, sharded: ShardedParameter) -> tuple[int, int]:
+        mapping = _annotated(sharded)._hp_mapping
         if mapping is None:
             return 0, 0
         address = mapping.lp_fragment_address
         return address.start, address.start + address.numel
 
-    def local_numel(self, held: ShardedParameter) -> int:
-        return held.parameter.numel()
-
-    def read(self, held: ShardedParameter, moment: str | None) -> torch.Tensor:
-        return held.parameter._hp_mapping.get_hp_fragment(moment).detach()
-
-    def write(self, held: ShardedParameter, moment: str | None, values: torch.Tensor) -> None:
-        self.read(held, moment).copy_(values)
-
-    def copies_whole(self, held: ShardedParameter) -> bool:
-        return True
-
-    def refresh(self, held: ShardedParameter, values: torch.Tensor) -> None:
-        held.parameter.data.view(-1).copy_(values)
+    def read(self, sharded: ShardedParameter, moment: str | None) -> torch.Tensor:
+        return _annotated(sharded)._hp_mapping.get_hp_fragment(moment).detach()
 
 
-class _Partitioned:
-    """ZeRO 3: equal parts of each parameter, the end of the last filled up."""
+class _Partitioned(Fragments):
+    """ZeRO 3: equal parts of each parameter, the last one padded at its end."""
 
-    replicated = False
-
-    def __init__(self, engine: Engine) -> None:
-        pass
-
-    def extent(self, held: ShardedParameter) -> tuple[int, int]:
-        size = held.parameter.ds_tensor.numel()
-        start = size * torch.distributed.get_rank(held.parameter.ds_process_group)
+    def bounds(self, sharded: ShardedParameter) -> tuple[int, int]:
+        parameter = _annotated(sharded)
+        size = parameter.ds_tensor.numel()
+        start = size * torch.distributed.get_rank(parameter.ds_process_group)
         return start, start + size
 
-    def local_numel(self, held: ShardedParameter) -> int:
-        return math.prod(held.parameter.ds_shape)
+    def read(self, sharded: ShardedParameter, moment: str | None) -> torch.Tensor:
+        # What the public accessors ask. They bring elements that are kept on the host to the GPU first.
+        optimizer = _annotated(sharded)._z3_optimizer
+        elements, _ = optimizer._get_fp32_opt_state_partition(sharded.parameter, True, optim_state_key=moment)
+        return elements.detach().view(-1)
 
-    def read(self, held: ShardedParameter, moment: str | None) -> torch.Tensor:
-        # What the public accessors ask. They bring numbers that are kept on the host to the GPU first.
-        optimizer = held.parameter._z3_optimizer
-        numbers, _ = optimizer._get_fp32_opt_state_partition(held.parameter, True, optim_state_key=moment)
-        return numbers.detach().view(-1)
-
-    def write(self, held: ShardedParameter, moment: str | None, values: torch.Tensor) -> None:
+    def write(self, sharded: ShardedParameter, moment: str | None, values: torch.Tensor) -> None:
         from deepspeed import utils
 
         if moment is not None:
-            utils.safe_set_local_optimizer_state(held.parameter, values, moment)
+            utils.safe_set_local_optimizer_state(sharded.parameter, values, moment)
             return
-        utils.safe_set_local_fp32_param(held.parameter, values)
-        held.parameter.ds_tensor.data.view(-1).copy_(values)
+        utils.safe_set_local_fp32_param(sharded.parameter, values)
+        _annotated(sharded).ds_tensor.data.view(-1).copy_(values)
 
-    def copies_whole(self, held: ShardedParameter) -> bool:
-        """Small parameters are kept gathered, and would go on with their old values."""
-        return held.parameter.data.numel() == self.local_numel(held)
+    def local_numel(self, sharded: ShardedParameter) -> int:
+        return math.prod(_annotated(sharded).ds_shape)
 
-    def refresh(self, held: ShardedParameter, values: torch.Tensor) -> None:
-        held.parameter.data.view(-1).copy_(values)
+    def has_working_copy(self, sharded: ShardedParameter) -> bool:
+        """Small parameters are kept gathered, and would keep their old values."""
+        return sharded.parameter.data.numel() == self.local_numel(sharded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,75 +17,113 @@ from exlm_dist.model.scoring import Totals
 from exlm_dist.model.stages import cut_layers, described, layer_costs
 from exlm_dist.model.stream import Stream
 from exlm_dist.parallel.process import Process
-from exlm_dist.training.engine.base import BatchResult, Engine, quiet_deepspeed
+from exlm_dist.training.engine.base import BatchResult, Engine, build_local_model
+from exlm_dist.training.engine.quiet_deepspeed import quiet_deepspeed
 from exlm_dist.utils.logs import get_logger
 
 logger = get_logger(__name__)
 
 
-class PipelineEngine(Engine):
-    """Every rank runs the layers of its stage; DeepSpeed moves the micro-batches through the stages (1F1B).
+class MicroResult(NamedTuple):
+    """What the last stage makes of a micro-batch, as `training_module.Objective.forward` gives it."""
+
+    loss: Tensor
+    left_out: Tensor
+    scores: Tensor | None
+
+
+class StageWork:
+    """What this rank does with each micro-batch that DeepSpeed brings to it: run its layers, on the last stage compute
+    the loss too.
 
     The micro-batches enter at the first stage. The last one, which has the same micro-batches from its own loader,
-    needs only their masked places and takes them in the order in which they arrive, the order of the list.
+    needs only their masked positions. They arrive there in the order of the list.
     """
+
+    def __init__(self, reduction: Literal["sequence", "token"], *, last: bool) -> None:
+        self._reduction, self._last = reduction, last
+        self.begin([], 1.0, recompute=False)
+
+    def begin(self, is_masked: Sequence[Tensor | None], scale: float, *, recompute: bool) -> None:
+        """Before a pass over micro-batches. `is_masked`: [N] of each on the last stage, None: not scored; `scale`:
+        factor of the loss for DeepSpeed; `recompute`: activations of the blocks in the backward pass."""
+        self._is_masked, self._scale, self._recompute = is_masked, scale, recompute
+        self.results: list[MicroResult] = []  # on the last stage
+
+    def __call__(self, layers: Sequence[nn.Module], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor:
+        """The tensors for the next stage; on the last one the scaled loss."""
+        heartbeat.alive()
+        stream = run_layers(layers, Stream.from_tensors(tensors), recompute=self._recompute)
+        if not self._last:
+            return stream.to_tensors()
+        loss, left_out = loss_sum(stream, self._reduction)
+        is_masked = self._is_masked[len(self.results)]
+        scores = None if is_masked is None else masked_scores(stream, is_masked).stacked()
+        self.results.append(MicroResult(loss.detach(), left_out, scores))
+        return loss * self._scale
+
+
+class PipelineEngine(Engine):
+    """Every rank runs the layers of its stage; DeepSpeed moves the micro-batches through the stages (1F1B)."""
 
     def __init__(self, config: RunConfig, process: Process, vocab_size: int, length: float) -> None:
         """`length`: mean tokens of a sequence, for the costs by which the layers are cut."""
-        super().__init__(config, process, vocab_size)
-        grid = process.grid
+        pipeline = process.grid.pipeline
         costs = layer_costs(config.model, vocab_size, length, config.masking.ratio)
-        self.bounds = cut_layers(costs, grid.pipeline.size)
-        logger.info("stages: %s", described(self.bounds, costs))
-        model = self.build(self.bounds[grid.pipeline.rank])
-        self.parameters = model.sharded_parameters()
-        self._recompute = config.parallel.activation_checkpointing
-        self._scale = 0.0
-        self._is_masked: list[Tensor | None] = []
-        self._done: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        bounds = cut_layers(costs, pipeline.size)
+        logger.info("stages: %s", described(bounds, costs))
+        model = build_local_model(config, process, vocab_size, bounds[pipeline.rank])
+        parameters = model.sharded_parameters()
+        work = StageWork(config.loss.reduction, last=pipeline.is_last)
         with quiet_deepspeed() as deepspeed:
             deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)
-            from exlm_dist.parallel.pipeline import Stages
+            from exlm_dist.parallel.pipeline import Stages  # imports DeepSpeed
 
-            self._stages = Stages(model.places, self.bounds, grid, self._work, tied=config.model.tie_head)
-        self.start(self._stages)
+            stages = Stages(model.places, bounds, process.grid, work, tied=config.model.tie_head)
+        super().__init__(config, process, stages, parameters)
+        self._work = work
 
     def train(self, batches: Sequence[PackedBatch], denominator: float, *, scored: bool) -> BatchResult:
         """See `Engine.train`."""
         masked = [scored and batch is batches[-1] for batch in batches]
-        # DeepSpeed divides by its accumulation and averages over the copies; both are undone.
-        self._begin(batches, masked, self.process.grid.data.size * self.accumulation / denominator)
+        # DeepSpeed divides by its accumulation and averages over the replicas; both are undone.
+        scale = self.process.grid.data.size * self.accumulation / denominator
+        self._work.begin(
+            self._masked_positions(batches, masked), scale, recompute=self.config.parallel.activation_checkpointing
+        )
         self.deepspeed.micro_batches = len(batches)
         self.deepspeed.train_batch(self._load(batches, masked))
         self.deepspeed.timers("train_batch").reset()  # it would keep the time, on a GPU two events, of every step
         norm = self.deepspeed.get_global_grad_norm()
         if not self.process.grid.reports_metrics:
             zero = torch.zeros((), dtype=torch.float64, device=self.process.device)
-            nobody = [torch.zeros(batch.num_sequences, dtype=torch.bool) for batch in batches]
-            return BatchResult(zero, nobody, None, norm)
-        total = torch.stack([loss for loss, _, _ in self._done]).double().sum() / denominator
-        return BatchResult(total, [left_out for _, left_out, _ in self._done], self._done[-1][2], norm)
+            none_left_out = [torch.zeros(batch.num_sequences, dtype=torch.bool) for batch in batches]
+            return BatchResult(zero, none_left_out, None, norm)
+        results = self._work.results
+        total = torch.stack([result.loss for result in results]).double().sum() / denominator
+        return BatchResult(total, [result.left_out for result in results], results[-1].scores, norm)
 
     def evaluate(self, batches: Iterable[PackedBatch]) -> Totals:
         """See `Engine.evaluate`."""
         every = list(batches)
         masked = [True] * len(every)
-        self._begin(every, masked, 1.0)
+        self._work.begin(self._masked_positions(every, masked), 1.0, recompute=False)
         self.deepspeed.eval_batch(
             self._load(every, masked), reduce_output=None, bcast_loss=False, num_micro_batches=len(every)
         )
         if not self.process.grid.reports_metrics:
             return Totals(0.0, 0.0, 0.0)
-        return Totals(*torch.stack([scores for _, _, scores in self._done]).double().sum(0).tolist())
+        scores = [result.scores for result in self._work.results if result.scores is not None]
+        return Totals(*torch.stack(scores).double().sum(0).tolist())
 
-    def _begin(self, batches: Sequence[PackedBatch], masked: Sequence[bool], scale: float) -> None:
-        device = self.process.device
-        self._scale, self._done, self._is_masked = scale, [], []
-        if self.process.grid.pipeline.is_last:
-            self._is_masked = [
-                torch.from_numpy(batch.is_masked).to(device) if wanted else None
-                for batch, wanted in zip(batches, masked)
-            ]
+    def _masked_positions(self, batches: Sequence[PackedBatch], wanted: Sequence[bool]) -> list[Tensor | None]:
+        """`is_masked` of the micro-batches to be scored, on the device of the last stage."""
+        if not self.process.grid.pipeline.is_last:
+            return []
+        return [
+            torch.from_numpy(batch.is_masked).to(self.process.device) if wants else None
+            for batch, wants in zip(batches, wanted)
+        ]
 
     def _load(
         self, batches: Sequence[PackedBatch], masked: Sequence[bool]
@@ -93,16 +132,3 @@ class PipelineEngine(Engine):
         first = self.process.grid.pipeline.is_first
         for batch, wanted in zip(batches, masked):
             yield (self.stream(batch).replace(predict=wanted).to_tensors() if first else ()), ()
-
-    def _work(self, layers: Sequence[nn.Module], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor:
-        """This stage on one micro-batch; on the last stage the loss, scaled for DeepSpeed."""
-        heartbeat.alive()
-        training = self._stages.training
-        stream = run_layers(layers, Stream.from_tensors(tensors), recompute=self._recompute and training)
-        if not self.process.grid.pipeline.is_last:
-            return stream.to_tensors()
-        loss, left_out = loss_sum(stream, self.config.loss.reduction)
-        is_masked = self._is_masked[len(self._done)]
-        scores = None if is_masked is None else masked_scores(stream, is_masked).stacked()
-        self._done.append((loss.detach(), left_out, scores))
-        return loss * self._scale

@@ -1,8 +1,7 @@
 """State out of the engine and back into it, free of layout: fp32 parameters and moments by canonical name, in pieces.
 
-Each rank reads and writes the numbers that it owns of the parameters that it holds: no tensor travels between ranks.
-The pieces are put together again at whatever ZeRO stage, world size, slicing and precision the run goes on with. Traps
-met here are listed in docs/checkpoints.md.
+Each rank reads and writes the elements that it owns of its local parameters: no tensor travels between ranks. The
+pieces are assembled again for whatever ZeRO stage, world size, slicing and precision the run continues with.
 """
 
 from __future__ import annotations
@@ -10,18 +9,15 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from exlm_dist.checkpoint import reader
 from exlm_dist.checkpoint.pieces import Piece
 from exlm_dist.checkpoint.tensors import Index, TensorReader
-from exlm_dist.parallel.process import Process
 from exlm_dist.parallel.sharded import ShardedParameter
 from exlm_dist.training.engine.base import Engine
-from exlm_dist.training.engine.fragments import Fragments, fragments_of
+from exlm_dist.training.engine.fragments import fragments_of
 from exlm_dist.utils.errors import CheckpointError
 from exlm_dist.utils.logs import get_logger
 
@@ -32,75 +28,83 @@ logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Owned:
-    """Numbers `start` to `stop` of the flattened part of a parameter that this rank holds: those it saves."""
+class OwnedRange:
+    """Elements `start` to `stop` of the flattened local part of a parameter: those that this rank saves."""
 
-    held: ShardedParameter
+    sharded: ShardedParameter
     start: int
     stop: int
 
+    @property
+    def numel(self) -> int:
+        """Elements in it."""
+        return self.stop - self.start
 
-def owned(engine: Engine) -> list[Owned]:
-    """What this rank saves; together, the ranks save every number once."""
+
+def owned_ranges(engine: Engine) -> list[OwnedRange]:
+    """What this rank saves; all ranks save every element once."""
     fragments = fragments_of(engine)
-    saved = [Owned(held, *_unpadded(held, fragments)) for held in engine.parameters if held.saved]
+    owned = [
+        OwnedRange(sharded, *_unpadded(sharded, *fragments.bounds(sharded)))
+        for sharded in engine.parameters
+        if sharded.saved
+    ]
     if fragments.replicated:
-        saved = _share(saved, *engine.replica)
-    return [part for part in saved if part.stop > part.start]
+        owned = _split_evenly(owned, *engine.replica)
+    return [part for part in owned if part.numel > 0]
 
 
-def _unpadded(held: ShardedParameter, fragments: Fragments) -> tuple[int, int]:
-    """Range of the fragment without the padding at the end of the local tensor."""
-    start, stop = fragments.extent(held)
-    size = math.prod(held.part_shape)
+def _unpadded(sharded: ShardedParameter, start: int, stop: int) -> tuple[int, int]:
+    """A range of the flattened local tensor without the padding at its end."""
+    size = math.prod(sharded.part_shape)
     return min(start, size), min(stop, size)
 
 
-def _share(parts: list[Owned], replica: int, replicas: int) -> list[Owned]:
-    """The equal share of one of several replicas: a consecutive stretch of all parts."""
-    total = sum(part.stop - part.start for part in parts)
+def _split_evenly(parts: list[OwnedRange], replica: int, replicas: int) -> list[OwnedRange]:
+    """One of equal splits of all `parts`, for one of several replicas: contiguous in the order of the parts."""
+    total = sum(part.numel for part in parts)
     low, high = total * replica // replicas, total * (replica + 1) // replicas
-    shares, at = [], 0
+    split, at = [], 0
     for part in parts:
-        end = at + part.stop - part.start
-        start, stop = max(low, at), min(high, end)
-        shares.append(Owned(part.held, part.start + start - at, part.start + max(start, stop) - at))
-        at = end
-    return shares
+        start, stop = max(low, at), min(high, at + part.numel)
+        split.append(OwnedRange(part.sharded, part.start + start - at, part.start + max(start, stop) - at))
+        at += part.numel
+    return split
 
 
-def layout(engine: Engine, parts: list[Owned]) -> Index:
+def gather_index(engine: Engine, parts: list[OwnedRange]) -> Index:
     """The index of what all ranks save, on every rank. A collective. CheckpointError where it does not make up the
     model."""
-    pieces = {part.held.name: [Piece(part.held.slice, part.start, part.stop, engine.process.rank)] for part in parts}
-    mine = Index({held.name: held.shape for held in engine.parameters}, {}, MOMENTS)
-    mine.pieces.update({name: pieces.get(name, []) for name in mine.shapes})
+    rank = engine.process.rank
+    pieces = {part.sharded.name: [Piece(part.sharded.slice, part.start, part.stop, rank)] for part in parts}
+    shapes = {sharded.name: sharded.shape for sharded in engine.parameters}
+    mine = Index(shapes, {name: pieces.get(name, []) for name in shapes}, MOMENTS)
     index = Index.merged(engine.process.all_gather_object(mine.as_json()))
     index.check()
     return index
 
 
-def sources(engine: Engine, parts: list[Owned]) -> list[torch.Tensor]:
-    """Where the numbers of `parts` lie, flat fp32: parameters, then each moment in turn. They change with the next
-    optimizer step, and with nothing else.
+def owned_tensors(engine: Engine, parts: list[OwnedRange]) -> list[torch.Tensor]:
+    """The elements of `parts` where they are, flat fp32: parameters, then each moment in turn. The next optimizer step
+    changes them, and nothing else does.
 
     Only after the first optimizer step: before it there are no moments.
     """
     fragments = fragments_of(engine)
-    firsts = [fragments.extent(part.held)[0] for part in parts]
+    firsts = [fragments.bounds(part.sharded)[0] for part in parts]
     return [
-        fragments.read(part.held, moment)[part.start - first : part.stop - first]
+        fragments.read(part.sharded, moment)[part.start - first : part.stop - first]
         for moment in (None, *MOMENTS)
         for part, first in zip(parts, firsts)
     ]
 
 
-def copy_out(numbers: list[torch.Tensor], into: torch.Tensor, stream: torch.cuda.Stream | None = None) -> None:
-    """Copy `numbers` to the flat CPU tensor `into`, one after the other. From a GPU by `stream`, beside whatever else
-    runs there if the memory of `into` is pinned; all is there on return."""
+def copy_out(tensors: list[torch.Tensor], into: torch.Tensor, stream: torch.cuda.Stream | None = None) -> None:
+    """Copy flat `tensors` to the flat CPU tensor `into`, one after the other. From a GPU by `stream`, concurrently with
+    its other work if the memory of `into` is pinned; complete on return."""
     at = 0
     with torch.no_grad(), contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-        for values in numbers:
+        for values in tensors:
             into[at : at + len(values)].copy_(values, non_blocking=stream is not None)
             at += len(values)
     if stream is not None:
@@ -116,8 +120,8 @@ def scalars(engine: Engine) -> dict[str, Any]:
     return result
 
 
-def check(present: Index, saved: Index) -> None:
-    """CheckpointError when parameters, shapes or moments of a checkpoint are not those of the model."""
+def check_index(present: Index, saved: Index) -> None:
+    """CheckpointError when parameters, shapes or moments of a checkpoint (`saved`) are not those of the model."""
     expected, found = present.shapes, saved.shapes
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
@@ -130,17 +134,17 @@ def check(present: Index, saved: Index) -> None:
         raise CheckpointError(f"the checkpoint has the optimizer states {saved.moments}, not {present.moments}.")
 
 
-def put(engine: Engine, tensors: TensorReader, state: dict[str, Any]) -> None:
+def restore(engine: Engine, tensors: TensorReader, state: dict[str, Any]) -> None:
     """Fill the engine from a checkpoint; each rank reads what it needs. The moments must exist: `Engine.prime`."""
     fragments = fragments_of(engine)
     with torch.no_grad():
-        for held in engine.parameters:
-            start, stop = fragments.extent(held)
+        for sharded in engine.parameters:
+            start, stop = fragments.bounds(sharded)
             for moment in (None, *MOMENTS):
                 if stop > start:
-                    fragments.write(held, moment, _padded(tensors, held, moment, start, stop))
-            if fragments.copies_whole(held):
-                fragments.refresh(held, _padded(tensors, held, None, 0, fragments.local_numel(held)))
+                    fragments.write(sharded, moment, _padded(tensors, sharded, moment, start, stop))
+            if fragments.has_working_copy(sharded):
+                fragments.refresh(sharded, _padded(tensors, sharded, None, 0, fragments.local_numel(sharded)))
     for entry in engine.inner_optimizer.state.values():
         entry["step"].fill_(state["optimizer_step"])
     if "loss_scale" in state and engine.dtype == torch.float16:
@@ -148,47 +152,11 @@ def put(engine: Engine, tensors: TensorReader, state: dict[str, Any]) -> None:
             setattr(engine.deepspeed.optimizer.loss_scaler, name, value)
 
 
-def _padded(tensors: TensorReader, held: ShardedParameter, moment: str | None, start: int, stop: int) -> torch.Tensor:
-    """Numbers `start` to `stop` of the flattened local tensor; 0 where that is padding."""
-    size = math.prod(held.part_shape)
+def _padded(
+    tensors: TensorReader, sharded: ShardedParameter, moment: str | None, start: int, stop: int
+) -> torch.Tensor:
+    """Elements `start` to `stop` of the flattened local tensor, fp32; 0 where that is padding."""
     values = torch.zeros(stop - start)
-    low, high = min(start, size), min(stop, size)
-    values[: high - low] = torch.from_numpy(tensors.read(held.name, moment, held.slice, low, high))
+    low, high = _unpadded(sharded, start, stop)
+    values[: high - low] = torch.from_numpy(tensors.read(sharded.name, moment, sharded.slice, low, high))
     return values
-
-
-def select(run_folder: Path, process: Process) -> tuple[Path, dict[str, Any]] | None:
-    """(folder, state) of the newest checkpoint that is whole on every rank; None when the run has none. A collective.
-
-    Every rejected one is reported with the reason. CheckpointError, on every rank, when there are some but none is
-    whole.
-    """
-    candidates = process.broadcast_object([folder.name for folder in reader.checkpoint_folders(run_folder)])
-    rejected = []
-    for name in candidates:
-        folder = Path(run_folder) / reader.CHECKPOINTS / name
-        reasons = process.all_gather_object(_rejection(folder, process))
-        reason = next((reason for reason in reasons if reason), None)
-        if reason is None:
-            return folder, process.run_on_first_rank(lambda folder=folder: reader.read_state(folder))
-        rejected.append(f"{name}: {reason}")
-        if process.is_first:
-            logger.warning("checkpoint rejected: %s", reason)
-    if rejected:
-        raise CheckpointError(
-            f"none of the {len(rejected)} checkpoints in {run_folder} is whole:\n  "
-            + "\n  ".join(rejected)
-            + "\nPut a whole one back, or remove the run folder to start anew."
-        )
-    return None
-
-
-def _rejection(folder: Path, process: Process) -> str | None:
-    """Why this rank cannot use the checkpoint. The ranks share the reading of the files; each looks at all sizes."""
-    try:
-        reader.verify(folder, share=(process.rank, process.world))
-    except CheckpointError as error:
-        return str(error)
-    except (OSError, ValueError, KeyError) as error:
-        return f"{folder} cannot be read: {error}"
-    return None

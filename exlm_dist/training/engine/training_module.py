@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,12 +16,14 @@ from exlm_dist.model.stream import Stream
 class Objective(nn.Module):
     """Summed loss of a micro-batch; see `forward`. `partitioned` (ZeRO 3): layers run through `TensorLayer`."""
 
-    def __init__(self, model: LanguageModel, reduction: str, *, partitioned: bool = False) -> None:
+    def __init__(
+        self, model: LanguageModel, reduction: Literal["sequence", "token"], *, partitioned: bool = False
+    ) -> None:
         super().__init__()
         self.reduction = reduction
         self.recompute = model.activation_checkpointing
         self.model = None if partitioned else model
-        self.layers = nn.ModuleList(TensorLayer(layer) for layer in model.layers) if partitioned else None
+        self.layers = nn.ModuleList(TensorLayer(layer) for layer in model.layers if partitioned)
 
     def forward(self, stream: Stream, is_masked: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """(loss sum, invalid [B] bool, scores or None); see `model.objective.loss_sum`.
@@ -33,7 +37,7 @@ class Objective(nn.Module):
 
     def run(self, stream: Stream) -> Stream:
         """All layers."""
-        if self.layers is None:
+        if self.model is not None:
             return self.model(stream)
         for layer in self.layers:
             if self.recompute and self.training and isinstance(layer.inner, Block):
@@ -47,10 +51,10 @@ class Objective(nn.Module):
 class TensorLayer(nn.Module):
     """A `Stream -> Stream` layer that takes its input, and gives what it changed, as plain tensors.
 
-    ZeRO 3 gathers and frees the parameters of a module by hooks on its input and output tensors, and does not look
-    into a
-    dataclass. So the hooks of the layer itself are passed by (`inner.forward`), and the parameters it owns directly are
-    registered here too; those of its children, which work on tensors, are gathered by the hooks of the children.
+    ZeRO 3 gathers and frees the parameters of a module by hooks on its input and output tensors, and does not look into
+    a dataclass. So the hooks of the layer itself are bypassed (`inner.forward`), and the parameters that it owns
+    directly are registered here too; those of its children, which work on tensors, are gathered by the hooks of the
+    children.
     """
 
     def __init__(self, inner: nn.Module) -> None:
@@ -60,7 +64,7 @@ class TensorLayer(nn.Module):
             self.register_parameter(name, parameter)
 
     def forward(self, hidden: Tensor | None, stream: Stream) -> dict[str, Tensor | int]:
-        """Fields of the stream that the layer changed."""
+        """Fields of the stream that the layer has changed."""
         before = stream.replace(hidden=hidden)
         after = self.inner.forward(before)
         return {name: value for name, value in vars(after).items() if value is not getattr(before, name)}

@@ -1,4 +1,4 @@
-"""Pieces of parameters against brute force: which numbers they hold, whether they make up the whole."""
+"""Pieces of parameters against brute force: which elements they cover, whether they make up the whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import random
 
 import numpy as np
-from checkpoints import numbers_of
+from checkpoints import elements_of
 
 from exlm_dist.checkpoint.pieces import Piece, Slice, gap, overlaps, part_shape
 
@@ -40,7 +40,7 @@ def tiling(dice: random.Random, shape: tuple[int, ...]) -> list[Piece]:
     return pieces
 
 
-def test_overlaps_are_the_numbers_that_both_hold():
+def test_overlaps_are_the_elements_that_both_cover():
     dice = random.Random(0)
     for _ in range(2000):
         shape = any_shape(dice)
@@ -48,13 +48,13 @@ def test_overlaps_are_the_numbers_that_both_hold():
         if dice.random() < 0.2:  # two ranges of one slice
             size = math.prod(part_shape(shape, target.slice))
             source = Piece(target.slice, *sorted((dice.randint(0, size), dice.randint(0, size))), 0)
-        places = np.arange(math.prod(shape)).reshape(shape)
-        wanted, held = numbers_of(places, target), numbers_of(places, source)
+        indices = np.arange(math.prod(shape)).reshape(shape)
+        wanted, present = elements_of(indices, target), elements_of(indices, source)
         found = np.full(len(wanted), -1)
         for into, out_of, count in overlaps(shape, target, source):
             assert count > 0 and (found[into : into + count] == -1).all()
-            found[into : into + count] = held[out_of : out_of + count]
-        assert (found == np.where(np.isin(wanted, held), wanted, -1)).all(), (shape, target, source)
+            found[into : into + count] = present[out_of : out_of + count]
+        assert (found == np.where(np.isin(wanted, present), wanted, -1)).all(), (shape, target, source)
 
 
 def test_what_makes_up_a_parameter_and_what_does_not():
@@ -64,13 +64,13 @@ def test_what_makes_up_a_parameter_and_what_does_not():
         shape = any_shape(dice)
         pieces = tiling(dice, shape)
         if dice.random() < 0.5:
-            place = dice.randrange(len(pieces))
-            pieces[place : place + 1] = [any_piece(dice, shape)] * dice.randint(0, 2)
+            index = dice.randrange(len(pieces))
+            pieces[index : index + 1] = [any_piece(dice, shape)] * dice.randint(0, 2)
         count = np.zeros(math.prod(shape), int)
         for piece in pieces:
-            np.add.at(count, numbers_of(np.arange(count.size).reshape(shape), piece), 1)
+            np.add.at(count, elements_of(np.arange(count.size).reshape(shape), piece), 1)
         fault = gap(shape, pieces)
-        # Tilings by slices that overlap or cross are refused too, though their numbers may come out even.
+        # Tilings by slices that overlap or cross are refused too, though they may cover every element once.
         assert fault is not None or (count == 1).all(), (shape, pieces)
         faults += fault is not None
     assert 500 < faults < 1500

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or not there, every damage found, thinned out without losing the last good one."""
+"""Checkpoints on disk: whole or not there, every damage found, old ones removed without losing the last good one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import pytest
 from checkpoints import write_checkpoint
 from safetensors.numpy import load_file
 
-from exlm_dist.checkpoint import reader
-from exlm_dist.checkpoint import storage as files
+from exlm_dist.checkpoint import reader, storage
 from exlm_dist.checkpoint.pieces import Piece, Slice
 from exlm_dist.checkpoint.tensors import TensorReader
+from exlm_dist.utils.checkpoint_names import checkpoint_folder
 from exlm_dist.utils.errors import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -167,7 +167,7 @@ def test_any_flipped_bit_is_found(run, record_property):
             ruin(folder / name)
             assert reader.step_of(reader.newest_checkpoint(run)) == 1
         (folder / name).write_bytes(content)
-    assert same(folder, 0) and same(files.folder_of(run, 1), 7)
+    assert same(folder, 0) and same(checkpoint_folder(run, 1), 7)
     record_property("flipped bits", flips)
     print(f"{flips} flipped bits in {len(names)} files, each found")
 
@@ -196,9 +196,9 @@ def save_in_a_child(run: Path, call: str, number: int, how: str) -> tuple[int, s
         try:
             calls = failing(call, number, how)
             save(run, 2, cut=by_two)
-            files.retain(run, keep=1, best=False)
+            storage.retain(run, keep=1, best=False)
             code = 0 if len(calls) < number else 1  # a failure to remove files of the old one is left for later
-        except (files.SaveFailed, OSError) as error:
+        except (storage.SaveFailed, OSError) as error:
             os.writev(write, [str(error).encode()])
             code = 1
         except BaseException as error:
@@ -232,7 +232,7 @@ def test_a_save_that_fails_anywhere_leaves_the_old_one_or_the_new(run, how, reco
                 taken[reader.step_of(newest)] += 1
                 assert end == (9 if how == "kill" else 1), message
                 assert how == "kill" or "No space left on device" in message or reader.step_of(newest) == 2
-            files.clean(run)
+            storage.clean(run)
             assert not list((run / "checkpoints").glob(".t*"))
             if points[call] in (1, 5):
                 assert same(save(run, 3, seed=5), 5)
@@ -243,19 +243,19 @@ def test_a_save_that_fails_anywhere_leaves_the_old_one_or_the_new(run, how, reco
 
 
 def test_a_file_that_another_machine_has_written_to_its_own_disk(run):
-    temporary = files.begin(files.folder_of(run, 1), 0)
+    temporary = storage.begin(checkpoint_folder(run, 1), 0)
     elsewhere = {"model-00001.safetensors": {"bytes": 8, "sha256": "0"}}
-    with pytest.raises(files.SaveFailed, match="model-00001.safetensors is not there. Is the run folder on"):
-        files.publish(temporary, files.folder_of(run, 1), 1, elsewhere)
+    with pytest.raises(storage.SaveFailed, match="model-00001.safetensors is not there. Is the run folder on"):
+        storage.publish(temporary, checkpoint_folder(run, 1), 1, elsewhere)
     (temporary / "model-00001.safetensors").write_bytes(b"short")
-    with pytest.raises(files.SaveFailed, match="not as long as it was written"):
-        files.publish(temporary, files.folder_of(run, 1), 1, elsewhere)
+    with pytest.raises(storage.SaveFailed, match="not as long as it was written"):
+        storage.publish(temporary, checkpoint_folder(run, 1), 1, elsewhere)
     assert not reader.checkpoint_folders(run)
 
 
 def test_no_room_is_seen_before(run, monkeypatch):
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1_000_000}))
-    with pytest.raises(files.SaveFailed, match=r"needs 17 MB but only 1 MB are free .*untouched"):
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1_000_000}))
+    with pytest.raises(storage.SaveFailed, match=r"needs 17 MB but only 1 MB are free .*untouched"):
         save(run, 1)
     assert not list((run / "checkpoints").iterdir())
 
@@ -270,19 +270,19 @@ def test_a_damaged_folder_of_the_same_step_is_replaced(run):
 def test_retention_keeps_the_newest_and_the_best(run):
     for step, nll in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 1.5)):
         save(run, step, nll)
-        files.retain(run, keep=2, best=True)
+        storage.retain(run, keep=2, best=True)
     assert [reader.step_of(folder) for folder in reader.checkpoint_folders(run)] == [5, 4, 2]
-    assert [folder.name for folder in files.retain(run, keep=1, best=False)] == ["step-00000004", "step-00000002"]
-    assert files.has_whole(run)
+    assert [folder.name for folder in storage.retain(run, keep=1, best=False)] == ["step-00000004", "step-00000002"]
+    assert storage.has_whole(run)
 
 
 def test_retention_counts_whole_ones_only(run):
     for step in (1, 2, 3):
         save(run, step)
-    (files.folder_of(run, 3) / "COMPLETE").unlink()
-    files.retain(run, keep=1, best=True)
+    (checkpoint_folder(run, 3) / "COMPLETE").unlink()
+    storage.retain(run, keep=1, best=True)
     assert [reader.step_of(folder) for folder in reader.checkpoint_folders(run)] == [3, 2]
-    assert reader.newest_checkpoint(run) == files.folder_of(run, 2)
+    assert reader.newest_checkpoint(run) == checkpoint_folder(run, 2)
 
 
 def test_clean_removes_what_killed_saves_left(run):
@@ -291,5 +291,5 @@ def test_clean_removes_what_killed_saves_left(run):
         (run / "checkpoints" / name).mkdir()
         (run / "checkpoints" / name / "model-00000.safetensors").write_text("part")
     (run / "checkpoints/.latest.77.tmp").write_text("s")
-    files.clean(run)
+    storage.clean(run)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-00000001"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 import signal
 import subprocess
@@ -14,16 +14,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exlm_dist.checkpoint import writer as checkpoint_writer
-from exlm_dist.checkpoint.writer import InlineWriter, Memory, ProcessWriter
+from exlm_dist.checkpoint.messages import (
+    Failed,
+    Failure,
+    Published,
+    PublishJob,
+    WriteJob,
+    Written,
+    job_from_json,
+    outcome_from_json,
+    to_json,
+)
+from exlm_dist.checkpoint.storage import SmallFiles, TensorFile
+from exlm_dist.checkpoint.writer import SIGNALS, InlineWriter, Memory, ProcessWriter
 
 CRASH_POINTS = Path(__file__).resolve().parents[2] / "crash_points"
 
 
-def job(folder: Path, name: str = "model-00000.safetensors") -> dict:
-    file = {"name": name, "tensors": {"a": [2, 8]}, "offset": 0, "bytes": 64}
-    small = {"texts": {"state.json": "{}"}, "copies": {}, "sync": []}
-    return {"kind": "write", "folder": str(folder), "step": 7, "tensors": [file], **small}
+def job(folder: Path, **texts: str) -> WriteJob:
+    file = TensorFile("model-00000.safetensors", {"a": (2, 8)}, 0, 64)
+    return WriteJob(str(folder), 7, [file], SmallFiles({"state.json": "{}", **texts}), [])
 
 
 @pytest.fixture
@@ -41,13 +51,13 @@ def writer(memory):
     writer.close()
 
 
-def reply_of(writer, seconds: float = 30.0) -> dict:
+def outcome_of(writer, seconds: float = 30.0) -> Written | Published | Failed:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if (reply := writer.poll()) is not None:
-            return reply
+        if (outcome := writer.poll()) is not None:
+            return outcome
         time.sleep(0.01)
-    raise AssertionError("no reply")
+    raise AssertionError("no outcome")
 
 
 def gone(pid: int, seconds: float = 10.0) -> bool:
@@ -63,6 +73,16 @@ def gone(pid: int, seconds: float = 10.0) -> bool:
     return False
 
 
+def test_messages_arrive_as_they_were_sent(tmp_path):
+    files = {"index.json": {"bytes": 3, "sha256": "0a"}}
+    write = dataclasses.replace(job(tmp_path), small=SmallFiles({"a": "ä"}, {"b": "/c"}), sync=["/log"])
+    for message in (write, PublishJob("/t", "/s", 4, files, 2, True)):
+        assert job_from_json(to_json(message)) == message
+    failed = Failed(Failure.VALUES, "it is not finite")
+    for outcome in (Written(files), Published(["step-1"], "not removed"), Published([]), failed):
+        assert outcome_from_json(to_json(outcome)) == outcome
+
+
 def test_it_is_started_without_torch():
     code = "import sys, exlm_dist.checkpoint.writer; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
@@ -72,17 +92,17 @@ def test_it_writes_what_is_in_memory_when_the_job_is_given(memory, writer, tmp_p
     inline = InlineWriter(memory)
     for number in range(2):
         memory.bytes[0] = number  # of the mantissa of the first
-        replies = []
+        outcomes = []
         for each in (writer, inline):
             folder = tmp_path / f"{number}{type(each).__name__}"
             folder.mkdir()
             each.submit(job(folder))
-            replies.append(reply_of(each))
+            outcomes.append(outcome_of(each))
             assert (folder / "model-00000.safetensors").read_bytes()[-64:] == memory.bytes[:64]
-        assert replies[0] == replies[1] and set(replies[0]["files"]) == {"model-00000.safetensors", "state.json"}
+        assert outcomes[0] == outcomes[1] and set(outcomes[0].files) == {"model-00000.safetensors", "state.json"}
 
 
-def test_a_job_begins_when_its_numbers_are_there(memory, writer, tmp_path):
+def test_a_job_begins_when_its_elements_are_there(memory, writer, tmp_path):
     release = threading.Event()
 
     def fill():
@@ -93,98 +113,97 @@ def test_a_job_begins_when_its_numbers_are_there(memory, writer, tmp_path):
     time.sleep(0.2)
     assert not (tmp_path / "model-00000.safetensors").exists()
     release.set()
-    assert "files" in reply_of(writer)
+    assert isinstance(outcome_of(writer), Written)
     assert (tmp_path / "model-00000.safetensors").read_bytes()[-64:] == bytes(range(64))
 
 
-def test_numbers_that_cannot_be_copied_are_an_error_of_the_rank(writer, tmp_path):
+def test_elements_that_cannot_be_copied_are_an_error_of_the_rank(writer, tmp_path):
     def fill():
-        raise RuntimeError("no such number")
+        raise RuntimeError("no such tensor")
 
     writer.submit(job(tmp_path), fill)
-    with pytest.raises(RuntimeError, match="no such number"):
-        reply_of(writer)
+    with pytest.raises(RuntimeError, match="no such tensor"):
+        outcome_of(writer)
     assert not (tmp_path / "model-00000.safetensors").exists()
 
 
 @pytest.mark.gpu
-def test_numbers_of_a_gpu_go_to_pinned_memory_by_a_stream_of_their_own():
+def test_elements_of_a_gpu_go_to_pinned_memory_by_a_stream_of_their_own():
     import torch
 
     from exlm_dist.training import saver as saving
     from exlm_dist.training.engine import state as checkpoint
 
     memory = Memory(1 << 20)
-    numbers = torch.frombuffer(memory.bytes, dtype=torch.float32)
-    saving._pin(numbers)
-    assert numbers.is_pinned()
+    elements = torch.frombuffer(memory.bytes, dtype=torch.float32)
+    saving._pin(elements)
+    assert elements.is_pinned()
     stream, sources = torch.cuda.Stream(), [torch.randn(1 << 17, device="cuda") for _ in range(2)]
     stream.wait_stream(torch.cuda.current_stream())
-    checkpoint.copy_out(sources, numbers, stream)
-    assert torch.equal(numbers, torch.cat(sources).cpu())
-    assert int(torch.cuda.cudart().cudaHostUnregister(numbers.data_ptr())) == 0
+    checkpoint.copy_out(sources, elements, stream)
+    assert torch.equal(elements, torch.cat(sources).cpu())
+    assert int(torch.cuda.cudart().cudaHostUnregister(elements.data_ptr())) == 0
     memory.close()
 
 
-def test_a_failure_is_told_and_the_next_job_is_done(writer, tmp_path):
+def test_a_failure_is_reported_and_the_next_job_is_done(writer, tmp_path):
     writer.submit(job(tmp_path / "nowhere"))
-    failure = reply_of(writer)
-    assert "file system that all machines of the job share" in failure["failure"]
-    assert failure["kind"] == checkpoint_writer.DISK
+    failed = outcome_of(writer)
+    assert failed.kind is Failure.DISK and "file system that all machines of the job can see" in failed.why
     writer.submit(job(tmp_path))
-    assert "files" in reply_of(writer)
+    assert isinstance(outcome_of(writer), Written)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_parameters_that_are_not_finite_are_not_written(value, memory, writer, tmp_path):
-    numbers = np.frombuffer(memory.bytes, np.float32)
-    numbers[:15] = 3e38  # a sum that overflows is no sign by itself
+    elements = np.frombuffer(memory.bytes, np.float32)
+    elements[:15] = 3e38  # a sum that overflows is no sign by itself
     writer.submit(job(tmp_path / "nowhere"))
-    assert reply_of(writer)["kind"] == checkpoint_writer.DISK
-    numbers[7] = value
+    assert outcome_of(writer).kind is Failure.DISK
+    elements[7] = value
     writer.submit(job(tmp_path))
-    reply = reply_of(writer)
-    assert reply["kind"] == checkpoint_writer.VALUES and "parameter a is not finite after step 7" in reply["failure"]
+    failed = outcome_of(writer)
+    assert failed.kind is Failure.VALUES and "parameter a is not finite after step 7" in failed.why
     assert not (tmp_path / "model-00000.safetensors").exists()
 
 
 def test_signals_that_ask_a_run_to_save_do_not_reach_it(writer, tmp_path):
-    for number in checkpoint_writer.SIGNALS:
+    for number in SIGNALS:
         os.kill(writer.pid, number)
     writer.submit(job(tmp_path))
-    assert "files" in reply_of(writer)
+    assert isinstance(outcome_of(writer), Written)
 
 
-def test_a_death_is_told_and_another_process_takes_the_next_job(writer, tmp_path):
+def test_a_death_is_reported_and_another_process_takes_the_next_job(writer, tmp_path):
     pid = writer.pid
     os.kill(pid, signal.SIGKILL)
     writer.submit(job(tmp_path))
-    reply = reply_of(writer)
-    if "failure" in reply:  # it was not dead yet when the job was given
-        assert reply["kind"] == checkpoint_writer.LOST and "exit code -9" in reply["failure"]
+    outcome = outcome_of(writer)
+    if isinstance(outcome, Failed):  # it was not dead yet when the job was given
+        assert outcome.kind is Failure.LOST and "exit code -9" in outcome.why
         writer.submit(job(tmp_path))
-        reply = reply_of(writer)
-    assert "files" in reply and writer.pid != pid
+        outcome = outcome_of(writer)
+    assert isinstance(outcome, Written) and writer.pid != pid
 
 
 def test_a_hanging_process_is_ended_at_the_limit(memory, tmp_path):
     writer = ProcessWriter(memory, timeout=1)
     pid = writer.pid
     os.kill(pid, signal.SIGSTOP)
-    writer.submit({**job(tmp_path), "texts": {"long": "x" * 1_000_000}})  # more than a pipe holds
-    reply = reply_of(writer)
-    assert reply["kind"] == checkpoint_writer.LOST
-    assert "did not finish within checkpoint.timeout, 1 s" in reply["failure"]
+    writer.submit(job(tmp_path, long="x" * 1_000_000))  # more than a pipe takes at once
+    failed = outcome_of(writer)
+    assert failed.kind is Failure.LOST
+    assert "did not finish within checkpoint.timeout, 1 s" in failed.why
     assert gone(pid)
     writer.close()
 
 
 OWNER = """
-import json, os, sys, time
-from pathlib import Path
+import sys, time
+from exlm_dist.checkpoint.messages import job_from_json
 from exlm_dist.checkpoint.writer import Memory, ProcessWriter
 writer = ProcessWriter(Memory(1 << 20), timeout=60)
-writer.submit(json.loads(sys.argv[1]))
+writer.submit(job_from_json(sys.argv[1]))
 print(writer.pid, flush=True)
 time.sleep(60)
 """
@@ -200,7 +219,7 @@ def test_it_ends_with_its_rank_whatever_ends_that(number, tmp_path):
         "PYTHONPATH": os.pathsep.join([str(CRASH_POINTS), *sys.path]),
     }
     owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, json.dumps(job(tmp_path))], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", OWNER, to_json(job(tmp_path))], stdout=subprocess.PIPE, text=True, env=environment
     )
     try:
         pid = int(owner.stdout.readline())

@@ -9,13 +9,13 @@ from made_run import make_config
 from exlm_dist.parallel.layout import Layout
 from exlm_dist.parallel.process import Process, threads
 from exlm_dist.parallel.process_groups import Grid, ParallelGroup
-from exlm_dist.training.engine.base import adamw, deepspeed_config, working_dtype
+from exlm_dist.training.engine.deepspeed_config import adamw_options, deepspeed_config, working_dtype
 from exlm_dist.utils.errors import ConfigError
 
-TWO_COPIES = Grid(
+TWO_REPLICAS = Grid(
     Layout(data=2), tensor=(one := ParallelGroup(0, 1, None)), pipeline=one, data=ParallelGroup(0, 2, None), model=one
 )
-CPU = Process(0, 2, 0, torch.device("cpu"), None, TWO_COPIES)
+CPU = Process(0, 2, 0, torch.device("cpu"), None, TWO_REPLICAS)
 
 
 def config(tmp_path, **sections):
@@ -55,9 +55,9 @@ def test_dtypes(tmp_path):
 
 
 def test_adamw_is_fused_on_a_gpu_only(tmp_path):
-    assert adamw(config(tmp_path), torch.device("cuda"))["fused"] is True
-    assert adamw(config(tmp_path), torch.device("cpu"))["fused"] is None
-    assert adamw(config(tmp_path, parallel={"offload": True}), torch.device("cuda"))["fused"] is None
+    assert adamw_options(config(tmp_path), torch.device("cuda"))["fused"] is True
+    assert adamw_options(config(tmp_path), torch.device("cpu"))["fused"] is None
+    assert adamw_options(config(tmp_path, parallel={"offload": True}), torch.device("cuda"))["fused"] is None
 
 
 def test_threads(monkeypatch):

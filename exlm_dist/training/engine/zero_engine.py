@@ -1,0 +1,97 @@
+"""The engine of a run without pipeline stages: every rank runs all layers, at ZeRO 0 to 3."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from exlm_dist.config import RunConfig
+from exlm_dist.data.batch import PackedBatch
+from exlm_dist.launch import heartbeat
+from exlm_dist.model.build import LanguageModel
+from exlm_dist.model.scoring import Totals, score
+from exlm_dist.parallel.process import Process
+from exlm_dist.parallel.process_groups import Mpu
+from exlm_dist.training.engine.base import BatchResult, Engine, build_local_model
+from exlm_dist.training.engine.training_module import Objective
+
+
+class ZeroEngine(Engine):
+    """Data parallelism with ZeRO 0 to 3, alone or with tensor parallelism."""
+
+    def __init__(self, config: RunConfig, process: Process, vocab_size: int) -> None:
+        model = build_local_model(config, process, vocab_size)
+        parameters = model.sharded_parameters()
+        module = Objective(model, config.loss.reduction, partitioned=config.parallel.zero == 3)
+        grid = process.grid
+        replicas = grid.layout.group_of(process.rank, "data")
+        super().__init__(
+            config, process, module, parameters, **({"mpu": Mpu(grid, replicas)} if grid.tensor.size > 1 else {})
+        )
+        self._model, self._vocab_size = model, vocab_size
+
+    def train(self, batches: Sequence[PackedBatch], denominator: float, *, scored: bool) -> BatchResult:
+        """See `Engine.train`."""
+        device = self.process.device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        invalid, scores = [], None
+        for batch in batches:
+            last = batch is batches[-1]
+            is_masked = torch.from_numpy(batch.is_masked).to(device) if scored and last else None
+            heartbeat.alive()
+            self.deepspeed.set_gradient_accumulation_boundary(last)
+            loss_sum, left_out, scores = self.deepspeed(self.stream(batch), is_masked)
+            loss = loss_sum / denominator
+            # DeepSpeed averages over the replicas, which is undone here; it is told not to divide by the accumulation.
+            self.deepspeed.backward(loss * self.process.grid.data.size, scale_wrt_gas=False)
+            total += loss.detach()
+            invalid.append(left_out)
+        norm = self._step()
+        if self.process.grid.reports_metrics:
+            return BatchResult(total, invalid, scores, norm)
+        return BatchResult(torch.zeros_like(total), [torch.zeros_like(mask) for mask in invalid], None, norm)
+
+    def _step(self) -> torch.Tensor | float:
+        """Clip and update; the norm of the global gradient before clipping."""
+        norm = None
+        if self.zero == 0 and self.dtype == torch.float32:  # DeepSpeed keeps no norm here
+            norm = self._norm()
+        self.deepspeed.step()
+        return self.deepspeed.get_global_grad_norm() if norm is None else norm
+
+    def _norm(self) -> torch.Tensor:
+        """Norm of the gradient. Parameters that are the same on all tensor-parallel ranks count on the first."""
+        tensor = self.process.grid.tensor
+        counted = [sharded.parameter for sharded in self.parameters if sharded.slice is not None or tensor.is_first]
+        gradients = [parameter.grad for parameter in counted if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if tensor.size > 1:
+            square = norm * norm
+            dist.all_reduce(square, group=tensor.group)
+            norm = square.sqrt()
+        return norm
+
+    def evaluate(self, batches: Iterable[PackedBatch]) -> Totals:
+        """See `Engine.evaluate`."""
+        with self._gathered_model() as model:
+            totals = score(model, batches, self.process.device)
+        return totals if self.process.grid.reports_metrics else Totals(0.0, 0.0, 0.0)
+
+    @contextlib.contextmanager
+    def _gathered_model(self) -> Iterator[LanguageModel]:
+        """The current weights as an ordinary model without hooks; at ZeRO 3 a temporary copy in the working
+        precision."""
+        if self.zero < 3:
+            yield self._model
+            return
+        import deepspeed
+
+        copy = build_local_model(self.config, self.process, self._vocab_size).to(self.process.device, self.dtype)
+        with torch.no_grad():
+            for sharded, target in zip(self.parameters, copy.parameters()):
+                with deepspeed.zero.GatheredParameters([sharded.parameter]):
+                    target.copy_(sharded.parameter)
+        yield copy

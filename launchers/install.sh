@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv and installs exlm_dist into it with pinned versions. Run again it only checks.
-#   launchers/install.sh [EXTRA]     EXTRA: test
-# Without a GPU the CPU build of torch is taken: PyTorch's own CPU index first (a short time limit), else the default index.
+# Makes .venv and installs exlm_dist into it with pinned versions. A second run only checks.
+#   launchers/install.sh [EXTRA]     EXTRA: test, lint or parquet
+# Without a GPU it takes the CPU build of torch, from PyTorch's CPU index if that answers quickly, else from the default index.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -37,7 +37,7 @@ lint() {
     fi
     return $code
 }
-# Beside the first tests, which are told apart from its findings by printing these in one piece.
+# Runs beside the first tests; its findings are printed in one piece.
 {
     lint_code=0
     findings=$(lint 2>&1) || lint_code=$?
@@ -46,8 +46,8 @@ lint() {
 } &
 lint_job=$!
 
-# Two files of tests at once: what each starts waits for the other half of the time. Those on Slurm submit all their
-# jobs at once and fill the machine by themselves.
+# Two test files at once, as each spends half of its time waiting for the processes that it starts. Those on Slurm submit
+# all their jobs at once and fill the machine by themselves.
 export OMP_NUM_THREADS=1
 code=0
 "$venv/bin/python" -m pytest -q -n 2 --dist loadfile --durations=10 tests/unit tests/kernels || code=$?
@@ -55,7 +55,7 @@ code=0
 for target in 80 90; do
     EXLM_EMULATE=$target "$venv/bin/python" -m pytest -q -n 2 tests/kernels/test_compiled.py || code=$?
 done
-# In the order of the names: the one test of chaos, a minute long, comes first.
+# In the order of their names, so that the one test of chaos, a minute long, comes first.
 "$venv/bin/python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 \
     tests/integration tests/parallel || code=$?
 unset OMP_NUM_THREADS

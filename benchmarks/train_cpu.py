@@ -3,9 +3,9 @@
     python benchmarks/train_cpu.py                     # 4 layers, width 256, 128 tokens, k 4, vocabulary 8192
 
 Both sides start from the same weights; their losses must agree in fp32 without dropout before anything is timed. Steps
-(forward, backward, AdamW) are interleaved in one process; the peak memory of each side is taken in a process of its
-own, less what the process held before the model was built. On a machine that does other work too, take `--threads 1`
-and read the processor time. Writes a CSV with hardware, versions and commit to results/.
+(forward, backward, AdamW) are interleaved in one process; the peak memory of each side is measured in a process of its
+own, less what that process used before the model was built. On a busy machine, pass `--threads 1` and read the
+processor time. Writes a CSV with hardware, versions and commit to results/.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def straightforward_loss(model: torch.nn.Module, batch, step: int = 0) -> torch.
 
 
 def make_side(side: str, args: argparse.Namespace) -> Callable[[object, int], float]:
-    """A function that makes one training step on a batch and returns the loss."""
+    """A function that does one training step on a batch and returns the loss."""
     ours = side == "ours"
     model = (build_ours if ours else build_straightforward)(args, args.dropout)
     loss_of = ours_loss if ours else straightforward_loss
@@ -129,7 +129,7 @@ def make_side(side: str, args: argparse.Namespace) -> Callable[[object, int], fl
 
 
 def check_equal(args: argparse.Namespace) -> tuple[float, float]:
-    """Losses of both sides and the largest relative difference of a parameter's gradient, without dropout."""
+    """Relative differences of the loss and of the worst parameter's gradient, without dropout."""
     batch = make_batch(args, 0)
     models = build_ours(args, 0.0), build_straightforward(args, 0.0)
     losses = ours_loss(models[0], batch), straightforward_loss(models[1], batch)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv and installs exlm_dist into it with pinned versions. Run again it only checks.
-#   launchers/install.sh [EXTRA]     EXTRA: test
-# Without a GPU the CPU build of torch is taken: PyTorch's own CPU index first (a short time limit), else the default index.
+# Makes .venv and installs exlm_dist into it with pinned versions. A second run only checks.
+#   launchers/install.sh [EXTRA]     EXTRA: test, lint or parquet
+# Without a GPU it takes the CPU build of torch, from PyTorch's CPU index if that answers quickly, else from the default index.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -10,7 +10,7 @@ constraints=launchers/constraints.txt
 venv=${EXLM_VENV:-.venv}
 torch_version=2.13.0
 stamp="$venv/.exlm-installed-${extra:-base}"
-wanted=$(cat setup.py "$constraints" | cksum)
+wanted=$(cat pyproject.toml "$constraints" | cksum)
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -54,7 +54,7 @@ if [ "$extra" = test ] && ! "$venv/bin/python" -c 'import triton' 2>/dev/null; t
     pip install -q "triton==3.9.0"
 fi
 say "installing the other packages"
-pip install -q -c "$constraints" "setuptools>=68" wheel
+pip install -q -c "$constraints" "setuptools>=77" wheel
 DS_BUILD_OPS=0 pip install -q -c "$constraints" --no-build-isolation -e ".${extra:+[$extra]}"
 printf '%s' "$wanted" >"$stamp"
 say "installed into $venv ($("$venv/bin/python" -c 'import torch; print("torch", torch.__version__)'))"

@@ -3,7 +3,7 @@
 #   launchers/quickstart.sh
 # Makes .venv, builds the embedded corpus of molecules, trains ExLM (k = 4) and the plain masked language model for the same
 # number of steps under the DeepSpeed launcher, kills one of them half-way and resumes it, evaluates, plots and compares.
-# A second call reuses what is there.
+# A second run reuses what exists.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 launchers/install.sh

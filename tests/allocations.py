@@ -1,4 +1,4 @@
-"""Bytes of the tensors that are alive while code runs, also on the meta device: memory counted without any."""
+"""Counts the bytes of the tensors that are alive while code runs, on the meta device too, where they take no memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
-    """`with Allocations() as allocations:` keeps `live`, the bytes of all tensors made since that are still alive, and
-    `peak`, the most there were.
+    """`with Allocations() as allocations:` tracks `live`, the bytes of all tensors created since that are still alive,
+    and `peak`, the largest value of `live`.
 
-    A storage counts once, whatever looks at it, until the last of them is gone; tensors from before count nothing.
-    Counts what torch operations hand back, in the thread it was entered in: not the work areas inside an operation.
+    A storage counts once, however many views it has, until the last of them is gone; tensors from before do not count.
+    Counts what torch operations return in the thread that entered it, not the scratch memory inside an operation.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Allocations(TorchDispatchMode):
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Run everything; count what is new."""
+        """Run the operation and count the storages that are new."""
         self._known.update(_storages((args, kwargs)))
         out = function(*args, **(kwargs or {}))
         for storage in _storages(out):

@@ -1,4 +1,4 @@
-"""Shared fixtures: where the reference data is, and quiet libraries."""
+"""Fixtures of all tests: where the reference data is, quiet libraries, and which package is under test."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-from locations import shared_path
+from locations import ROOT, shared_path
 
+# Ranks and commands that tests start import the package of this checkout, whatever is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("WDS_SECURE", "1")
@@ -31,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The shared folder; the test is skipped where it is absent."""
+    """Folder of the reference data; the test is skipped where it is absent."""
     path = shared_path()
     if not path.is_dir():
         pytest.skip(f"no reference data at {path} (set EXLM_SHARED)")
@@ -39,8 +41,7 @@ def shared() -> Path:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, with a reason, where there is no CUDA device; those marked `slow` unless asked
-    for."""
+    """Skip, with a reason, tests marked `slow` unless asked for, and those marked `gpu` without a CUDA device."""
     if "slow" not in config.option.markexpr:
         for item in items:
             if "slow" in item.keywords:

@@ -1,6 +1,6 @@
-"""Reader of the golden values: everything is found through `index.json`, so any set of the same form can be dropped in.
+"""Reads the golden values. Everything is found through `index.json`, so any set of the same form can be dropped in.
 
-for name in golden_cases("rope2d.npz"):            # names only; empty where the set is absent
+for name in golden_cases("rope2d.npz"):            # names; empty where the set is absent
     case = Golden("rope2d.npz").case(name)
     case.settings["D"]; case["in/q"]; case.tensor("out/q_rot", torch.float64); case.group("grad/")
 """
@@ -34,7 +34,7 @@ def golden_folder() -> Path:
 
 
 def golden_files(prefix: str = "") -> list[str]:
-    """Names of the files of the set that start with `prefix`, sorted; empty where there is no set."""
+    """Names of the files of the set that start with `prefix`, sorted; empty where the set is absent."""
     folder = golden_folder()
     if not (folder / "index.json").is_file():
         return []
@@ -47,7 +47,7 @@ def golden_cases(file: str) -> list[str]:
 
 
 class Golden:
-    """One file of the set: `cases` (name -> settings) and arrays by full name."""
+    """One file of the set: its `cases` (name -> settings) and its arrays by full name."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -69,7 +69,7 @@ class Golden:
         return float(self._entry["arrays"][name][2])
 
     def magnitude(self, name: str) -> float:
-        """Largest |value| of an output array (infinities left out)."""
+        """Largest |value| of an output array (infinities excluded)."""
         return float(self._entry["arrays"][name][3])
 
     def case(self, name: str) -> Case:

@@ -1,4 +1,4 @@
-"""The gradient of a global batch does not depend on how ranks, micro-batches and ZeRO stages share it."""
+"""The gradient of a global batch does not depend on how ranks, micro-batches and ZeRO stages split it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def measured(config: RunConfig, world: int):
 
 @pytest.mark.parametrize("reduction, dropout", [("sequence", 0.1), ("token", 0.1)])
 def test_ranks_times_micro_batches(reduction, dropout, data, tmp_path):
-    """1x8, 2x4, 4x2 micro-batches, dropout on: its masks belong to the micro-batch, not to the rank."""
+    """1x8, 2x4 and 4x2 micro-batches with dropout on: its masks belong to the micro-batch, not to the rank."""
     model = {"dropout": dropout, "attention_dropout": dropout}
     config = tiny(
         tmp_path,
@@ -86,8 +86,7 @@ def test_ranks_times_micro_batches(reduction, dropout, data, tmp_path):
 
 @pytest.mark.parametrize("zero, micro", [(0, 8), (1, 4), (2, 2), (3, 1)])
 def test_micro_batch_size_and_zero_stage(zero, micro, data, tmp_path):
-    """Without dropout the size of a micro-batch does not matter either; two ranks against one with the whole batch at
-    once."""
+    """Without dropout the micro-batch size does not matter either: two ranks against one with the whole batch."""
     model = {"dropout": 0.0, "attention_dropout": 0.0}
     sections = {"optimizer": {"clip": 0.0}, "model": model}
     reference, loss, samples, _ = measured(
@@ -99,9 +98,8 @@ def test_micro_batch_size_and_zero_stage(zero, micro, data, tmp_path):
     assert max(np.abs(gradients[name] - reference[name]).max() for name in reference) < 1e-6
 
 
-def zero3_model_equals(process, settings):
-    """At ZeRO 3 with no parameter small enough to stay whole, recomputing activations: loss, and the copy for
-    evaluation."""
+def first_step_all_partitioned(process, settings):
+    """`first_step` at ZeRO 3 with no parameter small enough to be kept whole on every rank."""
     from exlm_dist.training.engine import base as engines
 
     plain = engines.deepspeed_config
@@ -119,6 +117,6 @@ def test_zero_3_with_every_parameter_partitioned(data, tmp_path):
     sections = {"optimizer": {"clip": 0.0}, "batch": {"sequences": 8, "micro": 2}}
     reference, loss, _, _ = measured(tiny(tmp_path, "plain", data, parallel={"zero": 1}, **sections), 2)
     config = tiny(tmp_path, "parted", data, parallel={"zero": 3, "activation_checkpointing": True}, **sections)
-    gradients, other_loss, _, _ = on_ranks(zero3_model_equals, 2, config.model_dump())[0]
+    gradients, other_loss, _, _ = on_ranks(first_step_all_partitioned, 2, config.model_dump())[0]
     assert other_loss == pytest.approx(loss, rel=1e-6)
     assert max(np.abs(gradients[name] - reference[name]).max() for name in reference) < 1e-6

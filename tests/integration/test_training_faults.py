@@ -1,5 +1,4 @@
-"""Bad checkpoints, bad data, wrong settings, lost ranks: a message that says what and where, on every rank, within
-seconds."""
+"""Bad checkpoints, bad data, wrong settings, lost ranks: every rank says what and where within seconds."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
-    """A run that ended well."""
+    """A run that finished."""
     config = tiny(tmp_path_factory.mktemp("runs"), "finished", data)
     assert train_on(config, 2) == [EXIT_DONE] * 2
     return config
@@ -46,9 +45,9 @@ def failure_of(config: RunConfig, world: int = 2, function=_train, *arguments) -
     return str(caught.value), caught.value.codes
 
 
-def flip_a_bit(path: Path, place: float = 0.5) -> None:
+def flip_a_bit(path: Path, position: float = 0.5) -> None:
     content = bytearray(path.read_bytes())
-    content[int(place * len(content))] ^= 0x10
+    content[int(position * len(content))] ^= 0x10
     path.write_bytes(content)
 
 
@@ -93,7 +92,7 @@ def test_other_settings_give_a_table(finished, tmp_path):
     assert codes == [EXIT_STOP] * 2 and "seed" in text and "in the run folder" in text and "`name`" in text
 
 
-def test_settings_of_the_checkpoint_count_even_without_those_of_the_folder(finished, tmp_path):
+def test_settings_of_the_checkpoint_count_without_those_of_the_folder(finished, tmp_path):
     config = copy_of(finished, tmp_path, seed=5)
     (tmp_path / "finished/config.yaml").unlink()
     text, codes = failure_of(config)
@@ -113,7 +112,7 @@ def test_no_data(data, tmp_path):
     assert codes == [EXIT_DATA] * 2 and "exlm prepare" in text
 
 
-def test_batch_that_the_ranks_cannot_share(data, tmp_path):
+def test_batch_that_does_not_divide_by_the_ranks(data, tmp_path):
     text, codes = failure_of(tiny(tmp_path, "odd", data), world=3)
     assert codes == [EXIT_USAGE] * 3 and "batch.sequences 8" in text and "6" in text
 
@@ -152,7 +151,7 @@ def test_a_hanging_rank_is_noticed_within_the_limit(data, tmp_path):
 
 
 def left_out(rank, settings, which):
-    """On rank 1, sequence 0 of every micro-batch of step `which` has likelihood zero."""
+    """On rank 1, sequence 0 of every micro-batch of step `which` has a likelihood of zero."""
     import torch
 
     from exlm_dist.training.engine import training_module as objective
@@ -194,7 +193,7 @@ def test_few_of_them_are_left_out_and_counted(data, tmp_path):
 
 
 def full_disk(rank, settings, full_from):
-    """From step `full_from` on the file system has one byte free."""
+    """From step `full_from` on, the file system has one byte free."""
     from exlm_dist.checkpoint import storage as checkpoint_files
 
     now = {"step": -1}
@@ -223,7 +222,7 @@ def test_disk_full_at_the_first_save(data, tmp_path):
     "rank, point, why", [(1, "fsync:1:error", "No space left on device"), (1, "write:3:kill", "exit code -9")]
 )
 def test_a_writer_that_fails_is_an_alarm_and_nothing_is_published(rank, point, why, data, finished, tmp_path):
-    """At its first save in a launch that has an older checkpoint: that of step 8 is missing, step 12 is there."""
+    """At the first save of a launch that has an older checkpoint: step 8 is missing, step 12 is saved."""
     config = tiny(tmp_path, "writer", data, evaluation={"every": 0})
     assert train_on(config, 2, ("signal", 0, 5, signal.SIGTERM)) == [EXIT_SAVED] * 2
     assert train_on(config, 2, ("writer", rank, point)) == [EXIT_DONE] * 2
@@ -251,8 +250,8 @@ def test_a_writer_that_hangs_at_the_last_save_ends_the_run_within_the_limit(data
     assert not reader.checkpoint_folders(tmp_path / "hang")
 
 
-def test_the_next_save_waits_for_the_former(data, tmp_path):
-    """The writer of rank 0 takes a second for one file of step 4: training is at step 8 by then, and waits."""
+def test_the_next_save_waits_for_the_previous_one(data, tmp_path):
+    """The writer of rank 0 takes a second for one file of step 4; training reaches step 8 by then, and waits."""
     config = tiny(tmp_path, "slow", data, evaluation={"every": 0})
     assert run_processes(_train, 2, config.model_dump(), ("slow", 0, "fsync:1:slow"), timeout=60) == [EXIT_DONE] * 2
     steps = [reader.step_of(folder) for folder in reader.checkpoint_folders(tmp_path / "slow")]
@@ -278,7 +277,7 @@ def poisoned(rank, settings):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_parameters_that_are_not_finite_are_never_saved(asynchronous, data, tmp_path):
-    """Beside training, the sequences that have no likelihood with such parameters may stop the run first."""
+    """With asynchronous saves, the sequences that such parameters give no likelihood may stop the run first."""
     checkpoint = {"every": 4, "asynchronous": asynchronous}
     text, codes = failure_of(tiny(tmp_path, "poison", data, parallel={"zero": 0}, checkpoint=checkpoint), 2, poisoned)
     assert codes == [EXIT_STOP] * 2

@@ -1,4 +1,4 @@
-"""Whatever ends a run, the same command continues it, and it arrives at the same bits as one that nothing ended."""
+"""Whatever ends a run, the same command continues it and reaches the same bits as a run that was never interrupted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """Runs that nothing interrupted, by (ZeRO stage, dtype), on two ranks; made when first asked for."""
+    """Uninterrupted runs on two ranks by (ZeRO stage, dtype), trained when first asked for."""
     runs = tmp_path_factory.mktemp("whole")
     made = {}
 
@@ -52,7 +52,7 @@ def test_sigkill_then_the_same_bits(zero, dtype, data, whole, tmp_path):
     [(0, "fsync", 1), (1, "fsync", 2), (0, "write", 9), (0, "rename", 1), (0, "fsync", 9), (0, "replace", 1)],
 )
 def test_sigkill_inside_a_save(rank, call, number, data, whole, tmp_path):
-    """The second save (step 8) dies at that system call: the first is still there, or the second is whole already."""
+    """The second save (step 8) dies at that system call: the first remains, or the second is already complete."""
     config = tiny(tmp_path, "killed", data)
     assert train_on(config, 2, ("step", 0, 5))[0] == -signal.SIGKILL
     assert train_on(config, 2, ("writer", rank, f"{call}:{number}:rank"))[rank] == -signal.SIGKILL
@@ -102,7 +102,7 @@ def losses(config) -> list[float]:
 
 @pytest.fixture(scope="module")
 def curve(data, tmp_path_factory) -> list[float]:
-    """Loss of every step of a run on two ranks that nothing interrupted."""
+    """Loss of every step of an uninterrupted run on two ranks."""
     config = tiny(tmp_path_factory.mktemp("curve"), "whole", data, tracking={"every": 1})
     assert train_on(config, 2) == [EXIT_DONE] * 2
     return losses(config)
@@ -110,7 +110,7 @@ def curve(data, tmp_path_factory) -> list[float]:
 
 @pytest.mark.parametrize("before, after", [((2, 1), (1, 3)), ((1, 3), (4, 2)), ((2, 0), (1, 1))])
 def test_world_size_and_zero_stage_may_change(before, after, data, curve, tmp_path):
-    """(ranks, stage) before and after a stop at step 7: the same curve as one that did not change, to rounding."""
+    """(ranks, stage) before and after a stop at step 7: the same curve as without the change, up to rounding."""
     config = tiny(tmp_path, "changed", data, parallel={"zero": before[1]}, tracking={"every": 1})
     assert train_on(config, before[0], ("signal", 0, 6, signal.SIGTERM)) == [EXIT_SAVED] * before[0]
     config = tiny(tmp_path, "changed", data, parallel={"zero": after[1]}, tracking={"every": 1})

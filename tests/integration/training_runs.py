@@ -1,4 +1,4 @@
-"""Tiny runs in real processes, and ways to make them die."""
+"""Tiny runs in real processes, and ways to kill them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CRASH_POINTS = Path(__file__).resolve().parents[1] / "crash_points"
 
 
 def tiny(runs: Path, name: str, data: Path, **sections: Any) -> RunConfig:
-    """12 steps of 8 sequences with dropout on, saved every 4."""
+    """12 steps of 8 sequences with dropout on, saved every 4 steps."""
     settings: dict[str, Any] = {
         "schedule": {"steps": 12, "warmup": 2},
         "batch": {"sequences": 8, "micro": 2},
@@ -48,14 +48,17 @@ def tiny(runs: Path, name: str, data: Path, **sections: Any) -> RunConfig:
 
 
 def train_on(config: RunConfig, world: int, death: tuple | None = None, *, timeout: float = 90.0) -> list[int]:
-    """Exit codes of `train(config)` on `world` real processes. `death`: ("step", rank, n) kills a rank before its step
-    n with SIGKILL; ("signal", rank, n, number) sends a signal; ("writer", rank, point) is for the process that writes
-    its checkpoints: see tests/crash_points/sitecustomize.py. "slow" is the same for a writer that lags behind."""
+    """Exit codes of `train(config)` on `world` real processes.
+
+    `death`: ("step", rank, n) kills a rank with SIGKILL before its step n; ("signal", rank, n, number) sends it a
+    signal; ("writer", rank, point) makes the process that writes its checkpoints fail (tests/crash_points); with
+    "slow" in the place of "writer" that process only lags behind.
+    """
     try:
         return run_processes(_train, world, config.model_dump(), death, timeout=timeout)
     except RankFailed as failure:
         if death is not None and death[0] != "signal":
-            print(failure)  # shown where the test then fails
+            print(failure)  # shown if the test then fails
             return failure.codes
         raise
 
@@ -64,7 +67,7 @@ def _train(rank: int, settings: dict[str, Any], death: tuple | None) -> int:
     from exlm_dist.training.loop import train
     from exlm_dist.utils.logs import configure_logging
 
-    # The server that the ranks are forked from has kept the standard error of the first test.
+    # Ranks inherit standard error from the server they are forked from, which has that of the first test.
     os.dup2(os.open(f"{settings['runs']}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
     configure_logging("WARNING")
     if death is not None and death[0] != "slow":
@@ -90,7 +93,7 @@ def _before_step(action: Any) -> None:
 
 
 def _finish_saves_before_steps() -> None:
-    """So that a death at step n finds the save of an earlier step done: these steps take milliseconds."""
+    """So that earlier saves are done when a rank dies at step n: these steps take milliseconds."""
     from exlm_dist.training.checkpointer import Checkpointer
 
     plain = Checkpointer.attend
@@ -123,7 +126,7 @@ def log_of(config: RunConfig) -> str:
 
 
 def final_hashes(config: RunConfig) -> dict[str, str]:
-    """SHA-256 of every parameter and moment after the last step; the layout that wrote them plays no part."""
+    """SHA-256 of every parameter and moment after the last step, whatever layout wrote them."""
     folder = Path(config.runs) / config.name / reader.CHECKPOINTS / f"step-{config.schedule.steps:08d}"
     tensors = reader.load_weights(folder) | reader.load_optimizer(folder)
     return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in sorted(tensors.items())}

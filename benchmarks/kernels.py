@@ -1,10 +1,10 @@
-"""The kernels beside other ways to compute the same: `python benchmarks/kernels.py [attention|vocab|dag ...]`.
+"""The kernels compared with other ways to compute the same: `python benchmarks/kernels.py [attention|vocab|dag ...]`.
 
-Each side is checked against the definition first, then all sides of a case are timed in turn in one process; figures
-are the median and the quartiles over the rounds. A table goes to the screen and, with the hardware, versions and
-commit, to `<out>/kernels_[<operations>_]<device>_<date>.csv` and `.md`. `--toy` runs tiny sizes anywhere, for the
-tests: its times mean nothing. Cases of an operation live in `kernels_<operation>.py` beside this file: `cases(device,
-toy)` yields `timing.Case`.
+The results of each side are checked first, then all sides of a case are timed in turn in one process; figures are the
+median and the quartiles over the rounds. A table is printed and, with hardware, versions and commit, written to
+`<out>/kernels_[<operations>_]<device>_<date>.csv` and `.md`. `--toy` runs tiny sizes anywhere, for the tests: its times
+mean nothing. Cases of an operation are in `kernels_<operation>.py` in this folder: `cases(device, toy)` yields
+`timing.Case`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from timing import Case, Figure, ceilings, measure  # noqa: E402
 
 COLUMNS = (
     "date", "commit", "device", "torch", "cuda", "triton", "case", "sizes", "side",
-    "median_ms", "low_ms", "high_ms", "peak_mb", "results_mb", "peak_share", "error", "ratio_to_ours", "fault",
+    "median_ms", "low_ms", "high_ms", "peak_mb", "results_mb", "peak_fraction", "error", "ratio_to_ours", "fault",
 )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def surroundings(commit: str, device: torch.device) -> dict[str, str]:
 
 
 def table(case: Case, figures: list[Figure]) -> str:
-    """One case as a markdown table; the last column says how many times slower a side is than ours."""
+    """One case as a Markdown table; the last column says how many times slower than ours a side is."""
     lines = [
         f"### {case.name}: {case.sizes}",
         "",
@@ -75,9 +75,9 @@ def table(case: Case, figures: list[Figure]) -> str:
         lines += ["", f"Best other side over ours: {min(others):.2f} (at least {case.least}, aim {case.aim})."]
     if case.whole:
         name, size = case.whole[0], case.whole[1] / 2**20
-        shares = [f"{one.side} {one.peak / size:.1%} ({(one.peak - one.results) / size:.1%} beside results)"
-                  for one in figures if not one.fault]  # fmt: skip
-        lines += ["", f"Peak as a share of {name}, {size:.0f} MB: " + ", ".join(shares) + "."]
+        parts = [f"{one.side} {one.peak / size:.1%} ({(one.peak - one.results) / size:.1%} beside results)"
+                 for one in figures if not one.fault]  # fmt: skip
+        lines += ["", f"Peak as a fraction of {name}, {size:.0f} MB: " + ", ".join(parts) + "."]
     if case.floors:
         lines += ["", "Floors: " + ", ".join(f"{name} {value:.3g} ms" for name, value in case.floors.items()) + "."]
     return "\n".join(lines) + "\n"
@@ -90,7 +90,7 @@ def rows(case: Case, figures: list[Figure], around: dict[str, str]) -> list[dict
         | {
             "case": one.case, "sizes": one.sizes, "side": one.side, "fault": one.fault,
             "median_ms": one.median, "low_ms": one.low, "high_ms": one.high, "peak_mb": one.peak,
-            "results_mb": one.results, "peak_share": one.peak * 2**20 / case.whole[1] if case.whole else "",
+            "results_mb": one.results, "peak_fraction": one.peak * 2**20 / case.whole[1] if case.whole else "",
             "error": one.error, "ratio_to_ours": one.ratio,
         }
         for one in figures
@@ -98,7 +98,7 @@ def rows(case: Case, figures: list[Figure], around: dict[str, str]) -> list[dict
 
 
 def write(path: Path, head: str, tables: list[str], lines: list[dict[str, object]]) -> None:
-    """Both files, `path` with .csv and with .md."""
+    """Both files: `path`, which ends in .csv, and the same with .md."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -108,8 +108,8 @@ def write(path: Path, head: str, tables: list[str], lines: list[dict[str, object
 
 
 def on_gpu(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
-    """The options, with two that all benchmarks of kernels have, and the GPU; at toy size any device will do."""
-    parser.add_argument("--commit", default="", help="where the checkout carries no git folder")
+    """The options, two of them common to all benchmarks of kernels, and the GPU; at toy size any device will do."""
+    parser.add_argument("--commit", default="", help="of the code, where there is no git folder")
     parser.add_argument("--toy", action="store_true", help="tiny sizes; works without a GPU")
     options = parser.parse_args(argv)
     if not options.toy and not torch.cuda.is_available():
@@ -118,7 +118,7 @@ def on_gpu(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[arg
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure; 1 if one of our own sides failed its check."""
+    """Measure; return 1 if one of our own sides failed its check."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("operations", nargs="*", help=f"of {', '.join(operations())}; default: all")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the tables")

@@ -1,6 +1,6 @@
-"""State-graph likelihood, forward and backward, beside the recursion written in torch with autograd (compacted states).
+"""State-graph likelihood, forward and backward, and the recursion written in torch with autograd (compacted states).
 
-Few sequences make either side wait for the host, which launches hundreds of small kernels for the recursion; both are
+With few sequences either side waits for the host, which launches hundreds of small kernels for the recursion; both are
 therefore also timed as replays of a CUDA graph, where only the GPU counts.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from exlm_dist.kernels.dag import dag_log_likelihood
 
-UNREACHED = -1e4  # instead of -inf, whose gradient through torch.logsumexp is not a number
+UNREACHED = -1e4  # instead of -inf, whose gradient through torch.logsumexp is NaN
 
 
 def cases(device: torch.device, toy: bool) -> Iterator[Case]:
@@ -24,14 +24,14 @@ def cases(device: torch.device, toy: bool) -> Iterator[Case]:
 
 
 class _Graphs:
-    """Random graphs with every forward move, and the sides that work on them."""
+    """Random graphs with every forward transition, and the sides that work on them."""
 
     def __init__(self, count: int, targets: int, states: int, device: torch.device) -> None:
         torch.manual_seed(0)
         match = torch.randn(count, targets, states, device=device).mul(2).log_softmax(1) - 3
         forward = torch.ones(states, states, dtype=torch.bool, device=device).triu(1)
-        moves = torch.randn(count, states, states, device=device).masked_fill(~forward, UNREACHED).log_softmax(-1)
-        self.inputs = [match.requires_grad_(), moves.masked_fill(~forward, UNREACHED).requires_grad_()]
+        transitions = torch.randn(count, states, states, device=device).masked_fill(~forward, UNREACHED).log_softmax(-1)
+        self.inputs = [match.requires_grad_(), transitions.masked_fill(~forward, UNREACHED).requires_grad_()]
         self.sizes = [torch.full((count,), size, device=device) for size in (targets, states)]
         self.grad = torch.rand(count, device=device) + 0.5
         self.shape = f"B={count}, N={targets}, L={states}"
@@ -42,7 +42,7 @@ class _Graphs:
         backend = "auto" if self.grad.device.type == "cuda" else "torch"
         sides = {
             "ours": lambda: self._whole(dag_log_likelihood(*self.inputs, *self.sizes, backend=backend)),
-            "definition": lambda: self._whole(dag_log_likelihood(*self.inputs, *self.sizes, backend="torch")),
+            "plain torch": lambda: self._whole(dag_log_likelihood(*self.inputs, *self.sizes, backend="torch")),
             "torch recursion": lambda: self._whole(_recursion(*self.inputs)),
         }
         yield self._case("as called", sides, sides)
@@ -57,7 +57,7 @@ class _Graphs:
         return [value, *torch.autograd.grad(value, self.inputs, self.grad)]
 
     def _error(self, found: list[Tensor]) -> float:
-        """Largest difference of a posterior (gradient over what comes in) from fp64."""
+        """Largest difference of a posterior (gradient over incoming gradient) from fp64."""
         if self.wanted is None:
             inputs = [tensor.detach().double().requires_grad_() for tensor in self.inputs]
             value = dag_log_likelihood(*inputs, *self.sizes, backend="torch")
@@ -66,12 +66,12 @@ class _Graphs:
         return max(float(((got - want) / scale).abs().max()) for got, want in zip(found[1:], self.wanted))
 
 
-def _recursion(match: Tensor, moves: Tensor) -> Tensor:
-    """log-likelihood [B]: one step per target over all moves; sequences equally long."""
+def _recursion(match: Tensor, transitions: Tensor) -> Tensor:
+    """log-likelihood [B]: one step per target over all transitions; sequences of equal length."""
     alpha = torch.full_like(match[:, 0], UNREACHED)
     alpha[:, 0] = match[:, 0, 0]
     for row in match[:, 1:].unbind(1):
-        alpha = torch.logsumexp(alpha[:, :, None] + moves, 1) + row
+        alpha = torch.logsumexp(alpha[:, :, None] + transitions, 1) + row
     return alpha[:, -1]
 
 

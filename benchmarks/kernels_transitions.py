@@ -1,4 +1,4 @@
-"""Transition log-probabilities, forward and backward, beside the obvious torch form that holds [B, L, L, H]."""
+"""Transition log-probabilities, forward and backward, and the obvious torch form that stores [B, L, L, H]."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from exlm_dist.kernels.transitions import transition_log_probs
 
 
 def cases(device: torch.device, toy: bool) -> Iterator[Case]:
-    """S=128 and S=512 at k=4, heads of base, dense moves: 64 sequences, and as many as in a step of `step.py`."""
+    """S=128 and S=512 at k=4, heads of base, dense transitions: 64 sequences, and as many as in a step of `step.py`."""
     for count, states in ((2, 8),) if toy else ((64, 84), (512, 84), (64, 312), (128, 312)):
         yield _Batch(count, states, 2 if toy else 12, 16 if toy else 64, device).case()
 
 
 class _Batch:
-    """States of equally long sequences, and the sides that work on them."""
+    """States of sequences of equal length, and the sides that work on them."""
 
     def __init__(self, count: int, states: int, heads: int, width: int, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -54,7 +54,7 @@ class _Batch:
         scores = torch.einsum("bvhp,buhp->bvuh", query, key).float() * width**-0.5
         heads_log = scores.masked_fill(~self.forward[:, :, None], -torch.inf).log_softmax(2)
         joint = heads_log + self.inputs[2].view(count, states, 1, heads).float().log_softmax(-1)
-        # The last state has no successor: its row is not a number and leaves with the moves that are not allowed.
+        # The last state has no successor: its row is NaN and is dropped with the transitions that are not allowed.
         return torch.where(self.forward, joint.masked_fill(~self.forward[:, :, None], 0).logsumexp(-1), 0.0)
 
     def _error(self, found: list[Tensor]) -> float:

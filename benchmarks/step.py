@@ -1,12 +1,12 @@
-"""A whole training step (forward, backward, AdamW) on a GPU: ExLM beside the plain masked language model with the same
-kernels, and beside ExLM written the obvious way (straightforward.py).
+"""A whole training step (forward, backward, AdamW) on a GPU: ExLM compared with the plain masked language model on the
+same kernels, and with ExLM written the obvious way (straightforward.py).
 
     python benchmarks/step.py                          # base shape, blocks of 128 tokens
     python benchmarks/step.py --shape base --length 512 --profile 25
 
 The losses of both ExLMs must agree in fp32 at toy size before anything is timed. Then all sides take turns in one
-process; figures are the median and the quartiles over the rounds. Prints a table and adds rows to a CSV with hardware,
-versions and commit. `--shape toy` runs anywhere, for the test: its times mean nothing.
+process; figures are the median and the quartiles over the rounds. A table is printed, and rows with hardware, versions
+and commit are added to a CSV. `--shape toy` runs anywhere, for the test: its times mean nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ COLUMNS = ("date", "commit", "device", "torch", "cuda", "triton", "shape", "leng
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: median and quartiles over the rounds, and what was asked for (None: nothing)."""
+    """One figure: median and quartiles over the rounds, and its targets, if any."""
 
     quantity: str
     unit: str
@@ -66,13 +66,13 @@ class Row:
 
 @dataclass
 class Side:
-    """One thing that is timed: `step(batch)` over `batches` in turn; `held` bytes stay allocated between its steps."""
+    """One side: `step(batch)` is timed over `batches` in turn; `resident` bytes stay allocated between its steps."""
 
     name: str
     step: Callable[[object], torch.Tensor]
     batches: list[object]
     times: list[float] = field(default_factory=list)  # ms of a step, one per round
-    held: int = 0
+    resident: int = 0
 
     def run(self, steps: int) -> None:
         """`steps` steps, on the batches in turn."""
@@ -87,7 +87,7 @@ def spread(quantity: str, unit: str, values: list[float], least: float | None = 
 
 
 def milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """Time of `run`: by events on a GPU that was idle before, else by the clock."""
+    """Time of `run`: by events on a GPU that was idle before, by the clock elsewhere."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()
@@ -102,17 +102,17 @@ def milliseconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes allocated now (0 off CUDA)."""
+    """Bytes allocated now (0 without CUDA)."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def roomy(device: torch.device) -> bool:
-    """Whether the yardstick can hold half of a micro-batch beside the other sides: some 50 GB (see the lab log)."""
+    """Whether half of a micro-batch of the baseline fits beside the other sides: some 50 GB (see the lab log)."""
     return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory > 120e9
 
 
 def build_sides(shape: Shape, length: int, device: torch.device) -> dict[str, Side]:
-    """exlm and mlm at the full micro-batch; exlm-small and straightforward at the one that the latter can hold."""
+    """exlm and mlm at the full micro-batch; exlm-small and straightforward at the one that fits the latter."""
     sequences = max(2, shape.tokens // length)
     few = max(1, sequences // (2 if roomy(device) else 4))
     exlm, mlm = (model_config(shape, objective, DROPOUT) for objective in ("exlm", "mlm"))
@@ -139,9 +139,9 @@ def build_sides(shape: Shape, length: int, device: torch.device) -> dict[str, Si
         sides[name] = Side(name, make(), draw())
         sides[name].run(BATCHES)  # compiles, and makes the optimizer's state
         gc.collect()
-        sides[name].held = memory(device) - before
+        sides[name].resident = memory(device) - before
         print(f"{name}: warm", flush=True)
-    sides["exlm-small"].held = sides["exlm"].held
+    sides["exlm-small"].resident = sides["exlm"].resident
     return sides
 
 
@@ -161,7 +161,7 @@ def time_sides(sides: dict[str, Side], device: torch.device, rounds: int, steps:
 
 
 def peak_mib(side: Side, device: torch.device) -> float:
-    """Largest allocation during a step, without what the other sides hold."""
+    """Largest allocation during a step, without what the other sides have allocated."""
     if device.type != "cuda":
         return math.nan
     gc.collect()
@@ -170,7 +170,7 @@ def peak_mib(side: Side, device: torch.device) -> float:
     torch.cuda.reset_peak_memory_stats(device)
     side.run(1)
     torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - start + side.held) / 2**20
+    return (torch.cuda.max_memory_allocated(device) - start + side.resident) / 2**20
 
 
 def synchronisations(side: Side, device: torch.device) -> list[str]:
@@ -201,13 +201,13 @@ def host_ms(side: Side, device: torch.device) -> float:
 
 
 def replay_ms(side: Side, device: torch.device, rounds: int) -> tuple[list[float], list[float]]:
-    """(ms of a step, ms of a replay of its CUDA graph), in turn, both from a batch on the device on.
+    """(ms of a step, ms of a replay of its CUDA graph), in turn, both from a batch that is on the device.
 
     The kernels read the dropout seed from the batch, so each replay draws masks of its own, as training would.
     """
     ours: Ours = side.step.__self__
     stream = Stream.from_batch(side.batches[0], device, dropout_seed=1)
-    gc.collect()  # an old graph of autograd that is still around ties its parameters to another stream
+    gc.collect()  # an autograd graph that is still alive ties its parameters to another stream
     aside = torch.cuda.Stream(device)
     aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside):
@@ -235,7 +235,7 @@ def replay_ms(side: Side, device: torch.device, rounds: int) -> tuple[list[float
 
 
 def profile(side: Side, device: torch.device, rows: int) -> str:
-    """The `rows` GPU kernels that take most time in a step, and how the host's copies and waits show up."""
+    """The `rows` GPU kernels that take most time in a step, and the copies and waits of the host."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as measured:
         side.run(1)
@@ -266,19 +266,19 @@ def figures(sides: dict[str, Side], matrix: list[float], shape: Shape, length: i
         rows.append(Row(f"exlm / mlm operations ({name} count)", "", flops["exlm"] / flops["mlm"]))
         for n in configs:
             asked = (0.40, 0.60 if shape.layers > 12 else 0.55) if (n, name) == ("exlm", "ideal") else (None, None)
-            shares = [flops[n] / ms * 1e-9 / peak for ms, peak in zip(sides[n].times, matrix)]
-            rows.append(spread(f"{n} share of the matrix peak ({name} count)", "", shares, *asked))
+            fractions = [flops[n] / ms * 1e-9 / peak for ms, peak in zip(sides[n].times, matrix)]
+            rows.append(spread(f"{n} fraction of the matrix peak ({name} count)", "", fractions, *asked))
     rows.append(spread(f"bf16 matrix product {MATRIX}^3", "TFLOP/s", matrix))
     for side in (exlm, small):
         tokens = length * side.batches[0].num_sequences
         rows.append(spread(f"{side.name} original tokens", "1/s", [tokens / ms * 1e3 for ms in side.times]))
-    share = small.batches[0].num_sequences / exlm.batches[0].num_sequences
+    smaller = small.batches[0].num_sequences / exlm.batches[0].num_sequences
     rows.append(spread("speed over straightforward, same batch", "x", ratios(other, small), 4.0, 10.0))
-    rows.append(spread("speed over straightforward, own batch", "x", [r / share for r in ratios(other, exlm)]))
+    rows.append(spread("speed over straightforward, own batch", "x", [r / smaller for r in ratios(other, exlm)]))
     peaks = {side.name: peak_mib(side, device) for side in sides.values()}
     rows += [Row(f"{name} peak memory", "MiB", value) for name, value in peaks.items()]
-    share = peaks[small.name] / peaks[other.name]
-    rows.append(Row("peak memory over straightforward", "", share, least=0.30, aim=0.15))
+    ratio = peaks[small.name] / peaks[other.name]
+    rows.append(Row("peak memory over straightforward", "", ratio, least=0.30, aim=0.15))
     waits = synchronisations(exlm, device)
     print("host waits:", waits or "none")
     rows.append(Row("host synchronisations in a step", "", len(waits), least=0, aim=0))
@@ -291,7 +291,7 @@ def ratios(above: Side, below: Side) -> list[float]:
 
 
 def graph_rows(side: Side, device: torch.device, rounds: int) -> list[Row]:
-    """What a CUDA graph of the step gains; a step that cannot be captured is said to be so."""
+    """What a CUDA graph of the step gains; a step that cannot be captured is reported."""
     if device.type != "cuda":
         return []
     try:
@@ -327,14 +327,14 @@ def write(path: Path, around: dict[str, object], rows: list[Row]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check, measure, report; 1 if the sides do not agree."""
+    """Check, measure, report; return 1 if the sides do not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="base")
     parser.add_argument("--length", type=int, default=128, help="tokens of a block, BOS and EOS counted")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps of a side in a round")
     parser.add_argument("--profile", type=int, default=0, help="also list this many GPU kernels of a step")
-    parser.add_argument("--commit", default="", help="where the checkout carries no git folder")
+    parser.add_argument("--commit", default="", help="of the code, where there is no git folder")
     parser.add_argument("--out", type=Path, help="CSV to add to (default: results/step_<date>.csv)")
     options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""What `step.py` sets side by side: batches, the models, and one training step of each."""
+"""What `step.py` compares: batches, the models, and one training step of each."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ADAMW = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01}
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of a model, and tokens of a micro-batch (before expansion); `length` overrules the command line."""
+    """Size of a model, and tokens of a micro-batch (before expansion); `length` overrides the command line."""
 
     layers: int
     width: int
@@ -45,7 +45,7 @@ class Shape:
 SHAPES = {
     "base": Shape(12, 768, 12, 50_304, 512 * 128),
     "large": Shape(24, 1024, 16, 50_304, 256 * 128),
-    # A model so small that the host decides: molecules, as in the first real training (docs/lab-log.md).
+    # So small that the host is the limit: molecules, as in the first real training (docs/lab-log.md).
     "molecules": Shape(4, 256, 8, 128, 256 * 44, 44),
     "toy": Shape(2, 64, 2, 64, 4 * 16, 16, 32),
 }
@@ -79,14 +79,14 @@ def make_batch(config: ModelConfig, shape: Shape, length: int, sequences: int, s
 
 
 def ideal_flops(config: ModelConfig, shape: Shape, length: int, batch: PackedBatch) -> float:
-    """Operations of a step on `batch` by the ideal count of `exlm_dist/model/cost.py`."""
+    """Operations of a step on `batch` in the ideal count of `exlm_dist/model/cost.py`."""
     masked = batch.num_targets / batch.num_sequences - (2 if config.anchors else 0)
     parts = flops_per_sequence(config, shape.vocabulary, Sizes.of(config, length, masked))
     return batch.num_sequences * sum(parts.values())
 
 
 def needed_flops(config: ModelConfig, shape: Shape, length: int, batch: PackedBatch) -> float:
-    """The ideal count less what the last block leaves out: behind its attention it goes on with the states only."""
+    """The ideal count minus what the last block skips: after its attention it continues with the states only."""
     rows = batch.num_tokens - batch.num_states
     return ideal_flops(config, shape, length, batch) - 6 * rows * config.width * (config.width + 2 * config.ffn)
 
@@ -102,7 +102,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update from the gradients of the parameters, and let go of these."""
+        """Update from the gradients of the parameters, and free them."""
         for copy, parameter in zip(self.master, self.parameters):
             copy.grad, parameter.grad = parameter.grad.float(), None
         self.inner.step()
@@ -120,12 +120,12 @@ class Ours:
         self.steps = 0
 
     def step(self, batch: PackedBatch) -> torch.Tensor:
-        """One training step from the arrays of the host on; returns the loss on the device."""
+        """One training step from arrays on the host; returns the loss on the device."""
         self.steps += 1
         return self.step_on(Stream.from_batch(batch, self.device, dropout_seed=self.steps))
 
     def step_on(self, stream: Stream) -> torch.Tensor:
-        """One training step on a batch that is on the device already."""
+        """One training step on a batch that is already on the device."""
         total, _ = loss_sum(self.model(stream), "sequence")
         loss = total / stream.num_sequences
         loss.backward()
@@ -134,7 +134,7 @@ class Ours:
 
 
 class Straightforward:
-    """The yardstick: fp32 parameters under autocast, fused AdamW."""
+    """The baseline: fp32 parameters under autocast, fused AdamW."""
 
     def __init__(self, shape: Shape, dropout: float, max_positions: int, device: torch.device) -> None:
         self.device = device
@@ -143,7 +143,7 @@ class Straightforward:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), **ADAMW, fused=True)
 
     def step(self, batch: PaddedBatch) -> torch.Tensor:
-        """One training step on a batch that is on the device already."""
+        """One training step on a batch that is already on the device."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             loss = self.model(batch)
         loss.backward()

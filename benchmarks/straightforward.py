@@ -1,5 +1,5 @@
-"""The same ExLM written the obvious way: padded, every intermediate materialised, autograd throughout. The yardstick of
-`train_cpu.py` and `step.py`; it shares no computation with the package.
+"""The same ExLM written the obvious way: padded, every intermediate materialised, autograd throughout. The baseline of
+`train_cpu.py` and `step.py`; it has no computation in common with the package.
 
 Letters: B sequences, n longest expanded length, D width, H heads, P head width, N longest target count, V vocabulary.
 """
@@ -18,7 +18,7 @@ IMPOSSIBLE = -1e30
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """ids, position, clone [B, n]; inside, is_state [B, n] bool; targets [B, N]; num_targets [B]; last [B] place of the
+    """ids, position, clone [B, n]; inside, is_state [B, n] bool; targets [B, N]; num_targets [B]; last [B] index of the
     last state.
     """
 
@@ -43,7 +43,7 @@ class PaddedBatch:
             return nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
 
         clone = rows(batch.clone, batch.cu_tokens, -1)
-        places = torch.arange(clone.shape[1])
+        index = torch.arange(clone.shape[1])
         return PaddedBatch(
             ids=rows(batch.input_ids, batch.cu_tokens, pad),
             position=rows(batch.position, batch.cu_tokens, 0),
@@ -51,7 +51,7 @@ class PaddedBatch:
             inside=clone >= 0,
             targets=rows(batch.target_ids, batch.cu_targets, pad),
             num_targets=torch.from_numpy(batch.cu_targets).diff(),
-            last=torch.where(clone > 0, places, -1).amax(1),
+            last=torch.where(clone > 0, index, -1).amax(1),
         )
 
     def to(self, device: torch.device) -> PaddedBatch:
@@ -81,8 +81,8 @@ class Attention(nn.Module):
 
 def rotary_table(batch: PaddedBatch, width: int) -> tuple[Tensor, Tensor]:
     """cos and sin [B, 1, n, P] of the two-dimensional rotary positions."""
-    turning = 10000.0 ** (-torch.arange(0, width // 2, 2, device=batch.ids.device) / (width // 2))
-    angles = torch.cat([batch.position[..., None] * turning, batch.clone[..., None] * turning], dim=-1)
+    frequency = 10000.0 ** (-torch.arange(0, width // 2, 2, device=batch.ids.device) / (width // 2))
+    angles = torch.cat([batch.position[..., None] * frequency, batch.clone[..., None] * frequency], dim=-1)
     angles = torch.cat([angles, angles], dim=-1)[:, None]
     return angles.cos(), angles.sin()
 
@@ -117,10 +117,10 @@ class TransitionHead(nn.Module):
         self.heads = heads
 
     def forward(self, features: Tensor, batch: PaddedBatch) -> Tensor:
-        """Log-probabilities [B, n, n] from every place to every later state."""
+        """Log-probabilities [B, n, n] from every state to every later one."""
         count, length, width = features.shape
-        place = self.positions(torch.arange(length, device=features.device)).expand(count, -1, -1)
-        x = torch.cat([features, place], dim=-1)
+        position = self.positions(torch.arange(length, device=features.device)).expand(count, -1, -1)
+        x = torch.cat([features, position], dim=-1)
         query = self.query(x).view(count, length, self.heads, -1)
         key = self.key(x).view(count, length, self.heads, -1)
         scores = torch.einsum("bihp,bjhp->bijh", query, key) / math.sqrt(width // self.heads)  # [B, n, n, H]
@@ -146,13 +146,13 @@ class Output(nn.Module):
         return path_sum(match, self.transition(features, batch), batch)
 
 
-def path_sum(match: Tensor, links: Tensor, batch: PaddedBatch) -> Tensor:
-    """The forward recursion over all places; every path starts at place 0 and ends at the last state."""
+def path_sum(match: Tensor, transitions: Tensor, batch: PaddedBatch) -> Tensor:
+    """The forward recursion over all positions; every path starts at position 0 and ends at the last state."""
     alpha = torch.full_like(match[:, 0], IMPOSSIBLE)
     alpha = torch.cat([match[:, 0, :1], alpha[:, 1:]], dim=1)
     rows = [alpha]
     for i in range(1, match.shape[1]):
-        rows.append(torch.logsumexp(rows[-1][:, :, None] + links, dim=1) + match[:, i])
+        rows.append(torch.logsumexp(rows[-1][:, :, None] + transitions, dim=1) + match[:, i])
     sequence = torch.arange(len(match), device=match.device)
     return torch.stack(rows, dim=1)[sequence, batch.num_targets - 1, batch.last]
 

@@ -16,10 +16,10 @@ from triton.errors import TritonError
 class Case:
     """One comparison: `sides[name]()` does the whole work once and returns nothing that matters.
 
-    `error(name)` is the largest relative error of a side's outputs and gradients, which must stay within `bound`; a
-    side without a yardstick gives None. `ours` is the side that the others are divided by. `floors` are theoretical
-    times in ms by name (bytes or operations over what the device can do), printed beside the figures. `whole` is what
-    an obvious way holds at once, by name and in bytes: peaks are also given as shares of it.
+    `error(name)` is the largest relative error of a side's outputs and gradients, which must stay within `bound`; None
+    for a side without a reference. `ours` is the side that the others are divided by. `floors` are theoretical times in
+    ms by name (bytes or operations over what the device can do), printed with the figures. `whole` is what an obvious
+    implementation stores at once, by name and in bytes: peaks are also given as fractions of it.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Case:
 @dataclass
 class Figure:
     """Times of one side in ms (median, first and third quartile), its peak memory over the start in MB, how much of
-    that is in results (what is still alive when it hands them back), its error.
+    that is its results (still allocated when it returns), its error.
     """
 
     case: str
@@ -54,7 +54,7 @@ class Figure:
 
 
 def measure(case: Case, device: torch.device, rounds: int, milliseconds: float) -> list[Figure]:
-    """Check every side, then time the good ones in turn, `rounds` times about `milliseconds` each."""
+    """Check every side, then time those that passed in turn, `rounds` times about `milliseconds` each."""
     figures = {name: _checked(case, name, device) for name in case.sides}
     sound = [name for name, figure in figures.items() if not figure.fault]
     repeats = {name: _repeats(case.sides[name], device, milliseconds) for name in sound}
@@ -73,7 +73,7 @@ def measure(case: Case, device: torch.device, rounds: int, milliseconds: float) 
 
 
 def _checked(case: Case, name: str, device: torch.device) -> Figure:
-    """Run a side once: memory, error; what fails is reported and left out of the timing."""
+    """Run a side once: memory, error; a side that fails is reported and not timed."""
     figure = Figure(case.name, case.sizes, name)
     try:
         figure.error = case.error(name)
@@ -88,14 +88,14 @@ def _checked(case: Case, name: str, device: torch.device) -> Figure:
 
 
 def _memory(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Allocated memory over the start in MB, at its peak and when the results are there; NaN off CUDA."""
+    """Allocated memory over the start in MB, at its peak and of the results; NaN without CUDA."""
     if device.type != "cuda":
         return float("nan"), float("nan")
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     start = torch.cuda.memory_allocated(device)
-    results = run()  # held while they are counted
+    results = run()  # kept while they are counted
     torch.cuda.synchronize(device)
     kept = torch.cuda.memory_allocated(device)
     del results
@@ -103,7 +103,7 @@ def _memory(run: Callable[[], object], device: torch.device) -> tuple[float, flo
 
 
 def _repeats(run: Callable[[], object], device: torch.device, milliseconds: float) -> int:
-    """How often to run per round; warms up on the way."""
+    """How often to run per round; this also warms up."""
     _time(run, device, 2)
     return max(1, int(milliseconds / max(_time(run, device, 3), 1e-3)))
 
@@ -126,7 +126,7 @@ def _time(run: Callable[[], object], device: torch.device, repeats: int) -> floa
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What this card does now: bf16 matrix product in TFLOP/s and copy bandwidth in TB/s (read plus write)."""
+    """What this GPU does now: bf16 matrix product in TFLOP/s and copy bandwidth in TB/s (read plus write)."""
     if device.type != "cuda":
         return {}
     left, right = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)

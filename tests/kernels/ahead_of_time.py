@@ -1,9 +1,8 @@
-"""Compile the shipped kernels without a GPU and say what they need: `python tests/kernels/ahead_of_time.py`.
+"""Compile the shipped kernels without a GPU and report what they need: `python tests/kernels/ahead_of_time.py`.
 
 Each operation runs its own code, forward and backward, on tensors of the meta device inside `record_launches`; every
-launch it would have made is compiled with the types it would have passed. A configuration fails when it spills
-registers (a stack frame or local memory in the machine code) or needs more shared memory than a block of that GPU may
-have.
+launch it would have made is compiled with the types it would have passed. A configuration fails if it spills registers
+(a stack frame or local memory in the machine code) or needs more shared memory than a block of that GPU may have.
 """
 
 from __future__ import annotations
@@ -50,13 +49,13 @@ class Report:
 
     @property
     def fault(self) -> str:
-        """Why this configuration must not ship, or nothing."""
+        """Why this configuration must not ship; empty if it may."""
         if self.shared > SHARED_LIMIT[self.target]:
             return f"shared memory {self.shared} > {SHARED_LIMIT[self.target]}"
         return f"spills: {self.local} bytes of local memory per thread" if self.local else ""
 
     def row(self) -> str:
-        """A line of the table."""
+        """The line of the table."""
         target = f"sm_{self.target[0]}{self.target[1]}"
         return (
             f"{self.case:34} {self.kernel:20} {target:7} {self.warps:5} {self.registers:9} "
@@ -68,7 +67,7 @@ HEADER = f"{'case':34} {'kernel':20} {'target':7} {'warps':>5} {'registers':>9} 
 
 
 def compile_launch(case: str, item: Launch, target: tuple[int, int]) -> Report:
-    """Compile one recorded launch for `target` and read its needs from the machine code."""
+    """Compile one recorded launch for `target` and read what it needs from the machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -77,8 +76,8 @@ def compile_launch(case: str, item: Launch, target: tuple[int, int]) -> Report:
     assert {*names[len(item.arguments) :]} == {*item.constants}, f"{item.kernel.__name__}: constants must come last"
     signature = {name: _type(item, name) for name in names}
     attributes = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(item.kernel.arg_names)
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(item.kernel.arg_names)
         if signature[name] != "constexpr" and _divisible(item, name)
     }
     source = ASTSource(item.kernel, signature, dict(_constants(item)), attributes)
@@ -90,15 +89,15 @@ def compile_launch(case: str, item: Launch, target: tuple[int, int]) -> Report:
 
 
 def _constants(item: Launch) -> Iterator[tuple[tuple[int], Any]]:
-    for place, name in enumerate(item.kernel.arg_names):
+    for index, name in enumerate(item.kernel.arg_names):
         if name in item.constants:
-            yield (place,), item.constants[name]
+            yield (index,), item.constants[name]
         elif _type(item, name) == "constexpr":
-            yield (place,), item.arguments[name]
+            yield (index,), item.arguments[name]
 
 
 def _type(item: Launch, name: str) -> str:
-    """Triton's name of an argument's type; None and, where specialised, 1 are constants as at run time."""
+    """Triton's name for an argument's type; None and, where specialised, 1 are constants, as at run time."""
     if name in item.constants:
         return "constexpr"
     value = item.arguments[name]
@@ -114,8 +113,8 @@ def _type(item: Launch, name: str) -> str:
 
 
 def _specialised(item: Launch, name: str) -> bool:
-    place = item.kernel.arg_names.index(name)
-    return not item.kernel.params[place].do_not_specialize
+    index = item.kernel.arg_names.index(name)
+    return not item.kernel.params[index].do_not_specialize
 
 
 def _divisible(item: Launch, name: str) -> bool:
@@ -139,7 +138,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def reports(operations: list[str], targets: list[tuple[int, int]], select: str = "") -> Iterator[Report]:
-    """Compile every shipped configuration of the operations; equal launches once."""
+    """Compile every shipped configuration of the operations, equal launches once."""
     for operation in operations:
         module = importlib.import_module(f"tests.kernels.shipped_{operation}")
         cases: dict[str, Callable[[], None]] = module.CASES
@@ -159,12 +158,12 @@ def reports(operations: list[str], targets: list[tuple[int, int]], select: str =
 
 
 def available() -> list[str]:
-    """Operations that have kernels and a list of shipped cases."""
+    """Operations with a list of shipped cases."""
     return [name for name in OPERATIONS if (Path(__file__).parent / f"shipped_{name}.py").exists()]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; 1 if a configuration must not ship."""
+    """Print the table; return 1 if a configuration must not ship."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("operations", nargs="*", default=[])
     parser.add_argument("--targets", nargs="+", default=["80", "90", "100"], help="compute capabilities, no dot")

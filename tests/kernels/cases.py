@@ -33,33 +33,30 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, lengths: li
     return out
 
 
-def naive_transitions(query: Tensor, key: Tensor, gate: Tensor, group: int | None) -> Tensor:
-    """log E [L, L] of one sequence in the probability domain."""
-    states, heads, width = query.shape
-    out = torch.full((states, states), -math.inf, dtype=query.dtype)
-    share = gate.softmax(-1)
-    for v in range(states):
-        later = [u for u in range(states) if u > v and (group is None or u // group == v // group + 1)]
-        if later:
-            scores = torch.einsum("hp,uhp->uh", query[v], key[later]) / math.sqrt(width)
-            out[v, later] = (scores.softmax(0) * share[v]).sum(1).log()
-    return out
+def transition_probability(query: Tensor, key: Tensor, gate: Tensor, v: int, u: int, allowed: list[int]) -> float:
+    """E[v, u] of one sequence, number by number; `allowed` are the states that may follow v."""
+    total = 0.0
+    for q, keys, own_gate in zip(query[v].tolist(), key.transpose(0, 1).tolist(), gate[v].tolist()):
+        weights = [math.exp(sum(a * b for a, b in zip(q, k)) / math.sqrt(len(q))) for k in keys]
+        gates = sum(math.exp(other) for other in gate[v].tolist())
+        total += math.exp(own_gate) / gates * weights[u] / sum(weights[w] for w in allowed)
+    return total
 
 
 def paths(targets: int, states: int, ends: int) -> list[tuple[int, ...]]:
-    """Every rising choice of `targets` states that starts and stops where it may."""
+    """Every rising choice of `targets` states that starts and stops in the `ends` states where a path may."""
     every = itertools.combinations(range(states), targets)
     return [path for path in every if path[0] < ends and path[-1] >= states - ends]
 
 
-def path_scores(match: Tensor, moves: Tensor, targets: int, states: int, ends: int) -> tuple[list, Tensor]:
+def path_scores(match: Tensor, transitions: Tensor, targets: int, states: int, ends: int) -> tuple[list, Tensor]:
     """(paths, log-probability of each) of one graph."""
     chosen = paths(targets, states, ends)
-    scores = [
-        sum(match[i, u] for i, u in enumerate(path)) + sum(moves[v, u] for v, u in zip(path, path[1:])) - math.log(ends)
-        for path in chosen
-    ]
-    return chosen, torch.stack([torch.as_tensor(score) for score in scores]) if scores else torch.empty(0)
+    scores = []
+    for path in chosen:
+        emitted = sum(match[i, u] for i, u in enumerate(path))
+        scores.append(emitted + sum(transitions[v, u] for v, u in zip(path, path[1:])) - math.log(ends))
+    return chosen, torch.stack(scores) if scores else torch.empty(0)
 
 
 def random_graph(
@@ -70,9 +67,9 @@ def random_graph(
     count, targets, states = len(num_targets), max(num_targets), max(num_states)
     match = torch.randn(count, targets, states, generator=generator, dtype=torch.float64) * scale - 1
     scores = torch.randn(count, states, states, generator=generator, dtype=torch.float64) * scale
-    place = torch.arange(states)
-    allowed = place[:, None] < place
+    index = torch.arange(states)
+    allowed = index[:, None] < index
     if kind == "sparse":
-        allowed &= place <= place[:, None] + 2
-    moves = scores.masked_fill(~allowed, -math.inf).log_softmax(-1).nan_to_num(nan=-math.inf)
-    return match, moves.masked_fill(~allowed, -math.inf), torch.tensor(num_targets), torch.tensor(num_states)
+        allowed &= index <= index[:, None] + 2
+    transitions = scores.masked_fill(~allowed, -math.inf).log_softmax(-1).nan_to_num(nan=-math.inf)
+    return match, transitions.masked_fill(~allowed, -math.inf), torch.tensor(num_targets), torch.tensor(num_states)

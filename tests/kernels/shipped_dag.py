@@ -1,6 +1,4 @@
-"""What of the state-graph likelihood is compiled ahead of time: lengths that need each block size, one and several
-ends.
-"""
+"""Cases of the state-graph likelihood that are compiled ahead of time: lengths for each block size, 1 and 4 ends."""
 
 from __future__ import annotations
 
@@ -14,9 +12,9 @@ from exlm_dist.kernels.dag import dag_log_likelihood
 
 def _run(targets: int, states: int, ends: int) -> None:
     match = torch.empty(8, targets, states, device="meta", requires_grad=True)
-    moves = torch.empty(8, states, states, device="meta", requires_grad=True)
+    transitions = torch.empty(8, states, states, device="meta", requires_grad=True)
     sizes = torch.empty(8, dtype=torch.int64, device="meta")
-    dag_log_likelihood(match, moves, sizes, sizes, ends=ends, backend="triton").sum().backward()
+    dag_log_likelihood(match, transitions, sizes, sizes, ends=ends, backend="triton").sum().backward()
 
 
 CASES: dict[str, Callable[[], None]] = {

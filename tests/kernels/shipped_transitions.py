@@ -1,4 +1,4 @@
-"""What of the transitions is compiled ahead of time: head widths, types, dense and sparse moves."""
+"""Cases of the transitions that are compiled ahead of time: head widths, types, dense and sparse."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CASES: dict[str, Callable[[], None]] = {
     for width in (32, 64, 96, 128)
     for kind in ("dense", "sparse")
 } | {
-    # Few states; rows of moves of an odd number and twice one, which are read by words of 4 and 8 bytes; heads alone.
+    # Few states; rows of odd and twice odd length, which are read by words of 4 and 8 bytes; an odd number of heads.
     f"P64 bf16 dense {states} states, {heads} heads": functools.partial(
         _run, 64, torch.bfloat16, "dense", states, heads
     )

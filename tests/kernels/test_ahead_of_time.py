@@ -1,6 +1,6 @@
-"""Kernels compile without a GPU for three generations, spill nothing and fit in shared memory.
+"""Kernels compile without a GPU for three generations, spill no registers and fit in shared memory.
 
-The quick selection of each operation runs here; the whole table is `python tests/kernels/ahead_of_time.py`.
+A quick selection of each operation runs here; the whole table is `python tests/kernels/ahead_of_time.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OPERATIONS = sorted(path.stem.removeprefix("shipped_") for path in SCRIPT.parent
 
 
 def compiled(operation: str, target: str) -> subprocess.CompletedProcess[str]:
-    """Run the script in a process of its own: the interpreter of other tests and the compiler exclude each other."""
+    """The script in a process of its own: the interpreter that other tests use and the compiler exclude each other."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     argv = [sys.executable, str(SCRIPT), operation, "--targets", target, "--select", QUICK.get(operation, "")]
     return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=240)

@@ -1,4 +1,4 @@
-"""The benchmark of the kernels runs at toy size: every side is checked, both tables are written."""
+"""The benchmark of the kernels at toy size: every side is checked, both tables are written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from locations import ROOT
 
 
 def run(script: str, *arguments: str) -> str:
-    """What a benchmark prints; it must end well."""
+    """What a benchmark prints; it must succeed."""
     command = [sys.executable, str(ROOT / "benchmarks" / script), "--toy", "--commit", "test", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)

@@ -1,4 +1,4 @@
-"""The machine that runs compiled kernels on a CPU (tests/ptx): it computes, and it finds what it is there to find."""
+"""The machine that runs compiled kernels on a CPU (tests/ptx): it computes, and it finds the faults it is meant to."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def run(body: str, source: np.ndarray, target: np.ndarray, blocks: int = 1) -> N
     """Run 64 threads a block; %rd4 and %rd5 point to each thread's word of source and target, %r5 to shared memory."""
     kernel, steps = prepared(f"{HEAD}{body}\n    ret;\n}}\n")
     memory = GlobalMemory()
-    places = [
+    addresses = [
         memory.place(array.ctypes.data, array.nbytes, name) for array, name in ((source, "source"), (target, "target"))
     ]
-    Machine(kernel, steps, (blocks, 1, 1), places, memory, 1024).run()
+    Machine(kernel, steps, (blocks, 1, 1), addresses, memory, 1024).run()
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def test_arithmetic_and_predicates(words) -> None:
     assert np.array_equal(target, np.where(n < 10, n * n + 3, n // 2 + 1000))
 
 
-def test_threads_that_part_meet_again(words) -> None:
-    """Odd threads take another way, with a loop of as many rounds as their number; then neighbours exchange."""
+def test_threads_that_diverge_converge_again(words) -> None:
+    """Odd threads take another branch, a loop of as many rounds as their number; then neighbours exchange."""
     source, target = words
     run(
         """ld.global.b32 { %r6 }, [ %rd4 + 0 ];
@@ -86,10 +86,10 @@ def test_threads_that_part_meet_again(words) -> None:
         add.s32 %r8, %r8, 2;
         setp.lt.s32 %p2, %r8, %r6;
         @%p2 bra $LOOP;
-        bra.uni $TOGETHER;
+        bra.uni $JOINED;
         $EVEN:
         mov.b32 %r8, 7;
-        $TOGETHER:
+        $JOINED:
         shfl.sync.bfly.b32 %r9, %r8, 1, 31, -1;
         st.global.b32 [ %rd5 + 0 ], { %r9 };""",
         source,
@@ -100,7 +100,7 @@ def test_threads_that_part_meet_again(words) -> None:
 
 
 @pytest.mark.parametrize("offset, what", [(4, "byte 256 of 256"), (-4, "byte -4 of 256"), (2, "byte 2 is not aligned")])
-def test_accesses_outside_and_askew(words, offset: int, what: str) -> None:
+def test_accesses_outside_and_misaligned(words, offset: int, what: str) -> None:
     with pytest.raises(MemoryFault, match=what) as caught:
         run(f"setp.lt.u32 %p1, %r1, {64 - offset % 4}; @%p1 ld.global.b32 {{ %r6 }}, [ %rd4 + {offset} ];", *words)
     assert "source" in str(caught.value)
@@ -148,12 +148,12 @@ def test_what_one_warp_overwrites_the_others_must_have_read(words) -> None:
         run(body.format(barrier=""), *words)
 
 
-def test_blocks_may_not_share_what_one_of_them_writes(words) -> None:
+def test_no_block_may_touch_what_another_writes(words) -> None:
     with pytest.raises(Race, match="target: byte 0"):
         run("st.global.b32 [ %rd5 + 0 ], { %r2 };", *words, blocks=2)
 
 
-def test_a_copy_is_there_when_it_was_waited_for_and_not_before(words) -> None:
+def test_a_copy_arrives_when_it_is_waited_for_and_not_before(words) -> None:
     source, target = words
     body = """cp.async.ca.shared.global [ %r5 + 0 ], [ %rd4 + 0 ], 0x4, 4;
     cp.async.commit_group;
@@ -167,13 +167,13 @@ def test_a_copy_is_there_when_it_was_waited_for_and_not_before(words) -> None:
     run(body.format(first="cp.async.wait_group 0;", second=""), source, target)
     assert np.array_equal(target, np.arange(64) ^ 32)
     run(body.format(first="", second=""), source, target)
-    assert (target == 0xFFFFFFFF).all()  # what shared memory held before
+    assert (target == 0xFFFFFFFF).all()  # what was in shared memory before
     with pytest.raises(Race):
         run(body.format(first="", second="cp.async.wait_group 0;"), source, target)
 
 
 def test_a_product_of_two_warps(words) -> None:
-    """m16n8k16 of ones and of what each lane holds, against the sums by hand."""
+    """m16n8k16 of ones and of each lane's number, against the sums by hand."""
     source, target = words
     run(
         """mov.b32 %r6, 0x3C003C00;
@@ -190,12 +190,12 @@ def test_a_product_of_two_warps(words) -> None:
         target,
     )
     lane = np.arange(64)
-    column = 2 * (lane % 4) + 1  # of the second number a lane gets
-    held = np.arange(64).reshape(2, 8, 4)  # lanes of a warp by column of B
-    assert np.array_equal(target.view(np.float32), 4.0 * held.sum(2)[lane // 32, column])
+    column = 2 * (lane % 4) + 1  # of the second element a lane gets
+    right = np.arange(64).reshape(2, 8, 4)  # lanes of a warp by column of B
+    assert np.array_equal(target.view(np.float32), 4.0 * right.sum(2)[lane // 32, column])
 
 
-def test_what_does_not_end_and_what_is_not_known(words, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_loops_and_unknown_instructions_are_refused(words, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "PATIENCE", 1000)
     with pytest.raises(Unknown, match="does not end"):
         run("$AGAIN: bra.uni $AGAIN;", *words)
@@ -204,7 +204,7 @@ def test_what_does_not_end_and_what_is_not_known(words, monkeypatch: pytest.Monk
 
 
 def test_what_is_counted(words, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two warps read 128 bytes each; then every eighth word, so that eight lanes ask one bank; half of one writes."""
+    """Two warps read 128 bytes each, then every eighth word, so that eight lanes use one bank; half of one writes."""
     found = counts.Counts()
     monkeypatch.setattr(counts, "_all", {"kernel": found})
     with counts.counting():

@@ -1,4 +1,4 @@
-"""Transition log-probabilities against the written-out form and the authors' values."""
+"""Transition log-probabilities: the definition number by number, the tuned form against it and the authors' values."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from cases import naive_transitions, starts_of
+from cases import starts_of, transition_probability
 from golden import Golden, golden_cases
 
 from exlm_dist.kernels import transition_log_probs
+from exlm_dist.kernels.transitions import naive
 from exlm_dist.kernels.transitions import torch as torch_form
 
 BATCHES = [[4], [2, 6, 4], [1, 8], [2]]
@@ -27,25 +28,46 @@ def finite_sum(logs, cotangent):
     return torch.where(logs > -math.inf, logs * cotangent, 0).sum()
 
 
+@pytest.mark.parametrize("kind", ["dense", "sparse", "uniform"])
+def test_definition_number_by_number(kind):
+    lengths = [2, 6, 4]
+    tensors, starts, longest = example(lengths)
+    found = naive.transition_log_probs(*tensors, starts, longest, states_per_target=2, kind=kind)
+    expected = torch.full_like(found, -math.inf)
+    for b, length in enumerate(lengths):
+        own = [tensor[starts[b] : starts[b + 1]] for tensor in tensors]
+        for v in range(length):
+            allowed = [u for u in range(v + 1, length) if kind != "sparse" or u // 2 == v // 2 + 1]
+            for u in allowed:
+                value = 1 / len(allowed) if kind == "uniform" else transition_probability(*own, v, u, allowed)
+                expected[b, v, u] = math.log(value)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 if kind == "uniform" else 1e-13)
+
+
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 @pytest.mark.parametrize("lengths", BATCHES)
-def test_equals_written_out(kind, lengths, monkeypatch):
+def test_equals_the_definition(kind, lengths, monkeypatch):
     monkeypatch.setattr(torch_form, "BLOCK_ELEMENTS", 200)  # several parts even here
     tensors, starts, longest = example(lengths)
-    out = transition_log_probs(*tensors, starts, longest, states_per_target=2, kind=kind)
-    expected = torch.full_like(out, -math.inf)
-    for b, length in enumerate(lengths):
-        own = slice(starts[b], starts[b + 1])
-        logs = naive_transitions(*(tensor[own] for tensor in tensors), 2 if kind == "sparse" else None)
-        expected[b, :length, :length] = logs
+    out, expected = (
+        run(*tensors, starts, longest, states_per_target=2, kind=kind)
+        for run in (transition_log_probs, naive.transition_log_probs)
+    )
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
     cotangent = torch.randn_like(out)
     if not (out > -math.inf).any():
         return
-    ours = torch.autograd.grad(finite_sum(out, cotangent), tensors)
-    kept = torch.where(expected > -math.inf, expected, 0)
-    theirs = torch.autograd.grad((kept * cotangent).sum(), tensors)
+    ours, theirs = (torch.autograd.grad(finite_sum(logs, cotangent), tensors) for logs in (out, expected))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_uniform_equals_the_definition():
+    arguments = (None, None, None, starts_of([5, 1, 3]), 6)
+    out, expected = (
+        run(*arguments, states_per_target=2, kind="uniform")
+        for run in (transition_log_probs, naive.transition_log_probs)
+    )
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
@@ -60,7 +82,7 @@ def test_gradcheck(kind):
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse", "uniform"])
-def test_rows_are_distributions_over_allowed_moves(kind):
+def test_rows_are_distributions_over_allowed_transitions(kind):
     tensors, starts, longest = example([6, 4], dtype=torch.float32)
     inputs = (None, None, None) if kind == "uniform" else tensors
     probability = transition_log_probs(*inputs, starts, longest, states_per_target=2, kind=kind).exp()
@@ -79,7 +101,7 @@ def test_rows_are_distributions_over_allowed_moves(kind):
 
 @pytest.mark.parametrize("scale", [20.0, 200.0])
 def test_large_scores(scale):
-    """Log space: no move between states of a sequence is lost, and nothing is NaN."""
+    """Log space: no transition between states of a sequence is lost, and nothing is NaN."""
     tensors, starts, longest = example([6, 8], dtype=torch.float32, scale=math.sqrt(scale))
     out = transition_log_probs(*tensors, starts, longest, states_per_target=2)
     order = torch.ones(8, 8).triu(1) > 0
@@ -91,7 +113,7 @@ def test_large_scores(scale):
     torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-4)
 
 
-def test_padding_states_and_batch_mates():
+def test_padding_states_and_other_sequences_of_the_batch():
     tensors, starts, longest = example([3, 5, 4], extra=4)
     with torch.no_grad():
         for tensor in tensors:

@@ -1,8 +1,9 @@
-"""The Triton form of the transitions against their definition in fp64: interpreted at toy sizes, on a GPU at full."""
+"""Transitions in Triton against their definition in fp64: interpreted at toy sizes, on a GPU at full size."""
 
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ pytest.importorskip("triton")
 from cases import starts_of  # noqa: E402
 
 from exlm_dist.kernels import transition_log_probs  # noqa: E402
+from exlm_dist.kernels.transitions import naive  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -22,7 +24,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def make(
     lengths: list[int], heads: int, width: int, *, seed: int = 0, scale: float = 1.0, padding: int = 3
 ) -> list[Tensor]:
-    """[query, key, gate] of the sequences, and `padding` rows that belong to none and hold NaN."""
+    """[query, key, gate] of the sequences, and `padding` rows of NaN that belong to none."""
     generator = torch.Generator().manual_seed(seed)
     rows = sum(lengths) + padding
     query, key = (torch.randn(rows, heads, width, generator=generator) for _ in range(2))
@@ -33,17 +35,16 @@ def make(
 
 
 def evaluate(
-    inputs: list[Tensor], lengths: list[int], k: int, kind: str, backend: str, dtype: torch.dtype
+    inputs: list[Tensor], lengths: list[int], k: int, kind: str, dtype: torch.dtype, *, definition: bool = False
 ) -> list[Tensor]:
-    """[log E, gradients of query, key, gate]; the gradient that comes in is NaN where a move is not allowed."""
+    """[log E, gradients of query, key, gate], by Triton or by definition; the gradient that Triton gets is NaN where a
+    transition is not allowed.
+    """
     leaves = [tensor.to(DEVICE, dtype).requires_grad_() for tensor in inputs]
-    longest = max(lengths) + 1
-    out = transition_log_probs(
-        *leaves, starts_of(lengths).to(DEVICE), longest, states_per_target=k, kind=kind, backend=backend
-    )
+    run = naive.transition_log_probs if definition else partial(transition_log_probs, backend="triton")
+    out = run(*leaves, starts_of(lengths).to(DEVICE), max(lengths) + 1, states_per_target=k, kind=kind)
     grad = torch.linspace(0, 1, out.numel(), dtype=torch.float64).view_as(out).to(out)
-    rest = 0.0 if backend == "torch" else torch.nan
-    out.backward(grad.where(out.isfinite(), rest))
+    out.backward(grad.where(out.isfinite(), 0.0 if definition else torch.nan))
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
@@ -52,8 +53,8 @@ def agree(
 ) -> list[Tensor]:
     """Relative error of each output within `tolerance` of the definition on the same (rounded) inputs in fp64."""
     rounded = [tensor.to(dtype).double().nan_to_num() for tensor in inputs]
-    exact = evaluate(rounded, lengths, k, kind, "torch", torch.float64)
-    ours = evaluate(inputs, lengths, k, kind, "triton", dtype)
+    exact = evaluate(rounded, lengths, k, kind, torch.float64, definition=True)
+    ours = evaluate(inputs, lengths, k, kind, dtype)
     assert torch.equal(exact[0].isfinite(), ours[0].isfinite())
     allowed = exact[0].isfinite()
     torch.testing.assert_close(ours[0][allowed].double(), exact[0][allowed], rtol=2e-6, atol=2e-5)
@@ -77,11 +78,11 @@ def test_half_precision() -> None:
 
 @pytest.mark.parametrize("scale", [20.0, 200.0])
 def test_large_scores(scale: float) -> None:
-    """Probabilities far below what fp32 holds still have their logarithm and their gradient."""
+    """Probabilities far below what fp32 represents still have their logarithm and their gradient."""
     lengths = [9, 33]
     inputs = make(lengths, 2, 16, seed=2, scale=scale)
-    exact = evaluate([t.double().nan_to_num() for t in inputs], lengths, 1, "dense", "torch", torch.float64)
-    ours = evaluate(inputs, lengths, 1, "dense", "triton", torch.float32)
+    exact = evaluate([t.double().nan_to_num() for t in inputs], lengths, 1, "dense", torch.float64, definition=True)
+    ours = evaluate(inputs, lengths, 1, "dense", torch.float32)
     allowed = exact[0].isfinite()
     torch.testing.assert_close(ours[0][allowed].double(), exact[0][allowed], rtol=2e-6, atol=1e-3)
     for got, want in zip(ours[1:], exact[1:]):
@@ -91,34 +92,31 @@ def test_large_scores(scale: float) -> None:
 def test_the_gate_of_a_single_head_has_no_gradient() -> None:
     """Not even that of rounding, which an optimiser would scale up."""
     lengths = [9, 4]
-    grads = evaluate(make(lengths, 1, 16, seed=7), lengths, 1, "dense", "triton", torch.float32)[1:]
+    grads = evaluate(make(lengths, 1, 16, seed=7), lengths, 1, "dense", torch.float32)[1:]
     assert grads[0].any() and not grads[2].any()
 
 
 def test_uniform() -> None:
     starts = starts_of([5, 3]).to(DEVICE)
-    ours, want = (
-        transition_log_probs(None, None, None, starts, 6, states_per_target=1, kind="uniform", backend=backend)
-        for backend in ("triton", "torch")
-    )
-    assert torch.equal(ours, want)
+    arguments = {"states_per_target": 1, "kind": "uniform"}
+    ours = transition_log_probs(None, None, None, starts, 6, **arguments, backend="triton")
+    assert torch.equal(ours, naive.transition_log_probs(None, None, None, starts, 6, **arguments))
 
 
-def test_batch_mates_and_order_change_nothing() -> None:
+def test_other_sequences_and_their_order_change_nothing() -> None:
     lengths, order = [12, 33, 8], [2, 0, 1]
     inputs = make(lengths, 2, 16, seed=3, padding=0)
     parts = [tensor.split(lengths) for tensor in inputs]
-    whole = evaluate(inputs, lengths, 1, "dense", "triton", torch.float32)[0]
+    whole = evaluate(inputs, lengths, 1, "dense", torch.float32)[0]
     permuted = evaluate(
         [torch.cat([part[b] for b in order]) for part in parts],
         [lengths[b] for b in order],
         1,
         "dense",
-        "triton",
         torch.float32,
     )[0]
     assert torch.equal(permuted, whole[order])
-    alone = evaluate([part[0] for part in parts], lengths[:1], 1, "dense", "triton", torch.float32)[0]
+    alone = evaluate([part[0] for part in parts], lengths[:1], 1, "dense", torch.float32)[0]
     assert torch.equal(alone[0, :12, :12], whole[0, :12, :12])
 
 

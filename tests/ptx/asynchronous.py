@@ -1,4 +1,4 @@
-"""Barriers, and copies that arrive later: of a thread's own words, and of tiles of a tensor."""
+"""Barriers, and asynchronous copies: of a thread's own words, and of tiles of a tensor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Tensor2d:
 
 
 def swizzled(addresses: np.ndarray, mode: int) -> np.ndarray:
-    """Addresses in shared memory with the 16-byte column of a line exchanged by the line's number.
+    """Addresses in shared memory with the 16-byte column of a line permuted by the line's number.
 
     mode 1, 2, 3: lines of 32, 64, 128 bytes ("PTX ISA", swizzle modes of tensor copies and of wgmma's descriptors).
     """
@@ -35,7 +35,7 @@ def swizzled(addresses: np.ndarray, mode: int) -> np.ndarray:
 
 @builds("bar.sync", "barrier.sync")
 def barrier(instruction: Instruction, kernel: Kernel) -> Step:
-    """All threads of the block: what was written before is there for all."""
+    """All threads of the block: what was written before is visible to all."""
     operands = instruction.operands
     if len(operands) > 1 and getattr(operands[1], "value", None) != kernel.threads:
         raise Unknown(f"a barrier of some threads only: {instruction.text}")
@@ -49,14 +49,14 @@ def barrier(instruction: Instruction, kernel: Kernel) -> Step:
 
 @builds("bar.warp.sync", "fence", "membar")
 def order(instruction: Instruction, kernel: Kernel) -> Step:
-    """The threads of a warp act together here anyway, and memory is in order."""
+    """Nothing to do: here the threads of a warp run in lockstep, and memory is in order."""
     return lambda _: None
 
 
 @builds("cp.async.ca", "cp.async.cg")
 def copy(instruction: Instruction, kernel: Kernel) -> Step:
-    """Global to shared; bytes beyond the source size are zeros. The data come when the group is waited for, and until
-    then nobody may read or overwrite the place.
+    """Global to shared; bytes beyond the source size are zeros. The data arrive when the group is waited for; until
+    then nobody may read or overwrite the target.
     """
     to, of, size, *rest = instruction.operands
     assert isinstance(size, Immediate)
@@ -88,7 +88,7 @@ def commit(instruction: Instruction, kernel: Kernel) -> Step:
 
 @builds("cp.async.wait_group", "cp.async.wait_all")
 def wait(instruction: Instruction, kernel: Kernel) -> Step:
-    """Until at most so many groups are under way."""
+    """Until at most so many groups are pending."""
     left = instruction.operands[0].value if instruction.operands else 0
 
     def run(machine: Machine) -> None:
@@ -105,7 +105,7 @@ def wait(instruction: Instruction, kernel: Kernel) -> Step:
 
 @dataclass
 class _Barrier:
-    """An mbarrier: arrivals it needs, arrivals and bytes that are missing in this phase, and the phases done."""
+    """An mbarrier: the arrivals it needs, arrivals and bytes still missing in this phase, and completed phases."""
 
     needed: int
     missing: int
@@ -125,7 +125,7 @@ def _one(values: np.ndarray, instruction: Instruction) -> int:
 
 @builds("mbarrier")
 def message_barrier(instruction: Instruction, kernel: Kernel) -> Step:
-    """Initialised, expecting bytes, asked whether a phase is over; by one thread, or asked by all."""
+    """Initialised, told how many bytes to expect, tested for the end of a phase; by one thread, or tested by all."""
     action = parts(instruction)[1]
     operands = instruction.operands
     where = location(operands[0] if action in ("init", "inval") else operands[1], "u4")
@@ -155,7 +155,7 @@ def message_barrier(instruction: Instruction, kernel: Kernel) -> Step:
 
 @builds("cp.async.bulk.tensor.2d")
 def tensor_copy(instruction: Instruction, kernel: Kernel) -> Step:
-    """A box of a matrix to shared memory, zeros outside of the matrix; it counts its bytes on an mbarrier."""
+    """A box of a matrix to shared memory, zeros outside the matrix; its bytes are counted by an mbarrier."""
     to, of, signal = instruction.operands
     target, barrier_at, handle = location(to, "u4"), location(signal, "u4"), source(of.base, "u8")
     column, row = (source(coordinate, "i4") for coordinate in of.coordinates)
@@ -174,10 +174,10 @@ def tensor_copy(instruction: Instruction, kernel: Kernel) -> Step:
             sources[inside].astype("u8"), tensor.element, 1, Moment(warps, machine.block, machine.epoch)
         )[:, 0]
         line = tensor.box[1] * tensor.element
-        places = read(target) + np.arange(tensor.box[0])[:, None] * line + np.arange(tensor.box[1]) * tensor.element
-        places = swizzled(places, tensor.swizzle).ravel().astype("u4")
-        # another proxy writes, and the mbarrier orders it: readers wait for that, so no record is kept of the writer
-        machine.shared.store(places, words.reshape(-1, 1), Moment(np.zeros(len(places), int), machine.block, -1))
+        targets = read(target) + np.arange(tensor.box[0])[:, None] * line + np.arange(tensor.box[1]) * tensor.element
+        targets = swizzled(targets, tensor.swizzle).ravel().astype("u4")
+        # another proxy writes, ordered by the mbarrier that readers wait for, so no record of the writer is kept
+        machine.shared.store(targets, words.reshape(-1, 1), Moment(np.zeros(len(targets), int), machine.block, -1))
         state = machine.barriers[read(barrier_at)]
         state.bytes -= words.nbytes
         state.settle()
@@ -185,5 +185,5 @@ def tensor_copy(instruction: Instruction, kernel: Kernel) -> Step:
     return run
 
 
-def _within(places: np.ndarray, size: int) -> np.ndarray:
-    return (places >= 0) & (places < size)
+def _within(indices: np.ndarray, size: int) -> np.ndarray:
+    return (indices >= 0) & (indices < size)

@@ -1,10 +1,12 @@
 """What the compiled kernels do, counted while they run from their PTX: `python tests/ptx/counts.py [operation ...]`.
 
-Per kernel: instructions that warps issue, by the unit that executes them, passes through the banks of shared memory
-beside what they would be without conflicts (what matrix products read there by themselves is left out), and sectors of
-32 bytes of global memory beside the bytes asked for. These are exact but for arithmetic, which ptxas still rearranges.
-The last columns say what each unit of an H100 would need for it alone, in microseconds: a bound from below and no
-time, since nothing is known of waiting.
+Frozen: it gets no new feature until a measurement on a GPU has confirmed a conclusion drawn from it.
+
+Per kernel: the instructions that warps issue, by the unit that executes them; passes through the banks of shared memory
+next to the passes without conflicts (without what matrix products read by themselves); and 32-byte sectors of global
+memory next to the bytes requested. These are exact except for arithmetic, which ptxas still rearranges. The last
+columns are the microseconds that each unit of an H100 would need if it were alone: lower bounds, not times, since
+nothing is known of waiting.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ _text = ""
 
 
 def unit(instruction: Instruction) -> str:
-    """Which unit executes it; whole numbers, predicates and choices by default."""
+    """The unit that executes it; integers, predicates and selections by default."""
     name = instruction.name
     return next((unit for unit, heads in UNITS.items() if name.startswith(heads)), "whole")
 
@@ -84,7 +86,7 @@ def _counted(step: running.Step, instruction: Instruction) -> running.Step:
 
 
 def _flops(instruction: Instruction) -> int:
-    """Operations of a matrix product by one of its warps."""
+    """Operations that one of its warps does for a matrix product."""
     name = instruction.name
     if name.startswith("mma"):
         return 2 * 16 * 8 * (8 if "k8" in name else 16)
@@ -106,7 +108,7 @@ def _observe(space: Space, offsets: np.ndarray, size: int, warps: np.ndarray) ->
             entry[0] += sectors
             entry[1] += ideal
             continue
-        lanes = 32 * 4 // max(size, 4)  # together they ask for 128 bytes
+        lanes = 32 * 4 // max(size, 4)  # as many as request 128 bytes
         for begin in range(0, len(own), lanes):
             words = np.unique((own[begin : begin + lanes, None] + np.arange(0, max(size, 4), 4)) // 4)
             passes, ideal = int(np.bincount(words % 32).max()), -(-len(words) // 32)
@@ -119,7 +121,7 @@ def _observe(space: Space, offsets: np.ndarray, size: int, warps: np.ndarray) ->
 
 @contextmanager
 def counting() -> Iterator[None]:
-    """Count everything that runs inside."""
+    """Count all that runs inside."""
     plain = running.build
     running.build = lambda kernel: [_counted(s, i) for s, i in zip(plain(kernel), kernel.code, strict=True)]
     inner = running.Machine.run
@@ -141,9 +143,9 @@ def attention(length: int, dropout: float) -> None:
     """One sequence, one head of 64."""
     from exlm_dist.kernels.attention import attention_packed, rotary_angles
 
-    place = torch.arange(length)
+    position = torch.arange(length)
     qkv = torch.randn(length, 1, 3, 64).bfloat16().requires_grad_()
-    angles, starts = rotary_angles(place, place % 5, 64), torch.tensor([0, length])
+    angles, starts = rotary_angles(position, position % 5, 64), torch.tensor([0, length])
     out = attention_packed(qkv, angles, starts, length, dropout=dropout, seed=5, backend="triton")
     out.backward(torch.randn_like(out))
 
@@ -163,10 +165,10 @@ def dag(targets: int) -> None:
 
     states = 4 * targets
     match = torch.randn(1, targets, states, requires_grad=True)
-    moves = torch.randn(1, states, states).triu(1).masked_fill(torch.ones(states, states).tril().bool(), -torch.inf)
-    moves = moves.log_softmax(-1).nan_to_num(nan=-torch.inf).requires_grad_()
+    edges = torch.randn(1, states, states).triu(1).masked_fill(torch.ones(states, states).tril().bool(), -torch.inf)
+    edges = edges.log_softmax(-1).nan_to_num(nan=-torch.inf).requires_grad_()
     sizes = [torch.tensor([size]) for size in (targets, states)]
-    dag_log_likelihood(match, moves, *sizes, backend="triton").sum().backward()
+    dag_log_likelihood(match, edges, *sizes, backend="triton").sum().backward()
 
 
 def vocab(rows: int, words: int) -> None:
@@ -190,7 +192,7 @@ def elementwise(rows: int) -> None:
 
 
 CASES: dict[str, list[tuple[str, Callable[[], None], int]]] = {
-    # (what, run it, how many of it a step of the base shape has in one layer or in all)
+    # (what, how to run it, how often a step of the base shape has it in one layer or in all)
     "attention": [
         (f"attention n={n}{' dropout' if p else ''}", lambda n=n, p=p: attention(n, p), 12 * count)
         for n, count in ((191, 512), (746, 128))
@@ -204,7 +206,7 @@ CASES: dict[str, list[tuple[str, Callable[[], None], int]]] = {
 
 
 def table(times: int) -> str:
-    """A line for each kernel; bounds for `times` as much work."""
+    """A line per kernel; bounds for `times` as much work."""
     kinds = ["tensor", "special", "convert", "float", "whole", "moves", "exchange", "memory", "control"]
     lines = [f"{'kernel':24} {'blocks':>6} " + " ".join(f"{kind:>8}" for kind in kinds)]
     lines[0] += f" {'banks':>8} {'ideal':>8} {'sectors':>8} {'ideal':>8} | us: tensor special  issue  banks   copy"
@@ -227,7 +229,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("operations", nargs="*", metavar="operation", help=f"of {', '.join(CASES)}")
     parser.add_argument("--capability", default="90", choices=("80", "90"))
-    parser.add_argument("--conflicts", type=int, default=0, help="list so many instructions with bank conflicts")
+    parser.add_argument(
+        "--conflicts", type=int, default=0, help="list so many of the instructions with most bank conflicts"
+    )
     options = parser.parse_args()
     from exlm_dist.kernels import launch
 

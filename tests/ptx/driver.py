@@ -1,6 +1,6 @@
-"""In the place of Triton's driver for a GPU: kernels are compiled for one that is not there and run by `machine.py`.
+"""A replacement for Triton's driver: kernels are compiled for a GPU that need not exist and run by `machine.py`.
 
-`install(capability)` before the first launch of a process; tensors are then ordinary ones in the memory of the CPU.
+Call `install(capability)` before the first launch of a process; tensors are then ordinary CPU tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FLOATS = {"fp32": "<f", "f32": "<f", "fp64": "<d"}
 
 
 class EmulatedDriver:
-    """What Triton asks of a driver. Functions of a kernel are its PTX."""
+    """What Triton requires of a driver. The function of a kernel is its PTX."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
         self.capability = capability
@@ -40,18 +40,18 @@ class EmulatedDriver:
         self._text = Path(files[f"{name}.ptx"]).read_text()
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, str, int, int, int]:
-        """(module, function, registers, spills, greatest number of threads)."""
+        """(module, function, registers, spills, maximum number of threads)."""
         return object(), self._text, 0, 0, 1024
 
     def unload_module(self, module: Any) -> None:
-        """Nothing is held."""
+        """Nothing was allocated."""
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         """Limits that Triton compares with."""
         return {"max_shared_mem": _SHARED_LIMIT[self.capability], "multiprocessor_count": 132, "warpSize": 32}
 
     def get_current_target(self) -> GPUTarget:
-        """The GPU that is not there."""
+        """The GPU that is compiled for."""
         return GPUTarget("cuda", 10 * self.capability[0] + self.capability[1], 32)
 
     def get_device_capability(self, device: int = 0) -> tuple[int, int]:
@@ -63,11 +63,11 @@ class EmulatedDriver:
         return 0
 
     def get_current_stream(self, device: int) -> int:
-        """Launches happen at once."""
+        """Launches are synchronous."""
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        """Where tensors are."""
+        """Tensors are on the CPU."""
         return torch.device("cpu")
 
 
@@ -90,7 +90,7 @@ class _Launcher:
         Machine(kernel, steps, (x, y, z), [*arguments, 0, 0], memory, self.shared).run()
 
     def _arguments(self, values: Sequence[Any], memory: GlobalMemory) -> list[Any]:
-        """Bits of each, in the order of the kernel's parameters."""
+        """The bits of each, in the order of the kernel's parameters."""
         out: list[Any] = []
         descriptors = iter(self.descriptors)
         for number, (kind, value) in enumerate(zip(self.types, values, strict=True)):
@@ -127,8 +127,8 @@ def _descriptor(value: TensorDescriptor, form: dict[str, Any], memory: GlobalMem
 def install(capability: tuple[int, int]) -> None:
     """Make this process compile for `capability` ((8, 0) or (9, 0)) and run what it compiled here.
 
-    PTX is all that is needed, so ptxas is left out; what is compiled so must not be taken for whole kernels later, and
-    has a cache of its own.
+    Only the PTX is needed, so ptxas is skipped; such results must not be taken for complete kernels later, so they have
+    a cache of their own.
     """
     assert not knobs.runtime.interpret, "the interpreter was chosen already (TRITON_INTERPRET)"
     knobs.cache.dir = str(Path(knobs.cache.dir) / "ptx")

@@ -1,7 +1,7 @@
 """Blocks of threads that run a parsed kernel; every register is an array over the threads of the block.
 
-All warps go through the code together, as a real GPU need not: whatever depends on that shows as a race in `memory.py`.
-Registers start as NaN, shared memory as well. Form and meaning of the instructions: NVIDIA, "PTX ISA".
+All warps run the code in lockstep, which a real GPU need not do: whatever depends on that shows as a race in
+`memory.py`. Registers and shared memory start as NaN. Form and meaning of the instructions: NVIDIA, "PTX ISA".
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ptx.flow import meeting
 from ptx.memory import GlobalMemory, MemoryFault, Moment, Race, Space
 from ptx.parse import Address, Immediate, Instruction, Kernel, Register, Symbol, parse
 
-#: Where shared memory begins. Not 0, so that a missing address shows; a multiple of what swizzled tiles are aligned to.
+#: Start of shared memory. Not 0, so that a missing address shows; a multiple of the alignment of swizzled tiles.
 SHARED = 1024
 #: Addresses of parameters are this far apart.
 PARAMETER = 256
-#: Instructions of one block after which it is taken to wait for ever.
+#: Instructions of one block after which it is considered to hang.
 PATIENCE = 20_000_000
 TYPES = {
     "b8": "u1", "u8": "u1", "s8": "i1", "b16": "u2", "u16": "u2", "s16": "i2", "f16": "f2", "b32": "u4", "u32": "u4",
@@ -36,12 +36,12 @@ BUILDERS: dict[str, Builder] = {}
 
 
 class Unknown(Exception):
-    """An instruction, or a use of one, that this machine does not have."""
+    """An instruction, or a use of one, that this machine does not implement."""
 
 
 @dataclass
 class Machine:
-    """One kernel with its arguments, as bits, in their order; a struct is any object."""
+    """One kernel with its arguments as bits, in order; a struct is any object."""
 
     kernel: Kernel
     steps: Sequence[Step]
@@ -61,9 +61,9 @@ class Machine:
         x, y, _ = self.grid
         self.block, self.epoch = number, 0
         self.active = self.mask = None  # None: all threads
-        self.meet = -2  # where the threads that act wait for those of `waiting`; here nowhere
-        self.waiting: list[tuple[int, int, np.ndarray | None]] = []  # the same of others, where they are, who they are
-        self.place = (number % x, number // x % y, number // (x * y))
+        self.meet = -2  # where the active threads wait for those of `waiting`; here nowhere
+        self.waiting: list[tuple[int, int, np.ndarray | None]] = []  # their meet, where they are, which they are
+        self.block_index = (number % x, number // x % y, number // (x * y))
         self.warps = self.lanes // 32 + number * (self.threads // 32)
         self.shared = Space("shared memory", np.full(self.shared_bytes, 0xFF, np.uint8), SHARED)
         self.copies: list[tuple] = []  # issued, not yet in a group
@@ -78,7 +78,7 @@ class Machine:
             try:
                 chosen = self.steps[at](self)
             except (MemoryFault, Race, Unknown) as error:
-                error.add_note(f"{self.kernel.name}, block {self.place}: {self.kernel.code[at].text}")
+                error.add_note(f"{self.kernel.name}, block {self.block_index}: {self.kernel.code[at].text}")
                 raise
             at = at + 1 if chosen is None else chosen
             while at == self.meet:
@@ -86,10 +86,10 @@ class Machine:
                 self.mask = self.active
             if at < 0:
                 return
-        raise Unknown(f"block {self.place} of {self.kernel.name} does not end")
+        raise Unknown(f"block {self.block_index} of {self.kernel.name} does not end")
 
     def part(self, taken: np.ndarray, branch: int, target: int) -> None:
-        """Some threads will go to `target`; first the others go on from the branch, until they meet."""
+        """Some threads will go to `target`; first the others continue from the branch, until they meet."""
         everyone = np.ones(self.threads, bool) if self.active is None else self.active
         meet = meeting(self.kernel, branch)
         self.waiting.append((self.meet, meet, self.active))
@@ -98,12 +98,12 @@ class Machine:
         self.mask = self.active
 
     def whole(self, instruction: Instruction) -> None:
-        """`Unknown` unless all threads act, as a warp's common operations want it."""
+        """`Unknown` unless all threads are active, as operations of a whole warp require."""
         if self.mask is not None:
             raise Unknown(f"not all threads come to {instruction.text}")
 
     def write(self, target: Register | None, value: np.ndarray) -> None:
-        """Set a register in the threads that act; the value has the register's width."""
+        """Set a register in the active threads; the value has the register's width."""
         if target is None:
             return
         value = value.astype("?") if target.bits == 1 else value
@@ -115,16 +115,16 @@ class Machine:
         self.registers[target.name] = bits if len(bits) == self.threads else np.broadcast_to(bits, (self.threads,))
 
     def acting(self, values: np.ndarray) -> np.ndarray:
-        """Of values per thread those of the threads that act."""
+        """Those of the active threads, of one value per thread."""
         values = np.broadcast_to(values, (self.threads, *values.shape[1:])) if len(values) == 1 else values
         return values if self.mask is None else values[self.mask]
 
     def moment(self) -> Moment:
-        """The threads that act, now."""
+        """The active threads, now."""
         return Moment(self.acting(self.warps), self.block, self.epoch)
 
     def scatter(self, values: np.ndarray) -> np.ndarray:
-        """Values of the acting threads as values of all."""
+        """One value per thread from those of the active threads."""
         if self.mask is None:
             return values
         out = np.zeros(self.threads, values.dtype)
@@ -133,7 +133,7 @@ class Machine:
 
 
 def builds(*names: str) -> Callable[[Builder], Builder]:
-    """Register the builder of instructions whose name begins so (up to the first dot, or longer)."""
+    """Register the builder of instructions whose name begins like this (up to the first dot, or longer)."""
 
     def register(builder: Builder) -> Builder:
         BUILDERS.update(dict.fromkeys(names, builder))
@@ -143,7 +143,7 @@ def builds(*names: str) -> Callable[[Builder], Builder]:
 
 
 def parts(instruction: Instruction) -> list[str]:
-    """The name of an operation at its dots."""
+    """The name of an operation, split at its dots."""
     return instruction.name.split(".")
 
 
@@ -179,7 +179,7 @@ def _symbol(name: str, wanted: np.dtype) -> Callable[[Machine], np.ndarray]:
     if name in ("%tid.y", "%tid.z"):
         return lambda machine: np.zeros(1, wanted)
     if name.startswith("%ctaid"):
-        return lambda machine: np.array([machine.place[axis]], wanted)
+        return lambda machine: np.array([machine.block_index[axis]], wanted)
     if name.startswith("%nctaid"):
         return lambda machine: np.array([machine.grid[axis]], wanted)
     if name == "%laneid":
@@ -245,8 +245,8 @@ def _builder(name: str) -> Builder:
 
 @builds("bra")
 def branch(instruction: Instruction, kernel: Kernel) -> Step:
-    """The threads of a block may part."""
-    place = next(number for number, item in enumerate(kernel.code) if item is instruction)
+    """The threads of a block may diverge."""
+    index = next(number for number, item in enumerate(kernel.code) if item is instruction)
     target = kernel.labels[instruction.operands[0].name]
     if instruction.guard is None:
         return lambda _: target
@@ -258,7 +258,7 @@ def branch(instruction: Instruction, kernel: Kernel) -> Step:
         if acting.all():
             return target
         if acting.any():
-            machine.part(taken, place, target)
+            machine.part(taken, index, target)
         return None
 
     return run
@@ -266,12 +266,12 @@ def branch(instruction: Instruction, kernel: Kernel) -> Step:
 
 @builds("ret", "exit")
 def end(instruction: Instruction, kernel: Kernel) -> Step:
-    """The threads are done. What they have not waited for is lost on a GPU as well."""
+    """The threads are done. What they have not waited for is lost, as on a GPU."""
     return lambda _: -1
 
 
 @functools.lru_cache(maxsize=256)
 def prepared(text: str) -> tuple[Kernel, list[Step]]:
-    """A kernel and its steps, kept by its text."""
+    """A kernel and its steps, cached by its text."""
     kernel = parse(text)
     return kernel, build(kernel)

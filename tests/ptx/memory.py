@@ -1,4 +1,4 @@
-"""Memory that knows its bounds, and who touched which address since the last barrier."""
+"""Memory with bounds that also records who touched which address since the last barrier."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: Bytes that one record of who touched them stands for: the least that two threads may write side by side.
+#: Bytes per record of who touched them: the least that two threads may write next to each other.
 UNIT = 2
-#: A tensor begins in the middle of a range of addresses of its own: whatever leaves it lands nowhere.
+#: Each tensor is in the middle of an address range of its own, so that an access beyond it hits no other tensor.
 SHIFT = 40
 _SEVERAL = -1
 
 
 class MemoryFault(Exception):
-    """An access outside of a tensor or of shared memory, or one that is not aligned to its own size."""
+    """An access outside a tensor or shared memory, or one that is not aligned to its own size."""
 
 
 class Race(Exception):
@@ -25,7 +25,7 @@ class Race(Exception):
 
 @dataclass(frozen=True)
 class Moment:
-    """Who acts: the warp of every acting thread (counted over all blocks), the block, and the barriers passed."""
+    """The warp of every active thread (counted over all blocks), the block, and the barriers passed."""
 
     warps: np.ndarray
     block: int
@@ -33,9 +33,9 @@ class Moment:
 
 
 class Space:
-    """Bytes at consecutive addresses from `base` on, with the last writer and readers of each unit."""
+    """Bytes at consecutive addresses from `base`, with the last writer and readers of each unit."""
 
-    #: Told of every access: space, offsets, bytes at each, warps (`counts.py`).
+    #: Called with every access: space, offsets, bytes at each, warps (`counts.py`).
     observer: Callable[[Space, np.ndarray, int, np.ndarray], None] | None = None
 
     def __init__(self, name: str, data: np.ndarray, base: int) -> None:
@@ -59,47 +59,47 @@ class Space:
         return self.peek(offsets, size, count)
 
     def gather(self, addresses: np.ndarray, size: int, moment: Moment) -> np.ndarray:
-        """Words [n] as the operand of a matrix product, which reads them whole lines at a time."""
+        """Words [n] as the operand of a matrix product, which reads whole lines at a time."""
         offsets = self._offsets(addresses, size)
         self._read(offsets, size, moment)
         return self.peek(offsets, size, 1)[:, 0]
 
     def peek(self, offsets: np.ndarray, size: int, count: int) -> np.ndarray:
-        """Words at offsets that are known to be inside."""
+        """Words at offsets known to be inside."""
         return self._words(size)[(offsets // size)[:, None] + np.arange(count)]
 
     def store(self, addresses: np.ndarray, values: np.ndarray, moment: Moment) -> None:
         """Write [n, count] words at n addresses, `count` consecutive ones each."""
         size, count = values.dtype.itemsize, values.shape[1]
         offsets = self._offsets(addresses, size * count)
-        places = (offsets // size)[:, None] + np.arange(count)
+        index = (offsets // size)[:, None] + np.arange(count)
         words = self._words(size)
-        changed = words[places] != values
-        words[places] = values
+        changed = words[index] != values
+        words[index] = values
         if moment.epoch >= 0:
             self._write(offsets, size * count, changed.any(1), moment)
-            lost = (words[places] != self._winners(words, places, values, moment.warps)).any(1)
+            lost = (words[index] != self._winners(words, index, values, moment.warps)).any(1)
             units, warps = self._units(offsets[lost], size * count, moment.warps[lost])
             self._refuse(self.writer[units] != warps, units, warps, "written", self.writer)
             if Space.observer:
                 Space.observer(self, offsets, size * count, moment.warps)
 
     @staticmethod
-    def _winners(words: np.ndarray, places: np.ndarray, values: np.ndarray, warps: np.ndarray) -> np.ndarray:
-        """What each warp leaves at its places by itself. Lanes of one warp may collide, and one of them wins: sums that
-        a warp shares differ by rounding between its lanes where a product was fused with one side's addition.
+    def _winners(words: np.ndarray, index: np.ndarray, values: np.ndarray, warps: np.ndarray) -> np.ndarray:
+        """What each warp alone would store. Lanes of one warp may collide, and one of them wins: a sum over a warp
+        differs by rounding between its lanes where a product was fused with the addition of one side.
         """
-        if (words[places] == values).all():
+        if (words[index] == values).all():
             return values
         out = np.empty_like(values)
         for warp in np.unique(warps):
             own = warps == warp
-            words[places[own]] = values[own]
-            out[own] = words[places[own]]
+            words[index[own]] = values[own]
+            out[own] = words[index[own]]
         return out
 
     def claim(self, addresses: np.ndarray, size: int, moment: Moment) -> None:
-        """What an asynchronous copy will write from now on: nobody may still be reading it."""
+        """An asynchronous copy will write here from now on: nobody may still be reading it."""
         offsets = self._offsets(addresses, size)
         self._write(offsets, size, np.ones(len(offsets), bool), moment)
 
@@ -130,7 +130,7 @@ class Space:
         known = (self.read_epoch[units] == moment.epoch) & (self.reading_block[units] == moment.block)
         again = known & (self.reader[units] != warps)
         self.reader[units] = np.where(again, _SEVERAL, warps)
-        # lanes of several warps in one instruction: whoever lost the assignment above is a second reader
+        # lanes of several warps in one instruction: one that lost the assignment above is a second reader
         lost = (self.reader[units] != warps) & (self.reader[units] != _SEVERAL)
         self.reader[units[lost]] = _SEVERAL
         self.read_epoch[units] = moment.epoch
@@ -163,14 +163,14 @@ class Space:
 
 
 class GlobalMemory:
-    """Tensors of one launch, each a space of its own over the tensor's own bytes."""
+    """The tensors of one launch, each a space of its own over the tensor's bytes."""
 
     def __init__(self) -> None:
         self.spaces: dict[int, Space] = {}
         self._numbers: dict[int, int] = {}
 
     def place(self, start: int, size: int, name: str) -> int:
-        """Address for the kernel of the `size` bytes of this process at `start`."""
+        """The address that a kernel uses for the `size` bytes of this process at `start`."""
         number = self._numbers.setdefault(start, len(self._numbers) + 1)
         if number not in self.spaces:
             data = np.zeros(0, np.uint8)

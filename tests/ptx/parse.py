@@ -44,7 +44,7 @@ class Address:
 
 @dataclass(frozen=True)
 class Instruction:
-    """An operation with its modifiers as written, its operands, and the predicate it depends on."""
+    """An operation with its modifiers as written, its operands, and its predicate."""
 
     name: str
     operands: tuple[Any, ...]
@@ -55,7 +55,7 @@ class Instruction:
 
 @dataclass(eq=False)
 class Kernel:
-    """A parsed kernel: `labels` are places in `code`, `parameters` (name, type) in their order."""
+    """A parsed kernel: `labels` are indices into `code`, `parameters` are (name, type) in order."""
 
     name: str
     threads: int
@@ -66,7 +66,7 @@ class Kernel:
 
 
 class _Scope:
-    """Names declared inside braces hide those outside; each scope's labels and registers get names of their own."""
+    """Names declared inside braces hide those outside; labels and registers of each scope get unique names."""
 
     def __init__(self, depth: int, number: int, outer: _Scope | None) -> None:
         self.tag = f"@{number}" if depth else ""
@@ -76,7 +76,7 @@ class _Scope:
 
 
 def parse(text: str) -> Kernel:
-    """The one kernel of a PTX file. `ValueError` where the file has none, or a form that is not known here."""
+    """The one kernel of a PTX file. `ValueError` if the file has none that is recognised."""
     text = re.sub(r"//[^\n]*", "", text)
     entry = re.search(r"\.entry\s+(\w+)\s*\((.*?)\)\s*((?:\.\w+[^\n{]*\n?)*)\{", text, re.DOTALL)
     if entry is None:
@@ -89,27 +89,27 @@ def parse(text: str) -> Kernel:
 
 
 def _body(kernel: Kernel, text: str) -> None:
-    scope, count, place = _Scope(0, 0, None), 0, 0
+    scope, count, position = _Scope(0, 0, None), 0, 0
     pending: list[tuple[str, _Scope]] = []
     while True:
-        place = re.compile(r"\s*").match(text, place).end()
-        label = re.compile(r"([\w$]+)\s*:(?!:)").match(text, place)
-        if text[place] == "{":
+        position = re.compile(r"\s*").match(text, position).end()
+        label = re.compile(r"([\w$]+)\s*:(?!:)").match(text, position)
+        if text[position] == "{":
             count += 1
-            scope, place = _Scope(1, count, scope), place + 1
-        elif text[place] == "}":
+            scope, position = _Scope(1, count, scope), position + 1
+        elif text[position] == "}":
             if scope.outer is None:
                 break
-            scope, place = scope.outer, place + 1
+            scope, position = scope.outer, position + 1
         elif label:
             scope.labels.add(label[1])
             kernel.labels[label[1] + scope.tag] = len(pending)
-            place = label.end()
-        elif text.startswith((".loc", ".pragma", ".branchtargets"), place):
-            place = text.index("\n", place)
+            position = label.end()
+        elif text.startswith((".loc", ".pragma", ".branchtargets"), position):
+            position = text.index("\n", position)
         else:
-            end = text.index(";", place)
-            statement, place = text[place:end].strip(), end + 1
+            end = text.index(";", position)
+            statement, position = text[position:end].strip(), end + 1
             if statement.startswith(".reg"):
                 _declare(kernel, statement, scope)
             elif not statement.startswith("."):
@@ -140,11 +140,11 @@ def _instruction(statement: str, scope: _Scope) -> Instruction:
 def _split(text: str) -> list[str]:
     """Operands, at the commas that are in no brackets."""
     parts, depth, begin = [], 0, 0
-    for place, letter in enumerate(text):
+    for position, letter in enumerate(text):
         depth += (letter in "{[") - (letter in "}]")
         if letter == "," and not depth:
-            parts.append(text[begin:place])
-            begin = place + 1
+            parts.append(text[begin:position])
+            begin = position + 1
     return [part.strip() for part in [*parts, text[begin:]] if part.strip()]
 
 

@@ -1,4 +1,4 @@
-"""Instructions that work on each thread's own registers, loads and stores, exchanges inside a warp."""
+"""Instructions on each thread's own registers, loads and stores, exchanges within a warp."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of whole numbers, towards zero."""
+    """Of integers, rounded towards zero."""
     a, b = np.broadcast_arrays(a, b)
     quotient = np.abs(a) // np.where(b == 0, 1, np.abs(b))
     return np.where((a < 0) != (b < 0), -quotient, quotient).astype(a.dtype) if a.dtype.kind == "i" else quotient
@@ -96,7 +96,7 @@ def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @builds("add", "sub", "min", "max", "and", "or", "xor")
 def binary(instruction: Instruction, kernel: Kernel) -> Step:
-    """Two operands of one type. The least and largest of a NaN and a number is the number."""
+    """Two operands of one type. Minimum and maximum of a NaN and a number are the number."""
     name, kind = parts(instruction)[0], parts(instruction)[-1]
     floating = kind[0] == "f" or kind.startswith("bf")
     compute = {
@@ -123,7 +123,7 @@ def multiply(instruction: Instruction, kernel: Kernel) -> Step:
 
 @builds("mad")
 def multiply_add(instruction: Instruction, kernel: Kernel) -> Step:
-    """Whole numbers."""
+    """Integers."""
     pieces = parts(instruction)
     kind = TYPES[pieces[-1]]
     wide = f"{kind[0]}{2 * int(kind[1])}" if "wide" in pieces else kind
@@ -138,7 +138,7 @@ def fused(instruction: Instruction, kernel: Kernel) -> Step:
 
 @builds("div", "rem")
 def divide(instruction: Instruction, kernel: Kernel) -> Step:
-    """Floats (every approximation as the exact quotient) and whole numbers, towards zero."""
+    """Floats (every approximation as the exact quotient) and integers, rounded towards zero."""
     kind = TYPES[parts(instruction)[-1]]
     if kind[0] == "f":
         return _apply(instruction, [kind, kind], np.divide)
@@ -176,7 +176,7 @@ def shift(instruction: Instruction, kernel: Kernel) -> Step:
 
 @builds("bfe")
 def extract(instruction: Instruction, kernel: Kernel) -> Step:
-    """`length` bits from `begin` on, with the sign of the topmost for signed types."""
+    """`length` bits from `begin` on, sign-extended for signed types."""
     kind = TYPES[parts(instruction)[-1]]
     bits = int(kind[1]) * 8
 
@@ -197,11 +197,11 @@ def permute(instruction: Instruction, kernel: Kernel) -> Step:
         a, b, choice = np.broadcast_arrays(a, b, choice)
         both = a.astype("u8") | b.astype("u8") << np.uint64(32)
         out = np.zeros(len(both), "u4")
-        for place in range(4):
-            selector = choice >> np.uint32(4 * place) & np.uint32(0xF)
+        for index in range(4):
+            selector = choice >> np.uint32(4 * index) & np.uint32(0xF)
             byte = (both >> (np.uint64(8) * (selector & 7).astype("u8")) & np.uint64(0xFF)).astype("u4")
             sign = np.where(byte & 0x80, 0xFF, 0).astype("u4")
-            out |= np.where(selector & 8, sign, byte) << np.uint32(8 * place)
+            out |= np.where(selector & 8, sign, byte) << np.uint32(8 * index)
         return out
 
     return _apply(instruction, ["u4", "u4", "u4"], compute)
@@ -216,7 +216,7 @@ def select(instruction: Instruction, kernel: Kernel) -> Step:
 
 @builds("setp")
 def compare(instruction: Instruction, kernel: Kernel) -> Step:
-    """A comparison; with a NaN only those ending in u hold."""
+    """A comparison; with a NaN only those whose name ends in u are true."""
     pieces = parts(instruction)
     name, kind = pieces[1], TYPES[pieces[-1]]
     if len(pieces) != 3 and pieces[2] != "ftz":
@@ -241,7 +241,7 @@ def compare(instruction: Instruction, kernel: Kernel) -> Step:
 
 @builds("cvt")
 def convert(instruction: Instruction, kernel: Kernel) -> Step:
-    """Between types; pairs of halves are made of two floats, the second becoming the low half."""
+    """Between types; a pair of halves is made of two floats, the second becoming the low half."""
     *modes, to, of = parts(instruction)[1:]
     if to.endswith("x2"):
         narrow = narrower(to.removesuffix("x2"))
@@ -260,7 +260,7 @@ def convert(instruction: Instruction, kernel: Kernel) -> Step:
 
 @builds("mov", "cvta")
 def move(instruction: Instruction, kernel: Kernel) -> Step:
-    """Copies a register, or joins or parts a tuple of narrower ones (the first is the lowest)."""
+    """Copies a register, or joins or splits a tuple of narrower ones (the first is the lowest)."""
     target, value = instruction.operands
     kind = TYPES[parts(instruction)[-1]]
     if isinstance(target, tuple):
@@ -268,8 +268,8 @@ def move(instruction: Instruction, kernel: Kernel) -> Step:
 
         def separate(machine: Machine) -> None:
             pieces = np.ascontiguousarray(np.broadcast_to(read(machine), (machine.threads,))).view(part)
-            for place, one in enumerate(target):
-                machine.write(one, np.ascontiguousarray(pieces.reshape(machine.threads, -1)[:, place]))
+            for index, one in enumerate(target):
+                machine.write(one, np.ascontiguousarray(pieces.reshape(machine.threads, -1)[:, index]))
 
         return separate
     if isinstance(value, tuple):
@@ -289,7 +289,7 @@ def _vector(operand: object) -> tuple:
 
 @builds("ld.param")
 def load_parameter(instruction: Instruction, kernel: Kernel) -> Step:
-    """An argument of the kernel; which one can depend on a register that all threads agree on."""
+    """An argument of the kernel; which one may depend on a register that is the same in all threads."""
     target, address = instruction.operands
     kind = f"u{TYPES[parts(instruction)[-1]][1]}"
     mask, signed = (1 << int(kind[1]) * 8) - 1, parts(instruction)[-1].startswith("s")
@@ -297,9 +297,9 @@ def load_parameter(instruction: Instruction, kernel: Kernel) -> Step:
     where = location(address, f"u{bits // 8}")
 
     def run(machine: Machine) -> None:
-        places = where(machine)
-        number, offset = divmod(int(places[0]), PARAMETER)
-        if offset or (places != places[0]).any():
+        addresses = where(machine)
+        number, offset = divmod(int(addresses[0]), PARAMETER)
+        if offset or (addresses != addresses[0]).any():
             raise Unknown(instruction.text)
         word = np.array([machine.arguments[number] & mask], kind)
         machine.write(target, _widened(word, target.bits, signed))
@@ -308,14 +308,14 @@ def load_parameter(instruction: Instruction, kernel: Kernel) -> Step:
 
 
 def _widened(words: np.ndarray, bits: int, signed: bool) -> np.ndarray:
-    """As a register of that many bits."""
+    """Extended to a register of that many bits."""
     size = words.dtype.itemsize
     return words.view(f"{'i' if signed else 'u'}{size}").astype(f"{'i' if signed else 'u'}{bits // 8}")
 
 
 @builds("ld.global", "ld.shared")
 def load(instruction: Instruction, kernel: Kernel) -> Step:
-    """One word or two or four consecutive ones of each thread."""
+    """One word or two or four consecutive ones per thread."""
     targets, address = _vector(instruction.operands[0]), instruction.operands[1]
     word, signed = int(TYPES[parts(instruction)[-1]][1]), parts(instruction)[-1].startswith("s")
     shared = parts(instruction)[1] == "shared"
@@ -324,8 +324,8 @@ def load(instruction: Instruction, kernel: Kernel) -> Step:
     def run(machine: Machine) -> None:
         space = machine.shared if shared else machine.memory
         words = space.load(machine.acting(where(machine)), word, len(targets), machine.moment())
-        for place, target in enumerate(targets):
-            value = machine.scatter(np.ascontiguousarray(words[:, place]))
+        for index, target in enumerate(targets):
+            value = machine.scatter(np.ascontiguousarray(words[:, index]))
             machine.write(target, _widened(value, target.bits, signed))
 
     return run
@@ -333,7 +333,7 @@ def load(instruction: Instruction, kernel: Kernel) -> Step:
 
 @builds("st.global", "st.shared")
 def store(instruction: Instruction, kernel: Kernel) -> Step:
-    """One word or two or four consecutive ones of each thread."""
+    """One word or two or four consecutive ones per thread."""
     address, values = instruction.operands[0], _vector(instruction.operands[1])
     shared = parts(instruction)[1] == "shared"
     where = location(address, "u4" if shared else "u8")
@@ -376,7 +376,7 @@ def shuffle(instruction: Instruction, kernel: Kernel) -> Step:
 
 @builds("redux.sync")
 def reduce(instruction: Instruction, kernel: Kernel) -> Step:
-    """Sum, least or largest over a warp."""
+    """Sum, minimum or maximum over a warp."""
     target, value, members = instruction.operands
     _whole_warps(instruction, members)
     read = source(value, TYPES[parts(instruction)[-1]])

@@ -1,4 +1,4 @@
-"""The benchmark of the training step runs at toy size; its times are not looked at."""
+"""The benchmark of the training step runs at toy size; its times are not checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Definition of the likelihood over the state graph, its gradients, posteriors and best path."""
+"""Likelihood over the state graph, its gradients, posteriors and best path in plain torch: tuned, what a CPU runs.
+
+What it computes is defined in `naive.py`. Batched; nothing of [N, L, L] is stored; gradients come from the posteriors.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +41,10 @@ class _LogLikelihood(torch.autograd.Function):
     def backward(ctx, grad_out):
         match, transitions, num_targets, num_states, *variables = ctx.saved_tensors
         graph = Graph.of(match, transitions, num_targets, num_states, ctx.ends)
-        gamma, moves = walk_back(graph, Alphas(*variables))
+        gamma, taken = walk_back(graph, Alphas(*variables))
         possible = gamma.sum((1, 2)) > 0
         scale = torch.where(possible, grad_out, 0)[:, None, None]
-        return gamma.mul_(scale).to(match.dtype), moves.mul_(scale).to(match.dtype), None, None, None
+        return gamma.mul_(scale).to(match.dtype), taken.mul_(scale).to(match.dtype), None, None, None
 
 
 def dag_best_path(
@@ -59,7 +62,7 @@ def _best_scores(graph: Graph) -> tuple[Tensor, Tensor]:
     reach = graph.starts().double()
     for i in range(graph.match.shape[1]):
         if i:
-            reach, before[:, i] = (scores[:, i - 1, :, None] + graph.moves).max(dim=1)
+            reach, before[:, i] = (scores[:, i - 1, :, None] + graph.transitions).max(dim=1)
         scores[:, i] = (reach + graph.match[:, i]).masked_fill(~graph.band(i), NEVER)
     return scores, before
 
@@ -68,7 +71,7 @@ def _trace_back(graph: Graph, scores: Tensor, before: Tensor) -> tuple[Tensor, T
     """(path [B, L], score [B]) from the scores and the states before."""
     count, targets, states = scores.shape
     score, end = graph.last(scores).max(dim=1)
-    path = torch.full((count, states + 1), -1, dtype=torch.int64, device=scores.device)  # the last column is waste
+    path = torch.full((count, states + 1), -1, dtype=torch.int64, device=scores.device)  # the last column is discarded
     state = end
     for i in range(targets - 1, -1, -1):
         active = (i < graph.num_targets) & (score > NEVER)

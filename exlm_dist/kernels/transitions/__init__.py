@@ -25,12 +25,12 @@ def transition_log_probs(
 ) -> Tensor:
     """log E[v, u], the log-probability of moving from state v to state u, [B, max_states, max_states].
 
-    query, key [S, H, P]; gate [S, H] (raw); cu_states [B+1] int64; max_states the most states of a sequence (int).
+    query, key [S, H, P]; gate [S, H] (raw); cu_states [B+1] int64; max_states: no sequence has more states (int).
     kind "dense": to any later state of the sequence, log E = logsumexp_h(log_softmax_h(gate_v) +
     log_softmax_u(q_v.k_u / sqrt(P))); "sparse": only to the states of the next group of `states_per_target`;
     "uniform": to any later state with equal probability, query, key and gate not read (may be None).
-    fp32 (fp64 for fp64 input); -inf where a move is not allowed, also past a sequence's own states; a state with
-    no successor has a row of -inf. ValueError on shapes that do not fit.
+    fp32 (fp64 for fp64 input); -inf where a transition is not allowed, also past a sequence's own states; a state
+    with no successor has a row of -inf. ValueError on shapes that do not fit.
     Source: ExLM (arXiv 2501.13397), DA-Transformer (arXiv 2205.07459) section 3.
     """
     if kind not in KINDS:

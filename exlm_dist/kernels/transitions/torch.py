@@ -1,4 +1,7 @@
-"""Definition of the transition log-probabilities in torch, a few sequences at a time, nothing of [L, L, H] stored."""
+"""Transition log-probabilities in plain torch: tuned, what a CPU runs. What it computes is defined in `naive.py`.
+
+A few sequences at a time, with the gradients in closed form; nothing of [L, L, H] is stored.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from exlm_dist.kernels.checks import work_dtype
 from exlm_dist.kernels.ragged import Segments
 
-# Scores [sequences, H, L, L] held at a time, in elements.
+# Scores [sequences, H, L, L] in memory at a time, in elements.
 BLOCK_ELEMENTS = 1 << 19
 NEVER = float("-inf")
 
@@ -31,12 +34,12 @@ def uniform_log_probs(cu_states: Tensor, max_states: int) -> Tensor:
 
 
 def _allowed(segments: Segments, group: int | None) -> Tensor:
-    """[B, L, L] bool: may state v be followed by state u."""
-    place = torch.arange(segments.longest, device=segments.valid.device)
+    """[B, L, L] bool: may state u follow state v."""
+    index = torch.arange(segments.longest, device=segments.valid.device)
     if group is None:
-        order = place[:, None] < place
+        order = index[:, None] < index
     else:
-        order = place[:, None] // group + 1 == place // group
+        order = index[:, None] // group + 1 == index // group
     return order & segments.valid[:, None, :] & segments.valid[:, :, None]
 
 
@@ -67,7 +70,7 @@ class _Transitions(torch.autograd.Function):
 
 
 def _parts(segments: Segments, heads: int) -> Iterator[tuple[slice, Segments]]:
-    """Runs of sequences whose scores fit in BLOCK_ELEMENTS."""
+    """Consecutive sequences whose scores fit in BLOCK_ELEMENTS."""
     step = max(1, BLOCK_ELEMENTS // max(1, heads * segments.longest**2))
     for first in range(0, segments.count, step):
         last = min(first + step, segments.count)
@@ -84,7 +87,7 @@ def _head_log_probs(
     forbidden = ~_allowed(part, group)[:, None]
     scores = (padded_query @ padded_key.transpose(2, 3)).mul_(query.shape[-1] ** -0.5)
     log_heads = torch.log_softmax(scores.masked_fill_(forbidden, NEVER), dim=-1)
-    log_heads.masked_fill_(forbidden, NEVER)  # a row without successor came out as NaN
+    log_heads.masked_fill_(forbidden, NEVER)  # the row of a state without successor came out as NaN
     log_gate = torch.log_softmax(part.pad(gate).to(dtype), dim=-1).transpose(1, 2)[..., None]
     return log_heads, (padded_query, padded_key), log_gate
 
@@ -97,12 +100,12 @@ def _part_grads(
     joint = log_heads + log_gate
     total = torch.logsumexp(joint, dim=1, keepdim=True)
     impossible = total == NEVER
-    # The share that each head has in the move v -> u, times the gradient; impossible moves have neither.
-    share = joint.sub_(total).exp_().mul_(grad_out[:, None]).masked_fill_(impossible, 0)
-    leaving = share.sum(-1, keepdim=True)
-    grad_scores = share.sub_(log_heads.exp_() * leaving).mul_(query.shape[-1] ** -0.5)
+    # The responsibility of each head for the transition v -> u, times the gradient; impossible ones have neither.
+    weighted = joint.sub_(total).exp_().mul_(grad_out[:, None]).masked_fill_(impossible, 0)
+    row_sums = weighted.sum(-1, keepdim=True)
+    grad_scores = weighted.sub_(log_heads.exp_() * row_sums).mul_(query.shape[-1] ** -0.5)
     grad_query = (grad_scores @ padded_key).transpose(1, 2)
     grad_key = (grad_scores.transpose(2, 3) @ padded_query).transpose(1, 2)
-    leaving = leaving[..., 0].transpose(1, 2)
-    grad_gate = leaving - torch.softmax(part.pad(gate).to(leaving.dtype), dim=-1) * leaving.sum(-1, keepdim=True)
+    row_sums = row_sums[..., 0].transpose(1, 2)
+    grad_gate = row_sums - torch.softmax(part.pad(gate).to(row_sums.dtype), dim=-1) * row_sums.sum(-1, keepdim=True)
     return grad_query, grad_key, grad_gate

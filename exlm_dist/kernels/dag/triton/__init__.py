@@ -1,10 +1,10 @@
-"""Triton form of the state-graph likelihood: two launches forward, one backward, no host synchronisation.
+"""State-graph likelihood on a GPU: two launches forward, one backward, no host synchronisation.
 
 The recursions run in the probability domain (`recursion.py`). Posteriors of each target must sum to 1
-(`gradient.py`): a sequence where they do not, or with a move too faint for fp32, is done again in the log domain by
-the program that found it out (`fallback.py`). The best path, needed for analysis only, is that of the definition.
-What the kernels leave each other lies in one workspace, sequence by sequence: few sequences are limited by the host,
-to which every tensor and every argument of a kernel is work.
+(`gradient.py`): a sequence where they do not, or with a transition that underflows in fp32, is computed again in log
+space by the program that noticed (`fallback.py`). The best path, needed for analysis only, is that of `torch.py`.
+The kernels pass results on in one workspace, sequence by sequence: with few sequences the host is the limit, and every
+tensor and every argument of a kernel costs it time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _fallbacks: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def fallback_count(device: torch.device) -> Tensor:
-    """How many sequences went to the log-domain form on `device` since the start, int64 []; stays on the device."""
+    """How many sequences needed log space on `device` since the start, int64 []; stays on the device."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     counts = [counter.sum() for (where, _), counter in _fallbacks.items() if where == device]
@@ -36,7 +36,7 @@ def fallback_count(device: torch.device) -> Tensor:
 
 
 def _counter(device: torch.device, count: int) -> Tensor:
-    """Where each of `count` sequences counts for itself, int64 [count]: no two programs ever write the same number."""
+    """Counters of `count` sequences, int64 [count]: one each, so that no two programs write to the same address."""
     counter = _fallbacks.get((device, count))
     if counter is None:
         counter = _fallbacks[device, count] = torch.zeros(count, dtype=torch.int64, device=device)
@@ -70,7 +70,7 @@ def dag_best_path(
 
 @dataclass(frozen=True)
 class Block:
-    """States held in registers at a time, and the settings that go with them."""
+    """States in registers at a time, and the settings that go with them."""
 
     states: int
     part: int
@@ -79,7 +79,7 @@ class Block:
 
     @classmethod
     def of(cls, states: int, device: torch.device) -> Block:
-        """The measured best for sequences of up to `states` states (benchmarks/results); none spills registers."""
+        """The fastest measured for sequences of up to `states` states (benchmarks/results); none spills registers."""
         if states <= 64 or capability(device) < (9, 0):
             return cls(64, 32, 32, 4)
         return cls(128, 16, 16, 8)
@@ -102,32 +102,32 @@ class _LogLikelihood(torch.autograd.Function):
 
 
 def work_size(targets: int, states: int, block: Block) -> int:
-    """fp32 numbers of a sequence in the workspace: see `recursion.regions`."""
+    """fp32 elements of a sequence in the workspace: see `recursion.regions`."""
     return 2 * targets * states + 3 * targets * cdiv(states, block.states) + TOTALS.value
 
 
 def _scan(
     match: Tensor, transitions: Tensor, num_targets: Tensor, num_states: Tensor, ends: int, block: Block
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Likelihoods [B], workspace and posteriors [B, N, L]: both recursions, the check of the posteriors, and the
-    log-domain form of the sequences that fail it.
+    """Likelihoods [B], workspace and posteriors [B, N, L]: both recursions, the check of the posteriors, and log space
+    for the sequences that fail it.
     """
-    match, moves, device = match.float().contiguous(), transitions.float().contiguous(), match.device
+    match, transitions, device = match.float().contiguous(), transitions.float().contiguous(), match.device
     count, targets, states = match.shape
     size, blocks = work_size(targets, states, block), cdiv(states, block.states)
     assert max(size, states * states) < 2**31, "addresses within a sequence are 32 bits wide"
     work = torch.empty((count, size), dtype=torch.float32, device=device)
-    gamma = torch.empty(match.shape, dtype=torch.float32, device=device)  # beta, until the check makes gamma of it
+    gamma = torch.empty(match.shape, dtype=torch.float32, device=device)  # beta, until the check turns it into gamma
     log_likelihood = torch.empty(count, dtype=torch.float32, device=device)
-    shared = {
-        "match": match, "moves": moves, "num_targets": num_targets, "num_states": num_states, "work": work,
+    common = {
+        "match": match, "transitions": transitions, "num_targets": num_targets, "num_states": num_states, "work": work,
         "targets": targets, "states": states, "blocks": blocks,
     }  # fmt: skip
     constants = {"BLOCK": block.states, "ENDS": ends}
     launch(
         scan_kernel,
         (2 * count,),
-        {**shared, "beta": gamma},
+        {**common, "beta": gamma},
         {**constants, "PART": block.part, "ROWS": block.rows, "PRECISION": "tf32x3"},
         warps=block.warps,
         stages=1,
@@ -135,7 +135,7 @@ def _scan(
     launch(
         check_kernel,
         (count,),
-        {**shared, "gamma": gamma, "log_likelihood": log_likelihood, "counter": _counter(device, count)},
+        {**common, "gamma": gamma, "log_likelihood": log_likelihood, "counter": _counter(device, count)},
         {**constants, "ROWS": 16, "COLUMNS": 128, "STATES": 32, "SPAN": max(32, next_power_of_2(ends))},
         warps=8,
         stages=1,
@@ -149,18 +149,18 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of match [B, N, L] and transitions [B, L, L], each sequence times its grad_out [B]."""
     count, targets, states = gamma.shape
-    moves = transitions.float().contiguous()
-    grad_match, grad_moves = torch.empty_like(gamma), torch.empty_like(moves)
+    transitions = transitions.float().contiguous()
+    grad_match, grad_transitions = torch.empty_like(gamma), torch.empty_like(transitions)
     tile = min(GRADIENT_TILE, block.states)
     launch(
         gradient_kernel,
         (cdiv(states, tile) ** 2 + cdiv(targets, MATCH_ROWS), count),
-        {"moves": moves, "num_targets": num_targets, "num_states": num_states, "work": work, "gamma": gamma,
-         "grad_out": grad_out, "grad_match": grad_match, "grad_moves": grad_moves, "targets": targets,
+        {"transitions": transitions, "num_targets": num_targets, "num_states": num_states, "work": work, "gamma": gamma,
+         "grad_out": grad_out, "grad_match": grad_match, "grad_transitions": grad_transitions, "targets": targets,
          "states": states, "blocks": cdiv(states, block.states)},
         {"BLOCK": block.states, "TILE": tile, "DEPTH": 16, "ROWS": MATCH_ROWS, "PRECISION": "tf32x3"},
         warps=8,
         stages=1,
         registers=128,
     )  # fmt: skip
-    return grad_match, grad_moves
+    return grad_match, grad_transitions

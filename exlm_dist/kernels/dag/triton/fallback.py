@@ -1,5 +1,5 @@
-"""Likelihoods, posteriors with their check, and the recursions in the log domain for the sequences that fail it:
-those whose probabilities fp32 cannot hold.
+"""Likelihoods, posteriors with their check, and the recursions in log space for the sequences that fail it: those whose
+probabilities fp32 cannot represent.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from exlm_dist.kernels.dag.triton.recursion import LN2, LOG2E, NEVER, regions, s
 
 
 @triton.jit
-def _log_arrivals(moves, values, i_from, o_u, n, length, states, FORWARD: tl.constexpr, SPAN: tl.constexpr):
-    """log2 of the sum over v of values[i_from, v] times the move between v and u, [SPAN]; -inf where there is none."""
+def _log_arrivals(transitions, values, i_from, o_u, n, length, states, FORWARD: tl.constexpr, SPAN: tl.constexpr):
+    """log2 of the sum over v of values[i_from, v] times the transition between v and u, [SPAN]; -inf without one."""
     b_top = tl.full([SPAN], NEVER, tl.float32)
     b_sum = tl.zeros([SPAN], tl.float32)
     for first in range((i_from // SPAN) * SPAN, length - n + i_from + 1, SPAN):
         o_v = first + tl.arange(0, SPAN)
         m_v = (o_v >= i_from) & (o_v <= length - n + i_from)
         b_value = tl.load(values + i_from.to(tl.int64) * states + o_v, mask=m_v, other=float("-inf"))
-        m_move = m_v[:, None] & (o_u < length)[None, :]
+        m_transition = m_v[:, None] & (o_u < length)[None, :]
         if FORWARD:
-            m_move = m_move & (o_v[:, None] < o_u[None, :])
-            p_move = moves + o_v[:, None].to(tl.int64) * states + o_u[None, :]
+            m_transition = m_transition & (o_v[:, None] < o_u[None, :])
+            p_transition = transitions + o_v[:, None].to(tl.int64) * states + o_u[None, :]
         else:
-            m_move = m_move & (o_u[None, :] < o_v[:, None])
-            p_move = moves + o_u[None, :].to(tl.int64) * states + o_v[:, None]
-        b_path = tl.load(p_move, mask=m_move, other=float("-inf")) * LOG2E + b_value[:, None]
+            m_transition = m_transition & (o_u[None, :] < o_v[:, None])
+            p_transition = transitions + o_u[None, :].to(tl.int64) * states + o_v[:, None]
+        b_path = tl.load(p_transition, mask=m_transition, other=float("-inf")) * LOG2E + b_value[:, None]
         b_new = tl.maximum(b_top, tl.max(b_path, 0))
         b_sum = b_sum * tl.exp2(b_top - b_new) + tl.sum(tl.exp2(b_path - b_new[None, :]), 0)
         b_top = b_new
@@ -36,10 +36,10 @@ def _log_arrivals(moves, values, i_from, o_u, n, length, states, FORWARD: tl.con
 
 @triton.jit
 def _log_recursion(
-    match, moves, values, scales, tails, tail_scales, n, length, states, blocks, ends, first_log,
+    match, transitions, values, scales, tails, tail_scales, n, length, states, blocks, ends, first_log,
     FORWARD: tl.constexpr, SPAN: tl.constexpr,
 ):
-    """As `_recursion`, with log2 of what is there in `values` and `tails`, row by row; returns the last row's scale."""
+    """As `_recursion`, row by row, with `values` and `tails` in log2; returns the last row's scale."""
     slack = length - n
     scale = 0.0
     for step in range(0, n):
@@ -51,7 +51,7 @@ def _log_recursion(
             m_u = (o_u >= i) & (o_u <= slack + i)
             if step > 0:
                 b_came = _log_arrivals(
-                    moves, values, i - 1 if FORWARD else i + 1, o_u, n, length, states, FORWARD, SPAN
+                    transitions, values, i - 1 if FORWARD else i + 1, o_u, n, length, states, FORWARD, SPAN
                 )
             else:
                 if FORWARD:
@@ -76,7 +76,7 @@ def _log_recursion(
             b_came = tl.where(b_some, b_came, 0.0)
             b_carry = tl.floor(b_came)
             b_value = ((b_whole + b_carry) - top) + (b_part + (b_came - b_carry))
-            tl.debug_barrier()  # values and tails may be one: every warp has read, one writes
+            tl.debug_barrier()  # values and tails may be the same: every warp has read, one writes
             tl.store(values + o_row + o_u, tl.where(b_some, b_value, float("-inf")), mask=m_u)
         for k in range(0, blocks):
             tl.store(tail_scales + i * blocks + k, scale)
@@ -103,13 +103,11 @@ def _finish(log_likelihood, totals, log_sum, top):
 
 @triton.jit(do_not_specialize=["targets", "states", "blocks"])
 def check_kernel(
-    match, moves, num_targets, num_states, work, gamma, log_likelihood, counter, targets, states, blocks,
+    match, transitions, num_targets, num_states, work, gamma, log_likelihood, counter, targets, states, blocks,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr, ENDS: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """Likelihood and posteriors of sequence b; if these fail their check, all of it again in the log domain, and
-    counted.
-    """
+    """Likelihood and posteriors of sequence b; if these fail their check, all of it again in log space, and counted."""
     b = tl.program_id(0).to(tl.int64)
     n = tl.load(num_targets + b).to(tl.int32)
     length = tl.load(num_states + b).to(tl.int32)
@@ -127,18 +125,19 @@ def check_kernel(
     tl.store(totals + 3, failed.to(tl.float32))
     if failed > 0:
         before = tl.load(counter + b)
-        tl.debug_barrier()  # nobody reads what the recursions left, nor the counter, any more
+        tl.debug_barrier()  # from here on nobody reads the results of the recursions, or the counter
         tl.store(counter + b, before + 1)
         match += b * targets * states
-        moves += b * states * states
+        transitions += b * states * states
         gamma += b * targets * states
         first_log = tl.log2(tl.full([], 1.0 / ENDS, tl.float32))
         scale = _log_recursion(
-            match, moves, alpha, alpha_scale, alpha, beta_scale, n, length, states, blocks, ENDS, first_log,
+            match, transitions, alpha, alpha_scale, alpha, beta_scale, n, length, states, blocks, ENDS, first_log,
             True, STATES,
         )
         _log_recursion(
-            match, moves, omega, omega_scale, gamma, beta_scale, n, length, states, blocks, ENDS, 0.0, False, STATES
+            match, transitions, omega, omega_scale, gamma, beta_scale, n, length, states, blocks, ENDS, 0.0, False,
+            STATES,
         )
         b_last = tl.load(alpha + (n - 1).to(tl.int64) * states + o_u, mask=m_u, other=float("-inf"))
         best = tl.max(b_last, 0)
@@ -156,5 +155,5 @@ def check_kernel(
                 b_alpha = tl.load(alpha + o_row + o_s, mask=m_s, other=float("-inf"))
                 b_beta = tl.load(gamma + o_row + o_s, mask=m_s, other=float("-inf"))
                 b_gamma = tl.exp2((b_alpha + b_beta) + (shift - log_sum))
-                tl.debug_barrier()  # gamma held beta: every warp has read it
+                tl.debug_barrier()  # beta was in gamma: every warp has read it
                 tl.store(gamma + o_row + o_s, b_gamma, mask=o_s < states)

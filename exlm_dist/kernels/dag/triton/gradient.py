@@ -15,7 +15,7 @@ def posteriors(
     work, gamma, fraction, whole, b, n, length, targets, states, blocks,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
-    """alpha beta / likelihood of sequence b, written over beta, which `gamma` holds; 1 if a row fails to sum to 1."""
+    """alpha beta / likelihood of sequence b, written over beta, which is in `gamma`; 1 if a row fails to sum to 1."""
     alpha, _, alpha_scale, _, beta_scale, _ = regions(work, b, targets, states, blocks)
     gamma += b * targets * states
     slack = length - n
@@ -38,7 +38,7 @@ def posteriors(
             b_gamma = (b_alpha * tl.exp2(b_half)) * (b_beta * tl.exp2(b_shift - b_half)) * tl.exp2(-fraction)
             tl.store(gamma + o_in, b_gamma, mask=(o_i < targets)[:, None] & (o_u < states))
             b_sum += tl.sum(b_gamma, 1)
-        b_good = (tl.abs(b_sum - 1.0) <= GUARD) | (o_i >= n)  # a sum that is not a number is bad
+        b_good = (tl.abs(b_sum - 1.0) <= GUARD) | (o_i >= n)  # a sum that is NaN is bad
         failed = tl.maximum(failed, 1 - tl.min(b_good.to(tl.int32), 0))
     return failed
 
@@ -47,7 +47,7 @@ def posteriors(
 def _match_rows(
     gamma, grad_out, whole, grad_match, b, first, targets, states, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """grad_match = grad_out gamma of ROWS targets; 0 for a sequence without a path, whatever comes in."""
+    """grad_match = grad_out gamma of ROWS targets; 0 for a sequence without a path, whatever grad_out is."""
     scale = tl.where(whole > NEVER, tl.load(grad_out + b), 0.0)
     o_row = first + tl.arange(0, ROWS)
     for column in range(0, states, COLUMNS):
@@ -59,14 +59,14 @@ def _match_rows(
 
 @triton.jit(do_not_specialize=["targets", "states", "blocks"])
 def gradient_kernel(
-    moves, num_targets, num_states, work, gamma, grad_out, grad_match, grad_moves, targets, states, blocks,
+    transitions, num_targets, num_states, work, gamma, grad_out, grad_match, grad_transitions, targets, states, blocks,
     BLOCK: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Gradients of match and moves, times grad_out. Programs up to tiles^2 do a tile of moves each, the rest ROWS
-    targets.
+    """Gradients of match and transitions, times grad_out. The first tiles^2 programs do a tile of transitions each, the
+    others ROWS targets.
 
-    grad_moves[v, u] = E[v, u] sum_i alpha[i-1, v] omega[i, u] / likelihood: the expected number of times a move is
-    made.
+    grad_transitions[v, u] = E[v, u] sum_i alpha[i-1, v] omega[i, u] / likelihood: the expected number of times that a
+    transition is taken.
     """
     b = tl.program_id(1).to(tl.int64)
     tiles = tl.cdiv(states, TILE)
@@ -81,7 +81,7 @@ def gradient_kernel(
         o_v = j * TILE + tl.arange(0, TILE)
         o_u = k * TILE + tl.arange(0, TILE)
         o_out = o_v[:, None] * states + o_u[None, :]
-        moves += b * states * states
+        transitions += b * states * states
         n = tl.load(num_targets + b).to(tl.int32)
         length = tl.load(num_states + b).to(tl.int32)
         slack = length - n
@@ -108,10 +108,10 @@ def gradient_kernel(
                 b_alpha *= tl.exp2(b_half)[:, None]
                 b_omega *= tl.exp2(b_shift - b_half)[:, None]
                 b_total = tl.dot(tl.trans(b_alpha), b_omega, b_total, input_precision=PRECISION)
-            b_move = _log_moves(moves, o_out, o_v, o_u, length) + SHIFT
-            b_total = tl.where(b_move > -120.0, tl.exp2(b_move) * b_total, 0.0) * tl.exp2(-fraction)
+            b_transition = _load_log_transitions(transitions, o_out, o_v, o_u, length) + SHIFT
+            b_total = tl.where(b_transition > -120.0, tl.exp2(b_transition) * b_total, 0.0) * tl.exp2(-fraction)
         else:
-            b_move = _log_moves(moves, o_out, o_v, o_u, length)
+            b_transition = _load_log_transitions(transitions, o_out, o_v, o_u, length)
             for row in range(0, stop - start):
                 i = start + row
                 shift = tl.load(alpha_scale + (i - 1) * blocks) + tl.load(omega_scale + i * blocks) - whole
@@ -119,13 +119,13 @@ def gradient_kernel(
                 m_u = (o_u >= i) & (o_u <= slack + i)
                 b_alpha = tl.load(alpha + ((i - 1) * states + o_v), mask=m_v, other=float("-inf"))
                 b_omega = tl.load(omega + (i * states + o_u), mask=m_u, other=float("-inf"))
-                b_total += tl.exp2((b_alpha[:, None] + b_omega[None, :]) + (shift - fraction) + b_move)
+                b_total += tl.exp2((b_alpha[:, None] + b_omega[None, :]) + (shift - fraction) + b_transition)
         b_total *= tl.where(whole > NEVER, tl.load(grad_out + b), 0.0)
         m_out = (o_v < states)[:, None] & (o_u < states)[None, :]
-        tl.store(grad_moves + b * states * states + o_out, b_total, mask=m_out)
+        tl.store(grad_transitions + b * states * states + o_out, b_total, mask=m_out)
 
 
 @triton.jit
-def _log_moves(moves, o_move, o_v, o_u, length):
-    m_move = (o_v[:, None] < o_u[None, :]) & (o_u < length)[None, :]
-    return tl.load(moves + o_move, mask=m_move, other=float("-inf")) * LOG2E
+def _load_log_transitions(transitions, o_transition, o_v, o_u, length):
+    m_transition = (o_v[:, None] < o_u[None, :]) & (o_u < length)[None, :]
+    return tl.load(transitions + o_transition, mask=m_transition, other=float("-inf")) * LOG2E

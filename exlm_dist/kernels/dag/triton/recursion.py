@@ -1,8 +1,9 @@
 """The recursions in the probability domain: blocks of states, matrix products between them, row by row inside.
 
-A row i of alpha over a block of states is stored as values <= 4 times two to a whole `scale`, so offsets are exact and
-only differences of neighbours are rounded. What comes into a block from all earlier blocks is one matrix product over
-all rows; only moves inside the block, which stay in registers, are taken row by row. alpha and beta run side by side.
+Row i of alpha over a block of states is stored as values <= 4 times two to an integer `scale`, so offsets are exact and
+only differences between neighbours are rounded. What enters a block from all earlier blocks is one matrix product over
+all rows; only transitions inside the block, which stay in registers, are applied row by row. alpha and beta run side by
+side.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOG2E_REST = tl.constexpr(1.9259629911266175e-8)  # log2(e) less its fp32 value
+LOG2E_REST = tl.constexpr(1.9259629911266175e-8)  # log2(e) minus its fp32 value
 LN2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(-1.0e30)  # scale of a row without any path
-SHIFT = tl.constexpr(60.0)  # moves are held times 2^60, so that fp32 reaches down to exp(-128)
-FAINT = tl.constexpr(-185.0)  # log2 of a move that fp32 cannot hold with that shift
+SHIFT = tl.constexpr(60.0)  # transitions are stored times 2^60, so that fp32 reaches down to exp(-128)
+UNDERFLOW = tl.constexpr(-185.0)  # log2 below which a transition underflows despite that shift
 SMALLEST = tl.constexpr(1.0e-37)
-TOTALS = tl.constexpr(4)  # numbers of a sequence: log2 of its likelihood (fraction, whole), move too faint, log domain
+# Values per sequence: log2 of its likelihood (fraction, whole part), if a transition underflows, if it took log space
+TOTALS = tl.constexpr(4)
 
 
 @triton.jit
@@ -43,7 +45,7 @@ def split(x):
 
 @triton.jit
 def _emit(b_total, scale, b_match, b_inside):
-    """total 2^scale e^match as (values, scale) with a largest value between 1 and 4."""
+    """total 2^scale e^match as (values, scale), the largest value between 1 and 4."""
     b_some = b_inside & (b_total > SMALLEST) & (b_match > float("-inf"))
     b_whole, b_part = split(tl.where(b_some, b_match, 0.0))
     b_log = tl.log2(tl.where(b_some, b_total, 1.0))
@@ -55,38 +57,37 @@ def _emit(b_total, scale, b_match, b_inside):
 
 
 @triton.jit
-def _moves(moves, o_u, o_v, step_v, step_u, length, turned):
-    """Probabilities [u, v] of moves from v to u times 2^SHIFT, 0 where not allowed; and whether one is too faint for
-    that.
+def _load_transitions(transitions, o_u, o_v, step_v, step_u, length, transposed):
+    """Probabilities [u, v] of transitions from v to u times 2^SHIFT, 0 where not allowed; and whether one underflows.
 
-    The hints lay threads along the first axis. On the way back it is the sources that lie side by side in memory:
-    `turned` reads such a tile the other way round. The tile inside a block must not be, or the sum over its sources
-    would no longer stay within a thread; its hint then promises a contiguity that is not there, which changes who
-    reads what and no more: loads stay one element wide because nothing is promised about alignment.
+    The hints lay threads along the first axis. On the way back the sources are adjacent in memory: `transposed` reads
+    such a tile with its axes swapped. The tile inside a block must not be read so, or the sum over its sources would no
+    longer stay within a thread; its hint then promises a contiguity that does not exist, which only changes which
+    thread reads what: loads stay one element wide because nothing is promised about alignment.
     """
-    if turned == 0:
-        m_move = (o_v >= 0)[None, :] & (o_v[None, :] < o_u[:, None]) & (o_u < length)[:, None]
-        o_move = tl.max_contiguous(o_u[:, None] * step_u + o_v[None, :] * step_v, [32, 1])
-        b_log = tl.load(moves + o_move, mask=m_move, other=float("-inf")) * LOG2E
+    if transposed == 0:
+        m_transition = (o_v >= 0)[None, :] & (o_v[None, :] < o_u[:, None]) & (o_u < length)[:, None]
+        o_transition = tl.max_contiguous(o_u[:, None] * step_u + o_v[None, :] * step_v, [32, 1])
+        b_log = tl.load(transitions + o_transition, mask=m_transition, other=float("-inf")) * LOG2E
     else:
-        m_turned = (o_v >= 0)[:, None] & (o_v[:, None] < o_u[None, :]) & (o_u < length)[None, :]
-        o_turned = tl.max_contiguous(o_u[None, :] * step_u + o_v[:, None] * step_v, [16, 1])
-        b_log = tl.trans(tl.load(moves + o_turned, mask=m_turned, other=float("-inf")) * LOG2E)
+        m_transposed = (o_v >= 0)[:, None] & (o_v[:, None] < o_u[None, :]) & (o_u < length)[None, :]
+        o_transposed = tl.max_contiguous(o_u[None, :] * step_u + o_v[:, None] * step_v, [16, 1])
+        b_log = tl.trans(tl.load(transitions + o_transposed, mask=m_transposed, other=float("-inf")) * LOG2E)
     lowest = tl.min(tl.min(tl.where(b_log > float("-inf"), b_log, 0.0), 1), 0)
-    return tl.exp2(b_log + SHIFT), tl.where(lowest < FAINT, 1, 0)
+    return tl.exp2(b_log + SHIFT), tl.where(lowest < UNDERFLOW, 1, 0)
 
 
 @triton.jit
 def _arrivals(
-    moves, values, scales, k, o_i, m_i, n, length, pad, sign, step_v, step_u, states, blocks,
+    transitions, values, scales, k, o_i, m_i, n, length, pad, sign, step_v, step_u, states, blocks,
     BLOCK: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """[BLOCK, ROWS] of what comes into block k from the blocks before it, with its scale per row; and `faint`."""
+    """[BLOCK, ROWS] that enters block k from the blocks before it, with its scale per row; and `underflow`."""
     o_k = k * BLOCK - pad + tl.arange(0, BLOCK)
     o_from = o_i - 1
     b_total = tl.zeros([BLOCK, ROWS], tl.float32)
     b_scale = tl.full([ROWS], NEVER, tl.float32)
-    faint = 0
+    underflow = 0
     for j in range(0, k):
         edge = j * BLOCK - pad
         m_from = m_i & (o_from >= tl.maximum(edge - (length - n), 0)) & (o_from < tl.minimum(edge + BLOCK, n))
@@ -99,29 +100,30 @@ def _arrivals(
             m_values = m_from[None, :] & ((o_p >= 0) & (o_p < length))[:, None]
             p_values = values + (o_from[None, :] * states + o_p[:, None]) * sign
             b_values = tl.load(p_values, mask=m_values, other=0.0) * b_factor[None, :]
-            b_move, weak = _moves(moves, o_k, o_p, step_v, step_u, length, tl.where(sign < 0, 1, 0))
-            b_total = tl.dot(b_move, b_values, b_total, input_precision=PRECISION)
-            faint = tl.maximum(faint, weak)
+            transposed = tl.where(sign < 0, 1, 0)
+            b_transition, tile_underflow = _load_transitions(
+                transitions, o_k, o_p, step_v, step_u, length, transposed
+            )
+            b_total = tl.dot(b_transition, b_values, b_total, input_precision=PRECISION)
+            underflow = tl.maximum(underflow, tile_underflow)
         b_scale = b_new
-    return b_total, b_scale, faint
+    return b_total, b_scale, underflow
 
 
 @triton.jit
 def _inside(
-    match, moves, values, scales, tails, tail_scales, k, start, stop, n, length, pad, sign, step_v, step_u,
+    match, transitions, values, scales, tails, tail_scales, k, start, stop, n, length, pad, sign, step_v, step_u,
     states, blocks, ends, first_weight, BLOCK: tl.constexpr,
 ):
-    """Rows start..stop-1 of block k, one after the other; what comes from other blocks stands in `values` and
-    `scales`.
-    """
+    """Rows start..stop-1 of block k, one after the other; what enters from other blocks is in `values` and `scales`."""
     o_k = k * BLOCK - pad + tl.arange(0, BLOCK)
-    b_move, faint = _moves(moves, o_k, o_k, step_v, step_u, length, 0)
+    b_transition, underflow = _load_transitions(transitions, o_k, o_k, step_v, step_u, length, 0)
     m_k = (o_k >= 0) & (o_k < length)
     b_start = tl.where(m_k & (o_k < ends), first_weight, 0.0)
     b_values = tl.zeros([BLOCK], tl.float32)
     scale = NEVER
-    came_stop = tl.where(k > 0, stop, start)  # nothing comes into the first block
-    # The next row is loaded a step ahead: nothing in the chain of steps then waits for memory.
+    came_stop = tl.where(k > 0, stop, start)  # nothing enters the first block
+    # The next row is loaded a step ahead, so that nothing in the chain of steps waits for memory.
     o_row = (start * states + o_k) * sign
     b_match = tl.load(match + o_row, mask=m_k & (o_k < tl.where(start < stop, length, 0)), other=float("-inf"))
     b_came = tl.load(values + o_row, mask=m_k & (o_k < tl.where(start < came_stop, length, 0)), other=0.0)
@@ -138,7 +140,7 @@ def _inside(
         came_scale = tl.where(i == 0, 0.0, came_scale)
         own_scale = scale - SHIFT
         both = tl.maximum(own_scale, came_scale)
-        b_total = tl.sum(b_values[None, :] * b_move, 1) * tl.exp2(own_scale - both)
+        b_total = tl.sum(b_values[None, :] * b_transition, 1) * tl.exp2(own_scale - both)
         b_total += b_came * tl.exp2(came_scale - both)
         b_band = m_k & (o_k >= i) & (o_k <= length - n + i)
         b_values, scale = _emit(b_total, both, b_match, b_band)
@@ -149,48 +151,48 @@ def _inside(
         tl.store(tails + o_row, b_total, mask=m_k & (o_k < tl.where(sign < 0, length, 0)))
         tl.store(tail_scales + (i * blocks + k) * sign, both, mask=sign < 0)
         b_match, b_came, came_scale = b_match_next, b_came_next, came_scale_next
-    return faint
+    return underflow
 
 
 @triton.jit
 def _recursion(
-    match, moves, values, scales, tails, tail_scales, n, length, pad, sign, step_v, step_u,
+    match, transitions, values, scales, tails, tail_scales, n, length, pad, sign, step_v, step_u,
     states, blocks, ends, first_weight,
     BLOCK: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """One direction of the recursion, block by block, into `values` and `scales`; whether a move was too faint.
+    """One direction of the recursion, block by block, into `values` and `scales`; whether a transition underflows.
 
-    Pointers stand at the first target and state in the direction of travel; `sign` is -1 for travel from the last.
-    Blocks have the same edges either way, so the first block of the way back starts `pad` states before the first one.
+    Pointers are at the first target and state in the direction of travel; `sign` is -1 for travel from the last.
+    Blocks have the same edges in both directions, so the first block of the way back starts `pad` states early.
     """
-    faint = 0
+    underflow = 0
     for k in range(0, tl.cdiv(length, BLOCK)):
         start = tl.maximum(k * BLOCK - pad - (length - n), 0)
         stop = tl.minimum((k + 1) * BLOCK - pad, n)
         o_k = k * BLOCK - pad + tl.arange(0, BLOCK)
         for first in range(start, tl.where(k > 0, stop, start), ROWS):
             o_i = first + tl.arange(0, ROWS)
-            b_total, b_scale, weak = _arrivals(
-                moves, values, scales, k, o_i, o_i < stop, n, length, pad, sign, step_v, step_u, states, blocks,
+            b_total, b_scale, block_underflow = _arrivals(
+                transitions, values, scales, k, o_i, o_i < stop, n, length, pad, sign, step_v, step_u, states, blocks,
                 BLOCK, PART, ROWS, PRECISION,
             )
-            faint = tl.maximum(faint, weak)
+            underflow = tl.maximum(underflow, block_underflow)
             m_out = (o_i < stop)[None, :] & ((o_k >= 0) & (o_k < length))[:, None]
             tl.store(values + (o_i[None, :] * states + o_k[:, None]) * sign, b_total, mask=m_out)
             tl.store(scales + (o_i * blocks + k) * sign, b_scale, mask=o_i < stop)
         tl.debug_barrier()
-        weak = _inside(
-            match, moves, values, scales, tails, tail_scales, k, start, stop, n, length, pad, sign, step_v, step_u,
-            states, blocks, ends, first_weight, BLOCK,
+        block_underflow = _inside(
+            match, transitions, values, scales, tails, tail_scales, k, start, stop, n, length, pad, sign, step_v,
+            step_u, states, blocks, ends, first_weight, BLOCK,
         )
-        faint = tl.maximum(faint, weak)
+        underflow = tl.maximum(underflow, block_underflow)
         tl.debug_barrier()
-    return faint
+    return underflow
 
 
 @triton.jit(do_not_specialize=["targets", "states", "blocks"])
 def scan_kernel(
-    match, moves, num_targets, num_states, work, beta, targets, states, blocks,
+    match, transitions, num_targets, num_states, work, beta, targets, states, blocks,
     BLOCK: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, ENDS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Program 2b: alpha of sequence b; 2b+1: beta, and omega = beta times the match."""
@@ -207,11 +209,11 @@ def scan_kernel(
     if back == 1:
         values = omega + last
         scales = omega_scale + last_block
-    weak = _recursion(
-        match + rows, moves + (b * states * states + back * (length - 1) * (states + 1)), values, scales,
+    underflow = _recursion(
+        match + rows, transitions + (b * states * states + back * (length - 1) * (states + 1)), values, scales,
         beta + rows, beta_scale + last_block, n, length, back * (tl.cdiv(length, BLOCK) * BLOCK - length), 1 - 2 * back,
         states - back * (states + 1), 1 - back * (states + 1), states, blocks, ENDS,
         tl.where(back == 1, 1.0, 1.0 / ENDS), BLOCK, PART, ROWS, PRECISION,
     )
     if back == 0:
-        tl.store(totals + 2, weak.to(tl.float32))
+        tl.store(totals + 2, underflow.to(tl.float32))

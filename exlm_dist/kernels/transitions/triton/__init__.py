@@ -1,9 +1,9 @@
-"""Triton kernels of the transition log-probabilities: tiles of the allowed triangle only, nothing of [L, L, H] stored.
+"""Transition log-probabilities on a GPU: tiles of the allowed triangle only, nothing of [L, L, H] stored.
 
-Scores are kept in base 2. Forward: one kernel leaves the log-sum of each (head, state), a second adds the heads up
-tile by tile. Backward: with share_h = p(head h | move v -> u) in [0, 1] and G the gradient of log E, the gradient of
-a score is share_h G - p_h sum_u(share_h G); no probability is divided by, so none can underflow into a wrong gradient
-(README.md).
+Scores are in base 2. Forward: one kernel stores the lse of each (head, state), a second sums over the heads tile by
+tile. Backward: with the responsibility w_h = p(head h | transition v -> u) in [0, 1] and G the gradient of log E, the
+gradient of a score is w_h G - p_h sum_u(w_h G); no probability is divided by, so none can underflow into a wrong
+gradient (README.md).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.launch import cdiv, launch, next_power_of_2
 from exlm_dist.kernels.transitions import torch as torch_form
-from exlm_dist.kernels.transitions.triton.backward import key_gradient_kernel, leaving_kernel, query_gradient_kernel
+from exlm_dist.kernels.transitions.triton.backward import key_gradient_kernel, query_gradient_kernel, row_sum_kernel
 from exlm_dist.kernels.transitions.triton.forward import mixture_kernel, normaliser_kernel
 
 LOG2E = math.log2(math.e)
@@ -33,7 +33,7 @@ def transition_log_probs(
 
 
 def uniform_log_probs(cu_states: Tensor, max_states: int) -> Tensor:
-    """See `exlm_dist.kernels.transitions`: no parameters, made once per batch, the definition is enough."""
+    """See `exlm_dist.kernels.transitions`: no parameters, once per batch, plain torch is enough."""
     return torch_form.uniform_log_probs(cu_states, max_states)
 
 
@@ -43,8 +43,8 @@ class _Transitions(torch.autograd.Function):
         query, key, gate = query.contiguous(), key.contiguous(), gate.contiguous()
         rows, heads, width = query.shape
         count = len(cu_states) - 1
-        log_sum = torch.empty((heads, rows), dtype=torch.float32, device=gate.device)
-        base = torch.empty_like(log_sum)
+        lse = torch.empty((heads, rows), dtype=torch.float32, device=gate.device)
+        base = torch.empty_like(lse)
         out = torch.empty((count, max_states, max_states), dtype=torch.float32, device=gate.device)
         settings, align, warps = _settings(query, max_states, group)
         packed = {
@@ -52,39 +52,39 @@ class _Transitions(torch.autograd.Function):
             "rows": rows,
         }  # fmt: skip
         grid = (cdiv(max_states, settings["ROWS"]), heads, count)
-        states = {**packed, "gate": gate, "log_sum": log_sum}
+        states = {**packed, "gate": gate, "lse": lse}
         launch(normaliser_kernel, grid, states, {**settings, "HEADS": next_power_of_2(heads)}, warps=warps)
         grid = (cdiv(max_states, settings["COLUMNS"]), grid[0], count)
-        moves = {**packed, "out": out, "side": max_states // align}
-        launch(mixture_kernel, grid, moves, {**settings, "ALIGN": align}, warps=warps)
-        ctx.save_for_backward(query, key, gate, cu_states, log_sum, base, out)
+        mixed = {**packed, "out": out, "side": max_states // align}
+        launch(mixture_kernel, grid, mixed, {**settings, "ALIGN": align}, warps=warps)
+        ctx.save_for_backward(query, key, gate, cu_states, lse, base, out)
         ctx.settings = (max_states, group)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        query, key, gate, cu_states, log_sum, base, out = ctx.saved_tensors
+        query, key, gate, cu_states, lse, base, out = ctx.saved_tensors
         max_states, group = ctx.settings
         rows, heads, width = query.shape
         count = len(cu_states) - 1
         settings, align, warps = _settings(query, max_states, group)
         constants = {**settings, "ALIGN": align}
         down, across = (cdiv(max_states, settings[side]) for side in ("ROWS", "COLUMNS"))
-        leaving = torch.empty((across, heads, rows), dtype=torch.float32, device=query.device)
-        left = torch.empty_like(log_sum)
+        tile_sums = torch.empty((across, heads, rows), dtype=torch.float32, device=query.device)
+        row_sums = torch.empty_like(lse)
         grad_query, grad_key, grad_gate = (torch.empty_like(tensor) for tensor in (query, key, gate))
         arguments = {
             "query": query, "key": key, "cu_states": cu_states, "base": base, "out": out,
             "grad_out": grad_out.contiguous(), "scale": width**-0.5 * LOG2E, "side": max_states // align,
             "rows": rows,
         }  # fmt: skip
-        launch(leaving_kernel, (across, down, count), {**arguments, "leaving": leaving}, constants, warps=warps)
-        arguments |= {"log_sum": log_sum, "left": left, "grad_query": grad_query, "root": width**-0.5}
-        constants = {**constants, **_together(settings, warps)}
+        launch(row_sum_kernel, (across, down, count), {**arguments, "tile_sums": tile_sums}, constants, warps=warps)
+        arguments |= {"lse": lse, "row_sums": row_sums, "grad_query": grad_query, "root": width**-0.5}
+        constants = {**constants, **_heads_per_program(settings, warps)}
         down, groups = cdiv(max_states, constants["ROWS"]), heads // constants["EACH"]
-        gradient = {**arguments, "leaving": leaving}
-        # With eight warps ptxas would rather spill a few bytes than take the registers it has, unless told how many.
+        gradient = {**arguments, "tile_sums": tile_sums}
+        # With eight warps ptxas spills a few bytes rather than use the registers it has, unless told how many.
         limit = 168 if warps == 8 else None
         launch(query_gradient_kernel, (down, groups, count), gradient, constants, warps=warps, registers=limit)
         arguments |= {"gate": gate, "grad_key": grad_key, "grad_gate": grad_gate}
@@ -93,17 +93,17 @@ class _Transitions(torch.autograd.Function):
         return grad_query, grad_key, grad_gate, None, None, None
 
 
-def _together(settings: dict[str, Any], warps: int) -> dict[str, int]:
-    """Heads of a program of the gradients, and rows of its tiles: two heads share what is read of the moves, where the
-    registers suffice for that, which they do not with 64 rows. Chosen by counts, not measured.
+def _heads_per_program(settings: dict[str, Any], warps: int) -> dict[str, int]:
+    """Heads per program of the gradients, and rows of its tiles: two heads use what is read of log E, where registers
+    suffice, which they do not with 64 rows. Chosen by counts, not measured.
     """
     pairs = warps == 4 and settings["heads"] % 2 == 0
     return {"EACH": 2, "ROWS": 32} if pairs else {"EACH": 1, "ROWS": settings["ROWS"]}
 
 
 def _settings(query: Tensor, max_states: int, group: int | None) -> tuple[dict[str, Any], int, int]:
-    """Compile-time constants of the tiled kernels and warps; between them how many words of a row of moves can be read
-    together. The tiles were the best measured of kernels that executed more (docs/lab-log.md); not measured since.
+    """Compile-time constants of the tiled kernels, how many words of a row of log E can be read at once, and warps. The
+    tiles were the fastest measured of kernels that executed more (docs/lab-log.md); not measured since.
     """
     _, heads, width = query.shape
     precise = query.dtype == torch.float32

@@ -1,24 +1,33 @@
-"""Forward kernels: log-sums of each head, then the heads added up tile by tile."""
+"""Forward kernels: the lse of each head, then the sum over the heads tile by tile."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from exlm_dist.kernels.transitions.triton.tiles import LN2, LOWEST, after, allowed, load_rows, log_gates, moves, scores
+from exlm_dist.kernels.transitions.triton.tiles import (
+    LN2,
+    LOWEST,
+    after,
+    allowed,
+    load_rows,
+    log_gates,
+    scores,
+    transition_tile,
+)
 from exlm_dist.kernels.transitions.triton.tiles import sequence as states_of
 
-# Where a sum of probabilities begins to miss terms that matter: 2^-100, 26 bits above the least normal number.
-FAINT = tl.constexpr(2.0**-100)
+# Below this a sum of probabilities may miss terms that matter: 26 bits above the smallest normal number.
+LEAST_SUM = tl.constexpr(2.0**-100)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def normaliser_kernel(
-    query, key, gate, cu_states, log_sum, base, scale, rows,
+    query, key, gate, cu_states, lse, base, scale, rows,
     heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """log2 of the sum over u of 2^score of one head, and log2 of the head's gate less that, for ROWS states v."""
+    """For ROWS states v: lse of one head in base 2 (log2 of the sum over u of 2^score), log2 of its gate minus that."""
     h = tl.program_id(1)
     first, length = states_of(cu_states, tl.program_id(2))
     row = tl.program_id(0) * ROWS
@@ -40,7 +49,7 @@ def normaliser_kernel(
             b_top = b_new
         b_sum = tl.where(b_sum > 0, b_top * scale + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), 0.0)
         head = h.to(tl.int64) * rows + first
-        tl.store(log_sum + head + o_v, b_sum, mask=o_v < length)
+        tl.store(lse + head + o_v, b_sum, mask=o_v < length)
         b_gate = log_gates(gate, first + o_v, o_v < length, heads, HEADS)
         b_own = tl.sum(tl.where((tl.arange(0, HEADS) == h)[None, :], b_gate, 0.0), 1)
         tl.store(base + head + o_v, b_own - b_sum, mask=o_v < length)
@@ -52,7 +61,7 @@ def mixture_kernel(
     heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):
-    """log E of a tile [ROWS, COLUMNS]: log-sum over the heads of gate times probability; -inf where not allowed."""
+    """log E of a tile [ROWS, COLUMNS]: log of the sum over heads of gate times probability; -inf where not allowed."""
     b = tl.program_id(2).to(tl.int64)
     first, length = states_of(cu_states, b)
     row = tl.program_id(1) * ROWS
@@ -65,9 +74,9 @@ def mixture_kernel(
             query, key, base, first, row, column, length, h, scale, rows, heads, width, ROWS, COLUMNS, BLOCK, PRECISION
         )
         b_sum += tl.exp2(b_score)
-    m_move = allowed(row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS), length, GROUP)
+    m_transition = allowed(row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS), length, GROUP)
     b_out = tl.log2(b_sum)
-    if tl.min(tl.where(m_move, b_sum, 1.0)) < FAINT:  # then once more, each beside the largest so far
+    if tl.min(tl.where(m_transition, b_sum, 1.0)) < LEAST_SUM:  # then once more, relative to the largest so far
         b_top = tl.full([ROWS, COLUMNS], LOWEST, tl.float32)
         b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
         for h in range(0, count):
@@ -79,6 +88,6 @@ def mixture_kernel(
             b_sum = tl.where(b_score > b_top, b_sum * b_gap + 1.0, b_sum + b_gap)
             b_top = tl.maximum(b_score, b_top)
         b_out = b_top + tl.log2(b_sum)
-    b_out = tl.where(m_move, b_out * LN2, float("-inf"))
-    start, o_move, m_inside = moves(b, row, column, side, ROWS, COLUMNS, ALIGN)
-    tl.store(out + start + o_move, b_out, mask=m_inside)
+    b_out = tl.where(m_transition, b_out * LN2, float("-inf"))
+    start, o_transition, m_inside = transition_tile(b, row, column, side, ROWS, COLUMNS, ALIGN)
+    tl.store(out + start + o_transition, b_out, mask=m_inside)

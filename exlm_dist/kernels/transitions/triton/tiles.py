@@ -1,6 +1,6 @@
-"""What the kernels of the transitions share: which moves are allowed, tiles of rows and of moves.
+"""Common to the kernels of the transitions: which transitions are allowed, tiles of states and of transitions.
 
-Addresses are a start in 64 bits, one number for the whole program, and offsets from there that fit in 32.
+An address is a 64-bit start, one for the whole program, and an offset from there that fits in 32 bits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LOWEST = tl.constexpr(-1.0e30)
 
 @triton.jit
 def allowed(o_v, o_u, length, GROUP: tl.constexpr):
-    """[v, u]: may state v be followed by state u. One comparison: no u of the sequence comes after a v past its end."""
+    """[v, u]: may state u follow state v. One comparison: no u of the sequence comes after a v past its end."""
     if GROUP == 0:
         return o_v[:, None] < tl.where(o_u < length, o_u, -1)[None, :]
     else:
@@ -48,41 +48,41 @@ def before(first, count, GROUP: tl.constexpr):
 
 @triton.jit
 def sequence(cu_states, b):
-    """Where the states of a sequence begin (64 bits), and how many it has (32 bits)."""
+    """First state of a sequence (64 bits), and how many it has (32 bits)."""
     first = tl.load(cu_states + b)
     return first, (tl.load(cu_states + b + 1) - first).to(tl.int32)
 
 
 @triton.jit
-def load_rows(pointer, place, count, heads: tl.constexpr, width: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """[ROWS, BLOCK] of a head (where `pointer` is) from state `place` of [S, H, P] on; zeros but for `count` rows."""
+def load_rows(pointer, first, count, heads: tl.constexpr, width: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """[ROWS, BLOCK] of a head (that of `pointer`) from state `first` of [S, H, P] on; zero after `count` rows."""
     o_row = tl.arange(0, ROWS)
     o_p = tl.arange(0, BLOCK)
     m_row = (o_row < count)[:, None]
     if BLOCK != width:
         m_row = m_row & (o_p < width)[None, :]
-    pointer += place * (heads * width)
+    pointer += first * (heads * width)
     return tl.load(pointer + (o_row[:, None] * (heads * width) + o_p[None, :]), mask=m_row, other=0.0)
 
 
 @triton.jit
 def store_rows(
-    pointer, place, count, b_value, heads: tl.constexpr, width: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    pointer, first, count, b_value, heads: tl.constexpr, width: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The way back of `load_rows`."""
+    """The inverse of `load_rows`."""
     o_row = tl.arange(0, ROWS)
     o_p = tl.arange(0, BLOCK)
     m_out = (o_row < count)[:, None] & (o_p < width)[None, :]
-    pointer += place * (heads * width)
+    pointer += first * (heads * width)
     o_out = o_row[:, None] * (heads * width) + o_p[None, :]
     tl.store(pointer + o_out, b_value.to(pointer.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
-def moves(b, row, column, side, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr):
+def transition_tile(b, row, column, side, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr):
     """Start of a tile in [B, L, L], offsets from there, and which are inside; L is side * ALIGN.
 
-    ALIGN words are read together. The mask must not differ inside of them, as that of the allowed moves does.
+    ALIGN words are read at once. The mask must not differ within them, as that of the allowed transitions would.
     """
     longest = side * ALIGN
     o_v = tl.arange(0, ROWS)[:, None]
@@ -96,7 +96,7 @@ def scores(
     query, key, base, first, row, column, length, h, scale, rows, heads: tl.constexpr, width: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """log2 of gate times probability of head h, for a tile of moves."""
+    """log2 of gate times probability of head h, for a tile of transitions."""
     b_query = load_rows(query + h * width, first + row, length - row, heads, width, ROWS, BLOCK)
     b_key = load_rows(key + h * width, first + column, length - column, heads, width, COLUMNS, BLOCK)
     o_v = row + tl.arange(0, ROWS)

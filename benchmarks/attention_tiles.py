@@ -1,6 +1,6 @@
 """Attention with other tiles than those that ship, beside them: `python benchmarks/attention_tiles.py`, on a GPU.
 
-For choosing: the tables only go to the screen. What wins belongs into `exlm_dist/kernels/attention/schedule.py`.
+For choosing tiles: the tables are only printed. What wins belongs in `exlm_dist/kernels/attention/schedule.py`.
 """
 
 from __future__ import annotations

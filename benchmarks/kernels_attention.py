@@ -1,8 +1,8 @@
 """Attention, forward and backward with rotary positions, beside what torch offers.
 
-"full": all sequences equally long, the padded forms' best case (no mask, nothing padded). "ragged": lengths spread
-evenly over the upper half, so that the padded forms need a mask. The other sides get q, k, v where and how they like
-them best (padding and packing are not charged) and rotary positions through torch.compile; ours reads and fills one
+"full": all sequences equally long, the best case of the padded forms (no mask, no padding). "ragged": lengths spread
+evenly over the upper half, so that the padded forms need a mask. The other sides get q, k, v in the layout that suits
+them best (padding and packing are not timed) and rotary positions through torch.compile; ours reads and fills one
 q-k-v matrix, as in the model.
 """
 
@@ -19,7 +19,8 @@ from timing import Case
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from exlm_dist.kernels.attention import attention, attention_packed, rotary_angles, schedule
+from exlm_dist.kernels.attention import attention_packed, rotary_angles, schedule
+from exlm_dist.kernels.attention.naive import naive_attention
 from exlm_dist.kernels.attention.schedule import UNLIMITED, Range, Tiles
 
 BACKENDS = {
@@ -27,8 +28,8 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-#: What could ship instead, by the kernel it is about: wider tiles ask less of the L2 cache, loads that run ahead hide
-#: its latency, fewer registers let more programs share a multiprocessor. Triton 3.6 spills nowhere for sm_90.
+#: Alternatives to the shipped tiles, by kernel: wider tiles read less from the L2 cache, loads that run ahead hide its
+#: latency, fewer registers let more programs fit on a multiprocessor. None of them spills for sm_90 with Triton 3.6.
 VARIANTS = {
     "forward wide": {"forward": Tiles(128, 64, 1, 8, stages=2, registers=128)},
     "queries wide": {"queries": Tiles(128, 64, 1, 8, stages=2)},
@@ -54,14 +55,14 @@ def cases(device: torch.device, toy: bool) -> Iterator[Case]:
         yield Batch([longest] * count, 12, 64, device, torch.bfloat16, 0.1).case("full, dropout 0.1", least, aim)
 
 
-def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """rotate-half of q and k [..., H, P] by tables [..., 1, P/2]."""
 
-    def turn(x: Tensor) -> Tensor:
+    def rotate(x: Tensor) -> Tensor:
         first, second = x.float().chunk(2, -1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
-    return turn(q), turn(k)
+    return rotate(q), rotate(k)
 
 
 class Batch:
@@ -78,8 +79,8 @@ class Batch:
         self.cu_tokens = starts.to(device)
         sizes = torch.tensor(lengths, device=device)
         self.inside = torch.arange(self.longest, device=device) < sizes[:, None]
-        place = torch.cat([torch.arange(length) for length in lengths]).to(device)
-        self.angles = rotary_angles(place, (place % 5 - 1).clamp(min=0), width)
+        position = torch.cat([torch.arange(length) for length in lengths]).to(device)
+        self.angles = rotary_angles(position, (position % 5 - 1).clamp(min=0), width)
         self.packed = torch.randn(self.tokens, heads, 3, width, device=device).to(dtype).requires_grad_()
         parts = self.packed.detach().unbind(2)
         self.grad = torch.randn(self.tokens, heads, width, device=device).to(dtype)
@@ -88,8 +89,8 @@ class Batch:
         self.padded_grad = self._pad(self.grad).transpose(1, 2)
         self.tables = [entry[:, None] for entry in (self.angles.cos(), self.angles.sin())]
         self.padded_tables = [self._pad(entry) for entry in self.tables]
-        torch.compiler.reset()  # each shape compiled for itself: too many of one function fall back to eager
-        self.turn = torch.compile(_turn, dynamic=False) if compiled else _turn
+        torch.compiler.reset()  # each shape compiled on its own: with too many, a function falls back to eager
+        self.rotate = torch.compile(_rotate, dynamic=False) if compiled else _rotate
         self.compiled = compiled
         self.mask = None if bool(self.inside.all()) else self.inside[:, None, None]
         self.wanted: list[Tensor] | None = None
@@ -101,7 +102,7 @@ class Batch:
         return out
 
     def variants(self, kind: str) -> Case:
-        """What ships beside `VARIANTS`."""
+        """The shipped tiles beside `VARIANTS`."""
         sides = {"ours": self._ours} | {f"ours, {name}": self._variant(changes) for name, changes in VARIANTS.items()}
         return self._case(kind, sides, None, None)
 
@@ -149,7 +150,7 @@ class Batch:
         return attention_packed(self.packed, self.angles, self.cu_tokens, self.longest, dropout=self.dropout, seed=1)
 
     def _short(self) -> Tensor:
-        """Keys turned where they are read, at every length."""
+        """Keys rotated where they are read, at every length."""
         limit, schedule.SHORT = schedule.SHORT, schedule.UNLIMITED
         try:
             return self._ours()
@@ -157,9 +158,9 @@ class Batch:
             schedule.SHORT = limit
 
     def _variant(self, changes: dict[str, Tiles]) -> Callable[[], Tensor]:
-        """Ours with other tiles for one kernel, at every length; keys are turned before for all but that of keys."""
+        """Ours with other tiles for one kernel, at every length; for all but `keys`, keys are rotated before."""
         kernels = importlib.import_module("exlm_dist.kernels.attention.triton")
-        ranges = {name: [Range(0, UNLIMITED, tiles, turned=name != "keys")] for name, tiles in changes.items()}
+        ranges = {name: [Range(0, UNLIMITED, tiles, rotated=name != "keys")] for name, tiles in changes.items()}
 
         def run() -> Tensor:
             chosen = kernels.plan
@@ -174,12 +175,12 @@ class Batch:
     def _varlen(self) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        q, k = self.turn(*self.loose[:2], *self.tables)
+        q, k = self.rotate(*self.loose[:2], *self.tables)
         starts = self.cu_tokens.int()
         return varlen_attn(q, k, self.loose[2], starts, starts, self.longest, self.longest)
 
     def _heads_first(self) -> list[Tensor]:
-        q, k = self.turn(*self.padded[:2], *self.padded_tables)
+        q, k = self.rotate(*self.padded[:2], *self.padded_tables)
         return [part.transpose(1, 2) for part in (q, k, self.padded[2])]
 
     def _sdpa(self, backend: str | None) -> Callable[[], Tensor]:
@@ -200,18 +201,18 @@ class Batch:
         return lambda: call(*self._heads_first(), block_mask=blocks)
 
     def _error(self, found: list[Tensor]) -> float | None:
-        """Largest relative error (Frobenius) over the output and the gradients; None under dropout (masks differ)."""
+        """Largest relative error (Frobenius) of output and gradients from the definition; None under dropout."""
         if self.dropout:
             return None if all(bool(tensor.isfinite().all()) for tensor in found) else float("nan")
         if self.wanted is None:
             parts = [part.float().requires_grad_() for part in self.packed.detach().unbind(2)]
-            out = attention(*parts, self.angles, self.cu_tokens, self.longest, backend="torch")
+            out = naive_attention(*parts, self.angles, self.cu_tokens)
             self.wanted = [out.detach(), *torch.autograd.grad(out, parts, self.grad.float())]
         if len(found) == 2:
             found = [found[0], *found[1].unbind(2)]
         errors = []
-        for place, (got, want) in enumerate(zip(found, self.wanted)):
+        for index, (got, want) in enumerate(zip(found, self.wanted)):
             if got.dim() == 4:
-                got = (got.transpose(1, 2) if place == 0 else got)[self.inside]
+                got = (got.transpose(1, 2) if index == 0 else got)[self.inside]
             errors.append(float((got.detach().float() - want).norm() / want.norm()))
         return max(errors)

@@ -1,4 +1,7 @@
-"""The four operations of ExLM, each one public function with a definition in torch (`reference.py`) and a README.
+"""The operations of ExLM, each in a package with its public functions, the maths (`README.md`) and three forms.
+
+`naive.py` is the definition, written as the equations are; `torch.py` is tuned plain torch, what a CPU runs; `triton`
+has the kernels, what a GPU runs. The last two are tested against the first.
 
 Letters: T expanded tokens in a micro-batch, B sequences, D width, H heads, P head width, S states, N targets,
 L states of one sequence, V vocabulary, k states per expanded position.

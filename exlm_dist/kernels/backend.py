@@ -1,4 +1,7 @@
-"""Which implementation of an operation runs: its definition in torch, or its Triton kernels."""
+"""Which form of an operation runs: tuned plain torch (`torch.py`, for CPUs) or its Triton kernels (`triton`, for GPUs).
+
+`naive.py` is no backend: it is the definition, which both are tested against.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ BACKENDS = ("auto", "triton", "torch")
 @functools.cache
 def has_triton(operation: str) -> bool:
     """Whether `operation` ("attention", "transitions", "vocab", "dag") has Triton kernels and triton is installed."""
-    here = importlib.util.find_spec(f"{__package__}.{operation}.triton") is not None
-    return here and importlib.util.find_spec("triton") is not None
+    has_kernels = importlib.util.find_spec(f"{__package__}.{operation}.triton") is not None
+    return has_kernels and importlib.util.find_spec("triton") is not None
 
 
 def resolve_backend(operation: str, backend: str, device: torch.device) -> str:
-    """`reference` or `triton` for tensors on `device`; `auto` takes triton on CUDA where it exists.
+    """`torch` or `triton` for tensors on `device`; `auto` is triton on CUDA where it exists, else torch.
 
     Raises ConfigError for an unknown backend, and for `triton` where there is no such kernel.
     """
@@ -39,5 +42,5 @@ def resolve_backend(operation: str, backend: str, device: torch.device) -> str:
 
 
 def implementation(operation: str, backend: str, device: torch.device) -> ModuleType:
-    """The module (`reference` or `triton`) whose functions compute `operation` for tensors on `device`."""
+    """The module (`torch` or `triton`) whose functions compute `operation` for tensors on `device`."""
     return importlib.import_module(f"{__package__}.{operation}.{resolve_backend(operation, backend, device)}")

@@ -1,4 +1,4 @@
-"""Checks of shapes that the operations share; values are looked at only on the CPU (elsewhere it would wait)."""
+"""Checks of shapes for all operations; values are only checked on a CPU (elsewhere the host would wait for them)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
     """ValueError unless `tensor` has the `expected` shape (None: any size)."""
     shape = tensor.shape
-    if shape == expected:  # a matter of a tenth of the time, and every operation of a step asks
+    if shape == expected:  # a tenth of the time, and every operation of a step checks
         return
     if len(shape) == len(expected) and all(want is None or want == size for want, size in zip(expected, shape)):
         return

@@ -1,12 +1,12 @@
 """One way to start a Triton kernel, so that every launch can also be recorded and compiled without a GPU.
 
-`record_launches` runs an operation's own code on tensors of the meta device and collects what it would have launched,
-with the types it would have passed; `tests/kernels/ahead_of_time.py` compiles those. A shipped configuration can
-therefore not differ from the compiled one.
+Under `record_launches` an operation's own code runs on tensors of the meta device, and what it would have launched is
+collected with the types it would have passed; `tests/kernels/ahead_of_time.py` compiles that. So a shipped
+configuration cannot differ from the compiled one.
 
-Starting a kernel by name, Triton binds and inspects every argument, writes its settings out as text and compares the
-globals of the source: more than the launch itself. Here the compiled kernel is kept by what Triton compiles for
-(`_kind`), and started by its own call, which takes the current device and stream.
+When Triton starts a kernel by name, it binds and inspects every argument, writes its settings out as text and compares
+the globals of the source, which takes longer than the launch itself. Here the compiled kernel is cached by what Triton
+compiles for (`_kind`) and called directly; the call takes the current device and stream.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _recording: _Recording | None = None
 class _Known:
     """A kernel, the order of what it takes, and its compiled forms."""
 
-    kernel: JITFunction  # held, so that its id stays its own
+    kernel: JITFunction  # kept alive, so that its id is not reused
     arguments: list[str]
     constants: list[str]
     compiled: dict[tuple[Hashable, ...], Any] = field(default_factory=dict)
@@ -79,9 +79,9 @@ def launch(
     stages: int = 2,
     registers: int | None = None,
 ) -> None:
-    """Start `kernel` on `grid` (nothing happens where a side of it is 0), or record it inside `record_launches`.
+    """Start `kernel` on `grid` (nothing if a dimension of it is 0), or record it inside `record_launches`.
 
-    `registers` caps the registers of a thread, so that more programs share a multiprocessor (None: no cap).
+    `registers` caps the registers of a thread, so that more programs fit on a multiprocessor (None: no cap).
     """
     if _recording is not None:
         _recording.kept.append(_recording.keep(Launch(kernel, arguments, constants, warps, stages, registers)))
@@ -96,7 +96,7 @@ def _start(
     kernel: JITFunction, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any],
     warps: int, stages: int, registers: int | None,
 ) -> None:  # fmt: skip
-    """By Triton the first time, which compiles; then by what it compiled for arguments of these kinds."""
+    """Through Triton the first time, which compiles; then by what it compiled for arguments of these kinds."""
     known = _known.get(id(kernel))
     if known is None:
         known = _known[id(kernel)] = _Known.of(kernel)
@@ -112,7 +112,7 @@ def _start(
 
 
 def _kind(value: Any) -> Hashable:
-    """What of an argument Triton's machine code depends on: equal kinds, equal code (the reverse need not hold)."""
+    """What Triton's machine code depends on in an argument: equal kinds, equal code (the reverse need not be true)."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
     if type(value) is int:
@@ -123,7 +123,7 @@ def _kind(value: Any) -> Hashable:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability to pick a configuration for: of the GPU, of the recording, or the default without either."""
+    """Compute capability to pick a configuration for: of the recording, else of the GPU, else the default."""
     if _recording is not None:
         return _recording.capability
     return _capability(device) if device.type == "cuda" else DEFAULT_CAPABILITY
@@ -133,7 +133,7 @@ _capability = functools.cache(torch.cuda.get_device_capability)
 
 
 def cdiv(total: int, part: int) -> int:
-    """How many parts cover the total. (Triton's own, made to run in kernels too, takes as long as a small torch op.)"""
+    """How many parts cover the total. (Triton's own also runs in kernels and takes as long as a small torch op.)"""
     return -(-total // part)
 
 
@@ -150,7 +150,7 @@ def _all(item: Launch) -> Launch:
 def record_launches(target: tuple[int, int], keep: Callable[[Launch], Any] = _all) -> Iterator[list[Any]]:
     """Collect launches as for compute capability `target` instead of making them (not for several threads at once).
 
-    `keep` says what of each goes to the list: by default all, with its tensors, which therefore stay alive.
+    `keep` says what of a launch goes into the list: by default all of it, and its tensors stay alive.
     """
     global _recording
     assert _recording is None, "recordings do not nest"

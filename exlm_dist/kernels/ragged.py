@@ -1,4 +1,4 @@
-"""Packed rows and padded [B, L, ...] arrays, to and fro, without host synchronisation."""
+"""Packed rows to padded [B, L, ...] arrays and back, without host synchronisation."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segments:
-    """Where packed row r of a padded [B, longest] array lives, and back."""
+    """Which packed row is at which position of a padded [B, longest] array."""
 
     count: int
     longest: int
-    rows: Tensor  # [B, longest] packed row; places past the own end read the first row of the own sequence
+    rows: Tensor  # [B, longest] packed row; positions past a sequence's end have its first row
     valid: Tensor  # [B, longest] bool
 
     @classmethod
     def of(cls, starts: Tensor, longest: int, total: int) -> Segments:
         """From cumulative lengths [B+1] of `total` packed rows, the longest sequence being `longest`."""
-        place = torch.arange(longest, device=starts.device)
-        rows = starts[:-1, None] + place
+        position = torch.arange(longest, device=starts.device)
+        rows = starts[:-1, None] + position
         valid = rows < starts[1:, None]
         first = starts[:-1, None].clamp(max=max(total - 1, 0))
         return cls(len(starts) - 1, longest, torch.where(valid, rows, first), valid)
 
     def pad(self, packed: Tensor) -> Tensor:
-        """[B, longest, ...] of packed [R, ...]; zero past the own end."""
+        """[B, longest, ...] of packed [R, ...]; zero past a sequence's end."""
         mask = self.valid.reshape(*self.valid.shape, *[1] * (packed.dim() - 1))
         return packed[self.rows].masked_fill(~mask, 0)
 
@@ -38,5 +38,5 @@ class Segments:
         return out[:total]
 
     def part(self, first: int, last: int) -> Segments:
-        """Sequences first..last-1, still of the whole packed array."""
+        """Sequences first..last-1, still with the rows of the whole packed array."""
         return Segments(last - first, self.longest, self.rows[first:last], self.valid[first:last])

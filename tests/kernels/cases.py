@@ -14,25 +14,6 @@ def starts_of(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)])
 
 
-def naive_rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """rotate-half of [T, H, P] by angles [T, P/2]."""
-    cos, sin = angles.to(x.dtype).cos()[:, None], angles.to(x.dtype).sin()[:, None]
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def naive_attention(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, lengths: list[int]) -> Tensor:
-    """Attention of each sequence to itself; rows of no sequence are 0."""
-    q, k = naive_rotate(q, angles), naive_rotate(k, angles)
-    out, begin = torch.zeros_like(v), 0
-    for length in lengths:
-        own = slice(begin, begin + length)
-        weights = torch.einsum("ihp,jhp->hij", q[own], k[own]).div(math.sqrt(q.shape[-1])).softmax(-1)
-        out[own] = torch.einsum("hij,jhp->ihp", weights, v[own])
-        begin += length
-    return out
-
-
 def transition_probability(query: Tensor, key: Tensor, gate: Tensor, v: int, u: int, allowed: list[int]) -> float:
     """E[v, u] of one sequence, number by number; `allowed` are the states that may follow v."""
     total = 0.0

@@ -1,4 +1,4 @@
-"""What of attention is compiled ahead of time: head widths, types and dropout that a run can ask for."""
+"""The cases of attention that are compiled ahead of time: head widths, types and dropout that a run can ask for."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What of the elementwise operations is compiled ahead of time: widths of the model, with and without branch and
-dropout, and inner widths of the feed-forward."""
+"""The cases of the elementwise operations that are compiled ahead of time: widths of the model, with and without branch
+and dropout, and inner widths of the feed-forward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of the vocabulary match is compiled ahead of time: widths of the shipped models, types."""
+"""The cases of the vocabulary match that are compiled ahead of time: widths of the shipped models, types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed attention against the written-out form."""
+"""Packed attention, in plain torch, against its definition (`naive.py`)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import naive_attention, naive_rotate, starts_of
+from cases import starts_of
 from golden import Golden, golden_cases
 
 from exlm_dist.kernels import attention, rotary_angles
 from exlm_dist.kernels.attention import torch as torch_form
+from exlm_dist.kernels.attention.naive import naive_attention, naive_rotation
 
 BATCHES = [[5], [1], [4, 4, 4], [3, 7, 1, 7, 7, 2], [2, 0, 3]]
 
@@ -34,14 +35,33 @@ def form(request, monkeypatch):
 
 
 @pytest.mark.parametrize("lengths", BATCHES)
-def test_equals_written_out(form, lengths):
+def test_equals_the_definition(form, lengths):
     qkv, angles, starts, longest = example(lengths)
-    expected = naive_attention(*qkv, angles, lengths)
-    out = attention(*qkv, angles, starts, longest)
+    same_values_and_gradients(attention(*qkv, angles, starts, longest), naive_attention(*qkv, angles, starts), qkv)
+
+
+@pytest.mark.parametrize("lengths", BATCHES)
+def test_equals_the_definition_with_the_same_mask(form, lengths):
+    qkv, angles, starts, longest = example(lengths)
+    key = {"dropout": 0.3, "seed": 3}
+    # Equal scores for all keys, and as values the unit vectors: the output is the mask over the number of keys.
+    size = 2 * longest
+    local = torch.cat([torch.arange(length) for length in lengths] + [torch.zeros(3, dtype=torch.int64)])
+    flat = torch.zeros(len(local), 2, size, dtype=torch.float64)
+    units = torch.eye(size, dtype=torch.float64)[local][:, None].expand_as(flat)
+    rows = attention(flat, flat, units, torch.zeros(len(local), longest), starts, longest, **key)
+    masks = [
+        rows[start : start + length, :, :length].transpose(0, 1) * length for start, length in zip(starts, lengths)
+    ]
+    expected = naive_attention(*qkv, angles, starts, masks)
+    same_values_and_gradients(attention(*qkv, angles, starts, longest, **key), expected, qkv)
+
+
+def same_values_and_gradients(out, expected, leaves):
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-14)
     cotangent = torch.randn_like(out)
-    ours = torch.autograd.grad((out * cotangent).sum(), qkv)
-    theirs = torch.autograd.grad((expected * cotangent).sum(), qkv)
+    ours = torch.autograd.grad((out * cotangent).sum(), leaves)
+    theirs = torch.autograd.grad((expected * cotangent).sum(), leaves)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
 
 
@@ -62,7 +82,7 @@ def test_padding_tokens_give_zero_and_no_gradient(form):
         assert (grad[7:] == 0).all() and grad.isfinite().all()
 
 
-def test_batch_mates_and_order_do_not_matter():
+def test_other_sequences_of_the_batch_and_their_order_do_not_matter():
     lengths = [4, 6, 6, 3]
     (q, k, v), angles, starts, longest = example(lengths, extra=0, dtype=torch.float32)
     out = attention(q, k, v, angles, starts, longest)
@@ -76,10 +96,10 @@ def test_batch_mates_and_order_do_not_matter():
 
 def test_dropout_is_a_function_of_the_seed():
     (q, k, v), angles, starts, longest = example([40], heads=8, width=4, extra=0)
-    run = lambda seed, share: attention(q, k, v, angles, starts, longest, dropout=share, seed=seed)  # noqa: E731
-    assert torch.equal(run(1, 0.1), run(1, 0.1))
-    assert not torch.equal(run(1, 0.1), run(2, 0.1))
-    # With v = 1 an output is the sum of the kept weights over the share kept: 1 on average.
+    run = lambda seed: attention(q, k, v, angles, starts, longest, dropout=0.1, seed=seed)  # noqa: E731
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+    # With v = 1 an output is the sum of the kept weights over the probability of keeping one: 1 on average.
     ones = torch.ones_like(v)
     sums = torch.stack([attention(q * 0, k, ones, angles, starts, longest, dropout=0.25, seed=s) for s in range(20)])
     assert abs(float(sums.detach().mean()) - 1) < 0.01
@@ -87,15 +107,15 @@ def test_dropout_is_a_function_of_the_seed():
     np.testing.assert_allclose((sums.detach()[..., 0] * 40 * 0.75).numpy(), counts.numpy(), atol=1e-9)
 
 
-def test_heads_held_apart_have_the_masks_of_all(form, monkeypatch):
-    monkeypatch.setattr(torch_form, "BLOCK_ELEMENTS", 300)  # so that the heads decide how many sequences go together
+def test_heads_of_one_rank_have_the_masks_of_the_whole_layer(form, monkeypatch):
+    monkeypatch.setattr(torch_form, "BLOCK_ELEMENTS", 300)  # so that the heads decide how many sequences are one block
     qkv, angles, starts, longest = example([5, 5, 5, 3, 5], heads=6)
     whole = attention(*qkv, angles, starts, longest, dropout=0.3, seed=3)
     grads = torch.autograd.grad(whole.square().sum(), qkv)
     for heads in (slice(0, 1), slice(1, 4), slice(4, 6)):
         part = [tensor[:, heads].detach().requires_grad_() for tensor in qkv]
-        place = {"first_head": heads.start, "all_heads": 6}
-        out = attention(*part, angles, starts, longest, dropout=0.3, seed=3, **place)
+        local = {"first_head": heads.start, "all_heads": 6}
+        out = attention(*part, angles, starts, longest, dropout=0.3, seed=3, **local)
         torch.testing.assert_close(out, whole[:, heads], rtol=0, atol=1e-14)
         for ours, all_heads in zip(torch.autograd.grad(out.square().sum(), part), grads):
             torch.testing.assert_close(ours, all_heads[:, heads], rtol=0, atol=1e-13)
@@ -129,29 +149,32 @@ def test_angles_1d_count_from_each_sequence_start():
 @pytest.mark.parametrize("case", golden_cases("rope2d.npz"))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_golden_rotation(case, dtype):
-    """Turning and turning back (the gradient), as `attention` does both; angles are fp32 in either type."""
+    """The rotation and its gradient, as `naive.py` and `torch.py` compute them; angles are fp32 in either type."""
     case = Golden("rope2d.npz").case(case)
     angles, order = golden_angles(case)
     for name in ("q", "k"):
-        turned = turn("key", pack(case, f"in/{name}", dtype, order), angles)
+        rows = pack(case, f"in/{name}", dtype, order).requires_grad_()
+        defined = naive_rotation(rows, angles)
         expected = pack(case, f"out/{name}_rot", torch.float64, order)
-        torch.testing.assert_close(turned.double(), expected, rtol=0, atol=5e-6)
-        grad = turn("back_key", pack(case, f"in/cot_{name}", dtype, order), angles)
+        for rotated in (defined, rotate("key", rows.detach(), angles)):
+            torch.testing.assert_close(rotated.double(), expected, rtol=0, atol=5e-6)
+        cotangent = pack(case, f"in/cot_{name}", dtype, order)
         expected = pack(case, f"grad/{name}", torch.float64, order)
-        torch.testing.assert_close(grad.double(), expected, rtol=0, atol=5e-6)
+        for grad in (torch.autograd.grad(defined, rows, cotangent)[0], rotate("back_key", cotangent, angles)):
+            torch.testing.assert_close(grad.double(), expected, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("case", golden_cases("rope2d.npz"))
 def test_golden_attention(case):
-    """Through the public function: the weights are those of the authors' turned queries and keys."""
+    """Through the public function: the weights are those of the authors' rotated queries and keys."""
     case = Golden("rope2d.npz").case(case)
     angles, order = golden_angles(case)
     q, k = (pack(case, f"in/{name}", torch.float64, order) for name in ("q", "k"))
     v = torch.randn_like(q)
     batch, length, width = case.settings["B"], case.settings["T"], case.settings["D"]
     out = attention(q * math.sqrt(width), k, v, angles, starts_of([length] * batch), length)
-    turned = [case.tensor(f"out/{name}_rot", torch.float64) for name in ("q", "k")]
-    weights = (turned[0] @ turned[1].mT).softmax(-1)
+    rotated = [case.tensor(f"out/{name}_rot", torch.float64) for name in ("q", "k")]
+    weights = (rotated[0] @ rotated[1].mT).softmax(-1)
     expected = weights @ v.unflatten(0, (batch, length)).transpose(1, 2)
     torch.testing.assert_close(out, expected.transpose(1, 2).flatten(0, 1), rtol=0, atol=2e-5)
 
@@ -169,7 +192,7 @@ def pack(case, name, dtype, order):
     return case.tensor(name, dtype).transpose(1, 2).flatten(0, 1)[..., order]
 
 
-def turn(step, rows, angles):
+def rotate(step, rows, angles):
     """One step of `_Rotation` on all rows as one sequence."""
     block = torch_form._Block(0, len(rows), 1, len(rows), None, None)
     rotation = torch_form._Rotation(angles, rows.dtype, 1.0)
@@ -178,7 +201,7 @@ def turn(step, rows, angles):
 
 def test_scores_use_the_rotation():
     (q, k, v), angles, starts, longest = example([2], heads=1, extra=0)
-    scores = torch.einsum("ihp,jhp->ij", naive_rotate(q, angles), naive_rotate(k, angles)) / math.sqrt(8)
+    scores = torch.einsum("ihp,jhp->ij", naive_rotation(q, angles), naive_rotation(k, angles)) / math.sqrt(8)
     eye = torch.eye(2, 8, dtype=q.dtype)[:, None]
     out = attention(q, k, eye, angles, starts, longest)
     torch.testing.assert_close(out[:, 0, :2], scores.softmax(-1))

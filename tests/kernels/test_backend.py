@@ -1,4 +1,4 @@
-"""Choice between the definitions and Triton kernels."""
+"""Choice between plain torch and the Triton kernels."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def test_triton_without_kernels_says_so(monkeypatch):
 
 
 def test_unknown_backend_lists_the_known():
-    with pytest.raises(ConfigError, match="'cuda'.*auto, triton, reference"):
+    with pytest.raises(ConfigError, match="'cuda'.*auto, triton, torch"):
         resolve_backend("dag", "cuda", CPU)

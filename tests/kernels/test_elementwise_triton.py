@@ -1,4 +1,4 @@
-"""The Triton form of the elementwise operations against the definition: interpreted, or compiled on a GPU."""
+"""The Triton form of the elementwise operations against their definition: interpreted, or compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton")
 
 from exlm_dist.kernels.elementwise import add_norm, dropout_add, gelu_gradient_  # noqa: E402
 from exlm_dist.kernels.elementwise import triton as triton_form  # noqa: E402
+from exlm_dist.kernels.elementwise.naive import naive_add_norm, naive_dropout_add, naive_gelu_gradient  # noqa: E402
 from exlm_dist.kernels.launch import record_launches  # noqa: E402
 from exlm_dist.model.feedforward import FeedForward  # noqa: E402
 
@@ -35,26 +36,25 @@ def mask(rows: int, width: int, dropout: float, seed: int = SEED, first_row: int
 @pytest.mark.parametrize("rows,width", [(1, 1), (3, 48), (7, 64), (2, 1030)])
 @pytest.mark.parametrize("branch", [False, True])
 def test_add_norm_is_the_definition(rows, width, branch):
-    inputs = leaves((rows, width), (rows, width), (width,), (width,))
+    x, *others = inputs = leaves((rows, width), (rows, width), (width,), (width,))
     weights = torch.randn(2, rows, width, generator=torch.Generator().manual_seed(width)).to(DEVICE)
-    factor = mask(rows, width, 0.25)
-    results = []
-    for backend in ("triton", "torch"):
-        x, residual, weight, bias = (tensor.detach().clone().requires_grad_() for tensor in inputs)
-        if backend == "triton":
-            key = {"dropout": 0.25, "seed": SEED} if branch else {}
-            out = add_norm(x if branch else None, residual, weight, bias, eps=1e-5, backend=backend, **key)
-        else:
-            out = add_norm(x * factor if branch else None, residual, weight, bias, eps=1e-5, backend=backend)
-        used = (x, residual, weight, bias) if branch else (residual, weight, bias)
-        results.append([*out, *torch.autograd.grad((out[0] * weights[0] + out[1] * weights[1]).sum(), used)])
+    if branch:
+        ours = add_norm(*inputs, eps=1e-5, dropout=0.25, seed=SEED, backend="triton")
+        defined = naive_add_norm(*inputs, eps=1e-5, mask=mask(rows, width, 0.25))
+    else:
+        ours = add_norm(None, *others, eps=1e-5, backend="triton")
+        defined = naive_add_norm(None, *others, eps=1e-5)
+    used = inputs if branch else others
+    results = (
+        [*out, *torch.autograd.grad((out[0] * weights[0] + out[1] * weights[1]).sum(), used)] for out in (ours, defined)
+    )
     for ours, expected in zip(*results):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
 
 
 def test_norm_alone_may_be_used():
     x, residual, weight, bias = leaves((5, 64), (5, 64), (64,), (64,))
-    expected = F.layer_norm(residual + x, (64,), weight, bias)
+    _, expected = naive_add_norm(x, residual, weight, bias, eps=1e-5)
     _, normed = add_norm(x, residual, weight, bias, eps=1e-5, backend="triton")
     torch.testing.assert_close(normed, expected, rtol=1e-5, atol=1e-5)
     for ours, other in zip(*(torch.autograd.grad(out.square().sum(), (x, residual)) for out in (normed, expected))):
@@ -65,18 +65,18 @@ def test_dropout_add_and_its_gradient_use_one_mask():
     x, residual = leaves((9, 70), (9, 70))
     factor = mask(9, 70, 0.25)
     out = dropout_add(x, residual, dropout=0.25, seed=SEED, backend="triton")
-    torch.testing.assert_close(out, residual + x * factor)
+    torch.testing.assert_close(out, naive_dropout_add(x, residual, factor))
     grads = torch.autograd.grad(out.sum(), (x, residual))
     assert torch.equal(grads[0], factor) and torch.equal(grads[1], torch.ones_like(residual))
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
-def test_mask_is_a_pure_function_with_the_right_share(dropout):
+def test_mask_is_a_pure_function_with_the_right_fraction(dropout):
     first = mask(64, 1024, dropout)
     assert torch.equal(first, mask(64, 1024, dropout))
     assert torch.equal(first[:10], mask(10, 1024, dropout))
-    share = (first == 0).double().mean().item()
-    assert abs(share - dropout) < 5 * (dropout * (1 - dropout) / first.numel()) ** 0.5
+    fraction = (first == 0).double().mean().item()
+    assert abs(fraction - dropout) < 5 * (dropout * (1 - dropout) / first.numel()) ** 0.5
     torch.testing.assert_close(first.max().item(), 1 / (1 - dropout))
     signs = torch.where(first == 0, -1.0, 1.0)
     centred = signs - signs.mean()
@@ -87,7 +87,7 @@ def test_mask_is_a_pure_function_with_the_right_share(dropout):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_rows_held_apart_have_the_mask_of_all(backend):
+def test_rows_of_one_rank_have_the_mask_of_the_whole(backend):
     key = {"dropout": 0.25, "seed": SEED, "backend": backend}
     inputs = leaves((11, 30), (11, 30), (30,), (30,))
     hidden, normed = add_norm(*inputs, eps=1e-5, **key)
@@ -96,8 +96,8 @@ def test_rows_held_apart_have_the_mask_of_all(backend):
         part = [tensor[rows].detach().requires_grad_() for tensor in inputs[:2]]
         own = add_norm(*part, *inputs[2:], eps=1e-5, **key, first_row=rows.start)
         torch.testing.assert_close(own, (hidden[rows], normed[rows]))
-        for ours, all_rows in zip(torch.autograd.grad((own[0] * own[1]).sum(), part), grads):
-            torch.testing.assert_close(ours, all_rows[rows])
+        for ours, whole in zip(torch.autograd.grad((own[0] * own[1]).sum(), part), grads):
+            torch.testing.assert_close(ours, whole[rows])
         alone = dropout_add(part[0], None, **key, first_row=rows.start)
         torch.testing.assert_close(alone, dropout_add(inputs[0], None, **key)[rows])
 
@@ -130,7 +130,7 @@ def test_gelu_gradient_and_its_sums(rows, width, dtype, monkeypatch, fresh_nans)
     monkeypatch.setattr(triton_form, "GELU_PROGRAMS", 48)
     x, grad = gelu_case(rows, width, dtype)
     results = (gelu_results(x, grad, backend) for backend in ("triton", "torch"))
-    for ours, plain, exact in zip(*results, gelu_results(x.double(), grad.double(), "torch")):
+    for ours, plain, exact in zip(*results, naive_gelu_gradient(grad.double(), x.double())):
         assert ours.dtype == dtype and ours.shape == exact.shape
         error, bound = ((value.double() - exact).abs().max() for value in (ours, plain))
         assert error <= bound + 4 * torch.finfo(dtype).eps * exact.abs().max()
@@ -147,7 +147,7 @@ def test_gelu_gradient_has_the_same_bits_every_time(monkeypatch):
 @pytest.mark.parametrize(
     "rows, width", [(0, 5), (1, 5), (4, 256), (257, 300), (12_224, 3072), (97_792, 3072), (131_072, 4096)]
 )
-def test_gelu_gradient_programs_are_few_and_hold_every_row_once(rows, width):
+def test_gelu_gradient_programs_are_few_and_have_every_row_once(rows, width):
     x, grad = (torch.empty(rows, width, dtype=torch.bfloat16, device="meta") for _ in range(2))
     with record_launches((9, 0)) as launches:
         _, sums = gelu_gradient_(grad, x, backend="triton")
@@ -173,7 +173,7 @@ def test_gelu_gradient_at_full_size(rows, width, dtype):
     x, grad = gelu_case(rows, width, dtype)
     first = gelu_results(x, grad, "triton")
     assert all(map(torch.equal, first, gelu_results(x, grad, "triton")))
-    plain, exact = gelu_results(x, grad, "torch"), gelu_results(x.double(), grad.double(), "torch")
+    plain, exact = gelu_results(x, grad, "torch"), naive_gelu_gradient(grad.double(), x.double())
     for ours, other, true in zip(first, plain, exact):
         error, bound = ((value.double() - true).abs().max() for value in (ours, other))
         assert error <= bound + 4 * torch.finfo(dtype).eps * true.abs().max()

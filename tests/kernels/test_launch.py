@@ -1,4 +1,4 @@
-"""Starting a kernel through its compiled form: two calls share one only if Triton would compile the same for both."""
+"""Starting a kernel through its compiled form: two calls get the same one only if Triton would compile the same."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def values() -> list[object]:
-    """Arguments on both sides of everything that Triton makes a difference of."""
+    """Arguments on both sides of every distinction that Triton makes."""
     rows = [torch.zeros(64, 64, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.int64)]
     whole = [0, 1, 2, 15, 16, 17, -1, -16, 48, 2**31 - 16, 2**31 - 1, 2**31, 2**31 + 16, -(2**31), -(2**31) - 1, 2**40]
     moved = [tensor.view(-1)[step:] for tensor in rows for step in (1, 2, 8, 16)]
@@ -35,13 +35,13 @@ def values() -> list[object]:
 
 def test_equal_kinds_are_equal_to_triton() -> None:
     backend = make_backend(GPUTarget("cuda", 90, 32))
-    told_apart = 0
+    distinguished = 0
     for one, other in itertools.combinations(values(), 2):
         forms = [native_specialize_impl(backend, value, False, True, True) for value in (one, other)]
         if launch._kind(one) == launch._kind(other):
             assert forms[0] == forms[1], (one, other)
-        told_apart += forms[0] != forms[1]
-    assert told_apart > 100  # Triton does make differences here
+        distinguished += forms[0] != forms[1]
+    assert distinguished > 100  # Triton does distinguish here
 
 
 def test_sizes_are_those_of_triton() -> None:
@@ -60,7 +60,7 @@ def scaled_kernel(out, x, size, stride, shift, factor, BLOCK: tl.constexpr, TWIC
 
 
 def test_every_combination_of_arguments_gets_its_own_result() -> None:
-    """In an order in which a wrongly shared form would be met by arguments it was not compiled for; twice."""
+    """In an order in which a form reused by mistake would get arguments that it was not compiled for; twice."""
     source = torch.arange(200.0, device=DEVICE)
     cases = itertools.product((torch.float32, torch.float16), (0, 1), (1, 2, 16), (3, 16), (1, 5), (True, False))
     for dtype, offset, stride, size, shift, twice in [*cases] * 2:

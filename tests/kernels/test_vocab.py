@@ -1,4 +1,4 @@
-"""Match scores against logits in full and the authors' values."""
+"""Match scores, in plain torch, against their definition (`naive.py`) and the authors' values."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from golden import Golden, golden_cases
 
 from exlm_dist.kernels import match_scores
 from exlm_dist.kernels.vocab import torch as torch_form
+from exlm_dist.kernels.vocab.naive import naive_match_scores
 
 
 def example(states, targets, width=5, vocabulary=11, extra=2, dtype=torch.float64, seed=0):
@@ -22,28 +23,17 @@ def example(states, targets, width=5, vocabulary=11, extra=2, dtype=torch.float6
     return tensors, (ids, starts_of(states), starts_of(targets), max(states), max(targets))
 
 
-def in_full(tensors, sizes):
-    hidden, weight, bias = tensors
-    ids, states, targets, longest, most = sizes
-    logs = torch.log_softmax(hidden @ weight.t() + bias, dim=-1)
-    out = torch.full((len(states) - 1, most, longest), -math.inf, dtype=hidden.dtype)
-    for b in range(len(out)):
-        part = logs[states[b] : states[b + 1]][:, ids[targets[b] : targets[b + 1]]].t()
-        out[b, : part.shape[0], : part.shape[1]] = part
-    return out
-
-
-@pytest.fixture(params=["kept", "made again", "both"])
+@pytest.fixture(params=["kept", "computed again", "both"])
 def budget(request, monkeypatch):
     """Chunks of two rows, of which all, none or some are kept for the backward pass."""
     monkeypatch.setattr(torch_form, "CHUNK_ELEMENTS", 22)
-    monkeypatch.setattr(torch_form, "KEEP_ELEMENTS", {"kept": 10**6, "made again": 0, "both": 60}[request.param])
+    monkeypatch.setattr(torch_form, "KEEP_ELEMENTS", {"kept": 10**6, "computed again": 0, "both": 60}[request.param])
 
 
 @pytest.mark.parametrize(("states", "targets"), [([4], [2]), ([2, 6, 4], [1, 3, 2]), ([3, 1], [3, 1])])
-def test_equals_logits_in_full(budget, states, targets):
+def test_equals_the_definition(budget, states, targets):
     tensors, sizes = example(states, targets)
-    out, expected = match_scores(*tensors, *sizes), in_full(tensors, sizes)
+    out, expected = match_scores(*tensors, *sizes), naive_match_scores(*tensors, *sizes)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
     cotangent = torch.randn_like(out)
     finite = expected > -math.inf
@@ -69,13 +59,13 @@ def test_float32_and_large_logits(scale):
     tensors, sizes = example([8, 4], [4, 2], dtype=torch.float32)
     scaled = (tensors[0] * scale, tensors[1], tensors[2])
     out = match_scores(*scaled, *sizes)
-    exact = match_scores(*(tensor.double() for tensor in scaled), *sizes)
+    exact = naive_match_scores(*(tensor.double() for tensor in scaled), *sizes)
     torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-5 * scale)
     grads = torch.autograd.grad(out[out > -math.inf].sum(), tensors)
     assert all(grad.isfinite().all() for grad in grads)
 
 
-def test_order_and_batch_mates_do_not_matter():
+def test_order_and_other_sequences_of_the_batch_do_not_matter():
     tensors, sizes = example([2, 6, 4], [1, 3, 2], extra=0)
     out = match_scores(*tensors, *sizes)
     ids = sizes[0]

@@ -1,4 +1,4 @@
-"""What the backward pass of the vocabulary match holds at its peak, at the sizes of training, on the meta device.
+"""Peak memory of the backward pass of the vocabulary match, at the sizes of training, on the meta device.
 
 Checked against a count tensor by tensor, fractions of the logits in bf16, and the planner's own count of the same.
 """
@@ -26,8 +26,8 @@ FP32, BF16 = 4, 2
 
 @dataclass(frozen=True)
 class Size:
-    """Equal sequences; the block of rows and chunk of words worked on; most of the bytes of bf16 logits, with and
-    without results."""
+    """Equal sequences; the block of rows and chunk of words worked on; bounds with and without results, as fractions of
+    the bytes of bf16 logits."""
 
     sequences: int
     targets: int
@@ -51,7 +51,7 @@ class Size:
         return FP32 * self.sequences * STATES * self.targets**2
 
     def results(self) -> int:
-        """Scores and gradients, which every implementation hands back."""
+        """Scores and gradients, which every implementation returns."""
         return self.match() + BF16 * (self.rows * WIDTH + WORDS * WIDTH + WORDS)
 
     def counted(self) -> int:
@@ -79,7 +79,7 @@ SIZES = [
 
 
 def measure(size: Size, words: int = WORDS) -> tuple[int, int, list[str]]:
-    """(bytes at the peak of the backward pass, bytes that are left with the results, kernels launched)."""
+    """(bytes at the peak of the backward pass, bytes left with the results, kernels launched)."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -105,8 +105,8 @@ def test_peak_of_the_backward_pass(size: Size) -> None:
     assert peak - left <= size.beside * size.logits
 
 
-def test_few_rows_are_launched_as_seldom_as_can_be() -> None:
-    """Where the host decides: eight chunks of the vocabulary, and one of a small one however many rows there are."""
+def test_few_rows_take_few_launches() -> None:
+    """Where launches set the pace: eight chunks of the vocabulary, and one of a small one for however many rows."""
     assert measure(Size(30, 21, 2520, 6400, 1, 1))[2].count("logit_gradient_kernel") == 8
     assert measure(Size(1000, 21, 84000, 128, 1, 1), words=128)[2].count("logit_gradient_kernel") == 1
 

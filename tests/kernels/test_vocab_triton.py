@@ -1,6 +1,5 @@
-"""The Triton form of the vocabulary match against its definition in fp64: interpreted at toy sizes, on a GPU at
-full.
-"""
+"""The Triton form of the vocabulary match against its definition in fp64: interpreted at toy sizes, on a GPU at full
+ones."""
 
 from __future__ import annotations
 
@@ -19,6 +18,7 @@ from cases import starts_of  # noqa: E402
 
 import exlm_dist.kernels.vocab.triton as vocab_triton  # noqa: E402
 from exlm_dist.kernels.vocab import VocabShard, match_scores  # noqa: E402
+from exlm_dist.kernels.vocab.naive import naive_match_scores  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -57,21 +57,19 @@ class Case:
     def evaluate(
         self, backend: str, dtype: torch.dtype, shard: VocabShard | None = None, words: slice = slice(None)
     ) -> list[Tensor]:
-        """[match, gradients of hidden, weight, bias]; the gradient that comes in is NaN where match is -inf."""
+        """[match, gradients of hidden, weight, bias] of a backend, or of the definition: `naive`.
+
+        The incoming gradient is NaN where match is -inf, for the kernels.
+        """
         hidden, weight, bias = (tensor.to(DEVICE, dtype) for tensor in self.inputs)
         leaves = [tensor.detach().requires_grad_() for tensor in (hidden, weight[words].clone(), bias[words].clone())]
         states = starts_of([self.k * n for n in self.targets]).to(DEVICE)
-        match = match_scores(
-            *leaves,
-            self.ids.to(DEVICE),
-            states,
-            starts_of(self.targets).to(DEVICE),
-            self.grad.shape[2],
-            self.grad.shape[1],
-            shard=shard,
-            backend=backend,
-        )
-        rest = 0.0 if backend == "torch" else torch.nan
+        sizes = starts_of(self.targets).to(DEVICE), self.grad.shape[2], self.grad.shape[1]
+        if backend == "naive":
+            match = naive_match_scores(*leaves, self.ids.to(DEVICE), states, *sizes)
+        else:
+            match = match_scores(*leaves, self.ids.to(DEVICE), states, *sizes, shard=shard, backend=backend)
+        rest = torch.nan if backend == "triton" else 0.0
         match.backward(self.grad.to(match).where(match.isfinite(), rest))
         return [match.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -80,7 +78,7 @@ def agree(case: Case, dtype: torch.dtype, tolerance: float) -> None:
     """Relative error of each output within `tolerance` of the definition on the same (rounded) inputs in fp64."""
     ours = case.evaluate("triton", dtype)
     case.inputs = [tensor.to(dtype).double() for tensor in case.inputs]
-    exact = case.evaluate("torch", torch.float64)
+    exact = case.evaluate("naive", torch.float64)
     assert torch.equal(exact[0].isfinite(), ours[0].isfinite())
     own = exact[0].isfinite()
     torch.testing.assert_close(ours[0][own].double(), exact[0][own], rtol=3e-6, atol=3e-5)
@@ -131,7 +129,7 @@ def test_parts_are_few_and_even(total: int, most: int) -> None:
     assert count == 1 or count * (part - 128) < total
 
 
-def test_batch_mates_and_order_change_nothing() -> None:
+def test_other_sequences_of_the_batch_and_their_order_change_nothing() -> None:
     case = Case.make([3, 7, 2], 2, 32, 70, seed=3, padding=0)
     whole = case.evaluate("triton", torch.float32)[0]
     order = [2, 0, 1]
@@ -145,26 +143,24 @@ def test_batch_mates_and_order_change_nothing() -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "triton in blocks", "torch"])
 def test_shards_of_the_vocabulary_equal_the_whole(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    """Two ranks played one after the other: the first round only collects what each would send."""
+    """Two ranks simulated one after the other: the first round only collects what each would send."""
     case = Case.make([3, 1, 5], 4, 24, 77, seed=4)
     if backend == "triton in blocks":
         backend, case = "triton", Case.make([13, 25, 1], 4, 24, 77, seed=4)
         monkeypatch.setattr(vocab_triton, "LOGITS", 128 * 77)
     dtype = torch.float32 if backend == "triton" else torch.float64
-    whole = case.evaluate(backend, dtype)
+    whole = case.evaluate("naive", dtype)
     parts = [slice(0, 30), slice(30, 77)]
-    sent: dict[str, list[Tensor]] = {"log_sum": [], "total": []}
+    sent: dict[str, list[Tensor]] = {"lse": [], "sum": []}
 
     def record(name: str):
         return lambda tensor: sent[name].append(tensor.clone()) or tensor.clone()
 
     for words in parts:
-        case.evaluate(backend, dtype, VocabShard(words.start, record("log_sum"), record("total")), words)
-    # The second sum is that of local scores, which do not depend on what the first exchange brought.
+        case.evaluate(backend, dtype, VocabShard(words.start, record("lse"), record("sum")), words)
+    # The second all-reduce sums local scores, which do not depend on the result of the first.
     shards = [
-        VocabShard(
-            words.start, lambda _: torch.stack(sent["log_sum"]).logsumexp(0), lambda _: sum(sent["total"]).clone()
-        )
+        VocabShard(words.start, lambda _: torch.stack(sent["lse"]).logsumexp(0), lambda _: sum(sent["sum"]).clone())
         for words in parts
     ]
     results = [case.evaluate(backend, dtype, shard, words) for shard, words in zip(shards, parts)]
@@ -173,8 +169,9 @@ def test_shards_of_the_vocabulary_equal_the_whole(monkeypatch: pytest.MonkeyPatc
         assert torch.equal(match.isfinite(), own)
         torch.testing.assert_close(match[own], whole[0][own], rtol=1e-6, atol=2e-5)
     torch.testing.assert_close(results[0][1] + results[1][1], whole[1], rtol=1e-5, atol=1e-5)
-    for place in (2, 3):
-        torch.testing.assert_close(torch.cat([result[place] for result in results]), whole[place], rtol=1e-5, atol=1e-5)
+    for sharded in (2, 3):
+        joined = torch.cat([result[sharded] for result in results])
+        torch.testing.assert_close(joined, whole[sharded], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -28,11 +28,11 @@ def attention(
     all_heads: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Softmax attention of each sequence to itself; q and k are turned by `angles` first.
+    """Softmax attention of each sequence to itself; q and k are rotated by `angles` first.
 
-    q, k, v [T, H, P]; angles [T, P/2] fp32, turning component j against component j + P/2 (rotate-half);
+    q, k, v [T, H, P]; angles [T, P/2] fp32, which rotate components j and j + P/2 as a pair (rotate-half);
     cu_tokens [B+1] int64; max_tokens the longest sequence (python int). Scale P^-0.5, softmax in fp32.
-    dropout is the share of attention weights that is zeroed; the same `seed` and `site` give the same mask
+    dropout is the probability that an attention weight is zeroed; the same `seed` and `site` give the same mask
     (`kernels.randomness`). Where the heads are first_head.. of all_heads of a layer (None: H), their masks are those
     that the whole layer would give them.
     Returns [T, H, P] in the type of q; tokens past cu_tokens[-1] give 0. ValueError on shapes that do not fit.
@@ -60,7 +60,7 @@ def attention_packed(
     """`attention` of `qkv.unbind(2)`, qkv [T, H, 3, P]; its gradient is written as one tensor, without a copy.
 
     `bias`, H * 3 * P elements that have been added to every row of qkv (`kernels.linear.BiasPassingLinear`), gets its
-    gradient out of the passes that make qkv's; its values are not read.
+    gradient from the passes that make qkv's; its values are not read.
     """
     check_shape("qkv", qkv, (None, None, 3, None))
     if bias is not None:
@@ -78,21 +78,21 @@ def attention_packed(
 
 
 def _mask(
-    held: int, share: float, seed: int | Tensor, site: int, first_head: int, all_heads: int | None
+    heads: int, probability: float, seed: int | Tensor, site: int, first_head: int, all_heads: int | None
 ) -> DropoutMask:
-    """The mask of `held` heads; ValueError where they are not among all heads."""
-    mask = DropoutMask(share, seed, site, first_head, held if all_heads is None else all_heads)
-    if not 0 <= first_head <= mask.all_heads - held:
-        raise ValueError(f"heads {first_head} to {first_head + held - 1} are not among {mask.all_heads} heads")
+    """The mask of `heads` local heads; ValueError where they are not among all heads."""
+    mask = DropoutMask(probability, seed, site, first_head, heads if all_heads is None else all_heads)
+    if not 0 <= first_head <= mask.all_heads - heads:
+        raise ValueError(f"heads {first_head} to {first_head + heads - 1} are not among {mask.all_heads} heads")
     return mask
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, cu_tokens: Tensor, max_tokens: int, dropout: float) -> None:
-    """ValueError on shapes and shares that do not fit."""
+    """ValueError on shapes that do not fit, or a dropout probability out of range."""
     check_shape("q", q, (None, None, None))
     tokens, heads, width = q.shape
     if width % 2:
-        raise ValueError(f"head width {width} is odd; rotary positions turn pairs, so it must be divisible by 2")
+        raise ValueError(f"head width {width} is odd; rotary positions rotate pairs, so it must be divisible by 2")
     check_shape("k", k, (tokens, heads, width))
     check_shape("v", v, (tokens, heads, width))
     check_shape("angles", angles, (tokens, width // 2))

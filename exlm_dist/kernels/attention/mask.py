@@ -1,4 +1,4 @@
-"""Which attention weights are dropped, in terms that do not depend on who holds which heads."""
+"""Which attention weights are dropped, in terms that do not depend on which heads are local to which rank."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DropoutMask:
-    """The mask of heads `first_head`.. of a layer with `all_heads` heads: the `share` that is dropped, and its key.
+    """The mask of heads `first_head`.. of a layer with `all_heads` heads: the `probability` of a drop, and its key.
 
     `seed` and `site` are those of `kernels.randomness`.
     """
 
-    share: float
+    probability: float
     seed: int | Tensor
     site: int
     first_head: int

@@ -1,7 +1,7 @@
 """Tile sizes of the attention kernels: a fixed table, chosen by head width, type and GPU; nothing is timed at run time.
 
 Which tiles compute a sequence depends on nothing but its own length (and the table), so a sequence's values do not
-change with its batch-mates.
+change with the other sequences of its batch.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 UNLIMITED = 2**31 - 1
-#: Up to this length keys are turned where they are read; turning them once for all costs a pass over the memory.
+#: Up to this length keys are rotated where they are read; rotating them beforehand costs a pass over the memory.
 SHORT = 256
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile of one kernel: `queries` x `keys`; `resident` query tiles are held by a program (forward kernel)."""
+    """Tile of one kernel: `queries` x `keys`; a program of the forward kernel keeps `resident` query tiles."""
 
     queries: int
     keys: int
@@ -27,12 +27,12 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Range:
-    """Tiles for the sequences with lower < tokens <= upper; `turned`: their keys are turned by a kernel before."""
+    """Tiles for the sequences with lower < tokens <= upper; `rotated`: their keys are rotated by a kernel before."""
 
     lower: int
     upper: int
     tiles: Tiles
-    turned: bool = False
+    rotated: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _narrow(dropout: bool, capability: tuple[int, int]) -> Plan:
     """Half precision, heads of at most 64: the short form measured on an H100 (benchmarks/results).
 
     The long form's tiles were chosen by registers and instructions in the machine code, not measured: three programs of
-    four warps, or two of eight, share a multiprocessor, and loads run a tile ahead.
+    four warps, or two of eight, fit on a multiprocessor, and loads run a tile ahead.
     """
     square = Tiles(64, 64, 1, 4)
     if capability < (9, 0):
@@ -72,9 +72,9 @@ def _narrow(dropout: bool, capability: tuple[int, int]) -> Plan:
     forward = [
         Range(0, 128, Tiles(64, 64, 2, 4)),
         Range(128, SHORT, Tiles(64, 64, 3, 4)),
-        Range(SHORT, UNLIMITED, ahead if dropout else Tiles(128, 64, 1, 8, stages=2), turned=True),
+        Range(SHORT, UNLIMITED, ahead if dropout else Tiles(128, 64, 1, 8, stages=2), rotated=True),
     ]
-    queries = [Range(0, SHORT, square), Range(SHORT, UNLIMITED, ahead, turned=True)]
+    queries = [Range(0, SHORT, square), Range(SHORT, UNLIMITED, ahead, rotated=True)]
     return Plan(forward, queries, _all(square))
 
 

@@ -1,4 +1,6 @@
-"""Definition of `attention` in torch: sequence by sequence, weights never stored for the backward pass."""
+"""`attention` tuned in plain torch, what a CPU runs: sequence by sequence in the cache of a core, and the attention
+weights computed again in the backward pass instead of stored. (The definition is `naive.py`.)
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,19 @@ from exlm_dist.kernels.attention.mask import DropoutMask
 from exlm_dist.kernels.checks import work_dtype
 from exlm_dist.kernels.randomness import site_seed
 
-# Attention weights held at a time, in elements: few enough to stay in the cache of a CPU core.
+# Attention weights worked on at a time, in elements: few enough to stay in the cache of a CPU core.
 BLOCK_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Sequences handled together: rows `[start, stop)` of the batch, `count` sequences padded to `length`."""
+    """Sequences handled at once: rows `[start, stop)` of the batch, `count` sequences padded to `length`."""
 
     start: int
     stop: int
     count: int
     length: int
-    index: Tensor | None  # [count, length] rows to read; None: the rows are exactly start..stop
+    index: Tensor | None  # [count, length] rows to read; None: exactly the rows start..stop-1
     valid: Tensor | None  # [count, length] bool; None: all
 
 
@@ -42,39 +44,39 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, angles, cu_tokens, max_tokens, mask):
         ctx.save_for_backward(q, k, v, angles, cu_tokens)
         ctx.settings = (max_tokens, mask)
-        noise = _Dropout(mask, q)
-        turn = _Rotation(angles, work_dtype(q), q.shape[-1] ** -0.5)
+        dropout = _Dropout(mask, q)
+        rotation = _Rotation(angles, work_dtype(q), q.shape[-1] ** -0.5)
         out = _Output(q)
         for block in _blocks(cu_tokens, max_tokens, mask.all_heads):
-            weights = _weights(turn.query(_read(q, block), block), turn.key(_read(k, block), block), block)
-            kept = noise.draw(weights)
+            weights = _weights(rotation.query(_read(q, block), block), rotation.key(_read(k, block), block), block)
+            kept = dropout.draw(weights)
             if kept is not None:
                 weights.mul_(kept)
             out.write(block, _multiply(weights, _read(v, block)))
-        return out.packed(noise.scale)
+        return out.packed(dropout.scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
         q, k, v, angles, cu_tokens = ctx.saved_tensors
         max_tokens, mask = ctx.settings
-        noise = _Dropout(mask, q)
-        turn = _Rotation(angles, work_dtype(q), q.shape[-1] ** -0.5)
+        dropout = _Dropout(mask, q)
+        rotation = _Rotation(angles, work_dtype(q), q.shape[-1] ** -0.5)
         grads = _Output(q), _Output(k), _Output(v)
         for block in _blocks(cu_tokens, max_tokens, mask.all_heads):
-            query, key = turn.query(_read(q, block), block), turn.key(_read(k, block), block)
+            query, key = rotation.query(_read(q, block), block), rotation.key(_read(k, block), block)
             value, grad = _read(v, block), _read(grad_out, block)
             weights = _weights(query, key, block)
-            kept = noise.draw(weights)
+            kept = dropout.draw(weights)
             grad_scores, grad_value = _back_through_weights(weights, kept, value, grad)
-            grads[0].write(block, turn.back_query(_multiply(grad_scores, key), block))
-            grads[1].write(block, turn.back_key(_multiply(grad_scores.mT, query), block))
+            grads[0].write(block, rotation.back_query(_multiply(grad_scores, key), block))
+            grads[1].write(block, rotation.back_key(_multiply(grad_scores.mT, query), block))
             grads[2].write(block, grad_value)
-        return *(grad.packed(noise.scale) for grad in grads), *[None] * 4
+        return *(grad.packed(dropout.scale) for grad in grads), *[None] * 4
 
 
 def _back_through_weights(weights: Tensor, kept: Tensor | None, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the scores and the values from that of the output; `weights` is spent."""
+    """Gradients of the scores and the values from that of the output; `weights` is overwritten."""
     grad_weights = _multiply(grad, value.mT)
     if kept is not None:
         grad_weights.mul_(kept)
@@ -85,7 +87,7 @@ def _back_through_weights(weights: Tensor, kept: Tensor | None, value: Tensor, g
 
 
 def _blocks(cu_tokens: Tensor, max_tokens: int, heads: int) -> Iterator[_Block]:
-    """Sequences in order, neighbours of one length together; on CUDA all padded to `max_tokens` (no sync)."""
+    """Sequences in order, neighbours of equal length in one block; on CUDA all padded to `max_tokens` (no sync)."""
     if cu_tokens.device.type != "cpu":
         yield _padded_block(cu_tokens, max_tokens)
         return
@@ -103,7 +105,7 @@ def _blocks(cu_tokens: Tensor, max_tokens: int, heads: int) -> Iterator[_Block]:
 
 
 def _padded_block(cu_tokens: Tensor, length: int) -> _Block:
-    """All sequences padded to `length`; places past the own end read the first row."""
+    """All sequences padded to `length`; positions past the end of a sequence read the first row."""
     starts, stops = cu_tokens[:-1, None], cu_tokens[1:, None]
     index = starts + torch.arange(length, device=cu_tokens.device)
     valid = index < stops
@@ -139,7 +141,7 @@ class _Output:
         self._rows = like.new_zeros((len(like) + 1, *like.shape[1:]))  # the last row takes what padding writes
 
     def write(self, block: _Block, part: Tensor) -> None:
-        """Put [count, H, length, P] to its rows."""
+        """Write [count, H, length, P] to the rows of the block."""
         part = part.transpose(1, 2)
         if block.index is None:
             self._rows[block.start : block.stop].unflatten(0, (block.count, block.length)).copy_(part)
@@ -154,7 +156,7 @@ class _Output:
 
 
 class _Rotation:
-    """Turns queries and keys by their angles, and gradients back; the softmax scale rides on the query."""
+    """Rotates queries and keys by their angles, and gradients back; the query also takes the scale of the softmax."""
 
     def __init__(self, angles: Tensor, dtype: torch.dtype, scale: float) -> None:
         angles = angles.to(dtype)[:, None]
@@ -162,24 +164,24 @@ class _Rotation:
         self._scaled = self._cos * scale, self._sin * scale
 
     def query(self, part: Tensor, block: _Block) -> Tensor:
-        """Turned and scaled query [count, H, length, P]."""
-        return self._turn(part, *self._scaled, 1, block)
+        """Rotated and scaled query [count, H, length, P]."""
+        return self._rotate(part, *self._scaled, 1, block)
 
     def key(self, part: Tensor, block: _Block) -> Tensor:
-        """Turned key."""
-        return self._turn(part, self._cos, self._sin, 1, block)
+        """Rotated key."""
+        return self._rotate(part, self._cos, self._sin, 1, block)
 
     def back_query(self, grad: Tensor, block: _Block) -> Tensor:
-        """Gradient of the query before turning and scaling."""
-        return self._turn(grad, *self._scaled, -1, block)
+        """Gradient of the query before rotation and scaling."""
+        return self._rotate(grad, *self._scaled, -1, block)
 
     def back_key(self, grad: Tensor, block: _Block) -> Tensor:
-        """Gradient of the key before turning."""
-        return self._turn(grad, self._cos, self._sin, -1, block)
+        """Gradient of the key before rotation."""
+        return self._rotate(grad, self._cos, self._sin, -1, block)
 
     @staticmethod
-    def _turn(part: Tensor, cos: Tensor, sin: Tensor, sign: int, block: _Block) -> Tensor:
-        """[x1 cos - x2 sin, x2 cos + x1 sin] with the halves x1, x2; sign -1 turns back."""
+    def _rotate(part: Tensor, cos: Tensor, sin: Tensor, sign: int, block: _Block) -> Tensor:
+        """[x1 cos - x2 sin, x2 cos + x1 sin] with the halves x1, x2; sign -1 rotates back."""
         cos, sin = _read(cos, block), _read(sin, block)
         first, second = part.chunk(2, dim=-1)
         out = torch.empty(part.shape, dtype=part.dtype, device=part.device)
@@ -192,12 +194,12 @@ class _Rotation:
 class _Dropout:
     """Masks of attention weights drawn in block order from one generator, so that backward draws the same ones.
 
-    16 random bits per weight: the share kept is a multiple of 2^-16 and the scale is its exact inverse. The numbers of
-    all heads of the layer are drawn and those of other ranks let go, so that a head has one mask wherever it is held.
+    16 random bits per weight: the fraction kept is a multiple of 2^-16 and the scale is its exact inverse. The numbers
+    of all heads of the layer are drawn and those of other ranks discarded, so a head has one mask on whichever rank.
     """
 
     def __init__(self, mask: DropoutMask, query: Tensor) -> None:
-        self._dropped = min(round(mask.share * 65536), 65535)
+        self._dropped = min(round(mask.probability * 65536), 65535)
         self.scale = 65536 / (65536 - self._dropped)
         self._all, self._heads = mask.all_heads, slice(mask.first_head, mask.first_head + query.shape[1])
         self._generator = None
@@ -205,7 +207,7 @@ class _Dropout:
             self._generator = torch.Generator(query.device).manual_seed(site_seed(mask.seed, mask.site))
 
     def draw(self, weights: Tensor) -> Tensor | None:
-        """Bool mask of the weights that stay, shaped as `weights`; None where nothing is dropped."""
+        """Bool mask of the weights that are kept, shaped as `weights`; None if none are dropped."""
         if self._generator is None:
             return None
         shape = (len(weights), self._all, *weights.shape[2:])

@@ -24,9 +24,9 @@ def dropout_add(
 ) -> Tensor:
     """residual + dropout(branch), both [R, W]; without a residual dropout(branch).
 
-    `dropout` is the share of elements that is zeroed; the others are scaled up. The mask depends on `seed` and `site`
-    (`kernels.randomness`), W and the implementation, row by row: where the tensors are rows `first_row`.. of larger
-    ones, their mask is that part of the larger ones' mask. ValueError on shapes that do not fit.
+    `dropout` is the probability that an element is zeroed; the others are scaled up. The mask depends on `seed` and
+    `site` (`kernels.randomness`), W and the implementation, row by row: where the tensors are rows `first_row`.. of
+    larger ones, their mask is that part of the larger ones' mask. ValueError on shapes that do not fit.
     """
     if residual is not None:
         check_shape("residual", residual, tuple(branch.shape))
@@ -69,7 +69,7 @@ def add_norm(
 def gelu_gradient_(grad: Tensor, x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Multiply `grad` [R, W] in place by the derivative of the exact (erf) gelu at x [R, W]; both contiguous.
 
-    Returns gelu(x) [R, W], and the sum over the rows of the new grad [W]: the gradient of a bias that x holds.
+    Returns gelu(x) [R, W], and the sum over the rows of the new grad [W]: the gradient of a bias that is part of x.
     ValueError on shapes that do not fit.
     """
     check_shape("x", x, (None, None))

@@ -1,4 +1,4 @@
-"""Dropout, residual sum and LayerNorm in torch operations: the definition, and what runs on a CPU."""
+"""Dropout, residual sum, LayerNorm and gelu tuned in plain torch, what a CPU runs. (The definition is `naive.py`.)"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def keep_mask(
     """Boolean mask (True: keep) and the factor that makes what is kept unbiased.
 
     With `first_row` the mask is that of rows first_row.. of a taller tensor: the numbers of the rows before are drawn
-    and let go.
+    and discarded.
 
     Each 64-bit random number serves four elements; the probability is thereby rounded to 1/65536, and the factor is the
     inverse of the rounded one, so that the expectation is exact. On a CPU this is about five times faster than drawing

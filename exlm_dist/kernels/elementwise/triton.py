@@ -1,8 +1,8 @@
 """Triton form of what lies between the matrix products: tensors are read once and written once, no mask is kept.
 
-Whether an element of a dropped tensor stays is a hash of (seed, site, first_row + row, column): the backward pass, a
-second forward pass, or another rank that holds other rows of the same tensor, makes the same mask again. Letters: R
-rows (tokens), W width. Names: o_ offsets, b_ loaded tile, m_ mask.
+Whether dropout keeps an element is a hash of (seed, site, first_row + row, column): the backward pass, a second forward
+pass, or another rank with other rows of the same tensor, arrives at the same mask. Letters: R rows (tokens), W width.
+Names: o_ offsets, b_ loaded tile, m_ mask.
 Gradients of weights and biases are summed by a fixed number of programs, then over these in a fixed order.
 """
 
@@ -20,8 +20,8 @@ from exlm_dist.kernels.randomness.triton import extended, key_of
 
 #: Programs of a backward pass with parameter gradients: about eight for each multiprocessor of a large GPU.
 PROGRAMS = 1024
-#: Of the gelu's backward pass: programs at most (a large GPU runs 1,320 at once), rows of one at least, and the tile: a
-#: row is 512 bytes in 16 bits, and eight elements a thread leave room for 40 warps on a multiprocessor.
+#: Of the gelu's backward pass: most programs (a large GPU runs 1,320 at once), fewest rows of one, and the tile: a row
+#: is 512 bytes in 16 bits, and eight elements per thread leave room for 40 warps on a multiprocessor.
 GELU_PROGRAMS, GELU_SPAN = 8192, 32
 GELU_ROWS, GELU_COLUMNS = 4, 256
 DROP_BITS = 24
@@ -29,7 +29,7 @@ DROP_BITS = 24
 
 @triton.jit
 def _kept(key, row, o_column, dropped):
-    """Whether elements (row, o_column) stay: 24 bits of a hash against dropped / 2^24. `key` as from `key_of`."""
+    """Whether elements (row, o_column) are kept: 24 bits of a hash against dropped / 2^24. `key` as from `key_of`."""
     return (extended(extended(key, row), o_column) >> 8).to(tl.int32) >= dropped
 
 
@@ -117,7 +117,7 @@ def add_norm_gradient_kernel(
 @triton.jit(do_not_specialize=["rows", "span"])
 def gelu_gradient_kernel(
     grad, x,  # [R, W]; grad: that of the exact (erf) gelu(x), which becomes that of x
-    activated,  # [R, W] out: gelu(x), made once more
+    activated,  # [R, W] out: gelu(x), computed again
     sums,  # [programs, W] fp32 out: of the new grad over the rows of each program
     rows, span,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -134,11 +134,11 @@ def gelu_gradient_kernel(
         m_tile = inside & (o_row < rows - first)
         b_x = tl.load(x + start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         b_grad = tl.load(grad + start + o_tile, mask=m_tile, other=0.0).to(tl.float32)
-        b_share = 0.5 + 0.5 * tl.erf(b_x * 0.7071067811865476)
-        b_slope = b_share + b_x * tl.exp(-0.5 * b_x * b_x) * 0.3989422804014327
+        b_cdf = 0.5 + 0.5 * tl.erf(b_x * 0.7071067811865476)
+        b_slope = b_cdf + b_x * tl.exp(-0.5 * b_x * b_x) * 0.3989422804014327
         b_grad = b_grad * b_slope
         b_sum += b_grad
-        tl.store(activated + start + o_tile, (b_x * b_share).to(activated.dtype.element_ty), mask=m_tile)
+        tl.store(activated + start + o_tile, (b_x * b_cdf).to(activated.dtype.element_ty), mask=m_tile)
         tl.store(grad + start + o_tile, b_grad.to(grad.dtype.element_ty), mask=m_tile)
     o_sum = program * WIDTH + o_column
     tl.store(sums + o_sum, tl.sum(b_sum, 0)[None, :], mask=inside)
@@ -210,7 +210,7 @@ class _AddNorm(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, mean, scale)
         ctx.settings = (branch is not None, key)
         ctx.set_materialize_grads(False)
-        # Without a branch the residual itself goes on, so that both its gradients meet in one pass over the memory.
+        # Without a branch the residual itself is returned, so that one pass over the memory sums both its gradients.
         return hidden, normed
 
     @staticmethod
@@ -263,7 +263,7 @@ def _forward(branch, residual, weight, bias, hidden, normed, mean, scale, eps, k
 
 
 def _key(device: torch.device, dropout: float, seed: int | Tensor, site: int, first_row: int) -> dict[str, object]:
-    """Arguments that decide the mask. The share that is dropped is rounded to 2^-24, and the scale made to fit."""
+    """Arguments that decide the mask. The dropout probability is rounded to 2^-24, and the scale follows it."""
     dropped = round(dropout * 2**DROP_BITS)
     return {"first_row": first_row, "seed": seed_tensor(seed, device) if dropout else None, "site": site,
             "dropped": dropped, "dropout_scale": 2**DROP_BITS / (2**DROP_BITS - dropped)}  # fmt: skip

@@ -35,8 +35,8 @@ class Linear(nn.Linear):
 
 
 class BiasPassingLinear(Linear):
-    """`Linear` that passes its bias on to the operation behind it, which makes the gradient of this layer's output and
-    sums it for the bias in the same pass; of the output itself the bias gets no gradient."""
+    """`Linear` that passes its bias on to the next operation, which computes the gradient of this layer's output and
+    sums it for the bias in the same pass; through the output itself the bias gets no gradient."""
 
     passes_bias: ClassVar[bool] = True
 
@@ -58,7 +58,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def passed_bias(x: Tensor, bias: Tensor) -> Tensor:
     """x [R, N], in which `bias` [N] of a `BiasPassingLinear` has been added: the bias gets the sum of x's gradient.
 
-    What an operation does that has no better way to make that sum.
+    For operations that have no better way to compute that sum.
     """
     check_shape("x", x, (None, bias.numel()))
     return _PassedBias.apply(x, bias)
@@ -135,6 +135,5 @@ def _by_onednn(a: Tensor, b: Tensor) -> bool:
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    """The matrix, copied if it is neither contiguous nor the transpose of one: oneDNN takes such a one hundreds of
-    times slower."""
+    """The matrix, copied if neither it nor its transpose is contiguous: oneDNN would be hundreds of times slower."""
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()

@@ -1,7 +1,7 @@
 """Where the random numbers of a dropout come from: a seed, and the number of the site that draws.
 
 The seed is an int, or an int64 tensor of one element on the device of the operands. A Triton kernel reads it from
-memory, so nothing waits for the device, and a captured CUDA graph draws from whatever the tensor holds at its replay.
+memory, so the host does not wait, and a captured CUDA graph draws from the value that the tensor has at its replay.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from exlm_dist.utils.seeding import seed_from
 
 
 def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
-    """The seed as an int64 tensor of one element on `device`; ValueError for a tensor that is something else."""
+    """The seed as an int64 tensor of one element on `device`; ValueError for any other tensor."""
     if not isinstance(seed, Tensor):
         seed &= 2**64 - 1
         return torch.full((1,), seed - (seed >> 63 << 64), dtype=torch.int64, device=device)
@@ -26,5 +26,5 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
 
 
 def site_seed(seed: int | Tensor, site: int) -> int:
-    """One number from both, for a generator of torch's (reads the device where the seed is there)."""
+    """One number from both, for a generator of torch's (synchronises with the device if the seed is there)."""
     return seed_from("dropout", int(seed), site)

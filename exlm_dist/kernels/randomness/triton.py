@@ -1,4 +1,4 @@
-"""Random words of the Triton kernels: hashes of counters, so nothing is stored and every pass finds the same ones."""
+"""Random words of the Triton kernels: hashes of counters, so nothing is stored and every pass computes the same."""
 
 import triton
 import triton.language as tl

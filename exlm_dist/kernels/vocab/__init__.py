@@ -28,9 +28,9 @@ def match_scores(
 
     p = softmax over the vocabulary of weight @ hidden_u + bias. hidden [S, D]; weight [V, D]; bias [V];
     target_ids [N] int64; cu_states, cu_targets [B+1] int64; max_states, max_targets python ints.
-    fp32 (fp64 for fp64 input); -inf outside a sequence's own targets and states. Logits are made a chunk of rows at
-    a time and not kept for the backward pass. With a `shard`, weight and bias are this rank's part of the vocabulary
-    and the result is that of the whole (see VocabShard). ValueError on shapes that do not fit.
+    fp32 (fp64 for fp64 input); -inf outside a sequence's own targets and states. Logits are computed a chunk at a
+    time and, beyond a fixed budget, not kept for the backward pass. With a `shard`, weight and bias are this rank's
+    shard of the vocabulary and the result is that of the whole (see VocabShard). ValueError on shapes that do not fit.
     """
     check_shape("hidden", hidden, (None, None))
     check_shape("weight", weight, (None, hidden.shape[1]))

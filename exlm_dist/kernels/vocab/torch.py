@@ -1,6 +1,7 @@
-"""Definition of `match_scores` in torch: logits of a chunk of rows at a time.
+"""`match_scores` tuned in plain torch, what a CPU runs: logits of a chunk of rows at a time. (The definition is
+`naive.py`.)
 
-The first chunks are kept for the backward pass, up to a fixed budget; those of the other rows are made again.
+The first chunks are kept for the backward pass, up to a fixed budget; those of the other rows are computed again.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def match_scores(
     """See `exlm_dist.kernels.vocab.match_scores`."""
     states = Segments.of(cu_states, max_states, len(hidden))
     targets = Segments.of(cu_targets, max_targets, len(target_ids))
-    ids = target_ids[targets.rows]  # [B, N]; a repeated own target past the own end, masked below
+    ids = target_ids[targets.rows]  # [B, N]; past a sequence's end its first target, masked below
     own = states.pack(ids[:, None].expand(-1, max_states, -1), len(hidden))
     scores = states.pad(_TargetScores.apply(hidden, weight, bias, own, shard)).transpose(1, 2)
     inside = targets.valid[:, :, None] & states.valid[:, None, :]
@@ -48,11 +49,11 @@ class _TargetScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, ids, shard):
-        here = None
+        is_local = None
         if shard:
             ids = ids - shard.first_token
-            here = (ids >= 0) & (ids < len(weight))
-            ids = ids.where(here, 0)
+            is_local = (ids >= 0) & (ids < len(weight))
+            ids = ids.where(is_local, 0)
         dtype = work_dtype(hidden)
         scores = torch.empty(ids.shape, dtype=dtype, device=hidden.device)
         tops, sums = scores.new_empty((2, len(hidden), 1))
@@ -65,30 +66,30 @@ class _TargetScores(torch.autograd.Function):
             torch.sum(logits.sub_(tops[rows]).exp_(), 1, keepdim=True, out=sums[rows])
             if any(ctx.needs_input_grad) and rows.stop * len(weight) <= KEEP_ELEMENTS:
                 ctx.kept[rows.start] = logits
-        log_sums = tops + sums.log()
+        lse = tops + sums.log()
         if shard:
-            log_sums = shard.log_sum(log_sums[:, 0])[:, None]
-            scores = shard.total(scores.masked_fill_(~here, 0))
-            sums = (log_sums - tops).exp_()
-        ctx.save_for_backward(hidden, weight, bias, ids, tops, sums, here)
-        return scores.sub_(log_sums)
+            lse = shard.all_reduce_lse(lse[:, 0])[:, None]
+            scores = shard.all_reduce_sum(scores.masked_fill_(~is_local, 0))
+            sums = (lse - tops).exp_()
+        ctx.save_for_backward(hidden, weight, bias, ids, tops, sums, is_local)
+        return scores.sub_(lse)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_scores):
-        hidden, weight, bias, ids, tops, sums, here = ctx.saved_tensors
+        hidden, weight, bias, ids, tops, sums, is_local = ctx.saved_tensors
         dtype = work_dtype(hidden)
         matrix, offset = weight.to(dtype), bias.to(dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_matrix, grad_bias = matrix.new_zeros(matrix.shape[::-1]), torch.zeros_like(offset)
-        mass = grad_scores.sum(1, keepdim=True).neg_().div_(sums)
-        if here is not None:
-            grad_scores = grad_scores.masked_fill(~here, 0)
+        factor = grad_scores.sum(1, keepdim=True).neg_().div_(sums)  # of exp(logit - top) in the gradient of a logit
+        if is_local is not None:
+            grad_scores = grad_scores.masked_fill(~is_local, 0)
         for rows in _chunks(len(hidden), len(weight)):
             grad = ctx.kept.pop(rows.start, None)
             if grad is None:
                 grad = product(hidden[rows].to(dtype), matrix.t(), offset).sub_(tops[rows]).exp_()
-            grad.mul_(mass[rows]).scatter_add_(1, ids[rows], grad_scores[rows])
+            grad.mul_(factor[rows]).scatter_add_(1, ids[rows], grad_scores[rows])
             grad_hidden[rows] = product(grad, matrix).to(hidden.dtype)
             grad_matrix = product(hidden[rows].to(dtype).t(), grad, grad_matrix)
             grad_bias += grad.sum(0)
@@ -96,7 +97,7 @@ class _TargetScores(torch.autograd.Function):
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
-    """Runs of rows whose logits fit in CHUNK_ELEMENTS."""
+    """Slices of rows whose logits fit in CHUNK_ELEMENTS."""
     step = max(1, CHUNK_ELEMENTS // vocabulary)
     for first in range(0, rows, step):
         yield slice(first, min(first + step, rows))

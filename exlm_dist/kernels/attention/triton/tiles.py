@@ -1,7 +1,7 @@
-"""What the attention kernels share: tiles of rows, rotary turning, places in the batch, dropout words.
+"""What the attention kernels have in common: tiles of rows, rotary positions, the work of a program, dropout words.
 
 Letters: T tokens, H heads, P head width; a tile has BQ queries or BK keys. Names: o_ offsets, p_ pointers, b_ loaded
-tile. q and k are read as two halves of P/2, so that turning them needs no shuffle.
+tile. q and k are read as two halves of P/2, so that rotating them needs no shuffle.
 """
 
 import triton
@@ -12,19 +12,19 @@ from exlm_dist.kernels.randomness.triton import extended, key_of
 
 @triton.jit
 def mask_keys(seed, site, sequence, head):
-    """Two words that decide the mask of one sequence and head; `head` counts all heads of the layer, also those that
-    other ranks hold."""
+    """Two words that decide the mask of one sequence and head; `head` is the head's index in the whole layer, whichever
+    rank it is local to."""
     key = extended(extended(key_of(seed, site), sequence), head)
     return key, extended(key, tl.full([], 1, tl.uint32))
 
 
 @triton.jit
 def keeps(keys, o_query, key, o_key, dropped, QUERY: tl.constexpr = 0):
-    """Whether the weights (QUERY + o_query, key + o_key) stay, `key` being a multiple of 16: 16 random bits each
-    against `dropped`, which is shifted up by 16 and then taken for a signed number.
+    """Whether the weights (QUERY + o_query, key + o_key) are kept, `key` being a multiple of 16: 16 random bits each
+    against `dropped`, which is shifted up by 16 and then reinterpreted as signed.
 
-    A word serves the two keys that differ in bit 3 of their number. Tensor cores leave such neighbours to one thread
-    (as columns and as rows), so the compiler finds that both words are one and hashes half as often.
+    One word serves the two keys whose indices differ in bit 3. Tensor cores give both to the same thread (as columns
+    and as rows), so the compiler finds that the two words are equal and hashes half as often.
     """
     counter = keys[0] + (o_query.to(tl.uint32) << 16) + (key >> 1)
     counter += (o_key // 16 * 8 + o_key % 8 + (QUERY << 16)).to(tl.uint32)
@@ -36,7 +36,7 @@ def keeps(keys, o_query, key, o_key, dropped, QUERY: tl.constexpr = 0):
 
 @triton.jit
 def load_rows(p_base, o_row, limit, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Tile [rows, BLOCK]: WIDTH columns of the rows below `limit`, else 0."""
+    """Tile [rows, BLOCK]: WIDTH columns of the rows below `limit`, 0 elsewhere."""
     o_column = tl.arange(0, BLOCK)
     inside = (o_row < limit)[:, None]
     if BLOCK != WIDTH:
@@ -56,7 +56,7 @@ def store_rows(p_base, b_tile, o_row, limit, stride, WIDTH: tl.constexpr, BLOCK:
 
 @triton.jit
 def angles_at(table, row, HALF: tl.constexpr):
-    """Where a table has the angles of the token `row` further on."""
+    """Pointer to the table's angles of the token that is `row` rows further on."""
     if table.dtype.element_ty == tl.int32:
         return table + row * HALF
     return table + row * (2 * HALF)
@@ -76,8 +76,8 @@ def load_angles(p_table, o_row, limit, HALF: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_turned(p_base, p_table, o_row, limit, stride, ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of q or k turned by their angles: [ROWS, 2 * BLOCK], the second half from column BLOCK on."""
+def load_rotated(p_base, p_table, o_row, limit, stride, ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of q or k rotated by their angles: [ROWS, 2 * BLOCK], the second half from column BLOCK on."""
     b_first = load_rows(p_base, o_row, limit, stride, HALF, BLOCK)
     b_second = load_rows(p_base + HALF, o_row, limit, stride, HALF, BLOCK)
     b_cos, b_sin = load_angles(p_table, o_row, limit, HALF, BLOCK)
@@ -95,11 +95,11 @@ def store_sums(p_sums, b_tile, o_row, limit, WIDTH: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def store_turned_back(
+def store_rotated_back(
     p_base, p_table, p_sums, b_grad, o_row, limit, stride,
     ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient [ROWS, 2 * BLOCK] of q or k, turned by minus the angles, and with SUMS its sums over rows."""
+    """Write the gradient [ROWS, 2 * BLOCK] of q or k, rotated by minus the angles, and with SUMS its sums over rows."""
     b_low, b_high = tl.split(tl.permute(tl.reshape(b_grad, [ROWS, 2, BLOCK]), (0, 2, 1)))
     b_cos, b_sin = load_angles(p_table, o_row, limit, HALF, BLOCK)
     b_first = b_low * b_cos + b_high * b_sin
@@ -118,13 +118,13 @@ def product(b_left, b_right, b_sum):
 
 
 @triton.jit
-def place(cu, sequences, heads, chunks):
-    """What this program works on: (sequence, head, chunk, first token); sequence == `sequences` is the padding."""
+def tile_of_program(cu_seqlens, sequences, heads, chunks):
+    """The work of this program: (sequence, head, chunk, first token); sequence == `sequences` is the padding."""
     program = tl.program_id(0)
     chunk = program % chunks
     head = (program // chunks) % heads
     sequence = program // chunks // heads
-    first = tl.load(cu + sequence)
+    first = tl.load(cu_seqlens + sequence)
     return sequence, head, chunk, first
 
 
@@ -132,7 +132,7 @@ def place(cu, sequences, heads, chunks):
 def zero_tail(
     p_out, first, tokens, chunk, chunks, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Zero rows `first`.. of one head; the programs of the head share them by chunk."""
+    """Zero rows `first`.. of one head; they are split among the head's programs by chunk."""
     o_row = tl.arange(0, ROWS)
     for row in range(chunk * ROWS, (tokens - first).to(tl.int32), chunks * ROWS):
         base = p_out + (first + row) * stride
@@ -141,5 +141,5 @@ def zero_tail(
 
 @triton.jit
 def sums_of_tile(p_sums, begin, sequence, head, heads, slot_rows, P: tl.constexpr):
-    """Where a tile of at least `slot_rows` rows from token `begin` on puts its sums: no other tile has this place."""
+    """Slot for the sums of a tile of at least `slot_rows` rows from token `begin` on: no other tile has the same."""
     return p_sums + ((begin // slot_rows + sequence) * heads + head) * 3 * P

@@ -1,4 +1,4 @@
-"""Log-sum of the logits of each state, and the scores of a sequence's own targets. Logits are kept in base 2."""
+"""Log-sum-exp (lse) of the logits of each state, and the scores of a sequence's own targets; logits in base 2."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def logits(
             b_weight = weight.load([first_word, depth])
             b_total = tl.dot(b_hidden, tl.trans(b_weight), b_total, input_precision=PRECISION)
     else:
-        # Rows and words past the end read the last one: no masks in the loop.
+        # Rows and words past the end read the last one, so the loop needs no masks.
         o_row = tl.minimum(first_row + tl.arange(0, ROWS), rows - 1)
         o_d = tl.arange(0, DEPTH)
         p_hidden = hidden + o_row.to(tl.int64)[:, None] * width + o_d[None, :]
@@ -46,9 +46,9 @@ def logits(
 
 
 @triton.jit
-def place(tiles_down, tiles_across, GROUP: tl.constexpr):
-    """(tile down, tile across) of this program: GROUP tiles down are done together, so that both operands stay in the
-    cache.
+def tile_of_program(tiles_down, tiles_across, GROUP: tl.constexpr):
+    """(tile down, tile across) of this program: GROUP tiles down run next to each other, so that both operands stay in
+    the cache.
     """
     program = tl.program_id(0)
     group = program // (GROUP * tiles_across)
@@ -64,7 +64,7 @@ def partial_sum_kernel(
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Largest logit and sum of 2^(logit - largest) of ROWS states over one tile of WORDS words, [tiles, rows]."""
-    row, word = place(tl.cdiv(rows, ROWS), tiles, GROUP)
+    row, word = tile_of_program(tl.cdiv(rows, ROWS), tiles, GROUP)
     o_row = row * ROWS + tl.arange(0, ROWS)
     o_word = word * WORDS + tl.arange(0, WORDS)
     b_logit = logits(
@@ -80,7 +80,7 @@ def partial_sum_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
-def log_sum_kernel(top, total, log_sum, rows, tiles, ROWS: tl.constexpr, TILES: tl.constexpr):
+def lse_kernel(top, total, lse, rows, tiles, ROWS: tl.constexpr, TILES: tl.constexpr):
     """log2 of the sums of all tiles, in a fixed order."""
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b_top = tl.full([ROWS], LOWEST, tl.float32)
@@ -94,19 +94,19 @@ def log_sum_kernel(top, total, log_sum, rows, tiles, ROWS: tl.constexpr, TILES: 
         b_new = tl.maximum(b_top, tl.max(b_high, 0))
         b_sum = b_sum * tl.exp2(b_top - b_new) + tl.sum(b_part * tl.exp2(b_high - b_new[None, :]), 0)
         b_top = b_new
-    tl.store(log_sum + o_row, b_top + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), mask=o_row < rows)
+    tl.store(lse + o_row, b_top + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), mask=o_row < rows)
 
 
 @triton.jit(do_not_specialize=["vocab", "first_token", "max_states", "max_targets"])
 def match_kernel(
-    hidden, weight, bias, target_ids, cu_states, cu_targets, log_sum, match,
+    hidden, weight, bias, target_ids, cu_states, cu_targets, lse, match,
     vocab, width, first_token, max_states, max_targets, rest,
     TARGETS: tl.constexpr, STATES: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """match[i, u] of a tile [TARGETS, STATES] of a sequence; `rest` outside its own targets and states.
 
-    WHOLE: less the log-sum. Else the plain logits, 0 for the tokens of other shards.
+    WHOLE: minus the lse. Else the plain logits, 0 for the tokens of other shards.
     """
     b = tl.program_id(2).to(tl.int64)
     first_state = tl.load(cu_states + b)
@@ -135,7 +135,7 @@ def match_kernel(
         p_hidden += DEPTH
     b_total += tl.load(bias + b_word).to(tl.float32)[:, None]
     if WHOLE:
-        b_total -= tl.load(log_sum + first_state + o_u, mask=o_u < states, other=0.0)[None, :] * LN2
+        b_total -= tl.load(lse + first_state + o_u, mask=o_u < states, other=0.0)[None, :] * LN2
     else:
         b_total = tl.where(m_word[:, None], b_total, 0.0)
     m_own = (o_i < targets)[:, None] & (o_u < states)[None, :]

@@ -1,16 +1,16 @@
-"""Turn queries and keys by their angles once, for sequences whose tiles are read many times."""
+"""Rotate queries and keys by their angles once, for sequences whose tiles are read many times."""
 
 import triton
 import triton.language as tl
 
-from exlm_dist.kernels.attention.triton.tiles import angles_at, load_turned, store_rows
+from exlm_dist.kernels.attention.triton.tiles import angles_at, load_rotated, store_rows
 
 
 @triton.jit
-def turn(
+def rotate(
     first, second,  # [T, H, P] in, strides (stride, stride_head, 1): the keys, or queries and keys
     table,  # cosines and sines, as in `forward`
-    turned,  # [1 or 2, T, H, BP] out
+    rotated,  # [1 or 2, T, H, BP] out
     tokens, heads, stride, stride_head,
     P: tl.constexpr, HALF: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -23,6 +23,6 @@ def turn(
     if operand == 1:
         source = second
     p_source = source + begin * stride + head * stride_head
-    b_turned = load_turned(p_source, angles_at(table, begin, HALF), o_row, left, stride, ROWS, HALF, BH)
-    p_turned = turned + ((operand.to(tl.int64) * tokens + begin) * heads + head) * BP
-    store_rows(p_turned, b_turned, o_row, left, heads * BP, BP, BP)
+    b_rotated = load_rotated(p_source, angles_at(table, begin, HALF), o_row, left, stride, ROWS, HALF, BH)
+    p_rotated = rotated + ((operand.to(tl.int64) * tokens + begin) * heads + head) * BP
+    store_rows(p_rotated, b_rotated, o_row, left, heads * BP, BP, BP)

@@ -1,1 +1,1 @@
-"""Starts ranks. Never imports torch."""
+"""Starts ranks, watches them, starts them again. No torch."""

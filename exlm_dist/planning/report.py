@@ -13,8 +13,8 @@ from exlm_dist.planning.job import Job
 from exlm_dist.planning.memory import KINDS, ON_HOST, memory_per_rank
 from exlm_dist.planning.planner import GIB, Plan, Request, find_plans, recommended
 
-_LENGTH_UNKNOWN = 128
-_VOCABULARY_UNKNOWN = 32_000
+#: Assumed until the data are prepared.
+ASSUMED_LENGTH, ASSUMED_VOCABULARY = 128, 32_000
 _SHOWN = KINDS[:-1]  # without what only a CPU has
 _SHORT = {"states and logits": "states", "activations": "activ."}
 
@@ -119,7 +119,7 @@ def _sizes(config: RunConfig, length: int | None, vocab_size: int | None) -> tup
         if not given
     ]  # fmt: skip
     whence = f" (assumed, as {config.data.path} is not prepared: give {' and '.join(guessed)} to say otherwise)"
-    found = length or known_length or _LENGTH_UNKNOWN, vocab_size or known_vocabulary or _VOCABULARY_UNKNOWN
+    found = length or known_length or ASSUMED_LENGTH, vocab_size or known_vocabulary or ASSUMED_VOCABULARY
     return *found, whence if guessed else ""
 
 

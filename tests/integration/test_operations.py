@@ -57,8 +57,8 @@ def stopped_in_a_save(rank, settings):
 @pytest.mark.parametrize(
     "hang, words",
     [
-        (stopped_in_a_step, ["rank 1 has stood still", "in phase step, after 5 steps (the process is stopped"]),
-        (stopped_in_a_save, ["rank 0 has stood still", "in phase save, after 8 steps (the process is stopped"]),
+        (stopped_in_a_step, ["rank 1 has hung", "in phase step, after 5 steps (the process is stopped"]),
+        (stopped_in_a_save, ["rank 0 has hung", "in phase save, after 8 steps (the process is stopped"]),
     ],
 )
 def test_a_stopped_rank_ends_the_run_with_its_name_and_all_stacks(hang, words, data, tmp_path):
@@ -82,7 +82,7 @@ def test_a_rank_that_is_stopped_on_its_way_out_is_ended_too(data, tmp_path):
     with pytest.raises(RankFailed) as caught:
         run_processes(stopped_after_its_training, 2, config.model_dump(), timeout=60)
     assert caught.value.codes == [0, -signal.SIGKILL]
-    assert "rank 1 has stood still" in log_of(config) and "in phase end" in log_of(config)
+    assert "rank 1 has hung" in log_of(config) and "in phase end" in log_of(config)
 
 
 def signals_in_a_save(rank, settings):
@@ -202,7 +202,7 @@ def test_a_hung_rank_of_the_command_is_replaced_and_the_bits_are_the_same(data, 
         command.kill()
         command.wait()
     assert command.returncode == EXIT_DONE, text
-    assert "error: rank 1 has stood still" in text and "starting the ranks again after step" in text
+    assert "error: rank 1 has hung" in text and "restarting the ranks after step" in text
     (tmp_path / "other").mkdir()
     undisturbed = config.model_copy(update={"runs": str(tmp_path / "other")})
     assert train_on(undisturbed, 2) == [EXIT_DONE] * 2

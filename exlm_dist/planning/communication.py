@@ -88,8 +88,8 @@ def _whole_tokens(job: Job, stage: Stage) -> _Calls:
 
 
 def _sums_repeated(job: Job) -> int:
-    """All-reduces of a block that recomputation repeats: it stops at the last tensor that the backward pass needs, which
-    is before the second one unless dropout keeps a mask or a norm follows."""
+    """All-reduces of a block that recomputation repeats: it stops at the last tensor that the backward pass needs: one
+    before the second all-reduce, unless dropout keeps a mask or a norm follows."""
     if not job.config.parallel.activation_checkpointing:
         return 0
     return 2 if job.model.norm == "post" or (job.model.dropout and not job.gpu) else 1

@@ -9,7 +9,7 @@ from cluster.slurm_testbed import Job, Slurm, why_not
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory):
-    """A real Slurm; the tests are skipped, with the reason, where there can be none."""
+    """A real Slurm; without one the tests are skipped, with the reason."""
     reason = why_not()
     if reason:
         pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""What the job file does with every way in which its ranks can end."""
+"""What the job file does for every way in which its ranks can end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LIMIT = 120.0
         ("hang", 0, 2, 0, "the ranks ended with code 137"),
         ("moving", 0, 5, 0, "newest checkpoint: step 4"),
         ("saved", 0, 2, 1, "saved: back into the queue"),
-        ("speechless", 0, 2, 1, "srun failed: back into the queue"),
+        ("silent", 0, 2, 1, "srun failed: back into the queue"),
         ("broken", 2, 1, 0, "cannot import what exlm needs: No module named 'libmissing'"),
         ("absent", 2, 1, 0, "no configuration at gone.yaml"),
         ("data", 77, 1, 0, "shard 7 is gone"),
@@ -47,4 +47,4 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm: Slurm, scenes):
     run_until((slurm.folder / "play-cancelled" / "ready").exists, job, "rank", LIMIT)
     slurm.ask("scancel", job.number)
     assert job.wait(LIMIT) == "CANCELLED" and job.restarts == 0
-    assert (slurm.folder / "play-cancelled" / "told").exists() and job.starts() == 1
+    assert (slurm.folder / "play-cancelled" / "warned").exists() and job.starts() == 1

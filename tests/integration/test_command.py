@@ -1,4 +1,4 @@
-"""The `exlm` command as a user meets it: the whole road on a small file, and what it says to wrong input."""
+"""The `exlm` command as a user meets it: the whole way from a small file to results, and its errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ launch: {{processes: 2, timeout: 30, device: cpu, threads: 1}}
 
 
 def exlm(*arguments: str | Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own."""
+    """Run the command in its own process."""
     return subprocess.run(
         [sys.executable, "-m", "exlm_dist.cli", *map(str, arguments)],
         capture_output=True,
@@ -45,7 +45,7 @@ def exlm(*arguments: str | Path, timeout: float = 120, **environment: str) -> su
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """Shards of a gzipped csv with one broken row, made by the command."""
+    """Shards of a gzipped csv with one invalid row, made by the command."""
     folder = tmp_path_factory.mktemp("prepared")
     carbons = ["C" * length + "O" for length in range(1, 31)]
     rows = [

@@ -290,7 +290,7 @@ class WatchdogConfig(Section):
     `launch.timeout`, so that the rank that hangs is reported before the others give up waiting for it."""
 
     start: int = Field(540, ge=0, description="From the start of the process to the end of the first step.")
-    step: int = Field(300, ge=0, description="For one micro-batch, or the exchange at the end of a step.")
+    step: int = Field(300, ge=0, description="For one micro-batch, or the reduction and update at the end of a step.")
     save: int = Field(540, ge=0, description="For one checkpoint.")
     evaluation: int = Field(540, ge=0, description="For one batch of an evaluation.")
     end: int = Field(300, ge=0, description="For the end of the run, after the last checkpoint.")

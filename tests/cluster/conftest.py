@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cluster import plays
+from cluster.scenarios import SCENARIOS, submit
 from cluster.slurm_testbed import Job, Slurm, why_not
 
 
@@ -19,6 +19,6 @@ def slurm(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def scenes(slurm: Slurm) -> dict[str, Job]:
-    """The jobs of `plays`, submitted at once."""
-    return {name: plays.submit(slurm, name) for name in plays.SCENES}
+def scenarios(slurm: Slurm) -> dict[str, Job]:
+    """The jobs of `cluster.scenarios`, submitted at once."""
+    return {name: submit(slurm, name) for name in SCENARIOS}

@@ -53,7 +53,7 @@ def server() -> str:
 
 
 @pytest.fixture(scope="module")
-def jobs(slurm: Slurm, scenes, server: str) -> dict[str, Job]:
+def jobs(slurm: Slurm, scenarios, server: str) -> dict[str, Job]:
     """The jobs of this module, submitted at once. (The short ones of `test_policy` run beside them.)"""
     make_data(slurm.folder / "data")
     (slurm.folder / "tiny.yaml").write_text(yaml.safe_dump({"name": "tiny", **TINY}))

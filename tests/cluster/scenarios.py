@@ -23,7 +23,7 @@ exlm() {{ PYTHONPATH=.:$PYTHONPATH exec {sys.executable} -m exlm_dist.cli pretra
 eval "$(sed -n "$(grep -c 'starting the ranks at' job.log)p" ends)"
 """
 #: By name: what each start of the ranks does.
-SCENES = {
+SCENARIOS = {
     "killed": ["[ $RANK = 0 ] && kill -9 $$; exit 76", "exit 0"],
     "data": ['[ $RANK = 1 ] && fail 77 "shard 7 is gone"; sleep 0.5; exit 76'],
     "stop": ['fail 78 "too many sequences are left out"'],
@@ -49,10 +49,10 @@ SCENES = {
 
 
 def submit(slurm: Slurm, name: str) -> Job:
-    """The job of the scene `name`: two ranks on two nodes."""
-    folder = slurm.folder / f"play-{name}"
+    """The job of the scenario `name`: two ranks on two nodes."""
+    folder = slurm.folder / f"scenario-{name}"
     folder.mkdir()
-    (folder / "ends").write_text("\n".join(SCENES[name]) + "\n")
+    (folder / "ends").write_text("\n".join(SCENARIOS[name]) + "\n")
     (folder / "run.yaml").write_text("name: run\ndata: {path: nowhere}\nschedule: {steps: 10, warmup: 1}\n")
     (folder / "python").write_text(STAND_IN)
     (folder / "python").chmod(0o755)

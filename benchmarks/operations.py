@@ -78,7 +78,7 @@ class Run:
         return [rank for folder in self._temporary.glob("exlm-watch-*") for rank in read_ranks(folder)]
 
     def wait(self, what: str, condition: Callable[[], bool]) -> float:
-        """Wait for `condition`; the time (monotonic) at which it held."""
+        """Wait for `condition`; the monotonic time at which it was met."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
             if time.monotonic() > deadline or self.command.poll() is not None:

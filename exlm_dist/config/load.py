@@ -98,7 +98,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if node is None:
         raise ConfigError(
-            f"{path}: the file is empty; `exlm config show configs/pretrain/demo_smiles_exlm.yaml` prints a whole one"
+            f"{path}: the file is empty; `exlm config show configs/pretrain/demo_smiles_exlm.yaml` prints a full one"
         )
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}: expected `key: value` lines at the top level")

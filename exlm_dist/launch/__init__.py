@@ -1,1 +1,1 @@
-"""Starts ranks, watches them, starts them again. No torch."""
+"""Starts ranks, watches them, restarts them. No torch."""

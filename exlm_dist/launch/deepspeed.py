@@ -76,13 +76,13 @@ def run_deepspeed(
     launchers: list[subprocess.Popen[bytes]] = []
     received: list[int] = []
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        received.append(number)
+    def forward(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
         if launchers:
-            _forward(launchers[-1], number)
+            _forward(launchers[-1], signum)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, forward)
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, forward)
     while True:
         command = deepspeed_command(arguments, processes=processes, port=free_port(), hostfile=hostfile)
         launchers.append(subprocess.Popen(command, env=deepspeed_environment(device), start_new_session=True))
@@ -108,12 +108,12 @@ def _is_rank(process: psutil.Process) -> bool:
         return False
 
 
-def _forward(launcher: subprocess.Popen[bytes], number: int) -> None:
+def _forward(launcher: subprocess.Popen[bytes], signum: int) -> None:
     """Send the signal to the ranks; if there are none yet, end the launcher."""
     ranks = rank_processes(launcher.pid)
     for process in ranks:
         try:
-            process.send_signal(number)
+            process.send_signal(signum)
         except psutil.NoSuchProcess:
             continue
     if not ranks:

@@ -82,13 +82,13 @@ def supervise(
     Signals that arrive meanwhile are forwarded, and appended to `received`."""
     ranks: list[subprocess.Popen[bytes]] = []
 
-    def forward(number: int, frame: FrameType | None) -> None:
+    def forward(signum: int, frame: FrameType | None) -> None:
         if received is not None:
-            received.append(number)
+            received.append(signum)
         for rank in ranks:
-            rank.send_signal(number)
+            rank.send_signal(signum)
 
-    former = {number: signal.signal(number, forward) for number in FORWARDED}
+    former = {signum: signal.signal(signum, forward) for signum in FORWARDED}
     try:
         for environment in environments:
             ranks.append(
@@ -96,8 +96,8 @@ def supervise(
             )
         failed = _wait(ranks, grace)
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        for signum, handler in former.items():
+            signal.signal(signum, handler)
         for rank in ranks:
             if rank.poll() is None:
                 rank.kill()
@@ -117,7 +117,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]], grace: float) -> list[int]:
     deadline = float("inf")
     while True:
         codes = [rank.poll() for rank in ranks]
-        failed += [number for number, code in enumerate(codes) if code and number not in failed]
+        failed += [rank for rank, code in enumerate(codes) if code and rank not in failed]
         if all(code is not None for code in codes):
             return failed
         if failed and deadline == float("inf"):
@@ -131,7 +131,7 @@ def _exit_code(ranks: list[subprocess.Popen[bytes]], failed: list[int], environm
     if not failed:
         return 0
     # A rank that only lost its peer ends with EXIT_RETRY: if any ended otherwise, that one is the cause.
-    cause = next((number for number in failed if ranks[number].returncode != EXIT_RETRY), failed[0])
+    cause = next((rank for rank in failed if ranks[rank].returncode != EXIT_RETRY), failed[0])
     code = ranks[cause].returncode
     message = _message(environments[cause])
     if code < 0:

@@ -132,15 +132,16 @@ def end_job(folder: Path, ranks: list[Rank], limits: Mapping[str, float]) -> Non
             except OSError as error:  # a full disk must not keep the hung job alive
                 _log(f"==== watchdog: {rank.error_file} cannot be written: {error}")
     named = {rank.rank for rank in culprits}
-    for rank in sorted(ranks, key=lambda rank: rank.rank in named):  # the culprits last: the others only follow
+    # Those that wait first, before they can report a lost peer.
+    for rank in sorted(ranks, key=lambda rank: rank.rank in named):
         if rank.state:
             _send(rank, signal.SIGKILL)
 
 
-def _send(rank: Rank, number: int) -> None:
+def _send(rank: Rank, signum: int) -> None:
     """Send a signal to a rank, which may just have ended."""
     with contextlib.suppress(ProcessLookupError):
-        os.kill(rank.pid, number)
+        os.kill(rank.pid, signum)
 
 
 def _read(path: Path) -> bytes:
@@ -223,8 +224,8 @@ def _log(text: str) -> None:
 
 def main(folder: str, limits: str) -> None:
     """Watch `folder`. `limits`: seconds by phase, as JSON."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # these are for the ranks; the watchdog ends with them
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)  # these are for the ranks; the watchdog ends with them
     mine = Path(folder)
     # Again: a rank that started when the others had just ended left the watching to this process.
     while read_ranks(mine) and _claim(mine):

@@ -197,8 +197,8 @@ class Tracker:
     ) -> Tracker:
         """Log settings, tags and `config.yaml` of the run, and start the threads.
 
-        ConfigError for a tracking URI that MLflow does not accept. An MLflow that cannot be imported or reached only causes
-        a warning: the events stay in the run folder for `exlm sync`.
+        ConfigError for a tracking URI that MLflow does not accept. If MLflow cannot be imported or reached, that is
+        only a warning: the events stay in the run folder for `exlm sync`.
         """
         run_folder = Path(run_folder)
         uri = tracking_uri(config.tracking.uri, run_folder.parent) if config.tracking.mlflow else None

@@ -1,15 +1,14 @@
-"""Kills ranks of real runs at random moments, restarts them on random numbers of ranks, and compares with undisturbed
-runs.
+"""Kills ranks of real runs at random moments, restarts on random numbers of ranks, and compares with undisturbed runs.
 
     python benchmarks/chaos.py --trials 20                 # a few seconds each
     python benchmarks/chaos.py --trials 1 --seed 17        # trial 17 again
 
 A trial trains a tiny ExLM to its end. Up to three times a random rank gets SIGKILL or SIGSTOP at a random moment,
-weighted to the start, the load of a checkpoint, a step and a save; then all ranks are started again, half of the trials
-on the same number of ranks, the others on 1, 2 or 4. Every trial must complete by itself, see in each step the samples
-of the undisturbed run, and end with its loss curve: on one number of ranks to the last bit, parameters and moments
-included; else within ROUNDING. Nothing may be left behind. The plan of a trial is a function of its seed; the moment a
-signal arrives is the machine's.
+weighted towards the start, loading a checkpoint, a step and a save; then all ranks are restarted, in half of the trials
+on the same number of ranks, in the others on 1, 2 or 4. Every trial must complete by itself, train on the samples of
+the undisturbed run in each step, and reproduce its losses: to the last bit on one number of ranks, parameters and
+moments included, else within ROUNDING. Nothing may be left behind. The plan of a trial is a function of its seed; when
+exactly a signal arrives is not.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from chaos_ranks import Kill, launch  # noqa: E402
 
-from exlm_dist.checkpoint import reader as reader  # noqa: E402
+from exlm_dist.checkpoint import reader  # noqa: E402
 from exlm_dist.config import RunConfig  # noqa: E402
 from exlm_dist.prepare.demo.demo_molecules import prepare_demo_smiles  # noqa: E402
 from exlm_dist.tracking import read_events  # noqa: E402
@@ -44,17 +43,17 @@ from exlm_dist.utils.errors import EXIT_RETRY  # noqa: E402
 
 STEPS, EVERY = 10, 3
 WORLDS = (1, 2, 4)
-#: How often each moment is chosen, and the seconds within which the signal then comes.
+#: Weight of each moment, and the seconds within which the signal then comes.
 MOMENTS = {"start": (2, 1.5), "load": (2, 0.3), "step": (3, 0.06), "save": (3, 0.25)}
 #: Largest relative difference of a loss, and largest difference of a parameter, after a change of the number of ranks.
 ROUNDING = {"loss": 1e-5, "parameter": 1e-3}
-#: Launches that a trial may take beyond its kills: a watchdog that found a slow machine slow costs one.
+#: Launches that a trial may take beyond its kills: a watchdog that ends a job on a slow machine costs one.
 SPARE = 4
 
 
 @dataclass
 class Outcome:
-    """What a trial did and whether it was right."""
+    """What a trial did, and what was wrong with it."""
 
     seed: int
     worlds: list[int] = field(default_factory=list)
@@ -85,7 +84,7 @@ def configuration(runs: Path, name: str, data: Path) -> RunConfig:
 
 
 class Undisturbed:
-    """The runs that nothing disturbed, one for each number of ranks, made when first asked for."""
+    """Undisturbed runs, one for each number of ranks, made on first use."""
 
     def __init__(self, scratch: Path, data: Path) -> None:
         self._scratch, self._data = scratch, data
@@ -105,17 +104,17 @@ class Undisturbed:
 
 @dataclass
 class Facts:
-    """What a finished run left."""
+    """What a finished run leaves."""
 
     digest: str  # of parameters and moments
     parameters: dict
     losses: dict[int, float]
-    samples: dict[int, set[int]]  # of each step, wherever all ranks have finished it
-    partial: list[tuple[int, set[int]]]  # step and ids of each rank of the others
+    samples: dict[int, set[int]]  # of each step that all ranks have finished
+    partial: list[tuple[int, set[int]]]  # (step, ids) of each rank, of the other steps
 
     @staticmethod
     def read(config: RunConfig, folder: Path) -> Facts:
-        """From the run folder and the notes of its ranks; CheckpointError when the last checkpoint is not whole."""
+        """From the run folder and the records of its ranks; CheckpointError if the last checkpoint is incomplete."""
         run = Path(config.runs) / config.name
         checkpoint = reader.newest_checkpoint(run)
         assert reader.step_of(checkpoint) == STEPS, f"the newest checkpoint is {checkpoint}"
@@ -145,18 +144,18 @@ def _samples(folder: Path) -> tuple[dict[int, set[int]], list[tuple[int, set[int
     whole: dict[int, set[int]] = {}
     partial = []
     for (number, step), ranks in sorted(parts.items()):
-        together = [sample for ids in ranks for sample in ids]
-        assert len(together) == len(set(together)), f"launch {number}, step {step}: two ranks had the same sample"
+        seen = [sample for ids in ranks for sample in ids]
+        assert len(seen) == len(set(seen)), f"launch {number}, step {step}: two ranks had the same sample"
         if len(ranks) == worlds[number, step]:
-            former = whole.setdefault(step, set(together))
-            assert former == set(together), f"step {step} had other samples in launch {number}"
+            former = whole.setdefault(step, set(seen))
+            assert former == set(seen), f"step {step} had other samples in launch {number}"
         else:
             partial += [(step, set(ids)) for ids in ranks]
     return whole, partial
 
 
 def plan(rng: random.Random, world: int, step: int) -> Kill:
-    """The next kill, for a launch on `world` ranks that goes on after `step`."""
+    """The next kill, for a launch on `world` ranks that continues after `step`."""
     moments = {name: weight for name, (weight, _) in MOMENTS.items() if name != "load" or step > 0}
     phase = rng.choices(list(moments), list(moments.values()))[0]
     left = STEPS - step
@@ -204,7 +203,7 @@ def trial(seed: int, scratch: Path, data: Path, undisturbed: Undisturbed) -> Out
 
 
 def compare(config: RunConfig, folder: Path, outcome: Outcome, undisturbed: Undisturbed) -> list[str]:
-    """What differs from the run that nothing disturbed."""
+    """What differs from the undisturbed run."""
     try:
         facts = Facts.read(config, folder)
     except (AssertionError, ValueError) as error:
@@ -233,11 +232,11 @@ def compare(config: RunConfig, folder: Path, outcome: Outcome, undisturbed: Undi
 
 
 def leftovers(folder: Path) -> list[str]:
-    """What a trial must not leave behind: half-written checkpoints, temporary files, those of the watchdog."""
+    """What a trial must not leave behind: half-written checkpoints, temporary files, files of the watchdog."""
     left = [str(path) for path in (folder / "run" / "checkpoints").glob(".*")]
     deadline = time.monotonic() + 5
     temporary = Path(os.environ["TMPDIR"])
-    # torch keeps an (empty) cache there, made when it is imported.
+    # torch creates an (empty) cache there when it is imported.
     while (
         found := [path for path in temporary.iterdir() if path.name[:13] != "torchinductor"]
     ) and time.monotonic() < deadline:
@@ -246,7 +245,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the trials, print one line each, and return 1 when one of them was not right."""
+    """Run the trials and print a line for each; 1 if one was wrong, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first trial; the others follow")
@@ -255,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="exlm-chaos-") as name:
         scratch = Path(name)
-        # Everything temporary of the ranks goes where what is left of it can be counted; the server keeps its own.
+        # Temporary files of the ranks go where leftovers can be counted; the fork server keeps its own folder.
         multiprocessing.util.get_temp_dir()
         (scratch / "tmp").mkdir()
         os.environ["TMPDIR"] = str(scratch / "tmp")
@@ -281,7 +280,7 @@ def line(outcome: Outcome) -> str:
 
 
 def summary(outcomes: list[Outcome], good: int) -> str:
-    """The counts of all trials."""
+    """Totals over all trials."""
     kills = sum(len(outcome.kills) for outcome in outcomes)
     stops = sum("SIGSTOP" in kill for outcome in outcomes for kill in outcome.kills)
     bitwise = sum(outcome.bitwise for outcome in outcomes)
@@ -293,7 +292,7 @@ def summary(outcomes: list[Outcome], good: int) -> str:
 
 
 def write(path: Path, outcomes: list[Outcome]) -> None:
-    """One row per trial, with what is needed to run it again."""
+    """One row per trial, with what it takes to run it again."""
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)

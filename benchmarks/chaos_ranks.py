@@ -1,5 +1,4 @@
-"""Ranks of a run for chaos.py: forked from a process that has imported torch once, and killed from outside at a planned
-moment."""
+"""Ranks of a run for chaos.py: forked from a process that has imported torch once, killed from outside as planned."""
 
 from __future__ import annotations
 
@@ -19,9 +18,9 @@ from exlm_dist.utils.errors import UserError
 from exlm_dist.utils.logs import configure_logging
 
 PRELOAD = ["torch", "deepspeed", "safetensors.torch", "exlm_dist.training.session"]
-#: Places in the program at which a rank says where it is; `start` is the start of the process.
+#: Points of the program at which a rank reports where it is; `start` is the start of the process.
 PHASES = ("start", "load", "step", "save")
-#: Seconds that the others get to end by themselves once a rank has ended by an error.
+#: Seconds within which the others must end by themselves once a rank has failed.
 GRACE = 15.0
 #: Seconds for one launch, many times what it needs.
 PATIENCE = 240.0
@@ -29,7 +28,7 @@ PATIENCE = 240.0
 
 @dataclass(frozen=True)
 class Kill:
-    """`delay` seconds after rank `victim` has come to `phase` for the `count`-th time, it gets the signal `number`."""
+    """`delay` seconds after rank `victim` has reached `phase` for the `count`-th time, it gets the signal `number`."""
 
     victim: int
     phase: str
@@ -44,7 +43,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a launch ended: exit codes by rank, whether the kill was done, ranks that had to be ended by us."""
+    """How a launch ended: exit codes by rank, whether the signal was sent, and the ranks that had to be killed here."""
 
     codes: list[int]
     killed: bool
@@ -53,7 +52,7 @@ class Ended:
 
 
 def launch(config: RunConfig, world: int, folder: Path, kill: Kill | None) -> Ended:
-    """Train `config` on `world` ranks as `exlm pretrain` does, and see all of them to their end.
+    """Train `config` on `world` ranks as `exlm pretrain` does, and wait until all have ended.
 
     `folder`: for the log (`log`) and the sample ids of every step (`samples-<launch>-<rank>`).
     """
@@ -85,11 +84,11 @@ def launch(config: RunConfig, world: int, folder: Path, kill: Kill | None) -> En
 
 
 def _kill(ranks: list, marks: Connection, kill: Kill) -> bool:
-    """Wait for the moment and send the signal; False when the moment never came."""
+    """Wait for the moment and send the signal; False if it never came."""
     seen = 0
     while True:
         try:
-            mark = marks.recv_bytes().decode()  # ends with the victim: nobody else holds the other side
+            mark = marks.recv_bytes().decode()  # ends with the victim: no other process has the other end open
         except EOFError:
             return False
         seen += mark == kill.phase
@@ -103,7 +102,7 @@ def _kill(ranks: list, marks: Connection, kill: Kill) -> bool:
 
 
 def _wait(ranks: list) -> list[int]:
-    """Wait until all have ended; the numbers of those that did not within the time that they have."""
+    """Wait until all have ended; the ranks that did not in time."""
     deadline = time.monotonic() + PATIENCE
     failed = False
     while any(process.is_alive() for process in ranks):
@@ -116,7 +115,7 @@ def _wait(ranks: list) -> list[int]:
 
 
 def _rank(settings: dict[str, Any], environment: dict[str, str], marks: Connection | None, samples: str) -> None:
-    """One rank, from its first line on as `exlm pretrain` runs it."""
+    """One rank, run from its start as by `exlm pretrain`."""
     os.environ.update(environment)
     os.dup2(os.open(str(Path(samples).with_name("log")), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
     announce = (lambda phase: marks.send_bytes(phase.encode())) if marks is not None else (lambda phase: None)
@@ -139,7 +138,7 @@ def _rank(settings: dict[str, Any], environment: dict[str, str], marks: Connecti
 
 
 def _instrument(announce: Any, samples: str) -> None:
-    """Say where this rank is, and write down the ids of the samples of every step that it has done."""
+    """Report where this rank is, and record the sample ids of every step that it has done."""
     from exlm_dist.training import session
 
     record = os.open(samples, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

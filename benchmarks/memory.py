@@ -3,11 +3,11 @@
     python benchmarks/memory.py                    # every case, about five minutes; writes a CSV to results/
     python benchmarks/memory.py --select ranks=2   # the cases whose name contains this
 
-What is measured is the growth of the resident size, at its highest, over the process before the model was built; a
-tiny model has made a step by then, so that libraries and their buffers are loaded. MALLOC_MMAP_THRESHOLD_ is set, so
-that the C library gives every block of 64 KiB and more back to the system when it is freed: the peak is then that of
-what is allocated. With the default the library moves its threshold up to 32 MiB and keeps what was freed, and the peak
-depends on the order of the blocks (column `default`: the same case without the setting, with --default).
+Measured is how far the resident size grows at its peak beyond that of the process before the model is built; a tiny
+model has done a step by then, so that libraries and their buffers are loaded. MALLOC_MMAP_THRESHOLD_ is set so that the
+C library returns every freed block of 64 KiB and more to the system: the peak is then that of what is allocated. By
+default the library raises its threshold up to 32 MiB and keeps what was freed, and the peak depends on the order of the
+blocks (column `default`: the same case without the setting, with --default).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from exlm_dist.planning.job import Job  # noqa: E402
 from exlm_dist.planning.memory import KINDS, Peak, memory_per_rank  # noqa: E402
 
 MIB = 2**20
-STEPS = 2  # the moments of AdamW exist from the second one on
+STEPS = 2  # the moments of AdamW exist from the second step on
 THRESHOLD = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training run; `micro` sequences in a micro-batch, `accumulation` micro-batches of a rank and step."""
+    """One training run; `micro` sequences per micro-batch, `accumulation` micro-batches per rank and step."""
 
     objective: str = "exlm"
     transitions: str = "dense"
@@ -76,7 +76,7 @@ class Case:
             data={"path": "none"},
             model=model,
             schedule={"steps": 10},
-            batch={"sequences": self.micro * self.accumulation * self.copies, "micro": self.micro},
+            batch={"sequences": self.micro * self.accumulation * self.replicas, "micro": self.micro},
             parallel={**self.layout(), "zero": self.zero, "activation_checkpointing": self.recompute},
             precision={"dtype": self.dtype},
         )
@@ -84,16 +84,16 @@ class Case:
         return config
 
     @property
-    def copies(self) -> int:
-        """Data-parallel degree."""
+    def replicas(self) -> int:
+        """Number of data-parallel replicas."""
         return self.ranks // (self.tensor * self.pipeline)
 
     def layout(self) -> dict[str, int | bool]:
-        """Degrees, which all cases measured in the same processes share."""
+        """Degrees of parallelism, the same for all cases measured in the same processes."""
         return {"tensor": self.tensor, "pipeline": self.pipeline, "sequence": self.sequence}
 
     def predicted(self) -> Peak:
-        """What the planner says."""
+        """The prediction of the planner."""
         return memory_per_rank(Job(self.config(), self.vocabulary, self.length, self.ranks))
 
     @property
@@ -103,7 +103,7 @@ class Case:
         return " ".join(f"{key}={value}" for key, value in changed.items()) or "default"
 
 
-#: What a rank does before it is measured; recomputation loads more of torch.
+#: What a rank runs before it is measured; recomputation loads more of torch.
 TINY = Case(layers=2, width=32, heads=2, length=16, vocabulary=64, micro=2, recompute=True)
 CASES = [
     *(Case(zero=zero, recompute=recompute) for zero in (0, 1, 2) for recompute in (False, True)),
@@ -137,18 +137,23 @@ CASES = [
 def measure(cases: list[Case], *, default_malloc: bool = False, timeout: float = 600.0) -> list[float]:
     """Bytes at the peak of the worst rank of each case, measured one after the other in `ranks` processes.
 
-    All cases must have the same ranks and degrees.
+    All cases must have the same ranks and degrees of parallelism.
     """
     world = cases[0].ranks
     assert all((case.ranks, case.layout()) == (world, cases[0].layout()) for case in cases), "one layout in a call"
     port = str(free_port())
     started = []
     for rank in range(world):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+        identity = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+        }
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
         quiet = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **({} if default_malloc else THRESHOLD)}
         command = [sys.executable, __file__, "--run", json.dumps([asdict(case) for case in cases])]
-        environment = {**os.environ, **place, **meeting, **quiet}
+        environment = {**os.environ, **identity, **rendezvous, **quiet}
         started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     try:
         printed = [process.communicate(timeout=timeout)[0] for process in started]
@@ -173,7 +178,7 @@ def run_rank(cases: list[Case]) -> list[int]:
     peaks = []
     for case in cases:
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident size
         before = resident("VmRSS")
         train(case, process)
         peaks.append(resident("VmHWM") - before)
@@ -182,7 +187,7 @@ def run_rank(cases: list[Case]) -> list[int]:
 
 
 def train(case: Case, process) -> None:
-    """A few steps of the package's own engine on random tokens."""
+    """A few steps of the package's engine on random tokens."""
     from exlm_dist.training.engine import build_engine
     from exlm_dist.training.step import optimizer_step
 
@@ -198,12 +203,12 @@ def make_step(case: Case, config: RunConfig, step: int):
     from exlm_dist.data.loader import StepBatches
 
     batches = [make_batch(case, config, index, step) for index in range(case.accumulation)]
-    targets = sum(batch.num_targets for batch in batches) * case.copies
+    targets = sum(batch.num_targets for batch in batches) * case.replicas
     return StepBatches(step, batches, config.batch.sequences, targets, targets, 0, 0, 0.0)
 
 
 def make_batch(case: Case, config: RunConfig, index: int, step: int):
-    """Random tokens through the package's own masking, expansion and packing."""
+    """Random tokens through the package's masking, expansion and packing."""
     from exlm_dist.data.expansion import expand, wrap
     from exlm_dist.data.masking import mask_batch, sample_keys
     from exlm_dist.data.packing import pack
@@ -220,7 +225,7 @@ def make_batch(case: Case, config: RunConfig, index: int, step: int):
 
 
 def resident(what: str) -> int:
-    """Bytes of a line of /proc/self/status: VmRSS now, VmHWM at the highest."""
+    """Bytes of a line of /proc/self/status: VmRSS now, VmHWM at the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
 
@@ -242,7 +247,7 @@ def rows_of(cases: list[Case], also_default: bool) -> list[dict[str, str | float
 
 
 def write(rows: list[dict[str, str | float]], folder: Path) -> Path:
-    """The table with hardware, versions and commit."""
+    """Write the table, with hardware, versions and commit."""
     import torch
 
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout

@@ -1,19 +1,17 @@
-"""What an interruption costs: restart in place, detection of a hang, goodput under failures; with real runs of
-`exlm pretrain`.
+"""What interruptions cost: restart in place, detection of a hang, goodput under failures; real runs of `exlm pretrain`.
 
     python benchmarks/operations.py                        # 2 ranks on this machine, about six minutes
     python benchmarks/operations.py --minutes 0 --rounds 1 # without the goodput
 
-- restart: SIGKILL of a rank until all ranks of the next launch have done a step (imports, meeting, loading included)
-- requeue (--requeue, with slurm/testbed up): `scontrol requeue` until all ranks have done a step
-- hang: SIGSTOP of a rank until the watchdog has ended the job, less the limit
-- goodput: a rank is killed every --every seconds; seconds in steps that were not lost, over seconds of wall time.
-  Predicted from the restart, the time between checkpoints and their stall, all measured in the same run before the
-  first failure
+- restart: from SIGKILL of a rank until all restarted ranks have done a step (with imports, rendezvous, loading)
+- requeue (--requeue, with slurm/testbed up): from `scontrol requeue` until all ranks have done a step
+- hang: from SIGSTOP of a rank until the watchdog has killed the job, less the limit
+- goodput: a rank is killed every --every seconds; time in steps that were not lost, over wall time. Predicted from
+  the restart, the time between checkpoints and their stall, all measured in the same run
 - stall: taken from the newest results of benchmarks/checkpoint.py
 
-The run is watched from outside, through the heartbeats of its ranks. With --out it writes a CSV
-with machine, load and commit.
+The run is observed from outside, by the heartbeats of its ranks. With --out it writes a CSV with machine, load and
+commit.
 """
 
 from __future__ import annotations
@@ -57,7 +55,7 @@ ANCHORS = {
 
 
 class Run:
-    """`exlm pretrain` in processes of its own."""
+    """`exlm pretrain` in its own processes."""
 
     def __init__(self, scratch: Path, name: str, every: int) -> None:
         self.config = configuration(scratch, name, every)
@@ -76,11 +74,11 @@ class Run:
         return [sys.executable, "-m", "exlm_dist.cli", "pretrain", str(file)]
 
     def ranks(self) -> list[Rank]:
-        """Ranks that are alive, as their heartbeats say."""
+        """The ranks that are alive, from their heartbeats."""
         return [rank for folder in self._temporary.glob("exlm-watch-*") for rank in read_ranks(folder)]
 
     def wait(self, what: str, condition: Callable[[], bool]) -> float:
-        """Wait for `condition`; the moment."""
+        """Wait for `condition`; the monotonic time at which it was met."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
             if time.monotonic() > deadline or self.command.poll() is not None:
@@ -101,14 +99,14 @@ class Run:
         return self.wait("a step of all ranks", stepping)
 
     def strike(self, number: int) -> tuple[set[int], int]:
-        """Send the signal to the last rank; (pids of all, pid of that one)."""
+        """Send a signal to the last rank; (pids of all ranks, pid of that one)."""
         ranks = self.ranks()
         victim = max(ranks, key=lambda rank: rank.rank).pid
         os.kill(victim, number)
         return {rank.pid for rank in ranks}, victim
 
     def end(self) -> int:
-        """Ask for the end, and return its code."""
+        """Ask the run to end; its exit code."""
         self.command.send_signal(signal.SIGTERM)
         return self.command.wait(PATIENCE)
 
@@ -117,14 +115,14 @@ class Job(Run):
     """The same as a Slurm job on two nodes; sbatch, scontrol and scancel are those of the environment."""
 
     def start(self, file: Path) -> list[str]:
-        """The command that submits the job and stays until it has ended."""
+        """The command that submits the job and waits for its end."""
         where = ["--partition=cpu", "--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--time=30"]
         script = str(ROOT / "slurm" / "pretrain.sh")
         return ["sbatch", "--wait", *where, f"--output={file.with_suffix('.job')}", script, str(file)]
 
     @property
     def number(self) -> str:
-        """Of the job."""
+        """Id of the job."""
         return self.log.read_text().split()[-1]
 
     def end(self) -> int:
@@ -192,7 +190,7 @@ def requeues(job: Job, rounds: int) -> list[float]:
 
 
 def goodput(scratch: Path, minutes: float, every: float, checkpoint_every: int) -> list[dict[str, str]]:
-    """Kill a rank every `every` seconds for `minutes`; predicted and measured share of useful time."""
+    """Kill a rank every `every` seconds for `minutes`; predicted and measured fraction of useful time."""
     run = Run(scratch, "goodput", checkpoint_every)
     try:
         begun = run.wait_for_steps()
@@ -214,7 +212,7 @@ def goodput(scratch: Path, minutes: float, every: float, checkpoint_every: int) 
     stall, written = (statistics.mean(save[f"checkpoint/{name}seconds"] for save in saves) for name in ("stall_", ""))
     restart = statistics.mean(down)
     interval = checkpoint_every * step
-    # Lost at a failure: on average half an interval, and what was done while the last checkpoint was being written.
+    # A failure loses half an interval on average, and what was done while the last checkpoint was being written.
     up = every - restart
     predicted = (up * interval / (interval + stall) - (interval / 2 + written)) / every
     predicted = (len(down) * predicted + interval / (interval + stall)) / (len(down) + 1)  # the last stretch is not hit
@@ -236,12 +234,16 @@ def _last(events: list[dict], name: str) -> float:
 
 
 def stall_of_a_save() -> dict[str, str]:
-    """Stall of an asynchronous save over that of a synchronous one, from the newest results of checkpoint.py."""
+    """Stall of an asynchronous save relative to a synchronous one, from the newest results of checkpoint.py."""
     newest = max((ROOT / "benchmarks" / "results").glob("checkpoint_*.csv"))
     sides = {found["side"]: found for found in csv.DictReader(newest.open())}
-    share = 100 * float(sides["beside"]["over_pieces"])
+    percent = 100 * float(sides["beside"]["over_pieces"])
     return row(
-        "stall per save", share, "% of a synchronous save", "under 5", f"{sides['beside']['stall_s']} s; {newest.name}"
+        "stall per save",
+        percent,
+        "% of a synchronous save",
+        "under 5",
+        f"{sides['beside']['stall_s']} s; {newest.name}",
     )
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to two trained, resumed, evaluated and tracked models, on two CPU cores and without a GPU.
+# From scratch to two trained, resumed, evaluated and tracked models, on two CPU cores and without a GPU.
 #   launchers/quickstart.sh
 # Makes .venv, builds the embedded corpus of molecules, trains ExLM (k = 4) and the plain masked language model for the same
 # number of steps under the DeepSpeed launcher, kills one of them half-way and resumes it, evaluates, plots and compares.
@@ -46,7 +46,7 @@ else
     launchers/deepspeed.sh "$exlm_config" &
     launcher=$!
     kill_half_way "$launcher" || { echo "error: training ended before it could be killed half-way" >&2; wait "$launcher"; exit 1; }
-    step "rank 1 was killed with SIGKILL; the ranks are started again in place"
+    step "rank 1 was killed with SIGKILL; the ranks are restarted in place"
     wait "$launcher"
 fi
 

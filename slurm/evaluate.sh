@@ -1,5 +1,5 @@
 #!/bin/bash
-# Evaluate a checkpoint on one GPU of a Slurm cluster; what follows is given to `exlm evaluate`.
+# Evaluate a checkpoint on one GPU of a Slurm cluster; the arguments are those of `exlm evaluate`.
 #   sbatch slurm/evaluate.sh RUN [--mask-ratio R ...]
 # Edit these lines, or give their options to sbatch before the name of this file; everything else is derived.
 #SBATCH --account=my-account
@@ -18,19 +18,17 @@
 container=()
 
 set -uo pipefail
-cd "$SLURM_SUBMIT_DIR"
+cd "$SLURM_SUBMIT_DIR" || exit 2
 say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
 
-# Python: EXLM_PYTHON, else that of the environment EXLM_VENV (.venv of the folder in which sbatch was called).
+# Python: EXLM_PYTHON, else that of the environment EXLM_VENV (default: .venv in the folder where sbatch was called).
 python=${EXLM_VENV:-.venv}/bin/python
 [ ${#container[@]} = 0 ] && [ -x "$python" ] || python=python3
 exlm=("${EXLM_PYTHON:-$python}" -m exlm_dist.cli)
 
-# sbatch --array=1-8: each task adds its line of the file EXLM_SWEEP to the arguments (a sweep, a grid of evaluations).
-job=$SLURM_JOB_ID
+# sbatch --array=1-8: each task appends its line of the file EXLM_SWEEP to the arguments (a sweep, many evaluations).
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-    line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "${EXLM_SWEEP:?names the file of the arguments, a line per array task}")
+    line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "${EXLM_SWEEP:?must name the file of the arguments, a line per array task}")
     [ -n "$line" ] || { say "error: $EXLM_SWEEP has no line $SLURM_ARRAY_TASK_ID"; exit 2; }
     mapfile -t words < <(xargs -n 1 printf '%s\n' <<<"$line")
     set -- "$@" "${words[@]}"

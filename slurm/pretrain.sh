@@ -21,25 +21,26 @@
 container=()
 
 set -uo pipefail
-cd "$SLURM_SUBMIT_DIR"
+cd "$SLURM_SUBMIT_DIR" || exit 2
 say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
 
-# Python: EXLM_PYTHON, else that of the environment EXLM_VENV (.venv of the folder in which sbatch was called).
+# Python: EXLM_PYTHON, else that of the environment EXLM_VENV (default: .venv in the folder where sbatch was called).
 python=${EXLM_VENV:-.venv}/bin/python
 [ ${#container[@]} = 0 ] && [ -x "$python" ] || python=python3
 exlm=("${EXLM_PYTHON:-$python}" -m exlm_dist.cli)
 
-# sbatch --array=1-8: each task adds its line of the file EXLM_SWEEP to the arguments (a sweep, a grid of evaluations).
-job=$SLURM_JOB_ID
+# sbatch --array=1-8: each task appends its line of the file EXLM_SWEEP to the arguments (a sweep, many evaluations).
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-    line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "${EXLM_SWEEP:?names the file of the arguments, a line per array task}")
+    line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "${EXLM_SWEEP:?must name the file of the arguments, a line per array task}")
     [ -n "$line" ] || { say "error: $EXLM_SWEEP has no line $SLURM_ARRAY_TASK_ID"; exit 2; }
     mapfile -t words < <(xargs -n 1 printf '%s\n' <<<"$line")
     set -- "$@" "${words[@]}"
 fi
 
-# Ranks: one per GPU, or --ntasks-per-node of them where that is given. Slurm gives each its number; they need no ssh.
+job=$SLURM_JOB_ID # as scontrol names it: a task of an array is 12_1
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+
+# Ranks: one per GPU, or --ntasks-per-node of them if that is given. Slurm numbers them; they need no ssh.
 gpus=${SLURM_GPUS_PER_NODE:-0}
 per_node=${SLURM_NTASKS_PER_NODE:-${gpus##*:}}
 [ "$per_node" -gt 0 ] || per_node=1
@@ -50,13 +51,14 @@ export LOCAL_WORLD_SIZE=$per_node WORLD_SIZE=$((SLURM_JOB_NUM_NODES * per_node))
 # The address that Slurm itself uses: names of nodes need not resolve everywhere.
 MASTER_ADDR=$(scontrol -o show node "$first" | grep -o ' NodeAddr=[^ ]*' | cut -d= -f2)
 export MASTER_ADDR
-# The port differs between jobs, restarts and steps: a listener of the last attempt may still be there.
+# The port differs between jobs, restarts and steps: a listener of the last attempt may still be alive.
+# shellcheck disable=SC2016 # expanded by each rank
 rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID EXLM_ERROR_FILE=$EXLM_ERRORS/rank-$SLURM_PROCID
 export EXLM_CHOSEN_PORT=1
 export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 101 + ${SLURM_RESTART_COUNT:-0} * 31 + SLURM_STEP_ID * 7) % 12000))
 exec "$@"'
 
-# Refuses wrong settings before a thousand ranks find them, and names the folder of the run.
+# Rejects wrong settings before a thousand ranks meet them, and prints the run folder and launch.restarts.
 config=${1:?the first argument is the configuration}
 overrides=("${@:2}")
 one_task() { srun --mpi=none --nodes=1 --ntasks=1 "${container[@]}" "${exlm[@]}" "$@"; }
@@ -69,22 +71,22 @@ export EXLM_ERRORS
 say "job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)): $WORLD_SIZE ranks on $SLURM_JOB_NODELIST; logs in $logs"
 
 # Slurm warns this shell: USR1 before the time limit (--signal=B:USR1@...), TERM when it ends the job itself (scancel,
-# preemption, requeue). Both are passed on as USR1, on which the ranks save and end with 75. `srun` runs in the
+# preemption, requeue). Both are forwarded as USR1, on which the ranks save and end with 75. `srun` runs in the
 # background because bash runs a trap only between commands, or while it waits.
-told="" woken="" srun_pid=""
-pass_on() {
+warned="" woken="" srun_pid=""
+forward() {
     woken=1
     [ -z "$srun_pid" ] || kill -USR1 "$srun_pid" 2>/dev/null
 }
-trap 'say "USR1: saving before the time limit"; told=${told:-"the time limit is near"}; pass_on' USR1
-trap 'say "TERM: saving before Slurm ends the job"; told=end; pass_on' TERM
+trap 'say "USR1: saving before the time limit"; warned=${warned:-"the time limit is near"}; forward' USR1
+trap 'say "TERM: saving before Slurm ends the job"; warned=end; forward' TERM
 
-run_ranks() { # sets `code`: the largest exit code of the ranks, 128 and more for one that a signal killed; or what
-    # a rank left that cannot do its work, whatever became of those that waited for it
+run_ranks() { # sets `code`: the largest exit code of the ranks, 128 and more for one killed by a signal; or, whatever
+    # became of those that waited for it, the code that a rank wrote down because it cannot work at all
     say "starting the ranks at step $before"
     rm -f "$EXLM_ERRORS"/rank-*
-    # block: neighbouring ranks, those of a tensor-parallel group, share a node.
-    # --wait: ranks that do not notice that another one has ended have so many seconds to do so, then they are killed.
+    # block: consecutive ranks, those of a tensor-parallel group, are on one node.
+    # --wait: ranks that have not noticed after so many seconds that another one has ended are killed.
     srun --mpi=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$WORLD_SIZE" --ntasks-per-node="$per_node" \
         --distribution=block --cpus-per-task="$cpus" --kill-on-bad-exit=0 --wait="${EXLM_GRACE:-60}" \
         --open-mode=append --output="$logs/node-%n-%N.log" \
@@ -102,7 +104,7 @@ run_ranks() { # sets `code`: the largest exit code of the ranks, 128 and more fo
     code=${left:-$code}
 }
 
-newest() { # step of the newest whole checkpoint, 0 where there is none
+newest() { # step of the newest complete checkpoint; 0 if there is none
     local folder step=0
     for folder in "$run"/checkpoints/step-*; do
         [ ! -e "$folder/COMPLETE" ] || step=${folder##*-}
@@ -110,11 +112,11 @@ newest() { # step of the newest whole checkpoint, 0 where there is none
     echo $((10#$step))
 }
 
-messages() { # what the ranks had to say, each thing once
+messages() { # what the ranks reported, each message once
     awk 'NF && !seen[$0]++' "$EXLM_ERRORS"/rank-*[0-9] 2>/dev/null | head -n 20
 }
 
-may_go_on() { # counts attempts in a row without a newer checkpoint, over all starts of this job
+may_restart() { # counts attempts in a row without a newer checkpoint, over all starts of this job
     local step=0 count=0
     [ ! -e "$logs/stalled" ] || read -r step count <"$logs/stalled"
     [ "$(newest)" = "$step" ] || count=0
@@ -125,30 +127,30 @@ may_go_on() { # counts attempts in a row without a newer checkpoint, over all st
 }
 
 requeue() {
-    [ "$told" != end ] || exit 75
+    [ "$warned" != end ] || exit 75
     say "$1: back into the queue"
     scontrol requeue "$job" || say "error: the job could not be requeued. The same sbatch command continues the run."
     exit 75
 }
 
 while :; do
-    [ -z "$told" ] || requeue "$told"
+    [ -z "$warned" ] || requeue "$warned"
     before=$(newest)
     run_ranks
     [ "$code" != 0 ] || { say "done"; exit 0; }
-    [ "$told" != end ] || { say "Slurm ends the job; if it is requeued, it goes on after step $(newest)"; exit 75; }
+    [ "$warned" != end ] || { say "Slurm ends the job; if it is requeued, it continues after step $(newest)"; exit 75; }
     say "the ranks ended with code $code; newest checkpoint: step $(newest)"
     messages
-    queue=$told # why the job needs the queue; empty where the ranks can be started again here
-    [ "$code" != 75 ] || queue=${told:-saved}
-    # Without a word from a rank it was srun that failed (a rank that cannot even import says so): a node is probably
-    # lost, and the queue finds another.
-    if [ "$code" = 1 ] && [ -z "$(messages)" ]; then code=76 queue=${told:-"srun failed"}; fi
+    queue=$warned # why the job must be requeued; empty if the ranks can be restarted here
+    [ "$code" != 75 ] || queue=${warned:-saved}
+    # Without a message from any rank it was srun that failed (a rank that cannot even import leaves one): a node is
+    # probably lost, and the queue finds another.
+    if [ "$code" = 1 ] && [ -z "$(messages)" ]; then code=76 queue=${warned:-"srun failed"}; fi
     if [ "$code" != 75 ] && [ "$code" != 76 ] && [ "$code" -le 128 ]; then
-        say "stopped: starting again would meet the same end"
+        say "stopped: a restart would end in the same way"
         exit "$code"
     fi
-    # A save that moved the newest checkpoint is no restart that could go on for ever.
-    if [ "$code" != 75 ] || [ "$(newest)" = "$before" ]; then may_go_on || exit 78; fi
+    # An attempt that saved a newer checkpoint does not count: it cannot repeat for ever.
+    if [ "$code" != 75 ] || [ "$(newest)" = "$before" ]; then may_restart || exit 78; fi
     [ -z "$queue" ] || requeue "$queue"
 done

@@ -21,7 +21,7 @@ def free_port() -> int:
 
 @contextmanager
 def mlflow_server(folder, port):
-    """`mlflow server` over SQLite in its own process group; killed whole at the end."""
+    """`mlflow server` on SQLite, in its own process group, which is killed at the end."""
     command = [
         sys.executable,
         "-m",

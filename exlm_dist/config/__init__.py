@@ -1,4 +1,4 @@
-"""Every setting of a run: typed schema, YAML with overrides, cross-checks, generated reference. No torch here."""
+"""Every setting of a run: typed schema, YAML with overrides, cross-checks, generated reference. No torch."""
 
 from exlm_dist.config.check import check_config, check_division, check_length, check_world, largest_num_masks
 from exlm_dist.config.layouts import check_vocabulary, data_degree

@@ -1,4 +1,4 @@
-"""Rules between settings. Each refusal names both numbers and what would fit."""
+"""Rules between settings. Each error names both values and what would fit."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from exlm_dist.utils.errors import ConfigError
 
 
 def check_config(config: RunConfig) -> None:
-    """Raise ConfigError listing every rule the configuration breaks."""
+    """Raise ConfigError with every rule that the configuration breaks."""
     problems = [*_model(config.model), *_training(config), *layout_problems(config)]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
 def check_world(config: RunConfig, world: int) -> None:
-    """Raise ConfigError where the layout does not fit `world` ranks, or its copies cannot share the global batch."""
+    """Raise ConfigError if the layout does not fit `world` ranks, or its replicas do not divide the global batch."""
     check_division(config.batch.sequences, config.batch.micro, data_degree(config.parallel, world))
 
 
 def check_division(sequences: int, micro: int, world: int) -> None:
-    """Raise ConfigError naming both numbers and the nearest that fit, unless world x micro divides the global batch;
+    """Raise ConfigError unless world x micro divides the global batch, naming all three and the nearest values that do.
     `world`: data-parallel ranks."""
     group = world * micro
     if sequences % group == 0:
@@ -32,8 +32,7 @@ def check_division(sequences: int, micro: int, world: int) -> None:
     fits = f"; or batch.micro {min(micros, key=lambda size: abs(size - micro))}" if micros else ""
     raise ConfigError(
         f"batch.sequences {sequences} is not a multiple of {world} data-parallel ranks x batch.micro {micro} = "
-        f"{group}. "
-        f"Nearest that fit: batch.sequences {nearest}{fits}."
+        f"{group}. Nearest that fit: batch.sequences {nearest}{fits}."
     )
 
 
@@ -43,7 +42,7 @@ def largest_num_masks(length: int, ratio: float) -> int:
 
 
 def check_length(length: int, *, ratio: float, states: int, anchors: bool, max_positions: int) -> None:
-    """Raise ConfigError where a sequence of `length` tokens (BOS and EOS counted) could expand past `max_positions`."""
+    """Raise ConfigError if a sequence of `length` tokens (BOS and EOS counted) could expand past `max_positions`."""
     expanded = largest_num_masks(max(length - 2, 1), ratio) + (2 if anchors else 0)
     longest = length + (states - 1) * expanded
     if longest > max_positions:
@@ -68,7 +67,7 @@ def _model(model: ModelConfig) -> list[str]:
     elif model.width // model.heads % 4:
         problems.append(
             f"model.width {model.width} / model.heads {model.heads} = head width {model.width // model.heads}, "
-            "which must be divisible by 4 (2-D rotary turns two halves in pairs). "
+            "which must be divisible by 4 (2-D rotary: pairs of elements in each half). "
             f"Nearest: model.width {_nearest(model.width, 4 * model.heads)}."
         )
     if model.objective == "mlm" and (model.states != 1 or model.anchors):

@@ -1,4 +1,4 @@
-"""Which layouts over ranks can work. Each refusal names both numbers and the nearest that fit. No torch here."""
+"""Which layouts over ranks are valid. Each error names both values and the nearest that fit. No torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from exlm_dist.utils.errors import ConfigError
 
 
 def layout_problems(config: RunConfig) -> list[str]:
-    """What keeps the layout of `config` from working on any number of ranks."""
+    """Why the layout of `config` is invalid on any number of ranks; empty if it is not."""
     parallel, model = config.parallel, config.model
     return [
-        *_not_split(parallel.tensor, "model.heads", model.heads),
-        *_not_split(parallel.tensor, "model.ffn", model.ffn),
+        *_not_divisible(parallel.tensor, "model.heads", model.heads),
+        *_not_divisible(parallel.tensor, "model.ffn", model.ffn),
         *_too_many_stages(parallel.pipeline, model.layers),
         *_zero_under_a_pipeline(parallel),
         *_sequence_without_tensor(parallel),
@@ -21,7 +21,7 @@ def layout_problems(config: RunConfig) -> list[str]:
 
 
 def data_degree(parallel: ParallelConfig, world: int) -> int:
-    """Copies of the model on `world` ranks; ConfigError where tensor x pipeline (x data) does not fit them."""
+    """Number of replicas of the model on `world` ranks; ConfigError if tensor x pipeline (x data) does not fit them."""
     unit = parallel.tensor * parallel.pipeline
     product = f"parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline}"
     if parallel.data == "auto":
@@ -41,7 +41,7 @@ def data_degree(parallel: ParallelConfig, world: int) -> int:
 
 
 def check_vocabulary(vocab_size: int, tensor: int) -> None:
-    """ConfigError where a tensor rank would hold no entry of the vocabulary (its rows are padded to equal parts)."""
+    """ConfigError if a tensor-parallel rank would get no row of the vocabulary (it is padded and split evenly)."""
     if tensor > 1 and -(-vocab_size // tensor) * (tensor - 1) >= vocab_size:
         fits = max(t for t in range(1, tensor) if -(-vocab_size // t) * (t - 1) < vocab_size)
         raise ConfigError(
@@ -50,7 +50,7 @@ def check_vocabulary(vocab_size: int, tensor: int) -> None:
         )
 
 
-def _not_split(tensor: int, name: str, value: int) -> list[str]:
+def _not_divisible(tensor: int, name: str, value: int) -> list[str]:
     if value % tensor == 0:
         return []
     degrees = _around(tensor, [degree for degree in range(1, value + 1) if value % degree == 0])
@@ -87,7 +87,7 @@ def _sequence_without_tensor(parallel: ParallelConfig) -> list[str]:
     if not parallel.sequence or parallel.tensor > 1:
         return []
     return [
-        "parallel.sequence true splits tokens within a tensor group, but parallel.tensor is 1. "
+        "parallel.sequence true splits tokens within a tensor-parallel group, but parallel.tensor is 1. "
         "Set parallel.tensor 2 or more, or parallel.sequence false."
     ]
 

@@ -1,6 +1,6 @@
 """YAML file and dotted overrides -> RunConfig. Every error names the file, the line, the key and the remedy.
 
-A file may say `base: other.yaml` (relative to itself): its keys are laid over those of the base.
+A file may name a base, `base: other.yaml` (relative to itself); its own keys override those of the base.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Origins = dict[str, str]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read the run configuration at `path`, lay `--section.key value` overrides on top, validate and cross-check.
+    """Read the run configuration at `path`, apply `--section.key value` overrides, validate and cross-check.
 
     Raises:
-        ConfigError: file missing or not YAML; unknown key, wrong type or range (all of them, with file and line);
+        ConfigError: missing file or invalid YAML; unknown keys, wrong types or ranges (all, with file and line);
             settings that contradict each other.
     """
     tree, origins = read_yaml(Path(path))
@@ -40,7 +40,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def validate(tree: dict[str, Any], origins: Origins, source: str) -> RunConfig:
-    """Typed configuration from a nested dictionary; raises ConfigError with one line for each wrong key."""
+    """Typed configuration from a nested dictionary; ConfigError with a line for each wrong key."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -54,12 +54,12 @@ def dump_config(config: RunConfig) -> str:
 
 
 def flatten(config: BaseModel) -> dict[str, Any]:
-    """`{"model.layers": 12, ...}` of every setting."""
+    """Every setting by its dotted key: `{"model.layers": 12, ...}`."""
     return dict(_leaves(config.model_dump(mode="json"), ""))
 
 
 def config_difference(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
-    """Settings that differ and decide what is computed (not those in RESUMABLE): (key, old value, new value)."""
+    """(key, old value, new value) of the settings that differ and decide what is computed (not those in RESUMABLE)."""
     before, after = flatten(old), flatten(new)
     fixed = [key for key in after if not any(key == free or key.startswith(free + ".") for free in RESUMABLE)]
     return [(key, before.get(key), after[key]) for key in fixed if before.get(key) != after[key]]
@@ -83,7 +83,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], Origins]:
-    """Nested dictionary of the file (bases merged in) and the line on which each dotted key stands."""
+    """Nested dictionary of the file, merged with its bases, and where each dotted key was set."""
     return _read(path, ())
 
 
@@ -98,7 +98,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if node is None:
         raise ConfigError(
-            f"{path}: the file is empty; `exlm config show configs/pretrain/demo_smiles_exlm.yaml` prints a whole one"
+            f"{path}: the file is empty; `exlm config show configs/pretrain/demo_smiles_exlm.yaml` prints a full one"
         )
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}: expected `key: value` lines at the top level")
@@ -107,8 +107,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
     base = tree.pop("base", None)
     if base is None:
         return tree, origins
-    lower, lower_origins = _read(path.parent / str(base), (*seen, path.resolve()))
-    return _merge(lower, tree), {**lower_origins, **origins}
+    below, origins_below = _read(path.parent / str(base), (*seen, path.resolve()))
+    return _merge(below, tree), {**origins_below, **origins}
 
 
 def _mapping(node: yaml.MappingNode, path: Path, prefix: str, origins: Origins) -> dict[str, Any]:
@@ -126,9 +126,9 @@ def _mapping(node: yaml.MappingNode, path: Path, prefix: str, origins: Origins) 
     return values
 
 
-def _merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(lower)
-    for key, value in upper.items():
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
@@ -162,7 +162,7 @@ def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """Dotted names of all settings and sections."""
+    """Dotted keys of all settings and sections."""
     names: list[str] = []
     for name, field in model.model_fields.items():
         names.append(prefix + name)
@@ -172,7 +172,7 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str
 
 
 def suggestion(key: str) -> str:
-    """` Did you mean ...?` for a mistyped dotted key, or nothing where no setting is near."""
+    """` Did you mean ...?` for a mistyped dotted key; empty if no key is similar."""
     names = known_keys()
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
     if not near:

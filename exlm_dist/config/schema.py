@@ -1,6 +1,6 @@
 """Every setting of a run, once: types, ranges, defaults and the sentence that documents it.
 
-`docs/configuration.md` is generated from this file. Nothing here imports torch, so that a login node can read it.
+`docs/configuration.md` is generated from this file. No torch, so that a login node can read it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
-    """A group of settings: unknown keys are refused, values never change after loading."""
+    """A group of settings: unknown keys are errors, values never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -47,18 +47,18 @@ class DataConfig(Section):
         1e-4,
         ge=0,
         le=1,
-        description="Share of damaged records (checksum mismatch) above which the run stops; below it each is replaced by a fixed other record and reported.",
+        description="Fraction of damaged records (checksum mismatch) above which the run stops; below it each is reported and replaced by another, always the same one.",
     )
 
 
 class MaskingConfig(Section):
-    """Which tokens are hidden. A pure function of (seed, epoch, sample id)."""
+    """Which tokens are masked. A pure function of (seed, epoch, sample id)."""
 
     ratio: float = Field(
         0.15,
         gt=0,
         lt=1,
-        description="Share of the ordinary tokens of a sequence that is masked in training; at least one.",
+        description="Fraction of the ordinary tokens of a sequence that are masked in training; at least one token.",
     )
     eval_ratio: float = Field(
         0.15,
@@ -66,9 +66,11 @@ class MaskingConfig(Section):
         lt=1,
         description="The same for evaluation, so that runs with other training ratios stay comparable.",
     )
-    keep: float = Field(0.0, ge=0, le=1, description="Share of the masked positions that keep their token (BERT: 0.1).")
+    keep: float = Field(
+        0.0, ge=0, le=1, description="Fraction of the masked positions that keep their token (BERT: 0.1)."
+    )
     random: float = Field(
-        0.0, ge=0, le=1, description="Share of the masked positions that get a random ordinary token (BERT: 0.1)."
+        0.0, ge=0, le=1, description="Fraction of the masked positions that get a random ordinary token (BERT: 0.1)."
     )
 
 
@@ -94,11 +96,11 @@ class ModelConfig(Section):
     )
     transition_positions: bool = Field(
         True,
-        description="Give the transition head a learned embedding of the place in the expanded sequence beside the features.",
+        description="Give the transition head a learned embedding of the position in the expanded sequence beside the features.",
     )
     rotary: Literal["2d", "1d"] = Field(
         "2d",
-        description="2d: half the head width turns with the position, half with the clone index; 1d: all of it turns with the place in the expanded sequence (ablation).",
+        description="2d: half the head width is rotated by the position, half by the clone index; 1d: all of it by the position in the expanded sequence (ablation).",
     )
     anchors: bool = Field(
         True,
@@ -125,7 +127,7 @@ class BatchConfig(Section):
     micro: int = Field(
         32,
         ge=1,
-        description="Sequences per micro-batch; ranks x micro must divide the global batch, the rest is accumulated.",
+        description="Sequences per micro-batch; data-parallel ranks x micro must divide the global batch, the quotient is the number of accumulated micro-batches.",
     )
 
 
@@ -140,7 +142,7 @@ class LossConfig(Section):
         0.01,
         ge=0,
         le=1,
-        description="Share of sequences without a finite likelihood in a step above which the run stops; below it they are counted, named and left out.",
+        description="Fraction of sequences without a finite likelihood in a step above which the run stops; below it they are counted, reported and left out.",
     )
 
 
@@ -162,14 +164,16 @@ class ScheduleConfig(Section):
     warmup: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
     kind: Literal["linear", "cosine", "inverse_sqrt", "wsd", "constant"] = Field(
         "linear",
-        description="Shape after the warm-up; wsd: constant, then a decay to `final` over the last `decay` share of the run.",
+        description="Shape after the warm-up; wsd: constant, then a decay to `final` over the last fraction `decay` of the run.",
     )
-    final: float = Field(0.0, ge=0, le=1, description="Rate at the end as a share of the peak (linear, cosine, wsd).")
-    decay: float = Field(0.1, gt=0, le=1, description="Share of the run that wsd spends decaying.")
+    final: float = Field(
+        0.0, ge=0, le=1, description="Rate at the end as a fraction of the peak (linear, cosine, wsd)."
+    )
+    decay: float = Field(0.1, gt=0, le=1, description="Fraction of the run that wsd spends decaying.")
 
 
 class PrecisionConfig(Section):
-    """Working precision. Softmax, log-sum-exp, rotary angles and the dynamic programme are fp32 always."""
+    """Working precision. Softmax, log-sum-exp, rotary angles and the dynamic programme are always fp32."""
 
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 on a GPU that has it, fp32 on a CPU."
@@ -180,16 +184,18 @@ class ParallelConfig(Section):
     """Layout over ranks: tensor x pipeline x data ranks in all (docs/parallelism.md)."""
 
     tensor: int = Field(
-        1, ge=1, description="Ranks that share each layer: attention heads, feed-forward and vocabulary are split."
+        1, ge=1, description="Ranks over which each layer is split: attention heads, feed-forward and vocabulary."
     )
-    pipeline: int = Field(1, ge=1, description="Stages that the layers are cut into, one rank (or tensor group) each.")
+    pipeline: int = Field(
+        1, ge=1, description="Stages into which the layers are cut, one rank (or tensor-parallel group) each."
+    )
     data: AutoCount = Field(
         "auto",
-        description="Copies of the model that share the global batch; auto: ranks / (tensor x pipeline).",
+        description="Replicas of the model, over which the global batch is split; auto: ranks / (tensor x pipeline).",
     )
     sequence: bool = Field(
         False,
-        description="Split norms, dropout and residuals along the tokens within a tensor group (needs tensor > 1).",
+        description="Split norms, dropout and residuals along the tokens within a tensor-parallel group (needs tensor > 1).",
     )
     zero: Literal[0, 1, 2, 3] = Field(
         1, description="DeepSpeed ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters."
@@ -209,26 +215,28 @@ class KernelConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When a run is saved and what is kept."""
+    """When a run is saved, and which checkpoints are kept."""
 
     every: int = Field(1000, ge=1, description="Steps between checkpoints; the last step is always saved.")
     keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
     best: bool = Field(True, description="Keep the one with the lowest evaluation nll as well.")
     asynchronous: bool = Field(
         True,
-        description="Write in a process beside each rank while training goes on, instead of waiting; either way from a copy in host memory, 12 bytes for each parameter that the rank owns.",
+        description="Write in a process beside each rank while training continues, instead of waiting; either way from a copy in host memory, 12 bytes for each parameter that the rank owns.",
     )
-    timeout: int = Field(900, ge=1, description="Seconds after which a save that is not written yet has failed.")
+    timeout: int = Field(
+        900, ge=1, description="Seconds after which a save that is still being written counts as failed."
+    )
 
 
 class EvaluationConfig(Section):
-    """Evaluation on the held-out split while training."""
+    """Evaluation on the held-out split during training."""
 
     every: int = Field(1000, ge=0, description="Steps between evaluations; 0: only after the last step.")
     sequences: int = Field(
         1024,
         ge=1,
-        description="Held-out sequences used (the first ones; fewer where the split is smaller).",
+        description="Held-out sequences used (the first ones; fewer if the split is smaller).",
     )
 
 
@@ -242,57 +250,57 @@ class TrackingConfig(Section):
     )
     experiment: str = Field("exlm", description="MLflow experiment.")
     every: int = Field(10, ge=1, description="Steps between logged points.")
-    system: bool = Field(True, description="Log CPU, memory and GPU load of the machine.")
+    system: bool = Field(True, description="Log CPU, memory and GPU load of the node of rank 0.")
     samples: bool = Field(
         False,
-        description="Every data-parallel rank writes the ids of the samples of each step to `samples/` in the run folder, as proof of what was seen.",
+        description="Every data-parallel rank writes the ids of the samples of each step to `samples/` in the run folder, as proof of what was trained on.",
     )
 
 
 class LaunchConfig(Section):
-    """How processes are started and how long they may wait. Never part of what a run is."""
+    """How processes are started and how long they may wait. Never part of what a run computes."""
 
     processes: AutoCount = Field(
         "auto",
-        description="Local processes that `exlm pretrain` starts when no launcher has set RANK; auto, or fewer than that: parallel.tensor x parallel.pipeline x parallel.data (1 where that is auto).",
+        description="Local processes that `exlm pretrain` starts if no launcher has set RANK; auto, or fewer than that: parallel.tensor x parallel.pipeline x parallel.data (1 if that is auto).",
     )
     timeout: int = Field(600, ge=5, description="Seconds after which a collective that waits for another rank fails.")
     threads: int = Field(0, ge=0, description="CPU threads per process; 0: cores / local processes.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if there is a GPU.")
     restarts: int = Field(
         3,
         ge=0,
         le=100,
-        description="Times in a row that lost ranks are started again in place without a newer checkpoint in between; then exit code 78. 0: never.",
+        description="Restarts in place after a lost rank, in a row without a newer checkpoint; then exit code 78. 0: never.",
     )
     time_limit: float = Field(
         0.0,
         ge=0,
-        description="Minutes after its start at which the job will be ended from outside; 0: what Slurm says, else no limit.",
+        description="Minutes after its start at which the job will be ended from outside; 0: as Slurm says, else no limit.",
     )
     margin: float = Field(
         30.0,
         ge=0,
-        description="Seconds before the end of the job by which the last checkpoint must be written; the time for a step and a save comes on top.",
+        description="Seconds before the end of the job by which the last checkpoint must be written; the time for a step and a save is added.",
     )
 
 
 class WatchdogConfig(Section):
-    """How long a rank may stand still before the job is ended (exit code 76). Seconds; 0: no limit. Keep them below
-    `launch.timeout`, so that the rank that hangs is named before the others give up waiting for it."""
+    """How long a rank may make no progress before the job is ended (exit code 76). Seconds; 0: no limit. Keep them below
+    `launch.timeout`, so that the rank that hangs is reported before the others give up waiting for it."""
 
     start: int = Field(540, ge=0, description="From the start of the process to the end of the first step.")
-    step: int = Field(300, ge=0, description="For one micro-batch, or the exchange at the end of a step.")
+    step: int = Field(300, ge=0, description="For one micro-batch, or the reduction and update at the end of a step.")
     save: int = Field(540, ge=0, description="For one checkpoint.")
     evaluation: int = Field(540, ge=0, description="For one batch of an evaluation.")
     end: int = Field(300, ge=0, description="For the end of the run, after the last checkpoint.")
 
 
 class RunConfig(Section):
-    """One run: everything that decides what it computes and where it leaves it."""
+    """One run: everything that decides what it computes and where it is stored."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
-    runs: str = Field("runs", description="Folder that holds the run folders.")
+    runs: str = Field("runs", description="Folder of the run folders.")
     seed: int = Field(0, ge=0, lt=2**63, description="Decides initial weights, sample order, masks and dropout.")
     budget: str = Field(
         "", description="Label of the compute budget that every printed result carries (say `dinky-23k`)."
@@ -315,9 +323,9 @@ class RunConfig(Section):
 
     @property
     def local_processes(self) -> int:
-        """Processes that a launcher starts on this machine when nobody says how many."""
-        copies = 1 if self.parallel.data == "auto" else self.parallel.data
-        needed = self.parallel.tensor * self.parallel.pipeline * copies
+        """Processes that a launcher starts on this machine by default."""
+        replicas = 1 if self.parallel.data == "auto" else self.parallel.data
+        needed = self.parallel.tensor * self.parallel.pipeline * replicas
         return needed if self.launch.processes == "auto" else max(needed, self.launch.processes)
 
 

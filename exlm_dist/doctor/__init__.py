@@ -1,1 +1,1 @@
-"""`exlm doctor`: what would waste GPU hours, found before they are spent."""
+"""`exlm doctor`: finds what would waste GPU hours before they are spent. No torch, but in `probe`."""

@@ -1,5 +1,4 @@
-"""The command `exlm doctor`: brings together what the rooms know and the checks of `exlm_dist.doctor.findings*`. No
-torch."""
+"""The body of `exlm doctor`: which checks are made for a run, or for this machine alone, and their table. No torch."""
 
 from __future__ import annotations
 
@@ -8,31 +7,29 @@ from pathlib import Path
 
 from exlm_dist.config import RunConfig, load_config
 from exlm_dist.config.schema import LaunchConfig
-from exlm_dist.doctor import machine_checks as doctor_checks
+from exlm_dist.doctor import machine_checks
 from exlm_dist.doctor.findings import Finding, examine, failed, table
 from exlm_dist.doctor.rank_checks import check_ranks
 from exlm_dist.model.cost import count_parameters
-from exlm_dist.planning.report import prepared_sizes
+from exlm_dist.planning.report import ASSUMED_VOCABULARY, prepared_sizes
 from exlm_dist.tracking.uri import redact, tracking_uri
 
-#: Where the data are not there yet.
-VOCABULARY = 32000
 Checks = list[tuple[str, Callable[[], Finding | list[Finding]]]]
 
 
 def doctor(path: str | None, overrides: Sequence[str], *, nodes: bool) -> int:
-    """Print the table of findings for the run of a configuration, or for the machine alone; 1 where a check fails.
+    """Print the findings for the run of a configuration, or for this machine alone; 1 if a check fails, else 0.
 
-    `nodes`: ranks on all nodes of this Slurm job instead of those that `exlm pretrain` starts here.
+    `nodes`: check ranks on all nodes of this Slurm job, not those that `exlm pretrain` would start here.
     """
-    checks: Checks = [("packages", doctor_checks.check_packages), ("limits", doctor_checks.check_limits)]
+    checks: Checks = [("packages", machine_checks.check_packages), ("limits", machine_checks.check_limits)]
     launch, runs, processes = LaunchConfig(), Path("."), 2
     if path is not None:
         config = load_config(path, overrides)
         launch, runs, processes = config.launch, Path(config.runs), config.local_processes
         checks += _checks_of_run(config)
     checks += [
-        ("port", doctor_checks.check_port),
+        ("port", machine_checks.check_port),
         ("ranks", lambda: check_ranks(launch, runs, processes=None if nodes else processes)),
     ]
     findings = examine(checks)
@@ -41,17 +38,17 @@ def doctor(path: str | None, overrides: Sequence[str], *, nodes: bool) -> int:
 
 
 def _checks_of_run(config: RunConfig) -> Checks:
-    vocab_size = prepared_sizes(Path(config.data.path))[1] or VOCABULARY
+    vocab_size = prepared_sizes(Path(config.data.path))[1] or ASSUMED_VOCABULARY
     parameters = sum(count_parameters(config.model, vocab_size).values())
 
     def tracking() -> Finding:
         uri = tracking_uri(config.tracking.uri, Path(config.runs))
-        return doctor_checks.check_tracking(config, uri, redact(uri))
+        return machine_checks.check_tracking(config, uri, redact(uri))
 
     return [
-        ("shards", lambda: doctor_checks.check_shards(config)),
-        ("free space", lambda: doctor_checks.check_space(config, parameters)),
-        ("disk", lambda: doctor_checks.check_disk(config, parameters)),
+        ("shards", lambda: machine_checks.check_shards(config)),
+        ("free space", lambda: machine_checks.check_space(config, parameters)),
+        ("disk", lambda: machine_checks.check_disk(config, parameters)),
         ("tracking", tracking),
-        ("time limit", lambda: doctor_checks.check_time_limit(config)),
+        ("time limit", lambda: machine_checks.check_time_limit(config)),
     ]

@@ -1,5 +1,4 @@
-"""`exlm doctor`: what would waste GPU hours, found before they are spent. Never imports torch (the ranks it
-starts do)."""
+"""What a check of `exlm doctor` reports, and the table of all reports. No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ PASS, WARN, FAIL = "pass", "warn", "FAIL"
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found. `remedy`: what to do about it, empty where nothing is to be done."""
+    """Result of one check. `remedy`: what to do about it; empty if nothing."""
 
     check: str
     status: str
@@ -22,34 +21,34 @@ class Finding:
 
 
 def good(check: str, text: str) -> Finding:
-    """All is well."""
+    """Nothing to do."""
     return Finding(check, PASS, text)
 
 
 def doubtful(check: str, text: str, remedy: str) -> Finding:
-    """It will run, but perhaps not as hoped."""
+    """The run will work, but perhaps not as hoped."""
     return Finding(check, WARN, text, remedy)
 
 
 def bad(check: str, text: str, remedy: str) -> Finding:
-    """It will not run, or not to its end."""
+    """The run will fail, or not reach its end."""
     return Finding(check, FAIL, text, remedy)
 
 
 def examine(checks: Iterable[tuple[str, Callable[[], Finding | list[Finding]]]]) -> list[Finding]:
-    """The findings of (name, check) in order; a check that cannot do its work is a failed one."""
+    """The findings of each (name, check), in order; a check that raises UserError or OSError counts as failed."""
     findings: list[Finding] = []
     for name, check in checks:
         try:
             found = check()
         except (UserError, OSError) as error:
-            found = bad(name, str(error), "The message says it.")
+            found = bad(name, str(error), "The message says what to change.")
         findings += found if isinstance(found, list) else [found]
     return findings
 
 
 def table(findings: list[Finding]) -> str:
-    """Aligned lines `check  status  text`, the remedy below where there is one, and a last line that sums up."""
+    """Aligned lines `check  status  text`, each followed by its remedy if it has one, and a line of totals."""
     width = max(len(finding.check) for finding in findings)
     lines = []
     for finding in findings:

@@ -1,4 +1,4 @@
-"""The checks of `exlm doctor` that need this machine alone: each looks at one thing and says what to do about it."""
+"""Checks of `exlm doctor` that need this machine alone: each inspects one thing and says what to do about it."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from exlm_dist.launch.deadline import end_of_job
 from exlm_dist.utils.files import sha256_file
 
 PYTHONS = ((3, 10), (3, 13))
-#: Shards of each split whose hash is compared.
+#: Shards of each split whose hashes are compared.
 SAMPLED = 2
-#: Bytes written to find the speed of the disk, and bytes per second below which a save is a burden.
+#: Bytes written to measure the disk, and bytes per second below which saves slow a run down.
 PROBE_BYTES = 32 << 20
 SLOW_DISK = 50e6
-#: Seconds that a tracking server gets to answer.
+#: Seconds within which a tracking server must answer.
 PATIENCE = 5.0
 _REQUIREMENT = re.compile(r"^([A-Za-z0-9_.-]+)\s*>=\s*([0-9.]+)$")
 
 
 def check_packages() -> list[Finding]:
-    """Python, and every package that this one needs, against the versions it was written for."""
-    here = platform.python_version_tuple()
-    known = PYTHONS[0] <= (int(here[0]), int(here[1])) <= PYTHONS[1]
-    span = " to ".join(f"{major}.{minor}" for major, minor in PYTHONS)
+    """Versions of Python and of every required package, against those that are supported."""
+    major, minor, _ = platform.python_version_tuple()
+    known = PYTHONS[0] <= (int(major), int(minor)) <= PYTHONS[1]
+    span = " to ".join(".".join(map(str, version)) for version in PYTHONS)
     text = f"Python {platform.python_version()}"
     findings = [good("python", text) if known else doubtful("python", text, f"Tested with Python {span}.")]
     found, problems = [], []
@@ -64,14 +64,14 @@ def _numbers(version: str) -> list[int]:
 
 
 def check_limits() -> Finding:
-    """Open files: shards, connections between ranks, logs."""
+    """The limit on open files (shards, connections between ranks, logs), and the cores."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     text = f"{files} open files, {len(os.sched_getaffinity(0))} cores"
     return good("limits", text) if files >= 1024 else doubtful("limits", text, "Raise it: ulimit -n 4096.")
 
 
 def check_shards(config: RunConfig, seed: int = 0) -> list[Finding]:
-    """Sizes of all shards and indices of the prepared data, hashes of a few chosen by `seed`."""
+    """Sizes of all shards and indices of the prepared data, and hashes of a few drawn with `seed`."""
     folder = Path(config.data.path)
     remedy = f"Prepare or copy the data again, or set data.path (now {folder})."
     file = folder / "manifest.json"
@@ -96,11 +96,11 @@ def check_shards(config: RunConfig, seed: int = 0) -> list[Finding]:
                         problems.append(f"{name} is damaged: its SHA-256 is not that of the manifest")
     if problems:
         return [bad("shards", problem, remedy) for problem in problems[:5]]
-    return [good("shards", f"{count} shards, {total / 1e6:.1f} MB, all there; {hashed} files hashed and equal")]
+    return [good("shards", f"{count} shards, {total / 1e6:.1f} MB, complete; {hashed} files hashed and equal")]
 
 
 def check_space(config: RunConfig, parameters: int) -> Finding:
-    """Room for every checkpoint that is kept at once, and the one being written."""
+    """Space for all checkpoints that are kept, and for the one being written."""
     folder = _existing(Path(config.runs))
     kept = config.checkpoint.keep + config.checkpoint.best + 1
     needed, free = kept * parameters * BYTES_PER_PARAMETER, shutil.disk_usage(folder).free
@@ -114,7 +114,7 @@ def check_space(config: RunConfig, parameters: int) -> Finding:
 
 
 def check_disk(config: RunConfig, parameters: int) -> Finding:
-    """Speed of the file system of the runs, flush to disk included, and what that means for a checkpoint."""
+    """Write speed of the file system of the runs, fsync included, and what that means for a checkpoint."""
     folder = _existing(Path(config.runs))
     probe = folder / f".exlm-doctor-{socket.gethostname()}-{os.getpid()}"
     block = os.urandom(1 << 20)
@@ -127,7 +127,9 @@ def check_disk(config: RunConfig, parameters: int) -> Finding:
             os.fsync(file.fileno())
         speed = PROBE_BYTES / (time.monotonic() - begun)
     except OSError as error:
-        return bad("disk", f"{folder} cannot be written: {error.strerror}", "Set `runs` to a folder you may write.")
+        return bad(
+            "disk", f"{folder} cannot be written: {error.strerror}", "Set `runs` to a folder that you may write to."
+        )
     finally:
         probe.unlink(missing_ok=True)
     seconds = parameters * BYTES_PER_PARAMETER / speed
@@ -136,17 +138,17 @@ def check_disk(config: RunConfig, parameters: int) -> Finding:
 
 
 def check_tracking(config: RunConfig, uri: str, shown: str) -> Finding:
-    """Whether MLflow can be reached at `uri`; `shown`: the same without passwords. Training goes on without it."""
+    """Whether MLflow answers at `uri`; `shown`: the same without passwords. Never FAIL: training works without it."""
     if not config.tracking.mlflow:
         return good("tracking", "tracking.mlflow is off: events.jsonl only")
-    remedy = "Start it or set tracking.uri. Training would go on and send the events later (`exlm sync`)."
+    remedy = "Start it or set tracking.uri. Training would work, and send the events later (`exlm sync`)."
     if uri.startswith("sqlite:"):
         folder = _existing(Path(uri.removeprefix("sqlite:///")).parent)
         if os.access(folder, os.W_OK):
             return good("tracking", f"{shown} can be written")
         return doubtful("tracking", f"{shown}: {folder} cannot be written", remedy)
     if not uri.startswith(("http://", "https://")):
-        return good("tracking", f"{shown} (not tried: no web address)")
+        return good("tracking", f"{shown} (not tried: not an HTTP address)")
     try:
         with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=PATIENCE):
             return good("tracking", f"{shown} answers")
@@ -157,7 +159,7 @@ def check_tracking(config: RunConfig, uri: str, shown: str) -> Finding:
 
 
 def check_port() -> Finding:
-    """The port at which the ranks are to meet, where the environment names one."""
+    """The rendezvous port of the ranks, if the environment names one."""
     port = os.environ.get("MASTER_PORT", "")
     if not port:
         return good("port", "MASTER_PORT is not set: a free one is chosen at each start")
@@ -174,23 +176,25 @@ def check_port() -> Finding:
 
 
 def check_time_limit(config: RunConfig) -> Finding:
-    """The end of the job against the seconds between two checkpoints, as the run itself last measured its steps."""
+    """The time left against the time between two checkpoints, from the step time that the run itself last measured."""
     end = end_of_job(config.launch.time_limit)
     left = None if end is None else end - time.time()
     step = _measured_step(Path(config.runs) / config.name / "events.jsonl")
     limit = "no time limit" if left is None else f"{left / 60:.0f} minutes are left"
     if step is None:
-        return good("time limit", f"{limit}; the time of a step is not known before the first run")
+        return good("time limit", f"{limit}; the step time is not known before the first run")
     interval = step * config.checkpoint.every
     text = f"{limit}; checkpoint.every {config.checkpoint.every} steps of {step:.2f} s are {interval / 60:.1f} minutes"
     if left is not None and interval + config.launch.margin > left:
         fits = max(1, int((left - config.launch.margin) / 3 / step))
-        return doubtful("time limit", text, f"A failure would lose the whole job. Set checkpoint.every {fits} or less.")
+        return doubtful(
+            "time limit", text, f"A failure would lose the whole job. Set checkpoint.every to {fits} or less."
+        )
     return good("time limit", text)
 
 
 def _measured_step(events: Path) -> float | None:
-    """`perf/step_seconds` of the last report of a run; None before there is one."""
+    """Last `perf/step_seconds` that the run logged; None before the first."""
     if not events.is_file():
         return None
     last = None

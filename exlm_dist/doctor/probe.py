@@ -1,6 +1,6 @@
-"""One rank of `exlm doctor`: joins the group as a run does, computes, reduces, looks at the files of the others.
+"""One rank of `exlm doctor`: joins the process group as a run does, computes, all-reduces, looks for shared files.
 
-`python -m exlm_dist.doctor.probe REPORT DEVICE TIMEOUT`; rank 0 writes what all of them saw to REPORT, as JSON.
+`python -m exlm_dist.doctor.probe REPORT DEVICE TIMEOUT`; rank 0 writes what every rank saw to REPORT, as JSON.
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ from exlm_dist.utils.files import write_atomic
 #: Bytes of the all-reduce, and how often it is repeated.
 BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}
 REPEATS = 5
-#: Bytes of the JSON of one rank, ranks it does not see left out.
-LONGEST = 2000
-#: Seconds that a shared file system gets to show a file to another node.
+#: Seconds within which a shared file system must show a file to another node.
 PATIENCE = 15.0
 
 
 def main(report: Path, device: str, timeout: int) -> None:
-    """Take part in the checks; see the top of this file."""
+    """Take part in the checks as one rank, and write the report if this is rank 0."""
     process = processes.start(LaunchConfig(device=device, timeout=timeout))
     seen = {
         "rank": process.rank,
@@ -43,23 +41,14 @@ def main(report: Path, device: str, timeout: int) -> None:
         "backend": dist.get_backend(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "numpy")},
         "computes": _computes(process.device),
-        **_reduce(process),
+        **_all_reduce(process),
         "unseen": _unseen_files(process, report),
         "clock": _clock(process),
     }
-    ranks = _gather(process, seen)
+    ranks = process.all_gather_object(seen)
     if process.is_first:
         write_atomic(report, json.dumps(ranks))
     processes.finish()
-
-
-def _gather(process: Process, value: dict[str, Any]) -> list[dict[str, Any]]:
-    """The JSON `value` of every rank, on every rank."""
-    content = json.dumps(value).encode().ljust(LONGEST + 8 * process.world)
-    mine = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    every = [torch.empty_like(mine) for _ in range(process.world)]
-    dist.all_gather(every, mine, group=process.control)
-    return [json.loads(bytes(row.tolist())) for row in every]
 
 
 def _device_name(process: Process) -> str:
@@ -67,13 +56,13 @@ def _device_name(process: Process) -> str:
 
 
 def _computes(device: torch.device) -> bool:
-    """Whether a matrix product has the values that whole numbers must give."""
+    """Whether a product of integer-valued matrices is exact."""
     left = torch.arange(256 * 256, device=device, dtype=torch.float32).reshape(256, 256) % 7
     expected = (left.cpu().long() @ left.cpu().long().T).float()
     return torch.equal((left @ left.T).cpu(), expected)
 
 
-def _reduce(process: Process) -> dict[str, Any]:
+def _all_reduce(process: Process) -> dict[str, Any]:
     size = BYTES[process.device.type]
     good, seconds = True, []
     for _ in range(REPEATS):
@@ -81,22 +70,22 @@ def _reduce(process: Process) -> dict[str, Any]:
         dist.barrier(group=process.control)
         begun = time.monotonic()
         dist.all_reduce(values)
-        total = values[-1].item()  # waits for the device
+        total = values[-1].item()  # synchronises with the device
         seconds.append(time.monotonic() - begun)
         good = good and total == process.world * (process.world + 1) / 2
     return {"reduced_bytes": size, "reduce_seconds": min(seconds), "reduced_well": good}
 
 
 def _unseen_files(process: Process, report: Path) -> list[int]:
-    """The first ranks of other machines whose file the first one of this machine does not see beside `report`.
+    """Of the first ranks of the other nodes, those whose file the first rank of this node does not see beside `report`.
 
-    All ranks call it.
+    Collective: all ranks call it.
     """
-    places = process.all_gather([float(process.local_rank)])[:, 0].tolist()
+    local_ranks = process.all_gather([float(process.local_rank)])[:, 0].tolist()
     if process.local_rank == 0:
         report.with_name(f"{report.name}.{process.rank}").touch()
     dist.barrier(group=process.control)
-    missing = {rank for rank, place in enumerate(places) if place == 0 and process.local_rank == 0}
+    missing = {rank for rank, local in enumerate(local_ranks) if local == 0 and process.local_rank == 0}
     deadline = time.monotonic() + PATIENCE
     while missing and time.monotonic() < deadline:
         missing = {rank for rank in missing if not report.with_name(f"{report.name}.{rank}").is_file()}
@@ -106,7 +95,7 @@ def _unseen_files(process: Process, report: Path) -> list[int]:
 
 
 def _clock(process: Process) -> float:
-    """Seconds by which the clock of this rank is ahead of rank 0, to the time of one exchange."""
+    """Seconds by which the clock of this rank is ahead of rank 0's, to the precision of one exchange."""
     best = (float("inf"), 0.0)
     for _ in range(REPEATS):
         before = time.time()

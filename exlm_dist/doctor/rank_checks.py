@@ -1,5 +1,5 @@
-"""The checks of `exlm doctor` that need ranks: they are started as those of a run are, here or by srun on every node of
-the allocation, and say what they saw."""
+"""Checks of `exlm doctor` that need ranks: started as those of a run, here or by srun on every node of the allocation,
+they report what they see (`exlm_dist.doctor.probe`)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from exlm_dist.utils.errors import ConfigError
 MODULE = "exlm_dist.doctor.probe"
 #: Seconds for the ranks to start, meet and measure.
 PATIENCE = 300
-#: Seconds by which clocks may differ: logs become hard to read, then deadlines are missed.
+#: Seconds by which clocks differ before logs become hard to read, and before deadlines are missed.
 SKEW_WARN, SKEW_FAIL = 1.0, 20.0
 #: Bytes per second of an all-reduce below which GPUs wait for the network.
 SLOW_NETWORK = 1e9
-#: What each task of srun takes from Slurm.
+#: Environment of each task of srun.
 _TASK = 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
 
 
@@ -39,7 +39,7 @@ def check_ranks(launch: LaunchConfig, runs: Path, *, processes: int | None) -> l
         if not report.is_file():
             what = f"the ranks ended with code {code}; their messages are above"
             if code == 0:
-                what = f"the ranks ran, but what they wrote to {runs} is not seen on {socket.gethostname()}"
+                what = f"the ranks ran, but what they wrote to {runs} is not visible on {socket.gethostname()}"
             return [
                 bad("ranks", what, "Every node must see the folder `runs`, and reach the first node over the network.")
             ]
@@ -58,7 +58,7 @@ def _on_nodes(arguments: list[str]) -> int:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         raise ConfigError(
-            "--nodes looks at the nodes of a Slurm job, but this is none. Call it inside salloc or sbatch."
+            "--nodes checks the nodes of a Slurm job, but this is not one. Call it inside salloc or sbatch."
         )
     nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
     gpus = os.environ.get("SLURM_GPUS_PER_NODE", "").rpartition(":")[2]
@@ -85,7 +85,7 @@ def _on_nodes(arguments: list[str]) -> int:
 
 
 def _first_address() -> str:
-    """Address of the first node as Slurm uses it: names of nodes need not resolve everywhere."""
+    """Address of the first node as Slurm knows it: names of nodes need not resolve everywhere."""
     names = subprocess.run(
         ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], capture_output=True, text=True, timeout=60
     )
@@ -107,12 +107,12 @@ def judge(ranks: list[dict[str, Any]]) -> list[Finding]:
 
 def _judge_devices(ranks: list[dict[str, Any]]) -> Finding:
     kinds = sorted({rank["device"] for rank in ranks})
-    hosts = len({rank["host"] for rank in ranks})
-    text = f"{len(ranks)} ranks on {hosts} hosts: {', '.join(kinds)} ({ranks[0]['backend']})"
+    nodes = len({rank["host"] for rank in ranks})
+    text = f"{len(ranks)} ranks on {nodes} nodes: {', '.join(kinds)} ({ranks[0]['backend']})"
     wrong = [rank for rank in ranks if not rank["computes"]]
     if wrong:
         where = ", ".join(f"rank {rank['rank']} on {rank['host']}" for rank in wrong)
-        return bad("devices", f"a matrix product is wrong on {where}", "Drain that machine: its device miscalculates.")
+        return bad("devices", f"a matrix product is wrong on {where}", "Drain that node: its device miscalculates.")
     if len(kinds) > 1:
         return doubtful("devices", text, "The slowest device sets the pace. Ask Slurm for one kind (--constraint).")
     return good("devices", text)
@@ -135,7 +135,7 @@ def _judge_reduction(ranks: list[dict[str, Any]]) -> Finding:
     if not all(rank["reduced_well"] for rank in ranks):
         return bad("all-reduce", "the sum over all ranks is wrong", "Try NCCL_DEBUG=INFO, NCCL_P2P_DISABLE=1.")
     if len(ranks) == 1:
-        return good("all-reduce", "one rank: nothing to exchange (more launch.processes, or --nodes)")
+        return good("all-reduce", "one rank: nothing to reduce (set launch.processes, or give --nodes)")
     if ranks[0]["backend"] == "nccl" and speed < SLOW_NETWORK:
         return doubtful("all-reduce", text, "Slow for GPUs. NCCL_DEBUG=INFO shows the network; set NCCL_SOCKET_IFNAME.")
     return good("all-reduce", text)
@@ -145,16 +145,16 @@ def _judge_files(ranks: list[dict[str, Any]]) -> Finding:
     blind = [f"{rank['host']} does not see the file of rank {other}" for rank in ranks for other in rank["unseen"]]
     if blind:
         return bad(
-            "shared files", "; ".join(blind[:4]), "Set `runs` to a folder on a file system that all nodes share."
+            "shared files", "; ".join(blind[:4]), "Set `runs` to a folder on a file system that every node mounts."
         )
-    return good("shared files", "the first rank of each machine sees what the others wrote")
+    return good("shared files", "the first rank of each node sees the files of the others")
 
 
 def _judge_clocks(ranks: list[dict[str, Any]]) -> Finding:
     clocks = [rank["clock"] for rank in ranks]
     skew = max(clocks) - min(clocks)
     text = f"at most {max(skew, 0.001):.3f} s apart"
-    remedy = "Have the clocks set by NTP (chrony): the deadline and the order of log lines depend on them."
+    remedy = "Synchronise the clocks by NTP (chrony): deadlines and the order of log lines depend on them."
     if skew > SKEW_FAIL:
         return bad("clocks", text, remedy)
     return doubtful("clocks", text, remedy) if skew > SKEW_WARN else good("clocks", text)

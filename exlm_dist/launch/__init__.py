@@ -1,1 +1,1 @@
-"""Starts ranks. Never imports torch."""
+"""Starts ranks, watches them, restarts them. No torch."""

@@ -1,4 +1,4 @@
-"""When the time of this job ends. Never imports torch."""
+"""When the time of this job is up. No torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Mapping
 
 from exlm_dist.utils.logs import get_logger
 
-#: Seconds that Slurm's commands get; a controller under load answers late.
+#: Seconds within which Slurm's commands must answer; a controller under load is slow.
 PATIENCE = 20.0
 logger = get_logger(__name__)
 
 
 def end_of_job(time_limit: float, environment: Mapping[str, str] = os.environ) -> float | None:
-    """Unix time at which the job will be ended from outside; None: nobody says.
+    """Unix time at which the job will be ended from outside; None if unknown.
 
     The earlier of `time_limit` (minutes from now, 0: none) and what Slurm says: SLURM_JOB_END_TIME, else `squeue`, else
     `scontrol`.
@@ -44,7 +44,9 @@ def _ask_slurm(job: str) -> float | None:
         if answer.returncode == 0:
             return _parse(answer.stdout)
         logger.warning("%s: %s", command[0], answer.stderr.strip())
-    logger.warning("Slurm does not say when job %s ends. Set launch.time_limit to be saved before that.", job)
+    logger.warning(
+        "Slurm does not say when job %s ends. Set launch.time_limit, so that the run saves before that.", job
+    )
     return None
 
 
@@ -55,5 +57,5 @@ def _parse(answer: str) -> float | None:
         try:
             return time.mktime(time.strptime(word, "%Y-%m-%dT%H:%M:%S"))
         except ValueError:
-            continue  # another field, or N/A and Unknown where there is no limit
+            continue  # another field; N/A or Unknown if there is no limit
     return None

@@ -1,8 +1,7 @@
-"""A run under the DeepSpeed launcher: the command, its environment, and a supervisor that passes signals to the ranks.
+"""A run under the DeepSpeed launcher: command, environment, and a supervisor that forwards signals to the ranks.
 
-The launcher itself turns SIGTERM into exit code 1 and does not know SIGUSR1; the ranks know both (save at the step
-edge, exit 75). So signals go straight to the ranks and the launcher only reports how they ended. Nothing
-here imports torch.
+The launcher itself turns SIGTERM into exit code 1 and does not handle SIGUSR1; the ranks handle both (save after the
+current step, exit with 75). So signals go straight to the ranks; the launcher only reports how they ended. No torch.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def deepspeed_command(
 
 
 def deepspeed_environment(device: str) -> dict[str, str]:
-    """Environment of the launcher: the CPU accelerator where there is no GPU, no telemetry, quiet logs."""
+    """Environment of the launcher: the CPU accelerator if there is no GPU, and quiet logs."""
     environment = {**os.environ, CHOSEN_PORT: "1"}
     on_cpu = device == "cpu" or (device == "auto" and not Path("/dev/nvidiactl").exists())
     if on_cpu:
@@ -72,29 +71,29 @@ def run_deepspeed(
     device: str = "auto",
     hostfile: Path | None = None,
 ) -> int:
-    """Start the launcher, pass SIGTERM and SIGUSR1 to the ranks, and return the exit code of the run. Lost ranks are
-    started again as `restarts` says, unless a signal had asked for the end."""
+    """Start the launcher, forward SIGTERM, SIGINT and SIGUSR1 to the ranks, and return the exit code of the run. Lost
+    ranks are restarted as `restarts` says, unless a signal has asked the run to end."""
     launchers: list[subprocess.Popen[bytes]] = []
-    asked: list[int] = []
+    received: list[int] = []
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
+    def forward(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
         if launchers:
-            _pass_on(launchers[-1], number)
+            _forward(launchers[-1], signum)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, pass_on)
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, forward)
     while True:
         command = deepspeed_command(arguments, processes=processes, port=free_port(), hostfile=hostfile)
         launchers.append(subprocess.Popen(command, env=deepspeed_environment(device), start_new_session=True))
         code = launchers[-1].wait()
-        ended = exit_code(code) if asked else restarts.next_code(code)
+        ended = exit_code(code) if received else restarts.next_code(code)
         if ended is not None:
             return ended
 
 
 def rank_processes(parent: int) -> list[psutil.Process]:
-    """Processes below `parent` that are ranks of a run."""
+    """Descendants of the process `parent` that are ranks of a run."""
     try:
         below = psutil.Process(parent).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -109,12 +108,12 @@ def _is_rank(process: psutil.Process) -> bool:
         return False
 
 
-def _pass_on(launcher: subprocess.Popen[bytes], received: int) -> None:
-    """Give the signal to the ranks; before there are any, end the launcher."""
+def _forward(launcher: subprocess.Popen[bytes], signum: int) -> None:
+    """Send the signal to the ranks; if there are none yet, end the launcher."""
     ranks = rank_processes(launcher.pid)
     for process in ranks:
         try:
-            process.send_signal(received)
+            process.send_signal(signum)
         except psutil.NoSuchProcess:
             continue
     if not ranks:

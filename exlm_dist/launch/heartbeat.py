@@ -1,8 +1,7 @@
-"""The heartbeat of this rank: where it is in its work, written so that the watchdog of the machine can see it stand
-still.
+"""The heartbeat of this rank: what it is doing and when it last progressed, for the watchdog of the node to read.
 
-A beat is one small write into the page cache (two microseconds). A process has one heart; without `start` all calls do
-nothing.
+A beat is one small write to the page cache (two microseconds). Each process has one heartbeat; before `start` all calls
+do nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from exlm_dist.config.schema import WatchdogConfig
 from exlm_dist.launch import watchdog
 from exlm_dist.utils.errors import ERROR_FILE, ConfigError
 
-#: What tells the launches on a machine apart; the same for all ranks of one.
+#: Environment variables that tell the launches on a node apart; all ranks of a launch have the same.
 _OF_THE_LAUNCH = (
     "EXLM_LAUNCH",
     "SLURM_JOB_ID",
@@ -37,8 +36,8 @@ _OF_THE_LAUNCH = (
 Item = TypeVar("Item")
 
 
-class Heart:
-    """One rank's files in the folder that it shares with the watchdog."""
+class Heartbeat:
+    """One rank's files in the folder that the watchdog reads."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.folder, self.rank = folder, rank
@@ -49,64 +48,63 @@ class Heart:
         self._stack = os.open(base.with_suffix(".stack"), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         faulthandler.register(watchdog.STACK_SIGNAL, file=self._stack, all_threads=True)
         self.beat()
-        _, born = watchdog.process_state(os.getpid()) or ("", "")
+        _, start_time = watchdog.process_state(os.getpid()) or ("", "")
         error_file = os.path.abspath(os.environ[ERROR_FILE]) if os.environ.get(ERROR_FILE) else ""
-        about = {"rank": rank, "pid": os.getpid(), "born": born, "error_file": error_file}
+        about = {"rank": rank, "pid": os.getpid(), "start_time": start_time, "error_file": error_file}
         temporary = base.with_suffix(".new")
         temporary.write_text(json.dumps(about))
         os.replace(temporary, self._registration)
 
-    def beat(self, places: int = 1) -> None:
-        """Say that this rank has moved, past so many of the places at which all ranks beat."""
-        self.beats += places
-        moment = time.monotonic()
-        place = watchdog.PHASES.index(self.phase)
-        os.pwrite(self._beat, watchdog.BEAT.pack(place, self.step, self.beats, moment), 0)
+    def beat(self, points: int = 1) -> None:
+        """Record progress, past so many of the points at which all ranks beat."""
+        self.beats += points
+        phase = watchdog.PHASES.index(self.phase)
+        os.pwrite(self._beat, watchdog.BEAT.pack(phase, self.step, self.beats, time.monotonic()), 0)
 
     def stop(self) -> None:
-        """No longer be watched."""
+        """Withdraw from the watchdog."""
         watchdog.remove(self._registration)
         faulthandler.unregister(watchdog.STACK_SIGNAL)
         os.close(self._beat)
         os.close(self._stack)
 
 
-_heart: Heart | None = None
+_heartbeat: Heartbeat | None = None
 
 
 def start(limits: WatchdogConfig, run: str) -> None:
-    """Begin to beat, in phase `start`. `run`: its name. Each rank starts a watchdog, of which one per machine stays:
-    had only one rank to start it, the others would have none when that rank is killed meanwhile.
+    """Begin to beat, in phase `start`. `run`: name of the run. Every rank starts a watchdog, and one per node stays: if
+    that were left to one rank, the others would have none when it is killed first.
 
-    Call it before anything slow. Does nothing where every limit is 0, or where the system shows no processes in /proc.
+    Call it before anything slow. Does nothing if every limit is 0, or if /proc does not show processes.
     """
-    global _heart
+    global _heartbeat
     seconds = limits.model_dump()
     if not any(seconds.values()) or watchdog.process_state(os.getpid()) is None:
         return
     folder = _folder(run)
-    _heart = Heart(folder, int(os.environ.get("RANK", "0")))
-    # -I -S: no site-packages, so it is there in 20 ms; a session of its own, so that Ctrl-C is for the ranks.
+    _heartbeat = Heartbeat(folder, int(os.environ.get("RANK", "0")))
+    # -I -S: without site-packages it starts in 20 ms; its own session, so that Ctrl-C reaches the ranks alone.
     command = [sys.executable, "-I", "-S", watchdog.__file__, str(folder), json.dumps(seconds)]
     subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, cwd="/")
 
 
 def beat(step: int) -> None:
-    """Say that this rank has come to the next place at which all ranks beat; `step`: optimizer steps done by now."""
-    if _heart is not None:
-        _heart.step = step
-        _heart.beat()
+    """Record that this rank has come to the next point at which all ranks beat; `step`: optimizer steps done so far."""
+    if _heartbeat is not None:
+        _heartbeat.step = step
+        _heartbeat.beat()
 
 
 def alive() -> None:
-    """Say that this rank still moves, at a place that others may not pass, or not as often."""
-    if _heart is not None:
-        _heart.beat(0)
+    """Record progress at a point that other ranks may not pass, or not as often."""
+    if _heartbeat is not None:
+        _heartbeat.beat(0)
 
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Be in phase `name` inside (its limit holds), then back in the former one."""
+    """Enter phase `name`, with its limit, and return to the former one at the end."""
     former = _enter(name)
     try:
         yield
@@ -115,36 +113,36 @@ def phase(name: str) -> Iterator[None]:
 
 
 def enter(name: str) -> None:
-    """Be in phase `name` from now on."""
+    """Enter phase `name` for good."""
     _enter(name)
 
 
 def keep_alive(items: Iterable[Item]) -> Iterator[Item]:
-    """The items, with a sign of life at each."""
+    """Yield the items, with a sign of life at each."""
     for item in items:
         alive()
         yield item
 
 
 def stop() -> None:
-    """End the heartbeat, directly before the end of the process if others run with it; the watchdog ends with the last
-    one."""
-    global _heart
-    if _heart is not None:
-        _heart.stop()
-        _heart = None
+    """End the heartbeat; if other ranks still run, only directly before the process exits. The watchdog ends with the
+    last one."""
+    global _heartbeat
+    if _heartbeat is not None:
+        _heartbeat.stop()
+        _heartbeat = None
 
 
 def _enter(name: str) -> str:
-    if _heart is None:
+    if _heartbeat is None:
         return name
-    former, _heart.phase = _heart.phase, name
-    _heart.beat()
+    former, _heartbeat.phase = _heartbeat.phase, name
+    _heartbeat.beat()
     return former
 
 
 def _folder(run: str) -> Path:
-    """Folder of this launch, node-local and private; ConfigError when somebody else owns one of that name."""
+    """Folder of this launch, local to the node and private; ConfigError if another user owns one of that name."""
     parts = [run, *(os.environ.get(name, "") for name in _OF_THE_LAUNCH)]
     if "RANK" not in os.environ:
         parts.append(str(os.getpid()))

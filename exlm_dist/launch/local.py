@@ -1,5 +1,4 @@
-"""Starts the ranks of a run on this machine, passes signals on, and ends all of them when one fails. Never imports
-torch."""
+"""Starts the ranks of a run on this machine, forwards signals, and ends all of them when one fails. No torch."""
 
 from __future__ import annotations
 
@@ -21,29 +20,29 @@ from exlm_dist.utils.signals import die_with_parent
 
 RANK_COMMAND = [sys.executable, "-m", "exlm_dist.cli", "pretrain"]
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-#: Seconds that the other ranks get to end by themselves once one has ended by an error.
+#: Seconds within which the other ranks must end by themselves once one has failed.
 GRACE = 15.0
 
 
 def run_local(arguments: Sequence[str], processes: int, restarts: Restarts, *, grace: float = GRACE) -> int:
     """Run `exlm pretrain ARGUMENTS` as `processes` ranks here and return the exit code of the run.
 
-    TERM, USR1 and INT are passed on to every rank. The code is 0 when all ranks ended well, else that of the rank that
-    failed first, its message repeated at the end; a rank killed by a signal counts as 76. Ranks that ended so are
-    started again as `restarts` says, unless a signal had asked for the end.
+    TERM, USR1 and INT are forwarded to every rank. The code is 0 if all ranks succeeded, else that of the rank that
+    failed first, whose message is repeated at the end; a rank killed by a signal counts as 76. Ranks that ended with 76
+    are restarted as `restarts` says, unless a signal has asked the run to end.
     """
     command = [*RANK_COMMAND, *map(str, arguments)]
-    asked: list[int] = []
+    received: list[int] = []
     while True:
         with tempfile.TemporaryDirectory(prefix="exlm-") as folder:
-            code = supervise(command, rank_environments(processes, Path(folder)), grace=grace, asked=asked)
-        ended = code if asked else restarts.next_code(code)
+            code = supervise(command, rank_environments(processes, Path(folder)), grace=grace, received=received)
+        ended = code if received else restarts.next_code(code)
         if ended is not None:
             return ended
 
 
 def rank_environments(processes: int, folder: Path) -> list[dict[str, str]]:
-    """What each rank finds in its environment; they meet on a port that was free a moment ago."""
+    """The environment of each rank; their rendezvous is at a port that was free a moment ago."""
     shared = {
         **os.environ,
         "WORLD_SIZE": str(processes),
@@ -65,7 +64,7 @@ def rank_environments(processes: int, folder: Path) -> list[dict[str, str]]:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
+    """A TCP port of this machine that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -76,41 +75,41 @@ def supervise(
     environments: Sequence[dict[str, str]],
     *,
     grace: float = GRACE,
-    asked: list[int] | None = None,
+    received: list[int] | None = None,
 ) -> int:
-    """Start one process per environment and see all of them to their end; see `run_local`. Signals that were passed on
-    are added to `asked`."""
-    ranks: list[subprocess.Popen] = []
+    """Start one process per environment, wait until all have ended, and return the exit code of the run (`run_local`).
+    Signals that arrive meanwhile are forwarded, and appended to `received`."""
+    ranks: list[subprocess.Popen[bytes]] = []
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        if asked is not None:
-            asked.append(number)
+    def forward(signum: int, frame: FrameType | None) -> None:
+        if received is not None:
+            received.append(signum)
         for rank in ranks:
-            rank.send_signal(number)
+            rank.send_signal(signum)
 
-    former = {number: signal.signal(number, pass_on) for number in FORWARDED}
+    former = {signum: signal.signal(signum, forward) for signum in FORWARDED}
     try:
         for environment in environments:
             # A killed supervisor leaves no orphans.
             ranks.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent))
         failed = _wait(ranks, grace)
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        for signum, handler in former.items():
+            signal.signal(signum, handler)
         for rank in ranks:
             if rank.poll() is None:
                 rank.kill()
                 rank.wait()
-    return _verdict(ranks, failed, environments)
+    return _exit_code(ranks, failed, environments)
 
 
-def _wait(ranks: list[subprocess.Popen], grace: float) -> list[int]:
-    """Wait for the end of all; returns the ranks that failed, in the order in which they were seen to."""
+def _wait(ranks: list[subprocess.Popen[bytes]], grace: float) -> list[int]:
+    """Wait until all have ended, or `grace` is over; the ranks that failed, in the order in which that was seen."""
     failed: list[int] = []
     deadline = float("inf")
     while True:
         codes = [rank.poll() for rank in ranks]
-        failed += [number for number, code in enumerate(codes) if code and number not in failed]
+        failed += [rank for rank, code in enumerate(codes) if code and rank not in failed]
         if all(code is not None for code in codes):
             return failed
         if failed and deadline == float("inf"):
@@ -120,15 +119,15 @@ def _wait(ranks: list[subprocess.Popen], grace: float) -> list[int]:
         time.sleep(0.05)
 
 
-def _verdict(ranks: list[subprocess.Popen], failed: list[int], environments: Sequence[dict[str, str]]) -> int:
+def _exit_code(ranks: list[subprocess.Popen[bytes]], failed: list[int], environments: Sequence[dict[str, str]]) -> int:
     if not failed:
         return 0
-    # A rank that only lost its peer ends with EXIT_RETRY: the cause is another one, if any ended otherwise.
-    cause = next((number for number in failed if ranks[number].returncode != EXIT_RETRY), failed[0])
+    # A rank that only lost its peer ends with EXIT_RETRY: if any ended otherwise, that one is the cause.
+    cause = next((rank for rank in failed if ranks[rank].returncode != EXIT_RETRY), failed[0])
     code = ranks[cause].returncode
     message = _message(environments[cause])
     if code < 0:
-        # The watchdog has left its reason with every rank that it killed.
+        # The watchdog leaves its reason for every rank that it kills.
         why = message or f"rank {cause} was killed by {signal.Signals(-code).name}"
         print(f"error: {why}", file=sys.stderr, flush=True)
         return EXIT_RETRY

@@ -1,4 +1,4 @@
-"""Whether the ranks of a run are started again in place: at once, but never for ever. Never imports torch.
+"""Whether the ranks of a run are restarted in place: at once, but not for ever. No torch.
 
 (The batch script of `exlm_dist.launch.slurm_scripts` has the same rule in bash: its node may have no Python.)
 """
@@ -13,30 +13,30 @@ from exlm_dist.utils.checkpoint_names import CHECKPOINTS, COMPLETE_FILE, step_in
 from exlm_dist.utils.errors import EXIT_RETRY, EXIT_STOP
 from exlm_dist.utils.logs import get_logger
 
-#: A shell and Slurm report a process that a signal ended as 128 + the signal; DeepSpeed's launcher as 256 - the signal.
+#: A shell and Slurm report a process killed by a signal as 128 + the signal, DeepSpeed's launcher as 256 - the signal.
 KILLED = 128
 logger = get_logger(__name__)
 
 
 def newest_step(run_folder: Path) -> int:
-    """Step of the newest checkpoint of a run that was written to its end; 0 when there is none."""
+    """Step of the newest complete checkpoint of a run; 0 if there is none."""
     complete = (run_folder / CHECKPOINTS).glob(f"step-*/{COMPLETE_FILE}")
     return max((step_in_name(path.parent) or 0 for path in complete), default=0)
 
 
 def may_be_retried(code: int) -> bool:
-    """Whether starting again may help: 76, or a rank that a signal killed."""
+    """Whether a restart may help: 76, or a rank killed by a signal."""
     return code == EXIT_RETRY or code < 0 or code > KILLED
 
 
 def exit_code(code: int) -> int:
-    """`code` by our own contract: a process that a signal killed counts as 76."""
+    """`code` by our own contract: a process killed by a signal counts as 76."""
     return EXIT_RETRY if may_be_retried(code) else code
 
 
 @dataclass
 class Restarts:
-    """Counts the restarts of a run since its newest checkpoint last moved.
+    """Counts the restarts of a run since its newest checkpoint.
 
     `limit`: restarts in a row without a newer checkpoint, 0: none at all; `step`: of that checkpoint.
     """
@@ -48,14 +48,14 @@ class Restarts:
 
     @staticmethod
     def begin(config: RunConfig) -> Restarts:
-        """For a launch that begins now."""
+        """For a launch that starts now."""
         run_folder = Path(config.runs) / config.name
         return Restarts(run_folder, config.launch.restarts, newest_step(run_folder))
 
     def next_code(self, code: int) -> int | None:
-        """None: start the ranks again. Else what the run ends with, after its ranks ended with `code`.
+        """After the ranks ended with `code`: None to restart them, else the exit code of the run.
 
-        Where the newest checkpoint has not moved for `limit` restarts this is 78, and the reason is logged.
+        That is 78, with the reason logged, after `limit` restarts without a newer checkpoint.
         """
         if not may_be_retried(code):
             return code
@@ -66,9 +66,9 @@ class Restarts:
             self.step, self.count = step, 0
         if self.count == self.limit:
             logger.error(
-                "%s: %d restarts (launch.restarts) since the checkpoint of step %d and none got to the next one. "
-                "Starting again would meet the same end: see the messages above. Shorten checkpoint.every if single "
-                "ranks die now and then; exclude a machine that is always the one.",
+                "%s: %d restarts (launch.restarts) since the checkpoint of step %d, and none reached the next one. "
+                "Another restart would end in the same way: see the messages above. Shorten checkpoint.every if ranks "
+                "die now and then; exclude a node that it always happens on.",
                 self.run_folder,
                 self.count,
                 self.step,
@@ -76,7 +76,7 @@ class Restarts:
             return EXIT_STOP
         self.count += 1
         logger.warning(
-            "%s: starting the ranks again after step %d (restart %d of %d without a newer checkpoint)",
+            "%s: restarting the ranks after step %d (restart %d of %d without a newer checkpoint)",
             self.run_folder,
             step,
             self.count,

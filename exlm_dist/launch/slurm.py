@@ -1,6 +1,6 @@
 """Slurm job files as text, and the `sbatch` command that submits one. Rendering is pure: no file, no process, no torch.
 
-`slurm/*.sh` are what `render` makes of the jobs in `FILES`; a test compares.
+`slurm/*.sh` are `FILES`, rendered; a test compares them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ USES = {
         "CONFIG [--section.key VALUE ...]",
     ),
     "evaluate": (
-        "Evaluate a checkpoint on one GPU of a Slurm cluster; what follows is given to `exlm evaluate`.",
+        "Evaluate a checkpoint on one GPU of a Slurm cluster; the arguments are those of `exlm evaluate`.",
         "RUN [--mask-ratio R ...]",
     ),
     "prepare": (
-        "Prepare data on one node of a Slurm cluster; what follows is given to `exlm prepare`.",
+        "Prepare data on one node of a Slurm cluster; the arguments are those of `exlm prepare`.",
         "smiles --input FILE ... --out FOLDER",
     ),
 }
@@ -33,10 +33,10 @@ USES = {
 
 @dataclass(frozen=True)
 class Job:
-    """What a user decides of a job; everything else is derived from it on the cluster.
+    """What a user decides about a job; everything else is derived on the cluster.
 
     `gpus_per_node` 0: a job without GPUs, with `tasks_per_node` ranks on each node. `warning`: seconds before the time
-    limit at which the ranks are told to save (Slurm may be a minute early). ConfigError for what Slurm would refuse.
+    limit at which the ranks are asked to save (Slurm may be a minute early). ConfigError for what Slurm would refuse.
     """
 
     kind: str
@@ -56,16 +56,18 @@ class Job:
                 raise ConfigError(f"{option} is {getattr(self, name)}. Give {least} or more.")
         for name in ("account", "partition", "time", "array"):
             if any(character.isspace() for character in getattr(self, name)):
-                raise ConfigError(f"--{name} {getattr(self, name)!r} has a space in it. Give one word, as sbatch does.")
+                raise ConfigError(
+                    f"--{name} {getattr(self, name)!r} contains a space. Give one word, as sbatch takes it."
+                )
 
     @property
     def ranks_per_node(self) -> int:
-        """As the job file derives it."""
+        """Ranks on each node, as the job file derives them."""
         return self.tasks_per_node or self.gpus_per_node or 1
 
     @property
     def ranks(self) -> int:
-        """Of the whole job."""
+        """Ranks of the whole job."""
         return self.nodes * self.ranks_per_node
 
 
@@ -84,7 +86,7 @@ def render(job: Job) -> str:
         f"# {what}",
         f"#   sbatch slurm/{job.kind}.sh {arguments}",
         "# Edit these lines, or give their options to sbatch before the name of this file; everything else is derived.",
-        *(f"#SBATCH {line}" for line in _asked(job)),
+        *(f"#SBATCH {line}" for line in _editable(job)),
         "",
         *(f"#SBATCH {line}" for line in _derived(job)),
     ]
@@ -92,14 +94,14 @@ def render(job: Job) -> str:
 
 
 def write_files(folder: str | Path) -> None:
-    """Write the job files of the repository."""
+    """Write the job files of the repository to `folder`."""
     for name, job in FILES.items():
         path = Path(folder) / f"{name}.sh"
         write_atomic(path, render(job))
         path.chmod(0o755)
 
 
-def _asked(job: Job) -> list[str]:
+def _editable(job: Job) -> list[str]:
     ranks = f"--gpus-per-node={job.gpus_per_node}" if job.gpus_per_node else f"--ntasks-per-node={job.ranks_per_node}"
     return [
         f"--account={job.account}",
@@ -124,7 +126,7 @@ def _derived(job: Job) -> list[str]:
 
 
 def submit(job: Job, arguments: Sequence[str], script: Path, *, sweep: Path | None = None) -> int:
-    """Write the job file to `script` and give it to sbatch; its exit code."""
+    """Write the job file to `script` and submit it; the exit code of sbatch."""
     script.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(script, render(job))
     try:

@@ -1,4 +1,4 @@
-"""`exlm launch`: from a configuration to started processes or a submitted job, or (dry run) to what that would be."""
+"""The body of `exlm launch`: starts processes or submits a job for a configuration, or (dry run) prints them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from exlm_dist.utils.errors import ConfigError
 
 
 def launch_local(path: str, overrides: Sequence[str], *, dry_run: bool) -> int:
-    """Train on this machine with `launch.processes` ranks (auto: those of the layout); the exit code of the run."""
+    """Train on this machine with `launch.processes` ranks (auto: as the layout needs); the exit code of the run."""
     config = load_config(path, overrides)
     processes = config.local_processes
     check_world(config, processes)
@@ -40,10 +40,9 @@ def launch_deepspeed(path: str, overrides: Sequence[str], *, hostfile: Path | No
 
 
 def launch_slurm(job: Job, path: str, overrides: Sequence[str], *, sweep: Path | None, dry_run: bool) -> int:
-    """Submit a job (one for each line of `sweep` where `job.array` is set); the exit code of sbatch.
+    """Submit a job (if `job.array` is set, an array with a task per line of `sweep`); the exit code of sbatch.
 
-    ConfigError before anything is submitted: for the settings of every line, and where the ranks do not divide the
-    batch.
+    ConfigError, before anything is submitted, for wrong settings in any line, or ranks that do not divide the batch.
     """
     for line in _lines(job, sweep):
         config = load_config(path, [*overrides, *line])
@@ -59,13 +58,15 @@ def launch_slurm(job: Job, path: str, overrides: Sequence[str], *, sweep: Path |
 
 
 def _lines(job: Job, sweep: Path | None) -> list[list[str]]:
-    """Overrides of each array task, one empty list for a job that is no array."""
+    """Overrides of each array task; one empty list for a single job."""
     if bool(job.array) != (sweep is not None):
-        raise ConfigError("--array and --sweep belong together: task n of the array runs line n of the sweep file.")
+        raise ConfigError(
+            "--array needs --sweep, and --sweep --array: task n of the array runs line n of the sweep file."
+        )
     if sweep is None:
         return [[]]
     if not sweep.is_file():
-        raise ConfigError(f"no sweep file at {sweep}. Its line n holds the overrides of array task n.")
+        raise ConfigError(f"no sweep file at {sweep}. Its line n has the overrides of array task n.")
     return [shlex.split(line) for line in sweep.read_text().splitlines() if line.strip()]
 
 

@@ -1,9 +1,9 @@
-"""Ends a job whose ranks stand still: reads their heartbeats, puts all their stacks into the log, kills them.
+"""Ends a job that hangs: reads the heartbeats of its ranks, logs the stacks of all of them, and kills them.
 
-One such process per machine, whatever started the ranks: each starts one (`exlm_dist.launch.heartbeat`), and the first
-of them stays. It is run by its path and needs the standard library alone, so it costs some milliseconds and works while
-the ranks cannot. It ends when no rank is left. Per rank the folder holds three files: `rank-N.json` (who it is),
-`rank-N.beat` (its heartbeat), `rank-N.stack` (written by the rank's own faulthandler when it is asked to).
+One such process per node, whatever started the ranks: every rank starts one (`exlm_dist.launch.heartbeat`), and the
+first stays. It is run by its path and needs only the standard library, so it starts in milliseconds and works when the
+ranks no longer do. It ends when no rank is left. Each rank has three files in the folder: `rank-N.json` (who it is),
+`rank-N.beat` (its heartbeat) and `rank-N.stack` (written by the rank's own faulthandler on request).
 """
 
 from __future__ import annotations
@@ -20,32 +20,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-#: What a rank can be busy with; each has a limit in the section `watchdog` of the configuration.
+#: What a rank can be doing; each phase has a limit in the section `watchdog` of the configuration.
 PHASES = ("start", "step", "save", "evaluation", "end")
-#: Phase, step, number of beats so far, moment of the last one (CLOCK_MONOTONIC, the same for all processes of a
-#: machine).
+#: Phase, step, beats so far, time of the last one (CLOCK_MONOTONIC, which all processes of a node have in common).
 BEAT = struct.Struct("<qqqd")
-#: Asks a rank for its stacks; its faulthandler answers even while a C call holds the interpreter.
+#: Asks a rank for its stacks; its faulthandler answers even while a C call has the interpreter lock.
 STACK_SIGNAL = signal.SIGUSR2
 POLL = 0.5
 CLAIMED = "watchdog"
-#: A poll that comes this much too late means that the machine, or the whole job, was suspended: nobody hung.
+#: A poll that is this many seconds late means that the node, or the whole job, was suspended: no rank hung.
 SUSPENDED = 3.0
-#: Seconds after which the folder of a launch without ranks is no longer that of one that begins.
+#: Seconds after which a folder without ranks is a leftover, no longer that of a launch about to begin.
 STALE = 60.0
-#: Seconds that the ranks get to write their stacks.
+#: Seconds within which the ranks must write their stacks, and be gone once they are killed.
 PATIENCE = 3.0
-#: Frames that show that a rank only waits for another one.
+#: Frames of a rank that only waits for another one.
 _WAITING = ("distributed_c10d", "deepspeed/comm")
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank of this machine as it was last seen."""
+    """One rank of this node, as last seen."""
 
     rank: int
     pid: int
-    born: str
+    start_time: str
     error_file: str
     phase: str
     step: int
@@ -54,13 +53,13 @@ class Rank:
 
     @property
     def state(self) -> str:
-        """Letter of the kernel: T stopped, D waiting for a device, R running, S sleeping; empty when it is gone."""
+        """State letter of the kernel: T stopped, D waiting for a device, R running, S sleeping; empty if it is gone."""
         found = process_state(self.pid)
-        return found[0] if found is not None and found[1] == self.born else ""
+        return found[0] if found is not None and found[1] == self.start_time else ""
 
 
 def process_state(pid: int) -> tuple[str, str] | None:
-    """(state letter, time of birth) of a process; None when there is none, or only its zombie."""
+    """(state letter, start time) of a process; None if there is none, or only its zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -69,7 +68,7 @@ def process_state(pid: int) -> tuple[str, str] | None:
 
 
 def read_ranks(folder: Path) -> list[Rank]:
-    """The ranks that are registered in `folder` and alive; files of dead ones are removed."""
+    """The ranks that are registered in `folder` and alive; the files of dead ones are removed."""
     ranks = []
     for path in sorted(folder.glob("rank-*.json")):
         try:
@@ -80,19 +79,19 @@ def read_ranks(folder: Path) -> list[Rank]:
         rank = Rank(**about, phase=PHASES[phase], step=step, beats=beats, moment=moment)
         if rank.state:
             ranks.append(rank)
-        elif (about_now := _written(path)) and json.loads(about_now)["pid"] == rank.pid:
+        elif (about_now := _read(path)) and json.loads(about_now)["pid"] == rank.pid:
             remove(path)
     return ranks
 
 
 def remove(path: Path) -> None:
-    """Forget the rank whose registration is `path`."""
+    """Remove the files of the rank whose registration is `path`."""
     for suffix in (".json", ".beat", ".stack"):
         path.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def watch(folder: Path, limits: Mapping[str, float]) -> None:
-    """Look at the ranks until none is left; end the job when one has stood still for longer than its phase may."""
+    """Poll the ranks until none is left; end the job when one has not beaten for longer than its phase allows."""
     seen = time.monotonic()
     excused = 0.0
     suspects: set[int] = set()
@@ -104,16 +103,16 @@ def watch(folder: Path, limits: Mapping[str, float]) -> None:
         late = {
             rank.rank for rank in ranks if limits[rank.phase] and now - max(rank.moment, excused) > limits[rank.phase]
         }
-        if late & suspects:  # seen twice, so not read in the middle of a beat
+        if late & suspects:  # seen twice, so the beat was not read half-written
             end_job(folder, ranks, limits)
-            _see_them_gone(folder)
+            wait_until_gone(folder)
             return
         suspects = late
         time.sleep(POLL)
 
 
 def end_job(folder: Path, ranks: list[Rank], limits: Mapping[str, float]) -> None:
-    """Put the stacks of all ranks into the log, say which one hangs, and kill all of them."""
+    """Log the stacks of all ranks and which one hangs, and kill them all."""
     now = time.monotonic()
     stacks = _stacks(folder, ranks)
     culprits = find_culprits(ranks, stacks)
@@ -125,47 +124,49 @@ def end_job(folder: Path, ranks: list[Rank], limits: Mapping[str, float]) -> Non
             f"{now - rank.moment:.1f} s ago",
             stacks[rank.rank],
         ]
-    _say("\n".join([*lines, "==== watchdog: all ranks of this machine are ended now; the run may be started again."]))
+    _log("\n".join([*lines, "==== watchdog: all ranks of this node are killed now; the run may be restarted."]))
     for rank in ranks:
         if rank.error_file:
             try:
                 Path(rank.error_file).write_text(message)
             except OSError as error:  # a full disk must not keep the hung job alive
-                _say(f"==== watchdog: {rank.error_file} cannot be written: {error}")
+                _log(f"==== watchdog: {rank.error_file} cannot be written: {error}")
     named = {rank.rank for rank in culprits}
-    for rank in sorted(ranks, key=lambda rank: rank.rank in named):  # those who wait first: they have nothing to add
+    # Those that wait first, before they can report a lost peer.
+    for rank in sorted(ranks, key=lambda rank: rank.rank in named):
         if rank.state:
             _send(rank, signal.SIGKILL)
 
 
-def _send(rank: Rank, number: int) -> None:
-    """A signal to a rank that may end at this moment."""
+def _send(rank: Rank, signum: int) -> None:
+    """Send a signal to a rank, which may just have ended."""
     with contextlib.suppress(ProcessLookupError):
-        os.kill(rank.pid, number)
+        os.kill(rank.pid, signum)
 
 
-def _written(path: Path) -> bytes:
-    """What a rank has written by now; nothing when it has ended meanwhile and taken its files along."""
+def _read(path: Path) -> bytes:
+    """What a rank has written so far; empty if it has ended meanwhile and removed its files."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
         return b""
 
 
-def _see_them_gone(folder: Path) -> None:
+def wait_until_gone(folder: Path) -> None:
+    """Wait until no rank is left, for at most PATIENCE seconds; log those that cannot be killed."""
     deadline = time.monotonic() + PATIENCE
     while left := read_ranks(folder):
         if time.monotonic() > deadline:
             names = ", ".join(f"rank {rank.rank} (pid {rank.pid}, state {rank.state})" for rank in left)
-            _say(f"==== watchdog: {names} cannot be killed: the process waits inside the kernel. Drain this machine.")
+            _log(f"==== watchdog: {names} cannot be killed: the process waits inside the kernel. Drain this node.")
             return
         time.sleep(POLL / 5)
 
 
 def find_culprits(ranks: list[Rank], stacks: Mapping[int, str]) -> list[Rank]:
-    """The ranks that the others wait for: stopped ones, else those behind, else those not inside a collective.
+    """The ranks that the others wait for: stopped ones; else, of those that are behind, the ones not in a collective.
 
-    All ranks beat at the same places of the program, so the number of beats says how far each has come.
+    All ranks beat at the same points of the program, so the number of beats says how far each has come.
     """
     stopped = [rank for rank in ranks if rank.state in ("T", "t")]
     if stopped:
@@ -176,7 +177,7 @@ def find_culprits(ranks: list[Rank], stacks: Mapping[int, str]) -> list[Rank]:
 
 
 def describe(culprits: list[Rank], limits: Mapping[str, float], now: float) -> str:
-    """One sentence: ranks, phase, seconds, limit."""
+    """One sentence: which ranks hang, for how long, in which phase, and its limit."""
     first = culprits[0]
     seconds = now - max(rank.moment for rank in culprits)
     who = (
@@ -186,58 +187,57 @@ def describe(culprits: list[Rank], limits: Mapping[str, float], now: float) -> s
     )
     why = {"T": " (the process is stopped, by SIGSTOP or a debugger)", "D": " (the process waits for a device)"}
     return (
-        f"{who} stood still for {seconds:.0f} s in phase {first.phase}, after {first.step} steps"
+        f"{who} hung for {seconds:.0f} s in phase {first.phase}, after {first.step} steps"
         f"{why.get(first.state.upper(), '')}; the limit watchdog.{first.phase} is {limits[first.phase]:g} s"
     )
 
 
 def _stacks(folder: Path, ranks: list[Rank]) -> dict[int, str]:
-    """The stacks of all threads of every rank, or why there are none."""
-    asked = {}
+    """The stacks of all threads of each rank, or why there are none."""
+    requested: dict[int, Path] = {}
     stacks = {}
     for rank in ranks:
-        path = folder / f"rank-{rank.rank}.stack"
         if rank.state in ("T", "t"):
             stacks[rank.rank] = "This process is stopped and cannot show its stack."
         elif rank.state:
-            asked[rank.rank] = path
+            requested[rank.rank] = folder / f"rank-{rank.rank}.stack"
             _send(rank, STACK_SIGNAL)
         else:
             stacks[rank.rank] = "This process has ended."
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        former = {rank: _written(path) for rank, path in asked.items()}
+        before = {path: _read(path) for path in requested.values()}
         time.sleep(0.2)
-        if all(former[rank] and former[rank] == _written(path) for rank, path in asked.items()):
+        if all(text and text == _read(path) for path, text in before.items()):
             break
-    for rank, path in asked.items():
-        stacks[rank] = _written(path).decode(errors="replace").rstrip() or (
-            f"No stack within {PATIENCE:g} s: the process does not answer to signals (a device, or a file system)."
+    for number, path in requested.items():
+        stacks[number] = _read(path).decode(errors="replace").rstrip() or (
+            f"No stack within {PATIENCE:g} s: the process does not respond to signals (a device, or a file system)."
         )
     return stacks
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
 
 def main(folder: str, limits: str) -> None:
-    """Watch `folder`; `limits`: JSON of seconds by phase."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # these are for the ranks; it ends with them
+    """Watch `folder`. `limits`: seconds by phase, as JSON."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)  # these are for the ranks; the watchdog ends with them
     mine = Path(folder)
-    # Again: a rank that came when the others had just gone has no watchdog of its own, as there was one.
+    # Again: a rank that started when the others had just ended left the watching to this process.
     while read_ranks(mine) and _claim(mine):
         _sweep(mine)
         watch(mine, json.loads(limits))
         remove_empty(mine)
-    if not read_ranks(mine):  # the one that started this was killed at once
+    if not read_ranks(mine):  # the rank that started this was killed at once
         remove_empty(mine)
 
 
 def _sweep(mine: Path) -> None:
-    """Remove what launches have left of which even the watchdog was killed, as Slurm does at the end of a step."""
+    """Remove the folders of launches whose watchdog was killed as well, as Slurm does at the end of a step."""
     for folder in mine.parent.glob(mine.name.rpartition("-")[0] + "-*"):
         try:
             changed = folder.stat().st_mtime
@@ -248,7 +248,7 @@ def _sweep(mine: Path) -> None:
 
 
 def _claim(folder: Path) -> bool:
-    """Whether this is the watchdog of `folder`: true for the first that asks."""
+    """Whether this process is the watchdog of `folder`: true for the first that asks."""
     try:
         os.close(os.open(folder / CLAIMED, os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
@@ -257,12 +257,12 @@ def _claim(folder: Path) -> bool:
 
 
 def remove_empty(folder: Path) -> None:
-    """Remove the folder of a launch, and the claim to it, unless a rank is registered there."""
+    """Remove the folder of a launch and the claim to it, unless a rank is registered there."""
     try:
         (folder / CLAIMED).unlink(missing_ok=True)
         os.rmdir(folder)
     except OSError:
-        pass  # not empty, or somebody else was faster
+        pass  # not empty, or already removed
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What a run needs before it is started: memory, traffic and time of a layout, and which layout to take. No torch."""
+"""What a run will need: memory, traffic and time per step of a layout, and the layout to choose. No torch."""

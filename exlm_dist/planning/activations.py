@@ -1,51 +1,46 @@
-"""Bytes that layers keep for the backward pass, and what single operations need beside it. No torch here.
+"""Bytes that layers keep for the backward pass, and the workspace of single operations. No torch.
 
-What is counted is what the layers and kernels allocate: `model/`, the torch definitions (`kernels/*/reference.py`) on
-a CPU, the Triton forms on a GPU. Where these change, this file changes; `tests/integration/test_memory_measured.py` and
-`benchmarks/memory.py` hold it to measured peaks. Letters as in `planning/job.py`; e bytes per number.
+Counted is what layers and kernels allocate: `model/`, the torch form of the kernels (`kernels/*/torch.py`) on a CPU,
+the Triton form on a GPU. If they change, this file changes; `tests/integration/test_memory_measured.py` and
+`benchmarks/memory.py` compare it with measured peaks. Letters as in `planning/job.py`; e bytes per element.
 """
 
 from __future__ import annotations
 
+from exlm_dist.config import vocab_tiles
 from exlm_dist.model.cost import learns_transitions
 from exlm_dist.planning.job import FP32, INT64, Job, Stage
 
 FP64 = 8
-#: Elements of what the torch definitions work on at a time: `BLOCK_ELEMENTS` of attention, transitions, feed-forward.
+#: Elements that the torch form works on at a time: `BLOCK_ELEMENTS` of attention, transitions and feed-forward.
 BLOCK = 1 << 19
-#: Logits worked on at a time, and kept for the backward pass, by the torch definition of the vocabulary scores.
-LOGITS, LOGITS_KEPT = 1 << 21, 1 << 23
 #: Bytes that oneDNN keeps of a compiled product (measured: 0.58 to 0.63 MiB).
 PRODUCT = 600 << 10
-#: How the Triton form of the vocabulary scores cuts its work (`kernels/vocab/triton`): what few rows are, the most
-#: words of a chunk for few and for many, the logits whose gradients are held, and the tiles that parts are made of.
-FEW_ROWS, WORDS_OF_FEW, WORDS_OF_MANY = 8192, 6400, 5632
-LOGITS_HELD, TILE = 11264 * 5632, 128
 
 
 def block_input(job: Job) -> float:
-    """Hidden states between two blocks, [T, D]: all that is kept of a block that is recomputed."""
+    """Hidden states between two blocks, [T, D]: all that is kept of a recomputed block."""
     return job.tokens * job.element * job.model.width / job.along_tokens
 
 
 def embedding(job: Job) -> float:
-    """Output of the embedding, its dropout mask where there is one, and the rotary angles that all blocks share."""
+    """Output of the embedding, its dropout mask if there is one, and the rotary angles, the same for all blocks."""
     angles = FP32 * job.tokens * job.head_width / 2 * (3 if job.gpu else 1)  # on a GPU also cosines and sines
     return block_input(job) + _mask(job, job.tokens) + angles
 
 
 def block(job: Job) -> float:
-    """All that a block keeps, the sum that leaves it counted, the one that enters it not."""
-    return attention_part(job) + mixed(job, job.tokens) + feed_forward_part(job, job.tokens)
+    """All that a block keeps, with its output but without its input."""
+    return attention_part(job) + attention_output(job, job.tokens) + feed_forward_part(job, job.tokens)
 
 
 def last_block(job: Job) -> float:
-    """The same of the model's last block, which goes on with the states behind its attention."""
-    return attention_part(job) + mixed(job, job.states) + feed_forward_part(job, job.states)
+    """The same of the last block of the model, which continues with only the states after its attention."""
+    return attention_part(job) + attention_output(job, job.states) + feed_forward_part(job, job.states)
 
 
 def attention_part(job: Job) -> float:
-    """First norm with its statistics; q, k and v; on a GPU also the output and one statistic per head."""
+    """First norm with its mean and deviation; q, k and v; on a GPU also the output and one lse per head."""
     width, element, tensor = job.model.width, job.element, job.tensor
     norm = job.tokens * (element * width + 2 * FP32) / job.along_tokens
     heads = job.tokens * element * 3 * width / tensor
@@ -54,22 +49,22 @@ def attention_part(job: Job) -> float:
     return norm + heads
 
 
-def mixed(job: Job, rows: float) -> float:
-    """Output of the attention as the output projection keeps it (on a GPU kept already, unless rows are taken)."""
+def attention_output(job: Job, rows: float) -> float:
+    """Input of the output projection (on a GPU kept by the attention already, unless only some rows continue)."""
     if job.gpu and rows == job.tokens:
         return 0.0
     return rows * job.element * job.model.width / job.tensor
 
 
 def feed_forward_part(job: Job, rows: float) -> float:
-    """Sum behind the attention, second norm, feed-forward before its gelu, sum behind it, and two dropout masks."""
+    """Residual sum after the attention, second norm, feed-forward before its gelu, sum after it, two dropout masks."""
     width, element = job.model.width, job.element
     sums = rows * (element * 3 * width + 2 * FP32) / job.along_tokens
     return sums + rows * element * job.model.ffn / job.tensor + 2 * _mask(job, rows)
 
 
 def feed_forward_work(job: Job, rows: float) -> float:
-    """Backward pass of the feed-forward: gradients of the stream, of its branch and before the gelu, a work area."""
+    """Backward pass of the feed-forward: gradients of the stream, its branch and the input of the gelu, a workspace."""
     width, element = job.model.width, job.element
     stream = rows * element * width * (2 if job.model.dropout else 1) / job.along_tokens
     inner = rows * element * job.model.ffn / job.tensor
@@ -79,22 +74,22 @@ def feed_forward_work(job: Job, rows: float) -> float:
 
 
 def attention_work(job: Job) -> float:
-    """Backward pass of the attention: gradients of the stream, of its output and of q, k and v, and a work area."""
+    """Backward pass of the attention: gradients of the stream, of its output and of q, k and v, and a workspace."""
     width, element, tensor = job.model.width, job.element, job.tensor
     stream = job.tokens * element * width / job.along_tokens
     gradients = job.tokens * element * width / tensor
-    if job.gpu:  # of the output and of q, k, v; keys turned; one statistic per head
+    if job.gpu:  # of the output and of q, k, v; rotated keys; one lse per head
         return stream + 5 * gradients + FP32 * job.tokens * job.model.heads / tensor
-    turning = FP32 * job.tokens * job.head_width / 2 * 4
+    rotation = FP32 * job.tokens * job.head_width / 2 * 4
     heads, squared = job.model.heads / tensor, job.sizes.expanded**2
-    together = min(job.config.batch.micro, max(1, BLOCK // (heads * squared)))
-    weights = FP32 * heads * squared * together
-    # Gradients of q, k and v are made one by one and then laid side by side.
-    return stream + gradients + max(3 * gradients + turning + 5 * weights, 6 * gradients)
+    sequences = min(job.config.batch.micro, max(1, BLOCK // (heads * squared)))
+    weights = FP32 * heads * squared * sequences
+    # Gradients of q, k and v are computed one by one and then concatenated.
+    return stream + gradients + max(3 * gradients + rotation + 5 * weights, 6 * gradients)
 
 
 def head(job: Job) -> float:
-    """What norm and output layer keep: norms, dense map, gelu, queries and keys at the states."""
+    """What the norm and the output layer keep: norms, dense map, gelu, queries and keys at the states."""
     width, element = job.model.width, job.element
     kept = job.states * (4 * element * width + 4 * FP32)
     if learns_transitions(job.model):
@@ -104,88 +99,91 @@ def head(job: Job) -> float:
 
 
 def graph(job: Job) -> float:
-    """Scores of the targets at the states, transitions, forward variables; kept logits where the kernel keeps them."""
-    pairs, moves = job.pairs, job.moves
+    """Scores of the targets at the states, transitions, forward variables; logits, if the kernel keeps some."""
+    pairs, transitions = job.pairs, job.transitions
     if job.gpu:
         kept = FP32 * pairs
     else:
         kept = pairs * (INT64 + FP32 + 1) + logits_kept(job)
     if job.model.objective == "exlm":
-        kept += pairs * (FP32 if job.gpu else 2 * FP64) + FP32 * moves
+        kept += pairs * (FP32 if job.gpu else 2 * FP64) + FP32 * transitions
     return kept
 
 
 def logits_kept(job: Job) -> float:
-    """Of the first chunks of rows, up to a budget."""
+    """Logits of the first chunks of rows, up to a budget."""
     rows, step = job.states, _chunk(job)
-    within = LOGITS_KEPT // job.vocabulary
+    within = vocab_tiles.KEEP_ELEMENTS // job.vocabulary
     return FP32 * job.vocabulary * (rows if rows <= within else within // step * step)
 
 
 def output_work(job: Job) -> float:
-    """Largest work area of the output layer: the recursion over the graph, the transitions or the logits."""
+    """Largest workspace of the output layer: of the recursion over the graph, the transitions or the logits."""
     return max(_graph_work(job), _transition_work(job), _logits_work(job))
 
 
 def _graph_work(job: Job) -> float:
-    pairs, moves = job.pairs, job.moves
+    pairs, transitions = job.pairs, job.transitions
     if job.model.objective == "mlm":
         return 3 * FP32 * pairs
     if job.gpu:
-        return FP32 * (2 * pairs + 2 * moves)
-    return pairs * 4 * FP64 + moves * (FP32 + 2 * FP64 + FP32)
+        return FP32 * (2 * pairs + 2 * transitions)
+    return pairs * 4 * FP64 + transitions * (FP32 + 2 * FP64 + FP32)
 
 
 def _transition_work(job: Job) -> float:
     if not learns_transitions(job.model):
         return 0.0
-    moves, heads = job.moves, job.model.heads / job.tensor
+    transitions, heads = job.transitions, job.model.heads / job.tensor
     gradients = 2 * job.states * job.model.width / job.tensor
     if job.gpu:
-        return FP32 * (moves + 2 * job.states * heads) + job.element * gradients
+        return FP32 * (transitions + 2 * job.states * heads) + job.element * gradients
     squared = heads * job.longest[1] ** 2
     block = squared * min(job.config.batch.micro, max(1, BLOCK // squared))
-    return FP32 * (moves + gradients + 5 * block)
+    return FP32 * (transitions + gradients + 5 * block)
 
 
 def _logits_work(job: Job) -> float:
-    """Two chunks of logits, gradients of the features, and the gradient of the matrix before it is handed over."""
+    """Two chunks of logits, gradients of the features, and the gradient of the matrix before it is returned."""
     matrix, features = job.vocabulary * job.model.width, job.states * job.model.width
     if job.gpu:
-        return job.element * matrix + FP32 * features + max(_held(job), job.element * features)
+        return job.element * matrix + FP32 * features + max(_gradient_work(job), job.element * features)
     copies = 0 if job.element == FP32 else 2
     chunks = min(2 * _chunk(job), job.states) * job.vocabulary
     return FP32 * (chunks + (1 + copies) * matrix + 2 * features)
 
 
-def _held(job: Job) -> float:
-    """Of the Triton form: gradients of a block of rows by a chunk of words, sums for the bias over each tile of rows,
-    and, where there are several blocks, the sum of a chunk's gradient over them."""
-    words = _part(job.vocabulary, WORDS_OF_FEW if job.states <= FEW_ROWS else WORDS_OF_MANY)
-    rows = _part(job.states, LOGITS_HELD // words)
-    tiles = -(-rows // (TILE if job.element < FP32 else TILE // 2))
+def _gradient_work(job: Job) -> float:
+    """Triton form: gradients of a block of rows by a chunk of words, sums for the bias over each tile of rows, and, if
+    there are several blocks, the sum of a chunk's gradient over them."""
+    few = job.states <= vocab_tiles.FEW_ROWS
+    words = _part(job.vocabulary, vocab_tiles.WORDS_OF_FEW if few else vocab_tiles.WORDS_OF_MANY)
+    rows = _part(job.states, vocab_tiles.LOGITS // words)
+    tiles = -(-rows // (vocab_tiles.TILE if job.element < FP32 else vocab_tiles.TILE // 2))
     total = words * job.model.width if rows < job.states else 0
     return job.element * rows * words + FP32 * (tiles * job.vocabulary + total)
 
 
-def _part(total: float, most: int) -> float:
-    tiles = -(-total // TILE)
-    return total if total <= most else -(-tiles // -(-tiles // (most // TILE))) * TILE
+def _part(total: float, most: float) -> float:
+    """The total, if that is at most `most`; else the size, in whole tiles, of the fewest equal parts that are."""
+    tile = vocab_tiles.TILE
+    tiles = -(-total // tile)
+    return total if total <= most else -(-tiles // -(-tiles // (most // tile))) * tile
 
 
 def _chunk(job: Job) -> int:
-    return max(1, LOGITS // job.vocabulary)
+    return max(1, vocab_tiles.CHUNK_ELEMENTS // job.vocabulary)
 
 
 def compiled_products(job: Job, stage: Stage) -> float:
-    """On a CPU: what oneDNN keeps of the products that it has compiled, one for each shape of its operands.
+    """On a CPU: what oneDNN keeps of the products that it has compiled, one for each shape of the operands.
 
-    Counted are those of one micro-batch whose shapes depend on its sizes: forward and two gradients of each map. Every
-    other T or S compiles them again, up to the 1,024 that oneDNN keeps; a `data.bucket` makes shapes repeat.
+    Counted are the products whose shapes depend on the sizes of a micro-batch: forward and two gradients of each map.
+    Another T or S compiles them again, up to the 1,024 that oneDNN keeps; a `data.bucket` makes shapes repeat.
     """
     if job.gpu:
         return 0.0
-    maps = 1 if job.tensor > 1 else 4  # of a block; megatron's layers multiply otherwise
+    maps = 1 if job.tensor > 1 else 4  # of a block; megatron's layers multiply in another way
     count = maps if stage.blocks > stage.last else 0
     if stage.last:
         count += maps + 1  # the last block, the dense map and the last chunk of the vocabulary
@@ -194,5 +192,5 @@ def compiled_products(job: Job, stage: Stage) -> float:
 
 
 def _mask(job: Job, rows: float) -> float:
-    """A byte per element under dropout; the Triton form draws the mask again instead."""
+    """A byte per element if there is dropout; the Triton form draws the mask again instead."""
     return rows * job.model.width / job.along_tokens if job.model.dropout and not job.gpu else 0.0

@@ -1,9 +1,9 @@
-"""What a rank sends in a step, by kind and collective, and the bubble of a pipeline: the formulas of
-docs/parallelism.md. No torch here.
+"""What a rank sends in a step, by group and collective, and the bubble of a pipeline: the formulas of
+docs/parallelism.md. No torch.
 
-`payload` is what the collectives are called with: the tensor of an all-reduce, the whole of a gathered or scattered
-one, the tensor of a send. `sent` is what leaves the rank in the ring algorithm. Numbers that all ranks agree on once
-a step (norms, losses, flags) are left out. Letters as in `planning/job.py`; e bytes per number, P numbers on a rank.
+`payload` is what the collectives are called with: the tensor of an all-reduce or a send, the whole of a gathered or
+scattered tensor. `sent` is what leaves the rank in a ring algorithm. Scalars that the ranks exchange once a step
+(norms, losses, flags) are left out. Letters as in `planning/job.py`; e bytes per element, P parameters of a rank.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from exlm_dist.model.cost import learns_transitions
 from exlm_dist.planning.job import FP32, INT64, Job, Stage, parameters_of_stage
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
-#: Kinds of traffic, by the group that it runs in.
+#: Process groups that traffic belongs to.
 GROUPS = ("tensor", "pipeline", "data")
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives of one purpose in one step of one rank."""
+    """The collectives for one purpose in one step of one rank."""
 
     group: str  # one of GROUPS
     collective: Collective
     what: str
     calls: int
     payload: float  # bytes, summed over the calls
-    ranks: int  # that take part
+    ranks: int  # of the group
 
     @property
     def sent(self) -> float:
         """Bytes that leave this rank."""
-        share = (self.ranks - 1) / self.ranks
-        return self.payload * {"all_reduce": 2 * share, "send": 1.0}.get(self.collective, share)
+        others = (self.ranks - 1) / self.ranks
+        return self.payload * {"all_reduce": 2 * others, "send": 1.0}.get(self.collective, others)
 
 
 def traffic_of_stage(job: Job, stage: Stage) -> list[Traffic]:
@@ -43,12 +43,12 @@ def traffic_of_stage(job: Job, stage: Stage) -> list[Traffic]:
 
 
 def worst_traffic(job: Job) -> list[Traffic]:
-    """Of the stage that sends most."""
+    """The traffic of the stage that sends most."""
     return max((traffic_of_stage(job, stage) for stage in job.stages), key=lambda all_: sum(t.sent for t in all_))
 
 
 def bubble(stages: int, micro_batches: int) -> float:
-    """Share of a step in which a rank waits for the others: (p - 1) / (m + p - 1) (Narayanan et al. 2021, 1F1B)."""
+    """Fraction of a step in which a stage waits: (p - 1) / (m + p - 1) (Narayanan et al. 2021, 1F1B)."""
     return (stages - 1) / (micro_batches + stages - 1)
 
 
@@ -74,8 +74,8 @@ _Calls = list[tuple[Collective, str, int, float]]
 
 
 def _whole_tokens(job: Job, stage: Stage) -> _Calls:
-    """Each block sums the outputs of its two row-split maps forward, and the gradients at the inputs of its two
-    column-split maps backward; the embedding sums its output."""
+    """A block sums the outputs of its two row-parallel maps forward and the gradients at the inputs of its two
+    column-parallel maps backward; the embedding sums its output."""
     token, state = (rows * job.model.width * job.element for rows in (job.tokens, job.states))
     whole = stage.blocks - stage.last
     again = _sums_repeated(job)
@@ -88,16 +88,17 @@ def _whole_tokens(job: Job, stage: Stage) -> _Calls:
 
 
 def _sums_repeated(job: Job) -> int:
-    """Sums of a block that recomputation makes again: it stops at the last tensor that the backward pass wants, which
-    comes before the second sum unless dropout keeps a mask or a norm follows."""
+    """All-reduces of a block that recomputation repeats: it stops at the last tensor that the backward pass needs: one
+    before the second all-reduce, unless dropout keeps a mask or a norm follows."""
     if not job.config.parallel.activation_checkpointing:
         return 0
     return 2 if job.model.norm == "post" or (job.model.dropout and not job.gpu) else 1
 
 
 def _along_tokens(job: Job, stage: Stage) -> _Calls:
-    """Sequence parallelism: a column-split map gathers its input forward and again backward and scatters its gradient;
-    a row-split one scatters its output and gathers its gradient. Gradients of norms and biases are summed, fp32."""
+    """Sequence parallelism: a column-parallel map gathers its input forward and again backward and scatters its
+    gradient; a row-parallel one scatters its output and gathers its gradient. Gradients of norms and biases are summed
+    in fp32."""
     token, state = (rows * job.model.width * job.element for rows in (job.tokens, job.states))
     whole, vector = stage.blocks - stage.last, FP32 * job.model.width
     recomputed, again = job.config.parallel.activation_checkpointing, _sums_repeated(job)
@@ -108,7 +109,7 @@ def _along_tokens(job: Job, stage: Stage) -> _Calls:
         ("all_reduce", "norms and biases", vectors, vectors * vector),
     ]
     if stage.last:
-        # Of all tokens: the input of the attention's map, forward and backward, and the rows to be taken.
+        # Of all tokens: the input of the attention's map, forward and backward, and the rows to take the states from.
         all_tokens = 3 + 2 * recomputed
         of_states = gathers + 1 + recomputed - all_tokens
         calls.append(("all_gather", "last block", all_tokens + of_states, all_tokens * token + of_states * state))
@@ -121,7 +122,7 @@ def _along_tokens(job: Job, stage: Stage) -> _Calls:
 
 
 def _output(job: Job) -> _Calls:
-    """Gradients of the features, log-sums and target scores of the vocabulary, and the mixture of the heads' moves."""
+    """Gradients of the features, lse and target scores of the vocabulary, and the mixture of the heads' transitions."""
     state = job.states * job.model.width * job.element
     scores = job.pairs if job.gpu else job.states * job.longest[0]
     calls: _Calls = [
@@ -130,15 +131,17 @@ def _output(job: Job) -> _Calls:
     ]
     if learns_transitions(job.model):
         calls.append(("all_reduce", "features", 1, state))
-        calls.append(("all_reduce", "transitions", 4, 2 * FP32 * (job.moves + job.config.batch.micro * job.longest[1])))
+        calls.append(
+            ("all_reduce", "transitions", 4, 2 * FP32 * (job.transitions + job.config.batch.micro * job.longest[1]))
+        )
         if job.model.transition_positions:
-            calls.append(("all_reduce", "places", 1, job.sizes.expanded * job.model.width * job.element))
+            calls.append(("all_reduce", "positions", 1, job.sizes.expanded * job.model.width * job.element))
     return calls
 
 
 def _pipeline(job: Job, stage: Stage) -> list[Traffic]:
-    """Hidden states and the integers of the packed batch go on, gradients of the hidden states go back; the two copies
-    of a tied matrix sum their gradients."""
+    """Hidden states and the integers of the packed batch go forward, gradients of the hidden states go back; the two
+    copies of a tied matrix sum their gradients."""
     if job.pipeline == 1:
         return []
     count, hidden = job.accumulation, job.tokens * job.model.width * job.element / job.along_tokens
@@ -156,23 +159,23 @@ def _pipeline(job: Job, stage: Stage) -> list[Traffic]:
 
 def _integers(job: Job) -> float:
     """Bytes of the integers of a micro-batch: three per token, one per state and target, three boundaries, and sizes
-    (`Stream.to_tensors`); and what describes them to DeepSpeed."""
+    (`Stream.to_tensors`); and of their description by DeepSpeed."""
     batch = job.config.batch.micro
     integers = 3 * job.tokens + job.states + batch * job.sizes.targets + 3 * (batch + 1) + _SIZES
     return INT64 * integers + _DESCRIPTION
 
 
 def _data(job: Job, stage: Stage) -> list[Traffic]:
-    """Gradients are averaged, and under ZeRO updated weights gathered; ZeRO 2 and 3 average in every micro-batch.
+    """Gradients are averaged and, under ZeRO, updated weights gathered; ZeRO 2 and 3 average in every micro-batch.
 
-    ZeRO 1 and 2 average by all-reduce (DeepSpeed's buckets span ranks). bf16 gradients travel as fp32 under ZeRO.
+    ZeRO 1 and 2 average by all-reduce (DeepSpeed's buckets span ranks). Under ZeRO, bf16 gradients are sent as fp32.
     """
     if job.data == 1:
         return []
     count, zero, repeated = sum(parameters_of_stage(job, stage).values()), job.config.parallel.zero, job.accumulation
     wide, weights = FP32 if zero else job.element, count * job.element
     if zero == 3:
-        # In the forward and in the backward pass, a tied matrix for each layer that uses it.
+        # In the forward and in the backward pass; a tied matrix once for each layer that uses it.
         tied = job.vocabulary * job.model.width * job.element if job.model.tie_head else 0
         return [
             Traffic("data", "all_gather", "weights", 2 * repeated, 2 * repeated * (weights + tied), job.data),

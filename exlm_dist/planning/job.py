@@ -1,8 +1,8 @@
-"""A run on a number of ranks, with the sizes that memory, traffic and time are worked out from. No torch here.
+"""A run on a number of ranks, with the sizes from which memory, traffic and time are computed. No torch.
 
-Letters: T tokens and S states of a micro-batch (bucket padding counted), B sequences in it, N and L the most targets
+Letters: T tokens and S states of a micro-batch (bucket padding included), B sequences in it, N and L the most targets
 and states of a sequence, D width, F feed-forward width, H heads, V vocabulary; t, p and d the degrees of tensor,
-pipeline and data parallelism, m micro-batches of a rank and step.
+pipeline and data parallelism, m micro-batches per rank and step.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ FP32, INT64 = 4, 8
 
 @dataclass(frozen=True)
 class Job:
-    """`config` on `world` ranks, for sequences of `length` tokens; `gpu`: Triton kernels and bf16 where dtype is auto.
+    """`config` on `world` ranks, for sequences of `length` tokens; `gpu`: Triton kernels, and bf16 if dtype is auto.
 
-    ConfigError, on first use of the degrees, where the layout does not fit the ranks.
+    ConfigError, on first use of the degrees, if the layout does not fit the ranks.
     """
 
     config: RunConfig
@@ -39,32 +39,32 @@ class Job:
 
     @property
     def tensor(self) -> int:
-        """t."""
+        """t, the tensor-parallel degree."""
         return self.config.parallel.tensor
 
     @property
     def pipeline(self) -> int:
-        """p."""
+        """p, the number of pipeline stages."""
         return self.config.parallel.pipeline
 
     @cached_property
     def data(self) -> int:
-        """d."""
+        """d, the number of data-parallel replicas."""
         return data_degree(self.config.parallel, self.world)
 
     @property
     def along_tokens(self) -> int:
-        """Parts that sequence parallelism cuts the tokens into outside the split layers (1 without it)."""
+        """Parts into which sequence parallelism splits the tokens outside the tensor-parallel layers (1 without it)."""
         return self.tensor if self.config.parallel.sequence else 1
 
     @property
     def accumulation(self) -> int:
-        """m."""
+        """m, the micro-batches per rank and step."""
         return max(1, self.config.batch.sequences // (self.config.batch.micro * self.data))
 
     @property
     def element(self) -> int:
-        """Bytes per number of weights and activations."""
+        """Bytes per element of weights and activations."""
         dtype = self.config.precision.dtype
         return FP32 if dtype == "fp32" or (dtype == "auto" and not self.gpu) else 2
 
@@ -75,34 +75,34 @@ class Job:
 
     @cached_property
     def tokens(self) -> float:
-        """T."""
+        """T, the tokens of a micro-batch."""
         return self._padded(self.sizes.expanded)
 
     @cached_property
     def states(self) -> float:
-        """S."""
+        """S, the states of a micro-batch."""
         return self._padded(self.sizes.states)
 
     @cached_property
     def longest(self) -> tuple[int, int]:
-        """(targets, states) to which the sequences of a micro-batch are padded: one more masked token than expected."""
+        """(N, L), to which the sequences of a micro-batch are padded: the expected targets, rounded up."""
         targets = math.ceil(self.sizes.targets)
         return targets, self.model.states * targets
 
     @property
     def pairs(self) -> float:
-        """Scores of targets at states, B N L."""
+        """Scores of the targets at the states, B N L."""
         targets, states = self.longest
         return self.config.batch.micro * targets * states
 
     @property
-    def moves(self) -> float:
-        """Moves between states, B L L."""
+    def transitions(self) -> float:
+        """Transition scores between the states, B L L."""
         return self.config.batch.micro * self.longest[1] ** 2
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the vocabulary that a tensor rank holds, padding counted."""
+        """Rows of the vocabulary on a tensor-parallel rank, padding included."""
         return -(-self.vocab_size // self.tensor)
 
     @property
@@ -132,17 +132,17 @@ def _cut(model: ModelConfig, vocab_size: int, length: int, ratio: float, stages:
 
 @dataclass(frozen=True)
 class Stage:
-    """Part of the model on one pipeline stage: `blocks` blocks, the embedding if first, norm and output if last."""
+    """One of `count` pipeline stages: `blocks` blocks, the embedding if first, norm and output layer if last."""
 
     index: int
     blocks: int
     first: bool
     last: bool
-    of: int
+    count: int
 
     def in_flight(self, micro_batches: int) -> int:
-        """Micro-batches whose activations the stage keeps at once: 1F1B, so the stages behind it and its own."""
-        return min(self.of - self.index, micro_batches)
+        """Micro-batches whose activations the stage keeps at once under 1F1B: one for itself and each later stage."""
+        return min(self.count - self.index, micro_batches)
 
 
 def parameters_of_stage(job: Job, stage: Stage) -> dict[str, int]:

@@ -1,9 +1,9 @@
-"""Bytes that a rank holds at the worst moment of a step. No torch here.
+"""Peak memory of a rank in a step, in bytes. No torch.
 
-A step has four moments at which memory can be largest: the loss (all activations, the work of the output layer), the
-backward pass of a block, the reduction of the gradients, and the update. Each is a sum of parts; the largest is the
-prediction. What DeepSpeed allocates was read from its sources (0.19: `zero/stage_1_and_2.py`, `bf16_optimizer.py`,
-`zero/stage3.py`) and measured (`benchmarks/memory.py`). Letters as in `planning/job.py`; P numbers on a rank.
+Memory can peak at four moments of a step: the loss (all activations, the workspace of the output layer), the backward
+pass of a block, the reduction of the gradients, and the update. Each is a sum of parts; the largest is the prediction.
+What DeepSpeed allocates was read from its sources (0.19: `zero/stage_1_and_2.py`, `bf16_optimizer.py`,
+`zero/stage3.py`) and measured (`benchmarks/memory.py`). Letters as in `planning/job.py`; P parameters of a rank.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ KINDS = (
     "weights", "gradients", "optimizer", "activations", "states and logits", "buffers", "scratch", "compiled products"
 )  # fmt: skip
 HOST = "optimizer (host)"
-#: What a save is written from: fp32 weights and moments that a rank owns (docs/checkpoints.md).
+#: What a save is written from: the fp32 weights and moments that a rank owns (docs/checkpoints.md).
 COPY = "copy for saves (host)"
 ON_HOST = (HOST, COPY)
-#: Elements of a communication bucket (`BUCKET` of `training/engine.py`).
+#: Elements of a communication bucket (`BUCKET` of `training/engine/base.py`).
 BUCKET = 50_000_000
 Parts = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The moment of a step at which a rank of `stage` holds most, and its parts in bytes (`ON_HOST`: host memory)."""
+    """The moment of a step at which the memory of a rank of `stage` peaks, and its parts in bytes (`ON_HOST`: host)."""
 
     stage: int
     moment: str
@@ -40,18 +40,18 @@ class Peak:
 
 
 def memory_per_rank(job: Job) -> Peak:
-    """The worst moment of the worst rank."""
+    """The peak of the worst rank."""
     return max((peak_of_stage(job, stage) for stage in job.stages), key=lambda peak: peak.total)
 
 
 def peak_of_stage(job: Job, stage: Stage) -> Peak:
-    """The worst moment of a rank of `stage`."""
+    """The peak of a rank of `stage`."""
     moments = moments_of_stage(job, stage)
     return max((Peak(stage.index, name, parts) for name, parts in moments.items()), key=lambda peak: peak.total)
 
 
 def moments_of_stage(job: Job, stage: Stage) -> dict[str, Parts]:
-    """Parts of every moment, from the second step on (the moments of AdamW exist)."""
+    """Parts of every moment, from the second step on (when the moments of AdamW exist)."""
     count, largest = sum(parameters_of_stage(job, stage).values()), largest_tensor(job, stage)
     always = _always(job, count) | {"compiled products": activations.compiled_products(job, stage)}
     moments = {
@@ -71,7 +71,7 @@ def _join(*several: Parts) -> Parts:
 
 
 def _always(job: Job, count: int) -> Parts:
-    """Weights, and master weights and moments of AdamW."""
+    """Weights, master weights and the moments of AdamW."""
     zero, half = job.config.parallel.zero, job.element < FP32
     master = FP32 if half or zero else 0
     states = count * (master + 2 * FP32) / (job.data if zero else 1)
@@ -79,52 +79,51 @@ def _always(job: Job, count: int) -> Parts:
     where = HOST if job.config.parallel.offload else "optimizer"
     parts = {"weights": weights, where: states, COPY: 3 * FP32 * count / job.data}
     if zero == 3:
-        # Parameters gathered ahead and not let go yet (`stage3_max_live_parameters` and the prefetch bucket), as they
-        # came from the ranks and once more in order.
+        # Parameters gathered ahead and not released yet (`stage3_max_live_parameters` and the prefetch bucket), as
+        # received from the ranks and once more in order.
         parts["buffers"] = 2 * job.element * min(count, 5 * bucket(count))
     return parts
 
 
 def bucket(count: int) -> int:
-    """Elements of the communication bucket of a rank that holds `count` numbers."""
+    """Elements of the communication bucket of a rank with `count` parameters."""
     return min(BUCKET, count)
 
 
 def _forward(job: Job, stage: Stage) -> dict[str, tuple[int, Parts]]:
-    """Parts of the moments of forward and backward pass, each with how many parameters have their gradient by then."""
+    """Parts of the moments of forward and backward pass, each with the number of parameters that have a gradient."""
     parameters = parameters_of_stage(job, stage)
     count, per_block = sum(parameters.values()), parameters["blocks"] // stage.blocks
     kept = activations.block_input(job) if job.config.parallel.activation_checkpointing else activations.block(job)
     entry = activations.embedding(job) if stage.first else activations.block_input(job)
     whole = stage.blocks - stage.last
-    waiting = _waiting(job, stage, entry + stage.blocks * kept)
-    behind = sum(size for part, size in parameters.items() if part not in ("blocks", "embedding"))
-    # The gradient that the output layer gives to a tied matrix waits for that of the embedding.
+    in_flight = _in_flight(job, stage, entry + stage.blocks * kept)
+    done = sum(size for part, size in parameters.items() if part not in ("blocks", "embedding"))
+    # The gradient of a tied matrix from the output layer waits for that from the embedding.
     table = job.vocabulary * job.model.width * job.element
     tied = table if stage.first and stage.last and job.model.tie_head else 0
-    moments = {}
+    moments: dict[str, tuple[int, Parts]] = {}
     if stage.last:
-        before = waiting + entry + whole * kept
-        moments |= _output_moments(job, before, behind, tied)
-        behind += per_block
+        before = in_flight + entry + whole * kept
+        moments |= _output_moments(job, before, done, tied)
+        done += per_block
     for left in {0, whole - 1} if whole else ():
-        done = behind + (whole - 1 - left) * per_block
-        before = waiting + entry + left * kept
+        before = in_flight + entry + left * kept
         for name, parts in _block_moments(job, before, tied).items():
-            moments[f"{name} of block {left}"] = done, parts
+            moments[f"{name} of block {left}"] = done + (whole - 1 - left) * per_block, parts
     if stage.first:
         scratch = activations.block_input(job) + table + tied
-        done = count - parameters["embedding"]
-        moments["embedding"] = (done, {"activations": waiting + entry, "scratch": scratch})
+        parts = {"activations": in_flight + entry, "scratch": scratch}
+        moments["embedding"] = count - parameters["embedding"], parts
     return moments
 
 
-def _waiting(job: Job, stage: Stage, kept: float) -> float:
-    """Activations of the micro-batches in flight behind the current one, with the hidden states sent on."""
+def _in_flight(job: Job, stage: Stage, kept: float) -> float:
+    """Activations of the other micro-batches in flight, and the hidden states sent to the next stage."""
     sent = 0.0 if stage.last else activations.block_input(job)
     received = 0.0 if stage.last else activations.block_input(job)
     others = stage.in_flight(job.accumulation) - 1
-    return others * (kept + sent) + (sent + received if stage.of > 1 else 0.0)
+    return others * (kept + sent) + (sent + received if stage.count > 1 else 0.0)
 
 
 def _output_moments(job: Job, before: float, head_parameters: int, tied: float) -> dict[str, tuple[int, Parts]]:
@@ -149,7 +148,7 @@ def _output_moments(job: Job, before: float, head_parameters: int, tied: float) 
 
 
 def _block_moments(job: Job, before: float, tied: float) -> dict[str, Parts]:
-    """Backward pass of a block, `before` being kept of what comes before it."""
+    """Backward pass of a block; `before`: bytes kept of the layers before it."""
     return {
         "feed-forward": {
             "activations": before + activations.block(job),
@@ -163,7 +162,7 @@ def _block_moments(job: Job, before: float, tied: float) -> dict[str, Parts]:
 
 
 def _gradients(job: Job, count: int, done: int) -> Parts:
-    """During the backward pass, when `done` of `count` numbers have their gradient in this micro-batch."""
+    """During the backward pass, when `done` of `count` parameters have their gradient in this micro-batch."""
     zero, half, repeated = job.config.parallel.zero, job.element < FP32, job.accumulation > 1
     if job.config.parallel.offload and zero:
         return {"buffers": job.element * _filled(job, count, done)}
@@ -176,26 +175,26 @@ def _gradients(job: Job, count: int, done: int) -> Parts:
 
 
 def _twice(job: Job, count: int) -> float:
-    """DeepSpeed's BF16 optimizer sums in fp32, and sets the bf16 gradients to zero rather than let them go."""
+    """DeepSpeed's BF16 optimizer accumulates in fp32, and zeroes the bf16 gradients rather than free them."""
     return (FP32 + job.element) * count
 
 
 def _filled(job: Job, count: int, done: int) -> float:
-    """Elements of the reduction buckets that are in memory; a CPU has no more of them than was written to."""
+    """Elements of the reduction buckets in memory; on a CPU only those that were written to."""
     if job.gpu:
         return 2 * bucket(count)
     return min(bucket(count), done)
 
 
 def _reduction(job: Job, count: int, largest: int) -> Parts:
-    """End of the backward pass: buckets are filled, and copied once more to be sent."""
+    """End of the backward pass: buckets are full, and copied once more to be sent."""
     zero, half = job.config.parallel.zero, job.element < FP32
-    share, copy = count / job.data, max(bucket(count), min(count, largest))
+    owned, copy = count / job.data, max(bucket(count), min(count, largest))
     cast = FP32 * copy if half and zero else 0
     if job.config.parallel.offload and zero:
         return {"buffers": job.element * (_filled(job, count, count) + copy) + cast}
     if zero >= 2:
-        kept = FP32 * share if half or zero == 3 or job.accumulation > 1 or count > BUCKET else 0
+        kept = FP32 * owned if half or zero == 3 or job.accumulation > 1 or count > BUCKET else 0
         return {"gradients": kept, "buffers": job.element * (_filled(job, count, count) + copy) + cast}
     if zero == 1 and half:
         return {"gradients": _twice(job, count), "buffers": FP32 * copy}
@@ -204,15 +203,15 @@ def _reduction(job: Job, count: int, largest: int) -> Parts:
 
 
 def _update(job: Job, count: int, largest: int) -> Parts:
-    """AdamW; on a CPU it has two temporary tensors of the size of the one it updates, on a GPU it is fused."""
+    """AdamW; on a CPU with two temporary tensors as large as the one that it updates, on a GPU fused."""
     zero, half = job.config.parallel.zero, job.element < FP32
-    share = count / job.data if zero else count
+    owned = count / job.data if zero else count
     if job.config.parallel.offload:
         return {}
-    temporary = 0 if job.gpu else 2 * FP32 * (share if zero or half else largest)
+    temporary = 0 if job.gpu else 2 * FP32 * (owned if zero or half else largest)
     if zero == 0:
         return {"gradients": (job.element + (FP32 if half else 0)) * count, "scratch": temporary}
     if zero == 1 and half:
         return {"gradients": _twice(job, count), "scratch": temporary}
-    flat = FP32 * share if job.gpu else 0
-    return {"gradients": FP32 * share, "scratch": max(temporary, flat)}
+    flat = FP32 * owned if job.gpu else 0
+    return {"gradients": FP32 * owned, "scratch": max(temporary, flat)}

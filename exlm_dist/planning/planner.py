@@ -1,9 +1,9 @@
-"""Layouts of a run on a number of GPUs: all that work, which of them fit, and the fastest of these. No torch here."""
+"""Layouts of a run on a number of GPUs: all that are valid, which of them fit, and the fastest of these. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from exlm_dist.config import RunConfig, check_config, check_vocabulary, check_world
@@ -14,15 +14,15 @@ from exlm_dist.planning.memory import ON_HOST, Peak, memory_per_rank
 from exlm_dist.utils.errors import ConfigError
 
 GIB = 2**30
-#: Layouts whose predicted times differ by less are taken for equally fast: the prediction is no better than that.
+#: Layouts whose predicted times differ by less than this factor count as equally fast: the prediction is no better.
 ABOUT = 1.1
-#: How many times the GPUs a refusal looks for a number that would do.
+#: Multiples of the number of GPUs that are tried when nothing fits.
 _MORE = (2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One layout with what it needs."""
+    """One layout and what it needs."""
 
     job: Job
     hardware: Hardware
@@ -44,17 +44,17 @@ class Plan:
 
     @cached_property
     def traffic(self) -> list[Traffic]:
-        """What the rank that sends most sends in a step."""
+        """Traffic of a step, of the rank that sends most."""
         return worst_traffic(self.job)
 
     @property
     def bubble(self) -> float:
-        """Share of a step that a rank waits for the others of its pipeline."""
+        """Fraction of a step in which a stage waits for the others."""
         return bubble(self.job.pipeline, self.job.accumulation)
 
     @property
-    def plainness(self) -> tuple[float, ...]:
-        """Smaller for a layout with fewer moving parts."""
+    def complexity(self) -> tuple[float, ...]:
+        """Smaller for a layout with fewer kinds of parallelism."""
         parallel = self.config.parallel
         degrees = (parallel.tensor * parallel.pipeline, parallel.pipeline)
         return (parallel.zero, *degrees, parallel.sequence, parallel.activation_checkpointing, self.time.total)
@@ -62,7 +62,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked: `config` on `gpus` GPUs of `memory` bytes, of which a share `margin` is left alone."""
+    """What to plan: `config` on `gpus` GPUs of `memory` bytes, of which the fraction `margin` stays unused."""
 
     config: RunConfig
     vocab_size: int
@@ -74,11 +74,11 @@ class Request:
 
     @property
     def usable(self) -> float:
-        """Bytes that the prediction may reach."""
+        """Bytes that the predicted peak may reach."""
         return self.memory * (1 - self.margin)
 
     def plan(self, config: RunConfig, gpus: int | None = None) -> Plan:
-        """One layout, which `config` names."""
+        """The layout that `config` sets."""
         return Plan(Job(config, self.vocab_size, self.length, gpus or self.gpus, gpu=True), self.hardware)
 
 
@@ -86,35 +86,35 @@ def find_plans(request: Request) -> list[Plan]:
     """Layouts that fit, the fastest first.
 
     Raises:
-        ConfigError: no layout works on so many GPUs, or none fits, with what is too large and what would help.
+        ConfigError: no layout is valid on so many GPUs, or none fits; says what is too large and what would fit.
     """
     plans = [request.plan(config) for config in layouts(request.config, request.gpus, request)]
     if not plans:
-        raise ConfigError(_nothing_works(request))
+        raise ConfigError(_no_valid_layout(request))
     fitting = sorted((plan for plan in plans if plan.peak.total <= request.usable), key=lambda plan: plan.time.total)
     if not fitting:
-        raise ConfigError(_nothing_fits(request, min(plans, key=lambda plan: plan.peak.total)))
+        raise ConfigError(_none_fits(request, min(plans, key=lambda plan: plan.peak.total)))
     return fitting
 
 
 def recommended(plans: list[Plan]) -> Plan:
-    """The plainest of those that are about as fast as the fastest: the time is a prediction."""
+    """The least complex of those about as fast as the fastest: the time is a prediction."""
     fastest = min(plan.time.total for plan in plans)
-    return min((plan for plan in plans if plan.time.total <= ABOUT * fastest), key=lambda plan: plan.plainness)
+    return min((plan for plan in plans if plan.time.total <= ABOUT * fastest), key=lambda plan: plan.complexity)
 
 
 def layouts(config: RunConfig, gpus: int, request: Request, *, smallest: bool = False) -> Iterator[RunConfig]:
-    """Configurations for every layout that the rules allow.
+    """Configurations for every valid layout.
 
-    Tensor groups stay within a node. ZeRO 0 is not offered: it saves nothing, and sums bf16 gradients in bf16.
-    `smallest`: only those with one sequence at a time and recomputation.
+    Tensor-parallel groups stay within a node. ZeRO 0 is left out: it saves nothing, and sums bf16 gradients in bf16.
+    `smallest`: only those with micro-batches of one sequence and recomputation.
     """
     sequences = config.batch.sequences
     for tensor in _divisors(gpus, request.hardware.node_size):
         for pipeline in _divisors(gpus // tensor, config.model.layers):
             data = gpus // (tensor * pipeline)
             grid = {"tensor": tensor, "pipeline": pipeline, "data": data, "sequence": False, "zero": 1}
-            if sequences % data or not _works(_with(config, grid, 1), gpus, request.vocab_size):
+            if sequences % data or not _is_valid(_with(config, grid, 1), gpus, request.vocab_size):
                 continue
             micros = [1] if smallest else _divisors(sequences // data, sequences // data)
             for zero in (1,) if pipeline > 1 or data == 1 else (1, 2, 3):
@@ -124,7 +124,7 @@ def layouts(config: RunConfig, gpus: int, request: Request, *, smallest: bool = 
                         yield from (_with(config, grid, micro) for micro in micros)
 
 
-def _with(config: RunConfig, parallel: dict[str, int | bool], micro: int) -> RunConfig:
+def _with(config: RunConfig, parallel: Mapping[str, object], micro: int) -> RunConfig:
     changed = {
         "parallel": config.parallel.model_copy(update=parallel),
         "batch": config.batch.model_copy(update={"micro": micro}),
@@ -133,8 +133,8 @@ def _with(config: RunConfig, parallel: dict[str, int | bool], micro: int) -> Run
     return config.model_copy(update=changed)
 
 
-def _works(config: RunConfig, gpus: int, vocab_size: int) -> bool:
-    """Whether the settings pass the checks that a run makes."""
+def _is_valid(config: RunConfig, gpus: int, vocab_size: int) -> bool:
+    """Whether the settings pass the checks of a run."""
     try:
         check_config(config)
         check_world(config, gpus)
@@ -148,8 +148,8 @@ def _divisors(number: int, most: int) -> list[int]:
     return [size for size in range(1, min(number, most) + 1) if number % size == 0]
 
 
-def _nothing_works(request: Request) -> str:
-    """Why no layout passes the checks: the batch is what every layout shares."""
+def _no_valid_layout(request: Request) -> str:
+    """Why no layout passes the checks: most often the batch, which is the same for all."""
     try:
         check_config(request.config)
         check_world(_with(request.config, {"tensor": 1, "pipeline": 1, "data": "auto"}, 1), request.gpus)
@@ -158,7 +158,7 @@ def _nothing_works(request: Request) -> str:
     return f"no layout of {request.config.name} works on {_gpus(request)} in nodes of {request.hardware.node_size}."
 
 
-def _nothing_fits(request: Request, best: Plan) -> str:
+def _none_fits(request: Request, best: Plan) -> str:
     parts = {kind: size for kind, size in best.peak.parts.items() if kind not in ON_HOST}
     largest = max(parts, key=lambda kind: parts[kind])
     parallel = best.config.parallel
@@ -192,14 +192,14 @@ def _remedies(request: Request, needed: float) -> list[str]:
     shorter = request.length
     while shorter > 32:
         shorter //= 2
-        cut = Request(**{**vars(request), "length": shorter})
-        if _least(cut, request.config, request.gpus) <= request.usable:
+        shortened = replace(request, length=shorter)
+        if _least(shortened, request.config, request.gpus) <= request.usable:
             found.append(f"sequences of {shorter} tokens")
             break
     return found
 
 
 def _least(request: Request, config: RunConfig, gpus: int) -> float:
-    """Bytes of the layout that needs least."""
+    """Bytes of the layout that needs the least."""
     plans = (request.plan(found, gpus) for found in layouts(config, gpus, request, smallest=True))
     return min((plan.peak.total for plan in plans), default=float("inf"))

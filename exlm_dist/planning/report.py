@@ -1,8 +1,9 @@
-"""What `exlm plan` and `exlm config check` print. No torch here."""
+"""What `exlm plan` and `exlm config check` print. No torch."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from exlm_dist.config import RunConfig
@@ -13,14 +14,14 @@ from exlm_dist.planning.job import Job
 from exlm_dist.planning.memory import KINDS, ON_HOST, memory_per_rank
 from exlm_dist.planning.planner import GIB, Plan, Request, find_plans, recommended
 
-_LENGTH_UNKNOWN = 128
-_VOCABULARY_UNKNOWN = 32_000
-_SHOWN = KINDS[:-1]  # without what only a CPU has
+#: Assumed until the data are prepared.
+ASSUMED_LENGTH, ASSUMED_VOCABULARY = 128, 32_000
+_SHOWN = KINDS[:-1]  # without compiled products, which only a CPU keeps
 _SHORT = {"states and logits": "states", "activations": "activ."}
 
 
 def prepared_sizes(path: Path) -> tuple[int | None, int | None]:
-    """(longest sequence, vocabulary size) of the prepared data in `path`; None for what its manifest does not tell."""
+    """(longest sequence, vocabulary size) of the prepared data in `path`; None for what its manifest does not say."""
     manifest = path / "manifest.json"
     if not manifest.is_file():
         return None, None
@@ -32,20 +33,20 @@ def plan_text(
     config: RunConfig, *, gpus: int, memory: float, margin: float, hardware: Hardware,
     length: int | None = None, vocab_size: int | None = None, top: int = 8,
 ) -> str:  # fmt: skip
-    """Answer of `exlm plan`: the layouts that fit, the fastest of each grid first, and the lines to paste.
+    """Answer of `exlm plan`: the layouts that fit, of each grid the fastest, and the lines to paste into a file.
 
-    `memory` in bytes; `length` and `vocab_size` default to those of the prepared data. ConfigError where nothing fits.
+    `memory` in bytes; `length` and `vocab_size` default to those of the prepared data. ConfigError if nothing fits.
     """
-    length, vocab_size, whence = _sizes(config, length, vocab_size)
+    length, vocab_size, assumed = _sizes(config, length, vocab_size)
     request = Request(config, vocab_size, length, gpus, memory, margin, hardware)
     plans = find_plans(request)
     best = recommended(plans)
     parameters = sum(count_parameters(config.model, vocab_size).values())
     return "\n".join([
         f"{config.name}: {parameters / 1e6:,.0f} M parameters, {config.batch.sequences} sequences a step of {length} "
-        f"tokens ({best.job.sizes.expanded:.0f} expanded), vocabulary {vocab_size}{whence}",
-        f"{gpus} GPUs of {memory / GIB:g} GiB, of which {request.usable / GIB:.1f} are used at most; "
-        f"{hardware.node_size} in a node; {hardware.flops / 1e12:g} TFLOP/s, memory "
+        f"tokens ({best.job.sizes.expanded:.0f} expanded), vocabulary {vocab_size}{assumed}",
+        f"{gpus} GPUs of {memory / GIB:g} GiB, of which at most {request.usable / GIB:.1f} are used; "
+        f"{hardware.node_size} per node; {hardware.flops / 1e12:g} TFLOP/s, memory "
         f"{hardware.memory_bandwidth / 1e9:g}, link {hardware.link_bandwidth / 1e9:g}, "
         f"network {hardware.network_bandwidth / 1e9:g} GB/s",
         f"{len(plans)} layouts fit. The fastest of each grid: GiB of the worst rank, GiB sent in a step by the rank "
@@ -60,7 +61,7 @@ def plan_text(
 
 
 def config_lines(config: RunConfig) -> list[str]:
-    """YAML of the settings that a layout decides."""
+    """YAML of the settings that make up a layout."""
     parallel = config.parallel
     names = ("tensor", "pipeline", "data", "sequence", "zero", "activation_checkpointing", "offload")
     settings = ", ".join(f"{name}: {json.dumps(getattr(parallel, name))}" for name in names)
@@ -76,7 +77,7 @@ def _of_each_grid(plans: list[Plan]) -> list[Plan]:
 
 
 def _table(plans: list[Plan], best: Plan) -> list[str]:
-    """A row for each plan, the recommended one marked (and added where it is not among them)."""
+    """A row for each plan; `best` is marked, and added if it is not among them."""
     head = ["tensor", "pipe", "data", "seq", "zero", "recomp", "micro", "m"]
     head += [_SHORT.get(kind, kind) for kind in _SHOWN] + ["total"]
     head += [f"{group} GiB" for group in GROUPS] + ["bubble", "step s"]
@@ -101,36 +102,36 @@ def _row(plan: Plan) -> list[str]:
 
 
 def _reasons(plan: Plan) -> str:
-    """Where the time goes, and the moment that decides the memory."""
+    """How the time is spent, and when memory peaks."""
     spent = {name: seconds for name, seconds in vars(plan.time).items() if seconds > 0.0005}
     parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in spent.items())
     host = sum(plan.peak.parts.get(kind, 0.0) for kind in ON_HOST) / GIB
     return (
-        f"Recommended: {plan.time.total:.3f} s a step ({parts}); memory is largest at the {plan.peak.moment}, "
-        f"stage {plan.peak.stage}. Each rank holds {host:.1f} GiB of host memory besides."
+        f"Recommended: {plan.time.total:.3f} s per step ({parts}); memory peaks at the {plan.peak.moment}, "
+        f"stage {plan.peak.stage}. Each rank also takes {host:.1f} GiB of host memory."
     )
 
 
 def _sizes(config: RunConfig, length: int | None, vocab_size: int | None) -> tuple[int, int, str]:
-    """(length, vocabulary, where they are from if not from the data or the caller)."""
+    """(length, vocabulary, a remark if they come neither from the data nor from the caller)."""
     known_length, known_vocabulary = prepared_sizes(Path(config.data.path))
-    guessed = [
+    unknown = [
         name for name, given in (("--length", length or known_length), ("--vocab-size", vocab_size or known_vocabulary))
         if not given
     ]  # fmt: skip
-    whence = f" (assumed, as {config.data.path} is not prepared: give {' and '.join(guessed)} to say otherwise)"
-    found = length or known_length or _LENGTH_UNKNOWN, vocab_size or known_vocabulary or _VOCABULARY_UNKNOWN
-    return *found, whence if guessed else ""
+    remark = f" (assumed, as {config.data.path} is not prepared: set it by {' and '.join(unknown)})"
+    found = length or known_length or ASSUMED_LENGTH, vocab_size or known_vocabulary or ASSUMED_VOCABULARY
+    return *found, remark if unknown else ""
 
 
 def cost_table(config: RunConfig, vocab_size: int, length: int, world: int) -> list[tuple[str, str]]:
-    """Rows (what, value) for `exlm config check`, for sequences of `length` tokens on `world` ranks."""
+    """Rows (quantity, value) of `exlm config check`, for sequences of `length` tokens on `world` ranks."""
     job = Job(config, vocab_size, length, world, gpu=config.launch.device != "cpu")
     parameters = count_parameters(config.model, vocab_size)
     flops = flops_per_sequence(config.model, vocab_size, job.sizes)
     peak, total, sizes = memory_per_rank(job), sum(flops.values()), job.sizes
     accumulation = config.batch.sequences / (job.data * config.batch.micro)
-    where = "GPU" if job.gpu else "CPU"
+    device = "GPU" if job.gpu else "CPU"
     return [
         ("sequence length, vocabulary", f"{length}, {vocab_size}"),
         ("parameters", f"{sum(parameters.values()):,} ({_parts(parameters, 1e6, 'M')})"),
@@ -142,7 +143,7 @@ def cost_table(config: RunConfig, vocab_size: int, length: int, world: int) -> l
         ("FLOPs per step", f"{total * config.batch.sequences / 1e12:.4g} TF for {config.batch.sequences} sequences"),
         ("micro-batches per rank and step", f"{accumulation:g} on {world} ranks of {config.batch.micro} sequences"),
         (
-            f"memory per rank ({where}, predicted)",
+            f"memory per rank ({device}, predicted)",
             f"{peak.total / 2**20:,.0f} MiB at the {peak.moment} ({_parts(peak.parts, 2**20, 'MiB')})",
         ),
     ]
@@ -156,5 +157,5 @@ def describe(config: RunConfig, *, world: int = 1, length: int | None = None, vo
     return "\n".join(f"{name:<{left}}  {value}" for name, value in rows)
 
 
-def _parts(parts: dict[str, float], unit: float, symbol: str) -> str:
+def _parts(parts: Mapping[str, float], unit: float, symbol: str) -> str:
     return ", ".join(f"{name} {value / unit:.4g}" for name, value in parts.items()) + f" {symbol}"

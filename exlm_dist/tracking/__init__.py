@@ -1,8 +1,8 @@
-"""Metrics of a run: appended to `events.jsonl` by the training, sent to MLflow by a thread of its own.
+"""Metrics of a run: the training thread appends them to `events.jsonl`, another thread sends them to MLflow.
 
-The training thread only appends lines; a tracking server that is slow, down or hung costs it nothing, and no point.
-Sending a line twice changes nothing (points carry the time of the line, and MLflow keeps one row for equal key, step,
-time and value), so the position reached may be lost at any moment. `store.py` is the only importer of mlflow.
+Training only appends lines: a tracking server that is slow, down or hung costs it no time and loses no point. Sending a
+line twice changes nothing (points carry the time of their line, and MLflow keeps one row for equal key, step, time and
+value), so the position reached may be lost at any moment. Only `store.py` imports mlflow.
 """
 
 from exlm_dist.tracking.events import EVENTS, EventLog, read_events

@@ -1,7 +1,7 @@
-"""`events.jsonl`: the durable record of a run, and the spool that MLflow is fed from.
+"""`events.jsonl`: the durable record of a run, and the spool from which MLflow is fed.
 
-Metric names used across the package (unit):
-`train/loss` (nats, as optimised), `train/nll` (nats per masked token), `train/accuracy` (share), `train/lr`,
+Names of metrics across the package (unit):
+`train/loss` (nats, as optimised), `train/nll` (nats per masked token), `train/accuracy` (fraction), `train/lr`,
 `train/grad_norm`, `train/invalid_sequences` (count in the step), `valid/nll`, `valid/accuracy`, `valid/perplexity`,
 `perf/tokens_per_second` (original tokens), `perf/expanded_tokens_per_second`, `perf/step_seconds`,
 `perf/wait_seconds` (for data, per step), `perf/padding_fraction`, `perf/memory_megabytes` (peak of the process or
@@ -29,7 +29,7 @@ logger = get_logger(__name__)
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Events of the whole lines of `path`, in order; `values` are floats. A damaged line is reported and left out.
+    """Events of the complete lines of `path`, in order; `values` are floats. Damaged lines are logged and skipped.
 
     Each has `time` (ms since 1970) and `kind`: run {uid}, metrics {step, values}, params {values}, tags {values},
     artifact {path, folder}, status {status}, child_run {name, step, values, tags}.
@@ -39,13 +39,13 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
             if line.endswith(b"\n"):
                 event = parse_event(line)
                 if event is None:
-                    logger.warning("%s line %d is damaged and left out", path, number)
+                    logger.warning("%s line %d is damaged and skipped", path, number)
                 else:
                     yield event
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:
-    """The event of one line, or None where the line is none."""
+    """The event in a line; None if it is not a valid event."""
     try:
         event = json.loads(line)
         if event["kind"] in ("metrics", "child_run"):
@@ -55,19 +55,19 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
         return None
 
 
-def _number(value: float) -> float | str:
-    """JSON has no NaN: such values are written as the strings that `float` reads."""
+def _to_json(value: float) -> float | str:
+    """JSON has neither NaN nor infinities: they are written as strings that `float` reads."""
     value = float(value)
     return value if math.isfinite(value) else str(value)
 
 
 class EventLog:
-    """Appends events to one JSON-lines file; the same file is continued after a restart.
+    """Appends events to a JSON-lines file, which a restart continues.
 
-    A torn last line (the process was killed while writing) is cut off. A value whose (name, step) is in the file
-    already is not written again, so steps computed once more after a restart leave no duplicates. Safe to use from
-    several threads; another process may append too (`exlm evaluate` beside a running training).
-    A line that cannot be written (disk full) is reported and lost; training goes on.
+    A torn last line (the process was killed while writing) is cut off. A value whose (name, step) is already in the
+    file is not written again, so steps repeated after a restart leave no duplicates. Safe to use from several threads;
+    other processes may append too (`exlm evaluate` during training). A line that cannot be written (disk full) is
+    logged and lost; training continues.
     """
 
     def __init__(self, path: Path) -> None:
@@ -86,14 +86,14 @@ class EventLog:
             self._remember(event)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Points of one step. Values already logged for this or a later step of the same name are left out."""
+        """Points of one step. Values whose name is already logged for this or a later step are skipped."""
         fresh = {name: value for name, value in values.items() if step > self._last_step.get(name, -1)}
         if fresh:
             self._last_step.update(dict.fromkeys(fresh, step))
-            self._append("metrics", step=step, values={name: _number(value) for name, value in fresh.items()})
+            self._append("metrics", step=step, values={name: _to_json(value) for name, value in fresh.items()})
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Settings of the run, flat: `{"model.width": 768}`."""
+        """Settings of the run by dotted key: `{"model.width": 768}`."""
         self._append("params", values={key: str(value) for key, value in values.items()})
 
     def tags(self, values: Mapping[str, Any]) -> None:
@@ -101,29 +101,29 @@ class EventLog:
         self._append("tags", values={key: str(value) for key, value in values.items()})
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """A small file to be shown in MLflow, below `folder`. Sent as it is at the time of sending."""
+        """A small file to be shown in MLflow, in `folder`. Its content is read when it is sent."""
         self._append("artifact", path=os.path.relpath(path, self.path.parent), folder=folder)
 
     def status(self, status: str) -> None:
-        """RUNNING, FINISHED, KILLED (stopped by a signal; may be continued) or FAILED."""
+        """RUNNING, FINISHED, KILLED (stopped by a signal; can be continued) or FAILED; ValueError for any other."""
         if status not in ("RUNNING", "FINISHED", "KILLED", "FAILED"):
             raise ValueError(f"unknown status {status!r}")
         self._append("status", status=status)
 
     def child_run(self, name: str, step: int, values: Mapping[str, float], tags: Mapping[str, Any]) -> None:
-        """Result of one evaluation of the checkpoint of `step`; written once per (name, step)."""
+        """Result of an evaluation of the checkpoint of `step`; written once per (name, step)."""
         if (name, step) in self._children:
             return
         self._children.add((name, step))
-        numbers = {key: _number(value) for key, value in values.items()}
-        self._append("child_run", name=name, step=step, values=numbers, tags={k: str(v) for k, v in tags.items()})
+        written = {key: _to_json(value) for key, value in values.items()}
+        self._append("child_run", name=name, step=step, values=written, tags={k: str(v) for k, v in tags.items()})
 
     def last_step(self, name: str) -> int | None:
-        """Last step for which the metric `name` is in the file."""
+        """Last step with a value of the metric `name`; None if there is none."""
         return self._last_step.get(name)
 
     def flush(self) -> None:
-        """Force everything written so far to the disk (call with each checkpoint)."""
+        """Force everything written so far to disk (called with each checkpoint)."""
         os.fsync(self._handle)
 
     def close(self) -> None:
@@ -146,17 +146,17 @@ class EventLog:
             size = os.fstat(self._handle).st_size
             try:
                 if os.write(self._handle, line) < len(line):
-                    raise OSError("only a part of the line could be written")
+                    raise OSError("only part of the line was written")
                 self._failing = False
             except OSError as error:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._handle, size)
                 if not self._failing:
-                    logger.warning("%s cannot be written (%s): points are lost until it can", self.path, error)
+                    logger.warning("%s cannot be written (%s): points are lost until that is fixed", self.path, error)
                 self._failing = True
 
     def _cut_torn_line(self) -> None:
-        """Cut what follows the last line end; and lines at the end that are no JSON (a power cut leaves zeros)."""
+        """Cut off an incomplete last line, and last lines that are not events (a power cut leaves zeros)."""
         data = self.path.read_bytes()
         end = len(data)
         while end:
@@ -170,7 +170,7 @@ class EventLog:
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """One writer at a time, over threads and processes."""
+        """One writer at a time among threads and processes."""
         with self._lock:
             fcntl.flock(self._handle, fcntl.LOCK_EX)
             try:

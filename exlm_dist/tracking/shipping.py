@@ -1,4 +1,4 @@
-"""Sending `events.jsonl` to MLflow: by a daemon thread while training, by `sync` afterwards."""
+"""Sends `events.jsonl` to MLflow: in a daemon thread during training, by `sync` afterwards."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What was reached: true when everything is in MLflow."""
+    """How far sending has come; true if everything is in MLflow."""
 
     run_folder: Path
     uri: str
@@ -57,7 +57,7 @@ class SyncReport:
 
 
 class Shipper:
-    """Sends what `events.jsonl` of one run has past the position kept in `tracking.json`."""
+    """Sends the events of a run from the position in `tracking.json` on."""
 
     def __init__(self, run_folder: Path, uri: str, experiment: str) -> None:
         self.folder = Path(run_folder)
@@ -68,47 +68,47 @@ class Shipper:
         self._run: MlflowRun | None = None
 
     def position(self) -> dict[str, Any]:
-        """`{"uri", "run_id", "offset"}`; the start where nothing was sent to this URI yet."""
+        """`{"uri", "run_id", "offset"}`; the start of the file if nothing was sent to this URI yet."""
         start = {"uri": redact(self.uri), "run_id": None, "offset": 0}
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            kept = json.loads((self.folder / POSITION).read_text())
-            if kept.get("uri") == start["uri"] and kept.get("offset", 0) <= self._size():
-                return {**start, **kept}
+            saved = json.loads((self.folder / POSITION).read_text())
+            if saved.get("uri") == start["uri"] and saved.get("offset", 0) <= self._size():
+                return {**start, **saved}
         return start
 
     def remaining(self) -> int:
-        """Lines not yet sent."""
+        """Number of lines not sent yet."""
         with open(self.folder / EVENTS, "rb") as file:
             file.seek(self.position()["offset"])
             return file.read().count(b"\n")
 
     def report(self) -> SyncReport:
-        """State now; complete only when MLflow has answered in this session."""
+        """State now; complete only if MLflow has answered in this session."""
         remaining = self.remaining()
         error = self.error or ("time is up" if remaining or not self._successes else None)
         return SyncReport(self.folder, redact(self.uri), self.position()["run_id"], remaining, error)
 
     def send_all(self) -> None:
-        """Send until nothing is left. Raises what MLflow raises; what was sent before stays sent."""
+        """Send until nothing is left. Raises what MLflow raises; the position then includes what was sent before."""
         with _only_sender(self.folder):
             position = self.position()
             try:
-                self._open(position)
-                while self._send_chunk(position) and not self._stop.is_set():
+                run = self._open(position)
+                while self._send_chunk(run, position) and not self._stop.is_set():
                     pass
             except RunGone as gone:
-                logger.warning("MLflow has no run %s any more: a new one gets everything from the start", gone)
+                logger.warning("MLflow no longer has run %s: everything is sent again, to a new one", gone)
                 self._run = None
-                self._keep({**position, "run_id": None, "offset": 0})
+                self._save({**position, "run_id": None, "offset": 0})
                 raise
 
     def start(self) -> Shipper:
-        """Start the thread that sends, waits for more, and after a failure waits longer and longer."""
+        """Start the thread that sends and waits for more; after each failure in a row it waits longer."""
         Thread(target=self._work, name="mlflow", daemon=True).start()
         return self
 
     def finish(self, timeout: float) -> SyncReport:
-        """Let the thread send what is left, for at most `timeout` seconds and a few failures, and end it."""
+        """Let the thread send what is left, for at most `timeout` seconds or a few failures, and end it."""
         deadline, failures = time.monotonic() + timeout, self._failures + LAST_ATTEMPTS
         self._finishing.set()
         self._wake.set()
@@ -124,12 +124,10 @@ class Shipper:
             try:
                 self.send_all()
                 if self.error:
-                    logger.info("MLflow answers again: what was kept is sent")
+                    logger.info("MLflow answers again; everything was sent")
                 self.error, pause = None, POLL
                 self._successes += 1
-            except (
-                Exception
-            ) as error:  # whatever MLflow raises must not end the thread: the points stay in events.jsonl
+            except Exception as error:  # nothing that MLflow raises may end the thread: the points are in events.jsonl
                 self._report_failure(error)
                 pause = min(2 * pause, LONGEST_PAUSE)
             self._wake.wait(0.5 if self._finishing.is_set() else pause)
@@ -138,12 +136,12 @@ class Shipper:
     def _report_failure(self, error: Exception) -> None:
         message = redact(f"{type(error).__name__}: {error}").splitlines()[0][:300]
         if self.error is None:
-            logger.warning("MLflow cannot be reached; training goes on and points are kept in %s (%s)", EVENTS, message)
+            logger.warning("MLflow cannot be reached; training continues and points stay in %s (%s)", EVENTS, message)
         self.error = message
         self._failures += 1
 
-    def _send_chunk(self, position: dict[str, Any]) -> bool:
-        """Send the next whole lines and keep the new position; False when there were none."""
+    def _send_chunk(self, run: MlflowRun, position: dict[str, Any]) -> bool:
+        """Send the next complete lines and save the new position; False if there were none."""
         with open(self.folder / EVENTS, "rb") as file:
             file.seek(position["offset"])
             data = file.read(CHUNK)
@@ -152,27 +150,28 @@ class Shipper:
         data = data[: data.rfind(b"\n") + 1]
         if not data:
             return False
-        self._run.send([event for event in map(parse_event, data.splitlines()) if event is not None])
+        run.send([event for event in map(parse_event, data.splitlines()) if event is not None])
         position["offset"] += len(data)
-        self._keep(position)
+        self._save(position)
         return True
 
-    def _open(self, position: dict[str, Any]) -> None:
-        """Connect once, and make or find the run."""
+    def _open(self, position: dict[str, Any]) -> MlflowRun:
+        """The run in MLflow, found or created by the first call."""
         if self._run is not None:
-            return
+            return self._run
         first = next(read_events(self.folder / EVENTS), None)
         if first is None or first["kind"] != "run":
             raise CheckpointError(
-                f"{self.folder / EVENTS} does not begin with the line that names the run. Restore it from a copy."
+                f"{self.folder / EVENTS} does not begin with the line of the run's uid. Restore it from a copy."
             )
         self._run = MlflowRun(
             self.uri, self.experiment, self.folder.parent, self.folder, first["uid"], position["run_id"], first["time"]
         )
         position["run_id"] = self._run.run_id
-        self._keep(position)
+        self._save(position)
+        return self._run
 
-    def _keep(self, position: dict[str, Any]) -> None:
+    def _save(self, position: dict[str, Any]) -> None:
         write_json(self.folder / POSITION, position)
 
     def _size(self) -> int:
@@ -180,7 +179,7 @@ class Shipper:
 
 
 class Tracker:
-    """Tracking of one training session, on rank 0. `start` returns at once; `close` waits a bounded time."""
+    """Tracking of one training session, on rank 0. `start` returns at once; `close` waits for a limited time."""
 
     def __init__(self, log: EventLog, shipper: Shipper | None, sampler: SystemSampler | None) -> None:
         self._log, self._sampler = log, sampler
@@ -198,8 +197,8 @@ class Tracker:
     ) -> Tracker:
         """Log settings, tags and `config.yaml` of the run, and start the threads.
 
-        ConfigError for a tracking URI that MLflow does not accept. An MLflow that cannot be imported or reached only
-        gives a warning: the events stay in the run folder for `exlm sync`.
+        ConfigError for a tracking URI that MLflow does not accept. If MLflow cannot be imported or reached, that is
+        only a warning: the events stay in the run folder for `exlm sync`.
         """
         run_folder = Path(run_folder)
         uri = tracking_uri(config.tracking.uri, run_folder.parent) if config.tracking.mlflow else None
@@ -212,9 +211,9 @@ class Tracker:
         return cls(log, _shipper(run_folder, uri, config) if uri else None, sampler)
 
     def close(self, status: str, timeout: float = 30.0) -> SyncReport | None:
-        """Log the final status and send what is left for at most `timeout` seconds; says what remains.
+        """Log the final status and send what is left, for at most `timeout` seconds; reports what remains.
 
-        None where MLflow is off. The log stays open.
+        None if MLflow is off. The log stays open.
         """
         if self._sampler is not None:
             self._sampler.close()
@@ -228,9 +227,9 @@ class Tracker:
 
 
 def sync(run_folder: Path, timeout: float = 60.0) -> SyncReport:
-    """Send what MLflow has not received of a run, for at most `timeout` seconds, and print what was reached.
+    """Send what MLflow has not received of a run, for at most `timeout` seconds, and print the report.
 
-    CheckpointError where `run_folder` holds no run.
+    CheckpointError if `run_folder` is not the folder of a run.
     """
     run_folder = Path(run_folder)
     for name in (EVENTS, "config.yaml"):
@@ -246,7 +245,7 @@ def sync(run_folder: Path, timeout: float = 60.0) -> SyncReport:
 
 
 def run_tags(config: RunConfig, run_folder: Path) -> dict[str, str]:
-    """Labels by which runs are found and read in MLflow. Nothing of the environment but the Slurm job number."""
+    """Tags by which runs are found and told apart in MLflow. Of the environment, only the Slurm job id."""
     model = config.model
     kind = f"ExLM, k={model.states}, {model.transitions} transitions" if model.objective == "exlm" else "plain MLM"
     note = (
@@ -272,7 +271,7 @@ def run_tags(config: RunConfig, run_folder: Path) -> dict[str, str]:
 
 
 def _shipper(run_folder: Path, uri: str, config: RunConfig) -> Shipper | None:
-    """mlflow is imported in the calling thread: one thread importing beside another may see half-made modules."""
+    """Imports mlflow in the calling thread: when two threads import at once, one may see half-initialised modules."""
     try:
         import_mlflow()
     except ImportError as error:
@@ -288,7 +287,7 @@ def _shipper(run_folder: Path, uri: str, config: RunConfig) -> Shipper | None:
 
 @contextlib.contextmanager
 def _only_sender(folder: Path) -> Iterator[None]:
-    """Two processes that send the same run would both make it in MLflow; the lock goes when its process ends."""
+    """Two processes that send the same run would each create it in MLflow. The lock ends with its process."""
     with open(folder / ".tracking.lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""One training as one MLflow run. The only importer of mlflow; every call may fail or block."""
+"""One training as one MLflow run. The only module that imports mlflow; every call may fail or block."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import fcntl
 import getpass
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ PAIRS_PER_CALL = 100
 LONGEST_PARAM = 500
 LONGEST_TAG = 5000
 LARGEST_ARTIFACT = 50 * 2**20
-#: Without the kind MLflow's pages open with the tools for chat applications.
+#: Without the kind, MLflow opens the experiment with its tools for chat applications.
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
     "mlflow.note.content": "`valid/nll` and `valid/accuracy` (per masked token) compare across objectives; "
@@ -32,7 +32,7 @@ logger = get_logger(__name__)
 
 
 def import_mlflow() -> Any:
-    """The mlflow module, with telemetry off, nothing printed and short waits (what the user has set is kept)."""
+    """The mlflow module, with telemetry off, nothing printed and short timeouts, unless the user has set them."""
     for name, value in (
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
         ("DO_NOT_TRACK", "true"),
@@ -49,15 +49,15 @@ def import_mlflow() -> Any:
 
 
 class RunGone(Exception):
-    """MLflow does not have this run any more: make it again and send everything from the start."""
+    """MLflow no longer has this run: create it again and send everything from the start."""
 
 
 class MlflowRun:
-    """The MLflow run of one training, found by its id or its uid, else made.
+    """The MLflow run of one training, found by its id or its uid, else created.
 
     Args:
-        uri: tracking URI. runs: folder that holds the run folders. uid: from the first line of `events.jsonl`.
-        known: run id of an earlier session at the same URI, or None.
+        uri: tracking URI. runs: folder of the run folders. uid: from the first line of `events.jsonl`.
+        known: run id of an earlier session at the same URI, or None. start: its time of creation, ms since 1970.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class MlflowRun:
         self._failure = mlflow.exceptions.MlflowException
         self._folder, self._uid = run_folder, uid
         artifacts = (runs / "mlartifacts").resolve().as_uri() if uri.startswith("sqlite:") else None
-        with _whole_database(mlflow, uri):
+        with _complete_database(mlflow, uri):
             self._client = mlflow.MlflowClient(tracking_uri=uri)
             self._experiment = self._experiment_id(experiment, artifacts)
         self.run_id = known or self._find(uid) or self._create(run_folder.name, uid, start, {})
         self._check_active()
 
     def send(self, events: list[dict[str, Any]]) -> None:
-        """Send events in order; sending them again changes nothing. What MLflow refuses is reported and left out."""
+        """Send events in order; sending them again changes nothing. What MLflow rejects is logged and skipped."""
         for is_points, group in groupby(events, key=lambda event: event["kind"] == "metrics"):
             if is_points:
                 self._guarded(self._send_points, list(group))
@@ -83,7 +83,7 @@ class MlflowRun:
                 for event in group:
                     self._guarded(self._send_one, [event])
 
-    def _guarded(self, call, events: list[dict[str, Any]]) -> None:
+    def _guarded(self, call: Callable[[list[dict[str, Any]]], None], events: list[dict[str, Any]]) -> None:
         try:
             call(events)
         except self._failure as error:
@@ -95,7 +95,7 @@ class MlflowRun:
                     self._guarded(call, [event])
             else:
                 logger.warning(
-                    "MLflow refuses an event of kind %s, which is left out: %s", events[0]["kind"], redact(str(error))
+                    "MLflow rejects an event of kind %s, which is skipped: %s", events[0]["kind"], redact(str(error))
                 )
 
     def _check_active(self) -> None:
@@ -108,7 +108,7 @@ class MlflowRun:
         if stage == "deleted":
             raise RuntimeError(
                 f"run {self.run_id} was deleted in MLflow. Restore it (mlflow runs restore --run-id {self.run_id}), "
-                f"or delete {self._folder / 'tracking.json'} to have it made anew"
+                f"or delete {self._folder / 'tracking.json'} to have a new one created"
             )
 
     def _experiment_id(self, name: str, artifacts: str | None) -> str:
@@ -116,7 +116,7 @@ class MlflowRun:
         if experiment is None:
             try:
                 return self._client.create_experiment(name, artifact_location=artifacts, tags=EXPERIMENT_TAGS)
-            except self._failure as error:  # another run has made it meanwhile
+            except self._failure as error:  # another run has created it meanwhile
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
                 experiment = self._client.get_experiment_by_name(name)
@@ -166,14 +166,14 @@ class MlflowRun:
             senders[event["kind"]](event)
 
     def _send_params(self, event: dict[str, Any]) -> None:
-        """Parameters cannot change in MLflow: what a restart sets otherwise becomes a tag `resumed.<key>`."""
+        """Parameters cannot change in MLflow: a setting that a restart changes becomes a tag `resumed.<key>`."""
         wanted = {key: cut(redact(value), LONGEST_PARAM) for key, value in event["values"].items()}
-        there = self._client.get_run(self.run_id).data.params
-        fresh = [self._entities.Param(key, value) for key, value in wanted.items() if key not in there]
+        present = self._client.get_run(self.run_id).data.params
+        fresh = [self._entities.Param(key, value) for key, value in wanted.items() if key not in present]
         for piece in _pieces(fresh, PAIRS_PER_CALL):
             self._client.log_batch(self.run_id, params=piece, synchronous=True)
         self._log_tags(
-            self.run_id, {f"resumed.{key}": value for key, value in wanted.items() if there.get(key, value) != value}
+            self.run_id, {f"resumed.{key}": value for key, value in wanted.items() if present.get(key, value) != value}
         )
 
     def _send_artifact(self, event: dict[str, Any]) -> None:
@@ -195,7 +195,7 @@ class MlflowRun:
             self._client.set_terminated(self.run_id, event["status"], end_time=event["time"])
 
     def _send_child(self, event: dict[str, Any]) -> None:
-        """An evaluation of one checkpoint as a child of the run, found again by its own uid."""
+        """The evaluation of a checkpoint as a child of the run, found again by a uid of its own."""
         uid = f"{self._uid}/{event['name']}/{event['step']}"
         name = f"{self._folder.name} {event['name']} @{event['step']}"
         child = self._find(uid) or self._create(name, uid, event["time"], {"mlflow.parentRunId": self.run_id})
@@ -205,13 +205,13 @@ class MlflowRun:
 
 
 def cut(text: str, longest: int) -> str:
-    """`text`, its end replaced by an ellipsis where it is longer than `longest` characters."""
+    """`text`, with its end replaced by an ellipsis if it is longer than `longest` characters."""
     return text if len(text) <= longest else text[: longest - 1] + "\u2026"
 
 
 @contextlib.contextmanager
-def _whole_database(mlflow: Any, uri: str) -> Iterator[None]:
-    """One process at a time makes the tables of a SQLite file: MLflow's migrations fail when two do."""
+def _complete_database(mlflow: Any, uri: str) -> Iterator[None]:
+    """One process at a time creates the tables of a SQLite file: MLflow's migrations fail if two do."""
     if not uri.startswith("sqlite:///"):
         yield
         return
@@ -220,13 +220,13 @@ def _whole_database(mlflow: Any, uri: str) -> Iterator[None]:
     with open(path.with_name(path.name + ".lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if not path.exists():
-            _make_database(mlflow, path)
+            _create_database(mlflow, path)
         yield
 
 
-def _make_database(mlflow: Any, path: Path) -> None:
-    """MLflow's tables, made aside and renamed: where a kill interrupts their making (seconds), MLflow can never open
-    the file again."""
+def _create_database(mlflow: Any, path: Path) -> None:
+    """Create MLflow's tables in another file and rename it: if a kill interrupts their creation (seconds), MLflow can
+    never open that file again."""
     aside = path.with_name(f"{path.name}.new")
     for suffix in ("", "-journal", "-wal", "-shm"):
         Path(f"{aside}{suffix}").unlink(missing_ok=True)

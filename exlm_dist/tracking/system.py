@@ -1,4 +1,4 @@
-"""Load of this machine as ordinary points, under the names that MLflow's "System metrics" tab shows."""
+"""Load of this node as ordinary metrics, under the names that MLflow's "System metrics" tab shows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = get_logger(__name__)
 
 
 def system_metrics(folder: str | os.PathLike[str] = ".") -> dict[str, float]:
-    """CPU, memory, disk of `folder` and each CUDA device now. Percent and megabytes (1e6 bytes)."""
+    """CPU, memory, the disk of `folder` and each CUDA device, now; in percent and megabytes (1e6 bytes)."""
     memory = psutil.virtual_memory()
     values = {
         "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -29,7 +29,7 @@ def system_metrics(folder: str | os.PathLike[str] = ".") -> dict[str, float]:
 
 
 def _gpu_metrics() -> dict[str, float]:
-    """Only where torch is loaded and has made a CUDA context already: looking must not make one."""
+    """Only if torch is loaded and has a CUDA context: sampling must not create one."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return {}
@@ -46,7 +46,7 @@ def _gpu_metrics() -> dict[str, float]:
 
 
 class SystemSampler:
-    """Logs `system_metrics` every `interval` seconds from a daemon thread; steps count on over restarts."""
+    """Logs `system_metrics` every `interval` seconds from a daemon thread; its step continues over restarts."""
 
     def __init__(self, log: EventLog, interval: float = 10.0) -> None:
         self._log, self._interval = log, interval
@@ -61,7 +61,7 @@ class SystemSampler:
 
     def _run(self) -> None:
         step = 1 + (self._log.last_step("system/cpu_utilization_percentage") or 0)
-        psutil.cpu_percent()  # the first call only starts the count
+        psutil.cpu_percent()  # the first call only starts the measurement
         while not self._stop.wait(self._interval):
             try:
                 self._log.metrics(step, system_metrics(self._log.path.parent))

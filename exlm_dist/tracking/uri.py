@@ -1,4 +1,4 @@
-"""Where MLflow is, and how that is printed without its password."""
+"""The tracking URI, and how it is printed without passwords."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SECRET_QUERY = re.compile(r"(?i)\b((?:password|passwd|token|secret|api_?key|acc
 
 
 def redact(text: str) -> str:
-    """`text` without user names and passwords of URIs: `https://***@host`."""
+    """`text` without user names, passwords and tokens of URIs: `https://***@host`."""
     return _SECRET_QUERY.sub(r"\1***", _CREDENTIALS.sub("***@", text))
 
 

@@ -1,7 +1,7 @@
-"""Errors meant for the user: each says what is wrong, where, and how to mend it.
+"""Errors meant for the user: each says what is wrong, where, and how to fix it.
 
-The exit codes are a contract with the launchers: 0 done, 2 bad configuration or arguments, 75 saved and wants to be
-requeued, 76 retry in place, 77 data fault, 78 stop (restarting would not help).
+The exit codes are a contract with the launchers: 0 done, 2 bad configuration or arguments, 75 saved, to be
+requeued, 76 retry in place, 77 data fault, 78 stop (a restart would not help).
 """
 
 import os
@@ -14,14 +14,14 @@ EXIT_SAVED = 75
 EXIT_RETRY = 76
 EXIT_DATA = 77
 EXIT_STOP = 78
-#: Environment variable that names the file in which a failing rank leaves its message.
+#: Environment variable that names the file to which a failing rank writes its message.
 ERROR_FILE = "EXLM_ERROR_FILE"
-#: Environment variable that is set where the launcher has chosen MASTER_PORT: the next attempt has another one.
+#: Environment variable that is set if the launcher has chosen MASTER_PORT: the next attempt has another.
 CHOSEN_PORT = "EXLM_CHOSEN_PORT"
 
 
 class UserError(ValueError):
-    """Something the user can mend; printed without a traceback."""
+    """Something that the user can fix; printed without a traceback."""
 
     exit_code = EXIT_USAGE
 
@@ -43,15 +43,14 @@ class CheckpointError(UserError):
 
 
 class RunStopped(UserError):
-    """Training that must not go on: restarting would meet the same end."""
+    """Training that must not continue: a restart would end in the same way."""
 
     exit_code = EXIT_STOP
 
 
 def leave_message(error: BaseException | str, code: int | None = None) -> None:
-    """Let the launcher of this rank know why it ends: in the file that it named, and beside it the exit code where
-    starting again would not help (`code`, else that of a UserError). What was said first stays: causes come before
-    consequences."""
+    """Tell the launcher of this rank why it ends: in the file that the launcher named, and beside it the exit code if
+    a restart would not help (`code`, else that of a UserError). The first message stays: the cause comes first."""
     file = os.environ.get(ERROR_FILE)
     if not file or Path(file).exists():
         return
@@ -63,7 +62,7 @@ def leave_message(error: BaseException | str, code: int | None = None) -> None:
 
 
 def _described(error: BaseException) -> str:
-    """What it says; for all but a UserError also where it came from, below its essence."""
+    """The message; below it, for all but a UserError, the traceback."""
     if isinstance(error, UserError):
         return str(error)
     return f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error))}"

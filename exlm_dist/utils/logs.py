@@ -8,12 +8,12 @@ import sys
 
 
 def get_logger(name: str) -> logging.Logger:
-    """Logger of one module, below `exlm_dist`."""
+    """Logger of one module of the package."""
     return logging.getLogger(name)
 
 
 def configure_logging(level: str | None = None) -> None:
-    """Write the package's messages to standard error; ranks above 0 only warnings. `EXLM_LOG` overrides the level."""
+    """Log to standard error: INFO on rank 0, WARNING on the others, unless `level` or else `EXLM_LOG` is given."""
     rank = int(os.environ.get("RANK", "0"))
     chosen = level or os.environ.get("EXLM_LOG") or ("INFO" if rank == 0 else "WARNING")
     handler = logging.StreamHandler(sys.stderr)

@@ -1,4 +1,4 @@
-"""Random numbers as pure functions of integers, the same on every machine and for every layout."""
+"""Seeds as pure functions of integers and names, the same on every machine and for every layout."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stops what up.sh started, and nothing else: the jobs of that Slurm, its daemons by the ids they noted, then the folder.
+# Stops what up.sh started and nothing else: the daemons of that Slurm, by their pid files, its jobs, then the folder.
 #   slurm/testbed/down.sh [FOLDER] [--keep-logs]
 set -euo pipefail
 
@@ -10,7 +10,7 @@ folder=${1:-${TMPDIR:-/tmp}/exlm-slurm-$(id -u)}
 folder=$(cd "$folder" && pwd)
 export SLURM_CONF="$folder/slurm.conf"
 
-is_ours() { # PID NAME: a process of that name that knows the folder
+is_ours() { # PID NAME: a process of that name whose command line has the folder
     [ "$(cat "/proc/$1/comm" 2>/dev/null)" = "$2" ] &&
         tr '\0' '\n' 2>/dev/null <"/proc/$1/cmdline" | grep -qF "$folder/"
 }
@@ -39,7 +39,7 @@ of_jobs() { # process ids of jobs of this Slurm: their environment names the con
 
 stop "$folder/pid/slurmctld" slurmctld
 for pidfile in "$folder"/pid/slurmd-*; do stop "$pidfile" slurmd; done
-# Without daemons nothing new is started; what is left of the jobs is ended here.
+# Without daemons nothing new starts; what is left of the jobs is killed here.
 for _ in 1 2 3; do
     mapfile -t left < <(of_jobs)
     [ ${#left[@]} -gt 0 ] || break

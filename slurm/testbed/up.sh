@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # A real Slurm on this machine: munge, one controller and N nodes, for trying jobs and for tests/cluster.
 #   slurm/testbed/up.sh N [FOLDER]        default folder: ${TMPDIR:-/tmp}/exlm-slurm-<user id>
-#   source FOLDER/env.sh                  then sbatch, squeue, scontrol, scancel of this shell mean that Slurm
+#   source FOLDER/env.sh                  then sbatch, squeue, scontrol, scancel of this shell talk to that Slurm
 #   slurm/testbed/down.sh [FOLDER]
-# Everything (configuration, key, sockets, state, logs, process ids) lives in FOLDER and ports are free ones; no file of
-# the system is touched; neither root nor cgroups nor systemd are needed. Without root only jobs of the user who started
-# it run. Each node declares the machine's cores and 8 GPUs that are not there, so that job files for GPU nodes can be
+# Everything (configuration, key, sockets, state, logs, process ids) is in FOLDER, and ports are free ones; no file of the
+# system is touched; it needs neither root nor cgroups nor systemd. Without root it runs only jobs of the user who started
+# it. Each node declares the machine's cores and 8 GPUs that do not exist, so that job files for GPU nodes can be
 # submitted as they are.
 set -euo pipefail
 
@@ -29,10 +29,10 @@ folder=$(cd "$folder" && pwd)
 [ -z "$(ls -A "$folder")" ] || fail "$folder is not empty. Give another folder"
 
 declare -A taken=()
-free_port() { # sets `port` to one that nobody listens on and that was not given out before
+free_port() { # sets `port` to one that is free and was not used before
     local number
     for _ in {1..200}; do
-        number=$((10000 + (RANDOM * 32768 + RANDOM) % 10000)) # those of jobs begin at 20000
+        number=$((10000 + (RANDOM * 32768 + RANDOM) % 10000)) # the ports of jobs start at 20000
         [ -z "${taken[$number]:-}" ] || continue
         (exec 3<>"/dev/tcp/127.0.0.1/$number") 2>/dev/null && continue
         taken[$number]=1
@@ -47,7 +47,7 @@ mkdir -p "$folder"/{munge,state,spool,log,pid,gpu}
 chmod 711 "$folder/munge"
 mungekey --create --keyfile="$folder/munge/key"
 
-cores=$(env -u OMP_NUM_THREADS nproc) # nproc takes that variable for an answer
+cores=$(env -u OMP_NUM_THREADS nproc) # nproc obeys that variable
 host=$(hostname -s)
 free_port && controller=$port
 {
@@ -59,7 +59,7 @@ SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job becomes eligible when its old credential has run out: 120 s by default, seconds here.
+# A requeued job becomes eligible when its old credential has expired: after 120 s by default, here after 5 s.
 AuthInfo=socket=$folder/munge/socket,cred_expire=5
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool/%n
@@ -76,7 +76,7 @@ JobCompType=jobcomp/none
 MpiDefault=none
 SwitchType=switch/none
 PropagateResourceLimits=NONE
-# Numbers of jobs differ between testbeds, so that jobs of two of them on one machine do not derive the same port.
+# Job ids differ between testbeds, so that jobs of two testbeds on one machine do not derive the same port.
 FirstJobId=$controller
 JobRequeue=1
 ReturnToService=2
@@ -99,7 +99,7 @@ CONF
     printf 'PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n'
     printf 'PartitionName=cpu Nodes=ALL MaxTime=INFINITE State=UP\n'
 } >"$folder/slurm.conf"
-# A GPU must be a character device; these all are the null device.
+# A GPU must be a character device; all of these are the null device.
 for ((number = 0; number < gpus; number++)); do ln -s /dev/null "$folder/gpu/$number"; done
 printf 'Name=gpu File=%s/gpu/[0-%d]\n' "$folder" $((gpus - 1)) >"$folder/gres.conf"
 printf 'CgroupAutomount=no\n' >"$folder/cgroup.conf"

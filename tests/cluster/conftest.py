@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from cluster import plays
+from cluster.scenarios import SCENARIOS, submit
 from cluster.slurm_testbed import Job, Slurm, why_not
 
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory):
-    """A real Slurm; the tests are skipped, with the reason, where there can be none."""
+    """A real Slurm; without one the tests are skipped, with the reason."""
     reason = why_not()
     if reason:
         pytest.skip(reason)
@@ -19,6 +19,6 @@ def slurm(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def scenes(slurm: Slurm) -> dict[str, Job]:
-    """The jobs of `plays`, submitted at once."""
-    return {name: plays.submit(slurm, name) for name in plays.SCENES}
+def scenarios(slurm: Slurm) -> dict[str, Job]:
+    """The jobs of `cluster.scenarios`, submitted at once."""
+    return {name: submit(slurm, name) for name in SCENARIOS}

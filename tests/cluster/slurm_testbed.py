@@ -1,4 +1,4 @@
-"""A real Slurm for tests: brought up, asked, hurt and taken down."""
+"""A real Slurm for tests: started, queried, harmed and stopped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 
 def why_not() -> str | None:
-    """Why there can be no Slurm on this machine; None: there can."""
+    """Why Slurm cannot run on this machine; None if it can."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
     missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name, path=path) is None]
     return (
@@ -38,11 +38,11 @@ def run(command: list[str], environment: dict[str, str], *, folder: Path = ROOT,
 
 
 def run_until(condition: Callable[[], object], job: Job, what: str, limit: float) -> None:
-    """Wait until `condition` holds; the test fails with `what` when the job ends before, or after `limit` seconds."""
+    """Wait until `condition` holds; fail, naming `what`, if the job ends first, or after `limit` seconds."""
     deadline = time.monotonic() + limit
     while True:
         ended = job.state() in ENDED
-        for _ in range(10):  # Slurm is asked less often: that costs a process
+        for _ in range(10):  # less often than the condition, as asking Slurm costs a process
             if condition():
                 return
             assert not ended and time.monotonic() < deadline, (
@@ -52,8 +52,8 @@ def run_until(condition: Callable[[], object], job: Job, what: str, limit: float
 
 
 class Slowed(threading.Thread):
-    """Slows a rank of a job down, without load, until the job saves itself: however fast the machine, its run is not
-    finished before the time limit of a minute."""
+    """Slows down a rank of a job, without load, until the job saves: however fast the machine, the run does not finish
+    before its time limit of a minute."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(daemon=True)
@@ -61,7 +61,7 @@ class Slowed(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Suspend it most of the time."""
+        """Suspend the rank most of the time."""
         while "saving" not in self.job.log() and self.job.state() not in ENDED:
             for process in list(self.job.ranks())[:1]:
                 for _ in range(3):
@@ -74,7 +74,7 @@ class Slowed(threading.Thread):
 
 
 class Slurm:
-    """A testbed that is up; jobs run in `folder`, which all its nodes share."""
+    """A running testbed; jobs run in `folder`, which all its nodes can see."""
 
     def __init__(self, folder: Path, nodes: int) -> None:
         self.bed, self.folder = folder / "slurm", folder
@@ -86,15 +86,15 @@ class Slurm:
         self.environment |= {"EXLM_PYTHON": sys.executable}
 
     def down(self) -> None:
-        """Stop it, with everything that runs in it."""
+        """Stop it and everything that runs in it."""
         run([str(TESTBED / "down.sh"), str(self.bed)], self.environment, timeout=120)
 
     def ask(self, *command: str) -> str:
-        """Output of a command of Slurm."""
+        """Output of a Slurm command."""
         return run(list(command), self.environment)
 
     def lose(self, job: Job, node: str) -> None:
-        """What happens to processes of a job, and to Slurm's own, on a node that loses its power."""
+        """Kill what a power loss of a node kills: the ranks of the job and Slurm's own processes there."""
         ranks = [process for process in job.ranks() if process.environ()["SLURMD_NODENAME"] == node]
         managers = [parent for rank in ranks for parent in rank.parents() if parent.name() == "slurmstepd"]
         daemon = psutil.Process(int((self.bed / "pid" / f"slurmd-{node}").read_text()))
@@ -102,12 +102,12 @@ class Slurm:
             process.kill()
 
     def submit(self, script: Path, *arguments: str, options: list[str], **environment: str) -> Job:
-        """`sbatch OPTIONS SCRIPT ARGUMENTS` in the shared folder."""
+        """`sbatch OPTIONS SCRIPT ARGUMENTS` in the common folder."""
         command = ["sbatch", "--parsable", *options, str(script), *arguments]
         return Job(self, run(command, {**self.environment, **environment}, folder=self.folder).strip())
 
     def launch(self, *arguments: str) -> Job:
-        """`exlm launch slurm ARGUMENTS` in the shared folder."""
+        """`exlm launch slurm ARGUMENTS` in the common folder."""
         command = [sys.executable, "-m", "exlm_dist.cli", "launch", "slurm", *arguments]
         return Job(self, run(command, self.environment, folder=self.folder).split()[-1])
 
@@ -119,7 +119,7 @@ class Job:
         self.slurm, self.number = slurm, number
 
     def facts(self) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """Fields of `scontrol show job`."""
         words = self.slurm.ask("scontrol", "--oneliner", "show", "job", self.number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -129,7 +129,7 @@ class Job:
 
     @property
     def restarts(self) -> int:
-        """How often it was requeued."""
+        """Times it was requeued."""
         return int(self.facts()["Restarts"])
 
     def nodes(self) -> list[str]:
@@ -137,7 +137,7 @@ class Job:
         return self.slurm.ask("scontrol", "show", "hostnames", self.facts()["NodeList"]).split()
 
     def wait(self, limit: float) -> str:
-        """State in which it ended."""
+        """Wait for its end; the final state."""
         deadline = time.monotonic() + limit
         while (state := self.state()) not in ENDED:
             assert time.monotonic() < deadline, f"no end in {limit:g} s:\n{self.log()}"
@@ -153,7 +153,7 @@ class Job:
         return Path(self.facts()["StdOut"])
 
     def starts(self) -> int:
-        """How often its ranks were started."""
+        """Times its ranks were started."""
         return self.log().count("starting the ranks at step")
 
     def ranks(self) -> Iterator[psutil.Process]:
@@ -172,6 +172,6 @@ class Job:
                 continue
 
     def signal_rank(self, rank: int, number: signal.Signals) -> None:
-        """Send a signal to one rank, of which there must be one."""
+        """Send a signal to a rank; there must be exactly one process of it."""
         (process,) = [each for each in self.ranks() if each.environ()["RANK"] == str(rank) and "python" in each.name()]
         process.send_signal(number)

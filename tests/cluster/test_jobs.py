@@ -1,7 +1,7 @@
-"""`sbatch slurm/pretrain.sh` in a real Slurm: whatever happens to a job, its run ends at the same bits.
+"""`sbatch slurm/pretrain.sh` in a real Slurm: whatever happens to a job, its run ends with the same bits.
 
-Every scene is played on each number of nodes of `SIZES`. All jobs are submitted at once and share the machine; faults
-are done to them by threads, each test then waits for its own.
+Every scenario runs on each number of nodes in `SIZES`. All jobs are submitted at once and run side by side; threads
+inject the faults, and each test waits for its own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TINY = {
     "launch": {"timeout": 60, "device": "cpu", "threads": 1},
     "watchdog": {"step": 15, "save": 15, "evaluation": 15},
 }
-#: Seconds; a machine under load takes its time.
+#: Seconds; generous, for a machine under load.
 LIMIT = 400.0
 
 
@@ -53,7 +53,7 @@ def server() -> str:
 
 
 @pytest.fixture(scope="module")
-def jobs(slurm: Slurm, scenes, server: str) -> dict[str, Job]:
+def jobs(slurm: Slurm, scenarios, server: str) -> dict[str, Job]:
     """The jobs of this module, submitted at once. (The short ones of `test_policy` run beside them.)"""
     make_data(slurm.folder / "data")
     (slurm.folder / "tiny.yaml").write_text(yaml.safe_dump({"name": "tiny", **TINY}))
@@ -68,9 +68,9 @@ def jobs(slurm: Slurm, scenes, server: str) -> dict[str, Job]:
 
 
 def jobs_on(slurm: Slurm, nodes: int, line: int, server: str) -> dict[str, Job]:
-    """The jobs on so many nodes: an undisturbed run, one that faults are done to, one with little time, and the shipped
-    demonstration on fewer molecules and in small batches. `line`: of the sweep file, the undisturbed run is a task of
-    an array."""
+    """The jobs on so many nodes: an undisturbed run, one with injected faults, one with little time, and the shipped
+    demonstration on fewer molecules and in small batches. The undisturbed run is a task of an array, `line` of the
+    sweep file."""
 
     def submit(*arguments: str, options: list[str], **environment: str) -> Job:
         fixed = ["--gpus-per-node=1", f"--nodes={nodes}", "--time=30", *options]
@@ -81,7 +81,7 @@ def jobs_on(slurm: Slurm, nodes: int, line: int, server: str) -> dict[str, Job]:
     made = {
         "hurt": submit("--name", f"hurt-{nodes}", *tracked, "--tracking.uri", server, options=[]),
         "limited": slurm.launch("tiny.yaml", *limited, "--launch.margin=5", *tracked),
-        # Later than the others, which have the longest way to go.
+        # Later than the others, which take longest.
         "whole": submit(options=[f"--array={line}", "--begin=now+75"], EXLM_SWEEP="sweep.txt"),
     }
     later = [f"--nodes={nodes}", "--gpus-per-node=1", f"--dependency=afterany:{made['whole'].number}"]
@@ -95,7 +95,7 @@ def jobs_on(slurm: Slurm, nodes: int, line: int, server: str) -> dict[str, Job]:
 
 @pytest.fixture(scope="module")
 def whole(slurm: Slurm, jobs: dict[str, Job]) -> dict[int, Path]:
-    """By number of nodes: the run folder of the job that nothing happened to, when it is finished."""
+    """By number of nodes: the run folder of the undisturbed job, once it has finished."""
     for nodes in SIZES:
         job = jobs[f"whole-{nodes}"]
         assert job.wait(LIMIT) == "COMPLETED" and job.starts() == 1, job.log()
@@ -105,13 +105,13 @@ def whole(slurm: Slurm, jobs: dict[str, Job]) -> dict[int, Path]:
 
 @pytest.fixture(scope="module")
 def harm(slurm: Slurm, jobs: dict[str, Job]) -> Iterator[dict[int, Future]]:
-    """By number of nodes: what the faults are done by, begun."""
+    """By number of nodes: the thread that injects the faults, started."""
     with ThreadPoolExecutor(len(SIZES)) as threads:
         yield {nodes: threads.submit(hurt, slurm, jobs[f"hurt-{nodes}"], nodes) for nodes in SIZES}
 
 
 def hurt(slurm: Slurm, job: Job, nodes: int) -> None:
-    """One fault after the other, each when the run has gone on after the one before."""
+    """Inject one fault after the other, each once the run has recovered from the one before."""
     run, victim = slurm.folder / "runs" / f"hurt-{nodes}", nodes - 1
 
     def progress(since: int) -> int:
@@ -140,9 +140,9 @@ def hurt(slurm: Slurm, job: Job, nodes: int) -> None:
 
 @pytest.fixture(scope="module")
 def served(slurm: Slurm, server: str, harm: dict[int, Future]) -> Iterator[Path]:
-    """Database of the tracking server, which comes up when all is over."""
+    """Database of the tracking server, which is started when all faults are over."""
     for done in harm.values():
-        done.exception()  # told by its own test
+        done.exception()  # raised by its own test
     folder = slurm.folder / "served"
     folder.mkdir()
     with mlflow_server(folder, int(server.rpartition(":")[2])):
@@ -151,7 +151,7 @@ def served(slurm: Slurm, server: str, harm: dict[int, Future]) -> Iterator[Path]
 
 @pytest.mark.parametrize("nodes", SIZES)
 def test_lost_ranks_signals_requeues_and_lost_nodes(nodes, slurm, jobs, harm, whole, served, monkeypatch):
-    """The tracking server of this run is down all the while, and gets everything afterwards."""
+    """The tracking server of this run is down all the time, and gets everything afterwards."""
     job, run = jobs[f"hurt-{nodes}"], slurm.folder / "runs" / f"hurt-{nodes}"
     harm[nodes].result()
     assert job.restarts == 3 and job.starts() == 6, job.log()
@@ -163,7 +163,7 @@ def test_lost_ranks_signals_requeues_and_lost_nodes(nodes, slurm, jobs, harm, wh
 
 
 def lose_last_node(slurm: Slurm, job: Job) -> None:
-    """Slurm is told of it, as a health check would do."""
+    """And tell Slurm of it, as a health check would."""
     node = job.nodes()[-1]
     slurm.lose(job, node)
     slurm.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
@@ -178,7 +178,7 @@ def test_a_time_limit_of_a_minute_is_met_and_the_job_requeues_itself(nodes, slur
     assert_same(run, whole[nodes])
     assert_every_sample_once(run, nodes)
     monkeypatch.chdir(slurm.folder)
-    assert sync(run, timeout=60)  # what a launch of seconds had no time to send, on a machine under load
+    assert sync(run, timeout=60)  # what short launches had no time to send, on a machine under load
     assert_one_tracked_run(slurm.folder / "runs" / "mlflow.db", run.name)
 
 
@@ -210,7 +210,7 @@ def assert_same(run: Path, other: Path) -> None:
 
 
 def assert_every_sample_once(run: Path, nodes: int) -> None:
-    """In every epoch, by what the ranks themselves noted."""
+    """In every epoch, by what the ranks themselves recorded."""
     assert len(list((run / "samples").glob("rank-*.jsonl"))) == nodes
     seen = samples_of_steps(run)
     assert list(seen) == list(range(STEPS))
@@ -221,7 +221,7 @@ def assert_every_sample_once(run: Path, nodes: int) -> None:
 
 
 def assert_one_tracked_run(database: Path, name: str) -> None:
-    """In MLflow: one run of the name, with each point once."""
+    """MLflow has one run of that name, with each point once."""
     with sqlite3.connect(database, timeout=10) as connection:
         found = connection.execute("select run_uuid, status from runs where name = ?", [name]).fetchall()
         assert [status for _, status in found] == ["FINISHED"]
@@ -232,7 +232,7 @@ def assert_one_tracked_run(database: Path, name: str) -> None:
 
 @pytest.mark.slow
 def test_a_lost_node_that_slurm_finds_by_itself(slurm):
-    """Takes minutes: the time after which this Slurm gives a silent node up is one of them."""
+    """Takes minutes: this Slurm gives up a silent node after one."""
     make_data(slurm.folder / "data-lost")
     (slurm.folder / "lost.yaml").write_text(
         yaml.safe_dump({"name": "undisturbed", **TINY, "data": {"path": "data-lost"}})

@@ -11,7 +11,7 @@ from locations import ROOT
 
 @pytest.mark.timeout(600)
 def test_twenty_trials():
-    """Ten by each of two processes: a trial waits half of its time."""
+    """Ten in each of two processes: a trial spends half of its time waiting."""
     command = [sys.executable, str(ROOT / "benchmarks" / "chaos.py"), "--trials", "10", "--seed"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     halves = [subprocess.Popen([*command, seed], **pipes) for seed in ("0", "10")]

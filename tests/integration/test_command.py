@@ -1,7 +1,8 @@
-"""The `exlm` command as a user meets it: the whole road on a small file, and what it says to wrong input."""
+"""The `exlm` command as a user meets it: the whole way from a small file to results, and its errors."""
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import os
@@ -9,12 +10,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from made_run import MOLECULES
 
-from exlm_dist.cli import main
+from exlm_dist.cli import build_parser, main
 
 TINY = """
 name: tiny
@@ -31,7 +33,7 @@ launch: {{processes: 2, timeout: 30, device: cpu, threads: 1}}
 
 
 def exlm(*arguments: str | Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own."""
+    """Run the command in its own process."""
     return subprocess.run(
         [sys.executable, "-m", "exlm_dist.cli", *map(str, arguments)],
         capture_output=True,
@@ -43,7 +45,7 @@ def exlm(*arguments: str | Path, timeout: float = 120, **environment: str) -> su
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """Shards of a gzipped csv with one broken row, made by the command."""
+    """Shards of a gzipped csv with one invalid row, made by the command."""
     folder = tmp_path_factory.mktemp("prepared")
     carbons = ["C" * length + "O" for length in range(1, 31)]
     rows = [
@@ -184,11 +186,27 @@ def test_unknown_argument_of_a_command_without_overrides(capsys):
     assert ended.value.code == 2 and "--colour" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--help"], ["prepare", "--help"], ["prepare", "smiles", "--help"], ["pretrain", "--help"], ["config", "--help"]],
-)
-def test_help(arguments, capsys):
+def commands_of(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Words of every command and group of commands, `("prepare", "smiles")`."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, child in action.choices.items():
+                yield (*words, name)
+                yield from commands_of(child, (*words, name))
+
+
+@pytest.mark.parametrize("words", [(), *commands_of(build_parser())], ids=" ".join)
+def test_help(words, capsys):
     with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 0 and "usage: exlm" in capsys.readouterr().out
+        main([*words, "--help"])
+    assert ended.value.code == 0 and capsys.readouterr().out.startswith(f"usage: {' '.join(('exlm', *words))} ")
+
+
+def test_help_loads_nothing_heavy():
+    heavy = {"torch", "deepspeed", "mlflow", "numpy", "pydantic", "yaml", "rdkit", "psutil"}
+    code = (
+        "import sys\nfrom exlm_dist.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        f"sys.exit(str(found) if (found := {heavy} & sys.modules.keys()) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

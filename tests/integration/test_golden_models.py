@@ -30,7 +30,7 @@ KEY_BIAS = "encoder.key_linear.bias"  # its gradient is 0 in exact arithmetic an
 TIED_COPY = "encoder.lm_head.weight"
 # Largest deviations that golden/README.md reports between their own float32 and float64 runs.
 FEATURES, LOGITS, LINKS, LOG_LIKELIHOOD, LOSS, GRADIENT = 5e-6, 2e-5, 1e-5, 2e-5, 2e-6, 4e-6
-FP64_SHARE = 0.2  # our fp64 run (angles stay fp32) against theirs, whose larger arrays are stored in fp32
+FP64_FRACTION = 0.2  # our fp64 run (angles stay fp32) against theirs, whose larger arrays are stored in fp32
 
 
 class Batch:
@@ -130,7 +130,7 @@ def compare(ours: torch.Tensor, theirs: np.ndarray | torch.Tensor, tolerance: fl
     finite = theirs[theirs.isfinite()].abs()
     allowed = tolerance * (float(finite.max().clamp(min=1.0)) if len(finite) else 1.0)
     if ours_dtype == torch.float64:
-        allowed *= FP64_SHARE
+        allowed *= FP64_FRACTION
     assert error.max() <= allowed, f"{what}: off by {error.max():.2e}, allowed {allowed:.2e}"
 
 
@@ -297,7 +297,9 @@ def test_trajectory(file: str, name: str) -> None:
             losses.append(total / pool[index].size)
         loss = sum(losses) / len(losses)
         loss.backward()
-        compare(torch.stack(losses), case["out/microbatch_loss"][step], 6e-7 / FP64_SHARE, f"losses of update {step}")
+        compare(
+            torch.stack(losses), case["out/microbatch_loss"][step], 6e-7 / FP64_FRACTION, f"losses of update {step}"
+        )
         norm = optimizer.step(step + 1, float(case["out/lr"][step]))
         assert norm == pytest.approx(float(case["out/grad_norm"][step]), abs=2e-5), f"gradient norm of update {step}"
     ours = to_fairseq(dict(model.named_parameters()))

@@ -1,4 +1,4 @@
-"""Runs that nothing can stop: hung ranks are named and ended, lost ranks come back, the clock is obeyed."""
+"""Runs that nothing can stop: hung ranks are named and killed, lost ranks restarted, time limits met."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def stopped_in_a_save(rank, settings):
 @pytest.mark.parametrize(
     "hang, words",
     [
-        (stopped_in_a_step, ["rank 1 has stood still", "in phase step, after 5 steps (the process is stopped"]),
-        (stopped_in_a_save, ["rank 0 has stood still", "in phase save, after 8 steps (the process is stopped"]),
+        (stopped_in_a_step, ["rank 1 has hung", "in phase step, after 5 steps (the process is stopped"]),
+        (stopped_in_a_save, ["rank 0 has hung", "in phase save, after 8 steps (the process is stopped"]),
     ],
 )
 def test_a_stopped_rank_ends_the_run_with_its_name_and_all_stacks(hang, words, data, tmp_path):
@@ -82,11 +82,11 @@ def test_a_rank_that_is_stopped_on_its_way_out_is_ended_too(data, tmp_path):
     with pytest.raises(RankFailed) as caught:
         run_processes(stopped_after_its_training, 2, config.model_dump(), timeout=60)
     assert caught.value.codes == [0, -signal.SIGKILL]
-    assert "rank 1 has stood still" in log_of(config) and "in phase end" in log_of(config)
+    assert "rank 1 has hung" in log_of(config) and "in phase end" in log_of(config)
 
 
 def signals_in_a_save(rank, settings):
-    """USR1 when the save of step 8 begins, TERM while its numbers are copied, TERM again when it is given away."""
+    """USR1 when the save of step 8 begins, TERM while tensors are copied, TERM again when it has been handed over."""
     from exlm_dist.training.checkpointer import Checkpointer
     from exlm_dist.training.engine import state as checkpoint
 
@@ -135,7 +135,7 @@ def chosen(process, folders):
 
 
 def test_ranks_that_see_different_checkpoints_take_the_same_one(undisturbed, tmp_path):
-    """As with folders that are not shared: rank 1 lacks the newest."""
+    """As on file systems of their own: rank 1 lacks the newest."""
     whole, other = Path(undisturbed.runs) / "run", tmp_path / "other"
     shutil.copytree(whole, other)
     shutil.rmtree(other / "checkpoints/step-00000012")
@@ -174,7 +174,7 @@ def test_a_run_is_saved_before_the_time_of_the_job_ends(data, tmp_path):
 
 
 def test_a_hung_rank_of_the_command_is_replaced_and_the_bits_are_the_same(data, tmp_path):
-    """`exlm pretrain` with two ranks; one is stopped after the first checkpoint. The command ends well, by itself."""
+    """`exlm pretrain` with two ranks, one stopped after the first checkpoint. The command succeeds by itself."""
     config = tiny(
         tmp_path,
         "run",
@@ -202,7 +202,7 @@ def test_a_hung_rank_of_the_command_is_replaced_and_the_bits_are_the_same(data, 
         command.kill()
         command.wait()
     assert command.returncode == EXIT_DONE, text
-    assert "error: rank 1 has stood still" in text and "starting the ranks again after step" in text
+    assert "error: rank 1 has hung" in text and "restarting the ranks after step" in text
     (tmp_path / "other").mkdir()
     undisturbed = config.model_copy(update={"runs": str(tmp_path / "other")})
     assert train_on(undisturbed, 2) == [EXIT_DONE] * 2

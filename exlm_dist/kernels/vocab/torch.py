@@ -12,14 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from exlm_dist.config.vocab_tiles import CHUNK_ELEMENTS, KEEP_ELEMENTS
 from exlm_dist.kernels.checks import work_dtype
 from exlm_dist.kernels.linear import product
 from exlm_dist.kernels.ragged import Segments
 from exlm_dist.kernels.vocab.shard import VocabShard
-
-# Logits [rows, V] worked on at a time, and kept for the backward pass, in elements.
-CHUNK_ELEMENTS = 1 << 21
-KEEP_ELEMENTS = 1 << 23
 
 
 def match_scores(

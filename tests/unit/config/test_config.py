@@ -57,7 +57,7 @@ def test_unknown_key_on_the_command_line(write):
     assert "command line: optim: unknown setting" in message and "optimizer" in message
 
 
-def test_all_errors_are_told_at_once(write):
+def test_all_errors_are_reported_at_once(write):
     message = failure(write("name: run\nmodel: {layers: none, width: -4}\nschedule: {steps: 10}\n"))
     assert len(message.splitlines()) == 3
     assert (
@@ -82,12 +82,12 @@ def test_files_that_are_not_configurations(write, text, words):
     assert words in failure(write(text))
 
 
-def test_missing_file_suggests_a_near_one(write):
+def test_missing_file_suggests_a_similar_one(write):
     path = write(MINIMAL, "demo.yaml")
     assert "Did you mean" in failure(path.with_name("dmo.yaml"))
 
 
-def test_base_is_laid_under(write):
+def test_a_file_overrides_its_base(write):
     write(MINIMAL + "model: {layers: 5, width: 64, heads: 4}\n", "base.yaml")
     config = load_config(write("base: base.yaml\nname: other\nmodel: {layers: 2}\n"))
     assert (config.name, config.model.layers, config.model.width) == ("other", 2, 64)

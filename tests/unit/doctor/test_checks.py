@@ -1,4 +1,4 @@
-"""`exlm doctor` on a machine where all is well, and on one where each thing in turn is not."""
+"""`exlm doctor` on a machine where everything works, and where each thing in turn does not."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ from made_run import make_config, make_data
 
 from exlm_dist.cli import main
 from exlm_dist.config import dump_config
-from exlm_dist.doctor import findings as doctor
-from exlm_dist.doctor import machine_checks as doctor_checks
-from exlm_dist.doctor import rank_checks as doctor_ranks
-from exlm_dist.doctor.findings import FAIL, PASS, WARN
+from exlm_dist.doctor import machine_checks, rank_checks
+from exlm_dist.doctor.findings import FAIL, PASS, WARN, Finding
 
 
 @pytest.fixture
@@ -29,14 +27,14 @@ def config(tmp_path):
     return make_config(tmp_path / "runs", "run", make_data(tmp_path / "data"))
 
 
-def test_all_is_well_and_real_ranks_say_so(config, tmp_path, capfd):
+def test_everything_passes_with_real_ranks(config, tmp_path, capfd):
     file = tmp_path / "run.yaml"
     file.write_text(dump_config(config))
     assert main(["doctor", str(file), "--launch.processes", "2", "--launch.device", "cpu"]) == 0
     text = capfd.readouterr().out
     for check in ("python", "packages", "shards", "free space", "disk", "port", "devices", "all-reduce", "clocks"):
         assert check in text
-    assert "2 ranks on 1 hosts" in text and "0 fail" in text
+    assert "2 ranks on 1 nodes" in text and "0 fail" in text
     assert not list((tmp_path / "runs").iterdir())
 
 
@@ -50,36 +48,36 @@ def test_a_failed_check_fails_the_command(config, tmp_path, capsys, monkeypatch)
     assert "has no manifest.json" in text and "-> Prepare" in text and "inside salloc" in text
 
 
-def test_shards_that_are_damaged_or_gone(config, tmp_path):
-    assert doctor_checks.check_shards(config)[0].status == PASS
+def test_shards_that_are_damaged_or_missing(config, tmp_path):
+    assert machine_checks.check_shards(config)[0].status == PASS
     shard = next((tmp_path / "data").glob("train/*.tar"))
     content = bytearray(shard.read_bytes())
     content[700] ^= 1
     shard.write_bytes(content)
-    assert "is damaged" in doctor_checks.check_shards(config)[0].text
+    assert "is damaged" in machine_checks.check_shards(config)[0].text
     shard.unlink()
-    finding = doctor_checks.check_shards(config)[0]
+    finding = machine_checks.check_shards(config)[0]
     assert finding.status == FAIL and "is missing" in finding.text
 
 
 def test_space_for_all_checkpoints_that_are_kept(config):
-    assert doctor_checks.check_space(config, 10**6).status == PASS
-    finding = doctor_checks.check_space(config, 10**15)
+    assert machine_checks.check_space(config, 10**6).status == PASS
+    finding = machine_checks.check_space(config, 10**15)
     assert finding.status == FAIL and "4 checkpoints" in finding.text and "checkpoint.keep" in finding.remedy
 
 
-def test_disk_that_cannot_be_written(config, monkeypatch):
-    assert doctor_checks.check_disk(config, 10**6).status in (PASS, WARN)
-    monkeypatch.setattr(doctor_checks, "_existing", lambda path: Path("/proc"))
-    assert doctor_checks.check_disk(config, 10**6).status == FAIL
+def test_disk_that_is_not_writable(config, monkeypatch):
+    assert machine_checks.check_disk(config, 10**6).status in (PASS, WARN)
+    monkeypatch.setattr(machine_checks, "_existing", lambda path: Path("/proc"))
+    assert machine_checks.check_disk(config, 10**6).status == FAIL
 
 
-def tracked(config, uri: str) -> doctor.Finding:
+def tracked(config, uri: str) -> Finding:
     on = config.model_copy(update={"tracking": config.tracking.model_copy(update={"mlflow": True})})
-    return doctor_checks.check_tracking(on, uri, uri)
+    return machine_checks.check_tracking(on, uri, uri)
 
 
-def test_tracking_server_there_and_gone(config, tmp_path):
+def test_tracking_server_up_and_down(config, tmp_path):
     class Healthy(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200 if self.path == "/health" else 404)
@@ -104,18 +102,18 @@ def test_a_port_in_use(monkeypatch):
         taken.bind(("", 0))
         taken.listen()
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
-        assert doctor_checks.check_port().status == FAIL
-    assert doctor_checks.check_port().status == PASS
+        assert machine_checks.check_port().status == FAIL
+    assert machine_checks.check_port().status == PASS
 
 
-def test_time_limit_shorter_than_the_way_to_a_checkpoint(config, tmp_path):
-    assert "not known" in doctor_checks.check_time_limit(config).text
+def test_time_limit_before_the_next_checkpoint(config, tmp_path):
+    assert "not known" in machine_checks.check_time_limit(config).text
     (tmp_path / "runs/run").mkdir(parents=True)
     event = {"kind": "metrics", "step": 10, "values": {"perf/step_seconds": 2.0}}
     (tmp_path / "runs/run/events.jsonl").write_text(json.dumps(event) + "\n")
-    assert doctor_checks.check_time_limit(config).status == PASS
+    assert machine_checks.check_time_limit(config).status == PASS
     limited = config.model_copy(update={"launch": config.launch.model_copy(update={"time_limit": 30.0})})
-    finding = doctor_checks.check_time_limit(limited)
+    finding = machine_checks.check_time_limit(limited)
     assert finding.status == WARN and "1000 steps of 2.00 s are 33.3 minutes" in finding.text
 
 
@@ -136,7 +134,7 @@ RANK = {
 @pytest.mark.parametrize(
     "change, check, status, words",
     [
-        ({}, "devices", PASS, "2 ranks on 2 hosts"),
+        ({}, "devices", PASS, "2 ranks on 2 nodes"),
         ({"computes": False}, "devices", FAIL, "rank 1 on b"),
         ({"device": "other"}, "devices", WARN, "GPU, other"),
         ({"versions": {"torch": "3"}}, "same versions", FAIL, "b: "),
@@ -149,7 +147,7 @@ RANK = {
 )
 def test_what_ranks_report_is_judged(change, check, status, words):
     ranks = [{**RANK, "rank": 0}, {**RANK, "rank": 1, "host": "b", **change}]
-    findings = {finding.check: finding for finding in doctor_ranks.judge(ranks)}
+    findings = {finding.check: finding for finding in rank_checks.judge(ranks)}
     assert findings[check].status == status and words in findings[check].text
     assert bool(findings[check].remedy) == (status != PASS)
 
@@ -157,13 +155,13 @@ def test_what_ranks_report_is_judged(change, check, status, words):
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
 def test_ranks_that_cannot_start(config, tmp_path, capfd):
     launch = config.launch.model_copy(update={"device": "cuda"})
-    (finding,) = doctor_ranks.check_ranks(launch, tmp_path / "runs", processes=2)
+    (finding,) = rank_checks.check_ranks(launch, tmp_path / "runs", processes=2)
     assert finding.status == FAIL and "the ranks ended with code 2" in finding.text
     assert "torch sees no CUDA device" in capfd.readouterr().err
 
 
 def test_it_imports_no_torch():
-    code = "import sys, exlm_dist.doctor; sys.exit('torch' in sys.modules or 'mlflow' in sys.modules)"
+    code = "import sys, exlm_dist.doctor.examination; sys.exit('torch' in sys.modules or 'mlflow' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == 0
 

@@ -1,4 +1,4 @@
-"""The supervisor of local ranks, with ranks that are a few lines of Python."""
+"""The supervisor of local ranks; the ranks are a few lines of Python."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def launch(code: str, folder: Path, ranks: int = 3, grace: float = 1.0) -> int:
     )
 
 
-def test_all_well(tmp_path):
+def test_all_ranks_succeed(tmp_path):
     code = f"""
 names = ('WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
 open(r'{tmp_path}/' + os.environ['RANK'], 'w').write(' '.join(os.environ[name] for name in names))"""
@@ -37,8 +37,8 @@ open(r'{tmp_path}/' + os.environ['RANK'], 'w').write(' '.join(os.environ[name] f
     ) == 1
 
 
-def test_the_cause_is_told_not_its_consequences(tmp_path, capfd):
-    """Rank 1 has the fault; rank 0 only loses its peer, and says so first; rank 2 does not notice."""
+def test_the_cause_is_reported_not_its_consequences(tmp_path, capfd):
+    """Rank 1 fails; rank 0 only loses its peer, and exits first; rank 2 does not notice."""
     code = f"""
 if rank == 1:
     time.sleep(0.3); open(os.environ['{ERROR_FILE}'], 'w').write('shard 7 is gone'); sys.exit({EXIT_DATA})
@@ -55,7 +55,7 @@ def test_a_killed_rank(tmp_path, capfd):
     assert "rank 2 was killed by SIGKILL" in capfd.readouterr().err
 
 
-def test_a_rank_that_cannot_import_says_what_where_and_how_to_mend(tmp_path, capfd, monkeypatch):
+def test_a_rank_that_cannot_import_says_what_where_and_how_to_fix_it(tmp_path, capfd, monkeypatch):
     (tmp_path / "torch.py").write_text("import libmissing")
     (tmp_path / "run.yaml").write_text("name: run\ndata: {path: nowhere}\nschedule: {steps: 10, warmup: 1}\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")

@@ -1,4 +1,4 @@
-"""Lost ranks are started again at once, but never for ever."""
+"""Lost ranks are restarted at once, but not for ever."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def checkpoint(run: Path, step: int) -> None:
     (folder / "COMPLETE").touch()
 
 
-def test_newest_step_counts_whole_checkpoints_only(tmp_path):
+def test_newest_step_counts_complete_checkpoints_only(tmp_path):
     assert newest_step(tmp_path) == 0
     checkpoint(tmp_path, 8)
     checkpoint(tmp_path, 12)
@@ -29,7 +29,7 @@ def test_newest_step_counts_whole_checkpoints_only(tmp_path):
 
 
 @pytest.mark.parametrize("code", [EXIT_DONE, EXIT_USAGE, EXIT_SAVED, EXIT_DATA, EXIT_STOP, 1])
-def test_other_ends_are_final(code, tmp_path):
+def test_other_exit_codes_are_final(code, tmp_path):
     assert Restarts(tmp_path, 3).next_code(code) == code
 
 
@@ -40,7 +40,7 @@ def test_without_progress_it_ends_with_78(code, tmp_path):
     assert [restarts.next_code(code) for _ in range(3)] == [None, None, EXIT_STOP]
 
 
-def test_progress_starts_the_count_anew(tmp_path):
+def test_progress_resets_the_count(tmp_path):
     restarts = Restarts(tmp_path, 1)
     for step in (4, 8, 12):
         assert restarts.next_code(-9) is None
@@ -48,11 +48,11 @@ def test_progress_starts_the_count_anew(tmp_path):
     assert restarts.next_code(-9) is None and restarts.next_code(-9) == EXIT_STOP
 
 
-def test_no_restarts_wanted(tmp_path):
+def test_restarts_switched_off(tmp_path):
     assert Restarts(tmp_path, 0).next_code(-9) == EXIT_RETRY
 
 
-def test_the_supervisor_starts_the_ranks_again_and_stops_without_progress(tmp_path, monkeypatch, caplog):
+def test_the_supervisor_restarts_the_ranks_and_stops_without_progress(tmp_path, monkeypatch, caplog):
     """Ranks that leave a checkpoint in their second launch and are killed in every one."""
     code = f"""
 import os, pathlib

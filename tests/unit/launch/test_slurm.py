@@ -18,7 +18,7 @@ from exlm_dist.utils.errors import ConfigError
 @pytest.mark.parametrize("name", FILES)
 def test_the_files_of_the_repository_are_what_is_rendered(name):
     path = ROOT / "slurm" / f"{name}.sh"
-    assert path.read_text() == render(FILES[name]), f"write {path} anew: see docs/operations.md"
+    assert path.read_text() == render(FILES[name]), f"write {path} again: see docs/operations.md"
     assert path.stat().st_mode & 0o111
 
 
@@ -50,7 +50,7 @@ def test_ranks():
 def test_what_slurm_would_refuse_is_refused_here():
     with pytest.raises(ConfigError, match="--nodes is 0. Give 1 or more"):
         Job("pretrain", nodes=0)
-    with pytest.raises(ConfigError, match="--account 'my account' has a space"):
+    with pytest.raises(ConfigError, match="--account 'my account' contains a space"):
         Job("pretrain", account="my account")
 
 
@@ -75,7 +75,7 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_before_anything_is_submi
     assert "batch.sequences" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
-def test_a_sweep_checks_every_line_and_goes_to_the_job_by_its_environment(config, capsys, tmp_path):
+def test_a_sweep_checks_every_line_and_reaches_the_job_by_its_environment(config, capsys, tmp_path):
     sweep = tmp_path / "sweep.txt"
     sweep.write_text("--name a --seed 1\n--name b --seed 2\n")
     job = ["launch", "slurm", str(config), "--nodes=2", "--gpus-per-node=1", "--dry-run", f"--sweep={sweep}"]
@@ -86,7 +86,7 @@ def test_a_sweep_checks_every_line_and_goes_to_the_job_by_its_environment(config
     assert main([*job, "--array=1-2"]) == 2
     assert "sead" in capsys.readouterr().err
     assert main(job) == 2
-    assert "--array and --sweep belong together" in capsys.readouterr().err
+    assert "--array needs --sweep" in capsys.readouterr().err
 
 
 def test_local_and_deepspeed_say_what_they_would_start(config, capsys):
@@ -98,7 +98,7 @@ def test_local_and_deepspeed_say_what_they_would_start(config, capsys):
     assert "deepspeed.launcher.runner" in capsys.readouterr().out
 
 
-def test_a_job_file_learns_the_run_folder_and_the_restarts(config, capsys, tmp_path):
+def test_a_job_file_asks_for_the_run_folder_and_the_restarts(config, capsys, tmp_path):
     assert main(["config", "job", str(config), "--launch.restarts", "5"]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/runs/tiny\n5\n"
 

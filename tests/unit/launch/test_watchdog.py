@@ -1,5 +1,4 @@
-"""The watchdog ends a job that stands still, names the rank, and shows the stacks; with ranks that are a few lines of
-Python."""
+"""The watchdog ends a job that hangs, names the rank and logs the stacks; the ranks are a few lines of Python."""
 
 from __future__ import annotations
 
@@ -42,15 +41,15 @@ def run(tmp_path: Path, code: str, ranks: int = 3, first: str = "") -> int:
     )
 
 
-def gone(tmp_path: Path) -> None:
-    """No watchdog and none of its files are left."""
+def wait_until_clean(tmp_path: Path) -> None:
+    """Wait until no watchdog and none of its files are left."""
     deadline = time.monotonic() + 20
     while list((tmp_path / "tmp").iterdir()):
         assert time.monotonic() < deadline, "files of the watchdog are left"
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("moment", ["before its watchdog is there", "after"])
+@pytest.mark.parametrize("moment", ["before its watchdog starts", "after"])
 def test_whichever_rank_is_killed_at_its_start_the_others_are_watched(tmp_path, capfd, moment):
     code = """
 from exlm_dist.launch import watchdog
@@ -65,8 +64,8 @@ time.sleep(60)"""
     (tmp_path / "tmp").mkdir()
     command = [sys.executable, "-c", "import os\n" + first + RANK + code]
     supervise(command, [{**entry, "TMPDIR": str(tmp_path / "tmp")} for entry in environments], grace=30.0)
-    assert "rank 1 has stood still" in capfd.readouterr().err
-    gone(tmp_path)
+    assert "rank 1 has hung" in capfd.readouterr().err
+    wait_until_clean(tmp_path)
 
 
 def test_a_stopped_rank_is_named_and_the_others_show_their_stacks(tmp_path, capfd):
@@ -79,14 +78,14 @@ def waiting_for_rank_1():
 waiting_for_rank_1()"""
     assert run(tmp_path, code) == EXIT_RETRY
     text = capfd.readouterr().err
-    assert "rank 1 has stood still for" in text and "in phase step, after 3 steps (the process is stopped" in text
+    assert "rank 1 has hung for" in text and "in phase step, after 3 steps (the process is stopped" in text
     assert "the limit watchdog.step is 1 s" in text and text.count("in waiting_for_rank_1") == 2
-    assert "cannot show its stack" in text and "error: rank 1 has stood still" in text
-    gone(tmp_path)
+    assert "cannot show its stack" in text and "error: rank 1 has hung" in text
+    wait_until_clean(tmp_path)
 
 
-def test_a_rank_that_holds_the_interpreter_shows_where(tmp_path, capfd):
-    """A C call that does not let go of the interpreter: no Python thread of the rank can run."""
+def test_a_rank_that_blocks_the_interpreter_shows_where(tmp_path, capfd):
+    """A C call that does not release the interpreter lock: no Python thread of the rank can run."""
     code = """
 with heartbeat.phase('save'):
     beats(3)
@@ -97,10 +96,10 @@ with heartbeat.phase('save'):
     time.sleep(60)"""
     assert run(tmp_path, code) == EXIT_RETRY
     text = capfd.readouterr().err
-    assert "rank 2 has stood still" in text and "in phase save" in text and "in a_call_that_never_returns" in text
+    assert "rank 2 has hung" in text and "in phase save" in text and "in a_call_that_never_returns" in text
 
 
-def test_ranks_that_move_and_phases_without_a_limit_are_left_alone(tmp_path, capfd):
+def test_ranks_that_progress_and_phases_without_a_limit_are_left_alone(tmp_path, capfd):
     code = """
 time.sleep(1.2)
 heartbeat.enter('step')
@@ -109,12 +108,12 @@ with heartbeat.phase('evaluation'): time.sleep(1.2)
 if rank == 0: heartbeat.stop()"""
     assert run(tmp_path, code) == 0
     assert capfd.readouterr().err == ""
-    gone(tmp_path)
+    wait_until_clean(tmp_path)
 
 
 def test_it_ends_with_the_ranks_even_when_they_are_killed(tmp_path):
     assert run(tmp_path, "beats(3); os.kill(os.getpid(), signal.SIGKILL)") == EXIT_RETRY
-    gone(tmp_path)
+    wait_until_clean(tmp_path)
 
 
 def test_the_first_rank_may_die_at_once(tmp_path, capfd):
@@ -123,13 +122,13 @@ def test_the_first_rank_may_die_at_once(tmp_path, capfd):
 heartbeat.enter('step')
 time.sleep(60)"""
     assert run(tmp_path, code, first="if os.environ['RANK'] == '0': os.kill(os.getpid(), 9)\n") == EXIT_RETRY
-    assert "ranks 1, 2 have stood still" in capfd.readouterr().err
-    gone(tmp_path)
+    assert "ranks 1, 2 have hung" in capfd.readouterr().err
+    wait_until_clean(tmp_path)
 
 
 def test_what_killed_launches_left_is_swept_away(tmp_path):
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    born = watchdog.process_state(sleeper.pid)[1]
+    start_time = watchdog.process_state(sleeper.pid)[1]
     folders = {}
     for name, pid, age in (
         ("dead", 1 << 22, 100),
@@ -140,18 +139,20 @@ def test_what_killed_launches_left_is_swept_away(tmp_path):
         folders[name] = tmp_path / f"exlm-watch-0-{name}"
         folders[name].mkdir()
         (folders[name] / "rank-0.beat").write_bytes(watchdog.BEAT.pack(0, 0, 1, 0.0))
-        (folders[name] / "rank-0.json").write_text(json.dumps({"rank": 0, "pid": pid, "born": born, "error_file": ""}))
+        (folders[name] / "rank-0.json").write_text(
+            json.dumps({"rank": 0, "pid": pid, "start_time": start_time, "error_file": ""})
+        )
         os.utime(folders[name], (time.time() - age,) * 2)
     (folders["mine"].parent / f"{folders['mine'].name.rpartition('-')[0]}-vanished").symlink_to("nowhere")
-    watchdog._sweep(folders["mine"])  # not stopped by one that went between being listed and being looked at
+    watchdog._sweep(folders["mine"])  # one may vanish between being listed and being read
     sleeper.kill()
     sleeper.wait()
     assert {name for name, folder in folders.items() if folder.exists()} == {"alive", "new", "mine"}
 
 
 def rank_like(number: int, beats: int, pid: int = 0) -> watchdog.Rank:
-    _, born = watchdog.process_state(pid or os.getpid())
-    return watchdog.Rank(number, pid or os.getpid(), born, "", "step", 5, beats, 0.0)
+    _, start_time = watchdog.process_state(pid or os.getpid())
+    return watchdog.Rank(number, pid or os.getpid(), start_time, "", "step", 5, beats, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def rank_like(number: int, beats: int, pid: int = 0) -> watchdog.Rank:
         ([7, 7, 7], ["distributed_c10d.py", "loader.py", "distributed_c10d.py"], [1]),
         ([7, 7, 7], ["distributed_c10d.py"] * 3, [0, 1, 2]),
     ],
-    ids=["one is behind", "one is not in the collective", "nobody knows"],
+    ids=["one is behind", "one is not in the collective", "unknown"],
 )
 def test_the_culprit_is_the_one_that_the_others_wait_for(beats, stacks, expected):
     ranks = [rank_like(number, count) for number, count in enumerate(beats)]
@@ -182,7 +183,7 @@ def test_a_stopped_rank_is_the_culprit_wherever_it_is():
 
 
 def test_a_whole_job_that_was_suspended_is_excused(tmp_path, capfd):
-    """The watchdog is stopped with its rank for longer than the limit, as `scontrol suspend` does."""
+    """The watchdog and its rank are stopped for longer than the limit, as by `scontrol suspend`."""
     code = """
 import glob
 heartbeat.enter('step')
@@ -207,15 +208,15 @@ def test_without_limits_there_is_no_watchdog(tmp_path, monkeypatch):
 
 
 def test_a_rank_that_ends_while_its_stack_is_asked_for_does_not_end_the_watchdog(tmp_path):
-    """It takes its files along, and those that hang are still to be killed."""
+    """It removes its files, and the ranks that hang must still be killed."""
     code = "import signal; signal.signal(signal.SIGUSR2, signal.SIG_IGN); print(flush=True); signal.pause()"
     alive = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
         alive.stdout.readline()
         facts = {"error_file": "", "phase": "end", "step": 3, "beats": 9, "moment": time.monotonic()}
         ranks = [
-            watchdog.Rank(rank=0, pid=alive.pid, born=watchdog.process_state(alive.pid)[1], **facts),
-            watchdog.Rank(rank=1, pid=2**22 + 1, born="0", **facts),
+            watchdog.Rank(rank=0, pid=alive.pid, start_time=watchdog.process_state(alive.pid)[1], **facts),
+            watchdog.Rank(rank=1, pid=2**22 + 1, start_time="0", **facts),
         ]
         assert set(watchdog._stacks(tmp_path, ranks)) == {0, 1}
         watchdog.end_job(tmp_path, ranks, {"end": 1.0})

@@ -1,4 +1,4 @@
-"""The table of `exlm config check`: the numbers of the planner."""
+"""The table of `exlm config check`: what the planner predicts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from exlm_dist.planning.report import cost_table, describe
 BASE = Path(__file__).resolve().parents[3] / "configs/pretrain/exlm_base_text.yaml"
 
 
-def test_table_names_every_row_and_takes_the_sizes_given():
+def test_table_has_every_row_and_takes_the_sizes_given():
     rows = dict(cost_table(load_config(BASE), 50_265, 128, 2))
     assert {"parameters", "FLOPs per step", "expanded length (expected)"} <= set(rows)
     assert "128, 50265" in describe(load_config(BASE), length=128, vocab_size=50_265)

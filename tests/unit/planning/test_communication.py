@@ -1,4 +1,4 @@
-"""Traffic of a rank: sums that can be worked out by hand, and how it changes with the layout."""
+"""Traffic of a rank: sums that can be computed by hand, and how it changes with the layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def sent(job_, group: str) -> float:
 
 
 def test_bubble_by_counting_a_schedule():
-    """All stages equally slow, forward and backward: a stage works m of m + p - 1 slots."""
+    """All stages equally slow, forward and backward: a stage works in m of m + p - 1 slots."""
     for stages in (1, 2, 4):
         for micro_batches in (1, 3, 8):
             slots = max(stage + batch for stage in range(stages) for batch in range(micro_batches)) + 1
@@ -40,13 +40,13 @@ def test_gradients_and_weights_of_data_parallelism():
 
 def test_sequence_parallelism_sends_as_much_in_other_collectives_and_recomputation_more():
     plain, along = (job(tensor=4, sequence=sequence) for sequence in (False, True))
-    # 4 sums of all tokens in a block become 6 gatherings and 4 scatterings, half a sum each.
+    # 4 all-reduces of all tokens per block become 6 all-gathers and 4 reduce-scatters, half an all-reduce each.
     ratio = sent(along, "tensor") / sent(plain, "tensor")
     assert 1.2 < ratio < 1.3
     assert sent(job(tensor=4, activation_checkpointing=True), "tensor") > 1.2 * sent(plain, "tensor")
 
 
-def test_a_pipeline_sends_hidden_states_on_and_gradients_back():
+def test_a_pipeline_sends_hidden_states_forward_and_gradients_back():
     this = job(pipeline=4, accumulation=6)
     hidden = this.tokens * WIDE["width"] * 2
     found = {stage.index: traffic_of_stage(this, stage) for stage in this.stages}

@@ -1,4 +1,4 @@
-"""Memory of a rank: what it is made of, how it falls with the layout, and the peaks that an H100 had."""
+"""Memory of a rank: its parts, how it falls with the layout, and peaks recorded on an H100."""
 
 from __future__ import annotations
 
@@ -66,35 +66,35 @@ def test_zero_stages_are_ordered(dtype, accumulation):
     assert states[0] == pytest.approx(8 * states[1])
 
 
-def test_offload_moves_the_optimizer_to_the_host():
+def test_offload_puts_the_optimizer_on_the_host():
     here, there = (memory_per_rank(job(data=8, offload=offload)) for offload in (False, True))
     assert there.parts[HOST] == here.parts["optimizer"] and "optimizer" not in there.parts
     assert there.total < here.total and there.total == sum(there.parts.values()) - there.parts[HOST] - there.parts[COPY]
 
 
-def test_the_copy_for_saves_is_shared_by_the_data_ranks():
-    alone, shared = (memory_per_rank(job(data=data)).parts[COPY] for data in (1, 8))
-    assert alone == 12 * sum(count_parameters(ModelConfig(**WIDE), VOCABULARY).values()) == 8 * shared
+def test_the_copy_for_saves_is_split_over_the_data_ranks():
+    alone, split = (memory_per_rank(job(data=data)).parts[COPY] for data in (1, 8))
+    assert alone == 12 * sum(count_parameters(ModelConfig(**WIDE), VOCABULARY).values()) == 8 * split
 
 
-def test_stages_hold_the_model_between_them():
-    """Every parameter once, and the tied matrix twice where its two ends are apart."""
+def test_stages_partition_the_model():
+    """Every parameter once; the tied matrix twice if embedding and output layer are on different stages."""
     for model in (WIDE, {**WIDE, "tie_head": False}, {**WIDE, **PLAIN}, {**WIDE, "transition_positions": False}):
         whole = sum(count_parameters(ModelConfig(**model), VOCABULARY).values())
         one, four = (job(model=model, pipeline=stages) for stages in (1, 4))
-        held = [sum(sum(parameters_of_stage(j, stage).values()) for stage in j.stages) for j in (one, four)]
-        copies = 0 if model.get("tie_head") is False else VOCABULARY * WIDE["width"]
-        assert held == [whole, whole + copies]
+        counts = [sum(sum(parameters_of_stage(j, stage).values()) for stage in j.stages) for j in (one, four)]
+        second = 0 if model.get("tie_head") is False else VOCABULARY * WIDE["width"]
+        assert counts == [whole, whole + second]
         assert sum(stage.blocks for stage in four.stages) == WIDE["layers"]
 
 
-def test_tensor_ranks_hold_the_model_between_them():
+def test_tensor_ranks_split_the_model():
     one, eight = (job(tensor=tensor) for tensor in (1, 8))
-    held = [sum(parameters_of_stage(j, j.stages[0]).values()) for j in (one, eight)]
-    assert held[0] / 8 < held[1] < held[0] / 8 * 1.1
+    counts = [sum(parameters_of_stage(j, j.stages[0]).values()) for j in (one, eight)]
+    assert counts[0] / 8 < counts[1] < counts[0] / 8 * 1.1
 
 
-def test_a_stage_keeps_the_micro_batches_that_are_behind_it():
+def test_a_stage_keeps_its_micro_batches_in_flight():
     stages = job(pipeline=4, accumulation=16).stages
     assert [stage.in_flight(16) for stage in stages] == [4, 3, 2, 1]
     assert [stage.in_flight(2) for stage in stages] == [2, 2, 2, 1]
@@ -132,11 +132,9 @@ def test_peaks_recorded_on_an_h100(objective, length, sequences):
 def test_sizes_are_those_of_engine_and_kernels():
     from exlm_dist.kernels.attention import torch as attention
     from exlm_dist.kernels.transitions import torch as transitions
-    from exlm_dist.kernels.vocab import torch as vocab
     from exlm_dist.model import feedforward
     from exlm_dist.training.engine import base as engine
 
     assert memory.BUCKET == engine.BUCKET
     blocks = {attention.BLOCK_ELEMENTS, transitions.BLOCK_ELEMENTS, feedforward._BLOCK_ELEMENTS}
     assert blocks == {activations.BLOCK}
-    assert (vocab.CHUNK_ELEMENTS, vocab.KEEP_ELEMENTS) == (activations.LOGITS, activations.LOGITS_KEPT)

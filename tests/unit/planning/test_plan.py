@@ -1,4 +1,4 @@
-"""`exlm plan`: what it accepts, what it recommends, what it refuses, and that it needs no torch."""
+"""`exlm plan`: what it accepts, recommends and refuses, without torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def request(path: Path, gpus: int, memory: float = 80, **overrides) -> Request:
 @pytest.mark.parametrize("gpus", [64, 256])
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
 def test_large_configurations_are_accepted_and_the_lines_fit(path, gpus):
-    """The recommended lines, laid over the file, pass the checks that a run makes."""
+    """The recommended lines, merged into the file, pass the checks of a run."""
     best = recommended(find_plans(request(path, gpus)))
     pasted = yaml.safe_load("\n".join(config_lines(best.config)))
     overrides = [
@@ -106,7 +106,7 @@ def test_activations_that_fit_nowhere_ask_for_shorter_sequences():
         find_plans(long)
 
 
-def test_a_batch_that_no_layout_can_share():
+def test_a_batch_that_no_layout_divides():
     words = r"works on 11 GPUs: batch.sequences 100 is not a multiple of 11.*Nearest that fit"
     with pytest.raises(ConfigError, match=words):
         find_plans(request(LARGE[0], 11, batch__sequences=100, batch__micro=1, model__layers=7))

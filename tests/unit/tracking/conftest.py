@@ -1,4 +1,4 @@
-"""A small run folder, and a look into MLflow's SQLite file without MLflow."""
+"""A small run folder, and queries of MLflow's SQLite file without MLflow."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_run(tmp_path: Path) -> Callable[..., tuple[Path, RunConfig]]:
 
 @pytest.fixture
 def query(tmp_path: Path) -> Callable[[str], list[tuple]]:
-    """Rows of a query on the MLflow database of the test."""
+    """`query(sql)` -> rows from the MLflow database of the test."""
 
     def run(sql: str) -> list[tuple]:
         with sqlite3.connect(tmp_path / "runs" / "mlflow.db", timeout=10) as connection:

@@ -1,4 +1,4 @@
-"""events.jsonl survives kills, restarts and full disks, and never holds a point twice."""
+"""events.jsonl survives kills, restarts and full disks, and never has a point twice."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_every_prefix_of_the_file_can_be_continued(tmp_path):
         assert next(read_events(path))["kind"] == "run", length
 
 
-def test_a_damaged_line_in_the_middle_is_named_and_left_out(tmp_path, caplog):
+def test_a_damaged_line_in_the_middle_is_logged_and_skipped(tmp_path, caplog):
     path = tmp_path / "events.jsonl"
     log = EventLog(path)
     log.metrics(1, {"a": 1})

@@ -1,4 +1,4 @@
-"""One training is one MLflow run, whatever happens between: restarts, lost files, deleted runs, a refused value."""
+"""One training is one MLflow run, whatever happens: restarts, lost files, deleted runs, a rejected value."""
 
 from __future__ import annotations
 
@@ -63,16 +63,16 @@ def size(path) -> int:
         return 0
 
 
-def test_a_kill_while_the_database_is_made_leaves_one_that_works(make_run, query, tmp_path):
+def test_a_kill_while_the_database_is_created_leaves_one_that_works(make_run, query, tmp_path):
     folder, config = make_run()
     log = EventLog(folder / "events.jsonl")
     log.metrics(1, {"train/loss": 1.0})
     code = f"from pathlib import Path; from exlm_dist.tracking import sync; sync(Path({str(folder)!r}))"
     process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 60
-    # Some of the tables are there, others are not.
+    # Some of the tables exist, others do not.
     while max(size(tmp_path / "runs" / name) for name in ("mlflow.db", "mlflow.db.new")) < 220_000:
-        assert process.poll() is None and time.monotonic() < deadline, "the database was not seen in the making"
+        assert process.poll() is None and time.monotonic() < deadline, "the database was not seen half-created"
         time.sleep(0.01)
     process.kill()
     process.wait(timeout=10)
@@ -101,7 +101,7 @@ def test_a_new_store_gets_everything(make_run, query, tmp_path):
     assert query(POINTS) == [("train/loss", 1, 1.0), ("train/loss", 2, 0.5)]
 
 
-def test_a_deleted_run_is_named_and_nothing_is_lost(make_run, query, tmp_path, capsys):
+def test_a_deleted_run_is_reported_and_nothing_is_lost(make_run, query, tmp_path, capsys):
     folder, config = make_run()
     run_id = session(folder, config, [1]).run_id
     import mlflow
@@ -113,7 +113,7 @@ def test_a_deleted_run_is_named_and_nothing_is_lost(make_run, query, tmp_path, c
     assert "mlflow runs restore" in str(report) and f"exlm sync {folder}" in capsys.readouterr().out
 
 
-def test_what_mlflow_refuses_does_not_hold_up_the_rest(make_run, query, caplog):
+def test_what_mlflow_rejects_does_not_delay_the_rest(make_run, query, caplog):
     folder, config = make_run()
     log = EventLog(folder / "events.jsonl")
     log.metrics(1, {"bad?name*": 1.0})
@@ -121,7 +121,7 @@ def test_what_mlflow_refuses_does_not_hold_up_the_rest(make_run, query, caplog):
     log.artifact(folder / "plots" / "gone.png")
     assert session(folder, config, [1])
     assert query(POINTS) == [("good", 1, 1.0), ("train/loss", 1, 1.0)]
-    assert "refuses" in caplog.text and "gone" in caplog.text
+    assert "rejects" in caplog.text and "gone" in caplog.text
 
 
 def test_artifacts_and_long_values(make_run, query, tmp_path):
@@ -176,7 +176,7 @@ def test_uri(tmp_path, monkeypatch):
 
 
 def test_two_runs_at_once_in_a_new_database(make_run, query, tmp_path):
-    """Both make the tables and the experiment at the same moment."""
+    """Both create the tables and the experiment at the same moment."""
     script = (
         "import sys; from pathlib import Path\n"
         "from exlm_dist.config import load_config; from exlm_dist.tracking import *\n"

@@ -1,4 +1,4 @@
-"""A tracking server that is down, frozen, killed or mute never holds up the training, and gets everything later."""
+"""A tracking server that is down, frozen, killed or mute never delays training, and gets everything later."""
 
 from __future__ import annotations
 
@@ -88,5 +88,5 @@ def test_a_bad_server_costs_the_training_nothing(make_run, bad_server, short_wai
     report = tracker.close("FINISHED", timeout=2)
     assert written == 500
     assert not report and report.remaining >= 500 and report.error
-    assert "training goes on" in caplog.text and "hunter2" not in caplog.text + str(report)
+    assert "training continues" in caplog.text and "hunter2" not in caplog.text + str(report)
     assert not sync(folder, timeout=2)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from exlm_dist.config.vocab_tiles import FEW_ROWS, LOGITS, TILE, WORDS_OF_FEW, WORDS_OF_MANY
 from exlm_dist.kernels.launch import capability, cdiv, launch
 from exlm_dist.kernels.vocab import torch as torch_form
 from exlm_dist.kernels.vocab.shard import VocabShard
@@ -49,15 +50,6 @@ def match_scores(
     if hidden.dtype == torch.float64:
         return torch_form.match_scores(hidden, weight, bias, target_ids, cu_states, cu_targets, *sizes, shard=shard)
     return _MatchScores.apply(hidden, weight, bias, target_ids, cu_states, cu_targets, *sizes, shard)
-
-
-#: How many rows are few, and the most words of a chunk for few and for many rows. Few rows: fewer chunks, or launching
-#: them takes longer than running them. 5,632 by 768 is 132 tiles of 256 by 128: one for each multiprocessor of an H100.
-FEW_ROWS, WORDS_OF_FEW, WORDS_OF_MANY = 8192, 6400, 5632
-#: Logits with stored gradients at a time (127 MB in bf16): 11,264 rows of 5,632 words, two rounds of the same tiles.
-LOGITS = 11264 * 5632
-#: Blocks of rows and chunks of words are whole tiles of every form below.
-TILE = 128
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Jobs whose ranks are a few lines of shell: Slurm and the job file are real, a case takes seconds."""
+"""Jobs whose ranks are a few lines of shell: Slurm and the job file are real, and each takes seconds."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 from cluster.slurm_testbed import Job, Slurm
 from locations import ROOT
 
-#: Restarts without progress that the pretended configuration allows.
+#: `launch.restarts` of the stand-in configuration.
 RESTARTS = 2
-#: In place of Python: `config job` answers as exlm does; the n-th start of the ranks runs the n-th line of `ends`.
+#: In place of Python: `config job` answers as exlm does; the n-th start of the ranks runs line n of the file `ends`.
 STAND_IN = f"""#!/bin/bash
 cd "$(dirname "$0")"
 if [ "$3 $4" = "config job" ]; then
@@ -23,12 +23,12 @@ exlm() {{ PYTHONPATH=.:$PYTHONPATH exec {sys.executable} -m exlm_dist.cli pretra
 eval "$(sed -n "$(grep -c 'starting the ranks at' job.log)p" ends)"
 """
 #: By name: what each start of the ranks does.
-SCENES = {
+SCENARIOS = {
     "killed": ["[ $RANK = 0 ] && kill -9 $$; exit 76", "exit 0"],
     "data": ['[ $RANK = 1 ] && fail 77 "shard 7 is gone"; sleep 0.5; exit 76'],
     "stop": ['fail 78 "too many sequences are left out"'],
     "crash": ['[ $RANK = 0 ] && fail 1 "Traceback: a bug"; exit 0'],
-    "speechless": ["exit 1", "exit 0"],
+    "silent": ["exit 1", "exit 0"],
     "broken": ["echo 'import libmissing' >torch.py; exlm run.yaml", "exit 0"],
     "absent": ["[ $RANK = 0 ] || exlm gone.yaml; sleep 600", "exit 0"],
     "hang": ["[ $RANK = 0 ] && exit 76; sleep 600", "exit 0"],
@@ -43,16 +43,16 @@ SCENES = {
         "exit 0",
     ],
     "warned": ["touch ready; trap 'checkpoint 1; exit 75' USR1; sleep 600 & wait; exit 3", "exit 0"],
-    "cancelled": ["touch ready; trap 'touch told; exit 75' USR1 TERM; sleep 600 & wait; exit 3", "exit 0"],
+    "cancelled": ["touch ready; trap 'touch warned; exit 75' USR1 TERM; sleep 600 & wait; exit 3", "exit 0"],
     "refused": ["exit 0"],
 }
 
 
 def submit(slurm: Slurm, name: str) -> Job:
-    """The job of the scene `name`: two ranks on two nodes."""
-    folder = slurm.folder / f"play-{name}"
+    """The job of the scenario `name`: two ranks on two nodes."""
+    folder = slurm.folder / f"scenario-{name}"
     folder.mkdir()
-    (folder / "ends").write_text("\n".join(SCENES[name]) + "\n")
+    (folder / "ends").write_text("\n".join(SCENARIOS[name]) + "\n")
     (folder / "run.yaml").write_text("name: run\ndata: {path: nowhere}\nschedule: {steps: 10, warmup: 1}\n")
     (folder / "python").write_text(STAND_IN)
     (folder / "python").chmod(0o755)

@@ -1,0 +1,50 @@
+"""How a command is added to the command line: its parser, its handler, and the overrides that it may take."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TypeAlias
+
+#: What `register` of each group adds its commands to.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+#: Runs a command with its parsed options and returns the exit code.
+Handler: TypeAlias = Callable[[argparse.Namespace], int]
+
+_OVERRIDES = (
+    "Settings of the file are overridden by --section.key VALUE, say --model.layers 6 (see `exlm config schema`)."
+)
+
+
+def add_command(
+    commands: Commands, name: str, handler: Handler, summary: str, *, overrides: bool = False
+) -> argparse.ArgumentParser:
+    """Add the command `name`; the caller adds its arguments to the parser returned.
+
+    `overrides`: what the parser does not know is a setting; the handler finds it in `options.overrides`, for
+    `load_config`. For all other commands it is an error.
+    """
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=_OVERRIDES if overrides else "",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(handler=handler, overrides=[] if overrides else None)
+    return parser
+
+
+def add_group(commands: Commands, name: str, summary: str, *, metavar: str, description: str = "") -> Commands:
+    """Add `exlm NAME METAVAR ...`, whose own commands are added to what is returned."""
+    described = description or f"{summary[0].upper()}{summary[1:]}."
+    parser = commands.add_parser(name, help=summary, description=described)
+    return parser.add_subparsers(required=True, metavar=metavar)
+
+
+def positive(text: str) -> int:
+    """Type of an argument that is a whole number from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)

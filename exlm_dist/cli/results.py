@@ -1,0 +1,71 @@
+"""What is done with a trained run: `exlm evaluate`, `report`, `sync` and `export`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from exlm_dist.cli.command import Commands, add_command
+from exlm_dist.utils.errors import EXIT_RETRY
+
+_CHECKPOINT = "run folder (its newest checkpoint) or checkpoint folder"
+
+
+def register(commands: Commands) -> None:
+    """Add `evaluate`, `report`, `sync` and `export`."""
+    evaluate = add_command(
+        commands, "evaluate", _evaluate, "nll and accuracy per masked token of a checkpoint on held-out data"
+    )
+    evaluate.add_argument("checkpoint", type=Path, help=_CHECKPOINT)
+    evaluate.add_argument("--data", type=Path, help="prepared folder; default: the one the run was trained on")
+    evaluate.add_argument("--split", choices=["valid", "train"], default="valid", help="split of the data")
+    evaluate.add_argument("--sequences", type=int, help="first sequences used; default: all")
+    evaluate.add_argument(
+        "--mask-ratio", type=float, help="fraction of masked tokens; default: masking.eval_ratio of the run"
+    )
+    report = add_command(
+        commands, "report", _report, "plots, and a table that compares runs at equal steps and equal seconds"
+    )
+    report.add_argument("runs", nargs="+", type=Path, help="run folders")
+    sync = add_command(commands, "sync", _sync, "send what the tracking server has not received yet")
+    sync.add_argument("runs", nargs="+", type=Path, help="run folders")
+    sync.add_argument("--timeout", type=float, default=60.0, help="seconds to try")
+    export = add_command(commands, "export", _export, "weights in the layout of the authors' fairseq code")
+    export.add_argument("checkpoint", type=Path, help=_CHECKPOINT)
+    export.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from exlm_dist.evaluation.masked_lm import evaluate_checkpoint
+
+    print(
+        evaluate_checkpoint(
+            options.checkpoint,
+            data=options.data,
+            split=options.split,
+            sequences=options.sequences,
+            mask_ratio=options.mask_ratio,
+        )
+    )
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from exlm_dist.analysis.run_report import run_report
+
+    print(run_report(options.runs))
+    return 0
+
+
+def _sync(options: argparse.Namespace) -> int:
+    from exlm_dist.tracking import sync
+
+    complete = [sync(run, timeout=options.timeout) for run in options.runs]
+    return 0 if all(complete) else EXIT_RETRY
+
+
+def _export(options: argparse.Namespace) -> int:
+    from exlm_dist.export.fairseq import export_checkpoint
+
+    print(export_checkpoint(options.checkpoint, options.out))
+    return 0

@@ -1,0 +1,163 @@
+"""A run before and while it trains: `exlm pretrain`, `plan`, `launch` and `doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from exlm_dist.cli.command import Commands, add_command, add_group, positive
+
+#: Options of `exlm launch slurm` that make up a job.
+_JOB_OPTIONS = ("account", "partition", "nodes", "gpus_per_node", "tasks_per_node", "time", "warning", "array")
+
+
+def register(commands: Commands) -> None:
+    """Add `pretrain`, `plan`, `launch` and `doctor`."""
+    pretrain = add_command(
+        commands, "pretrain", _pretrain, "train, or continue, the run that a configuration describes", overrides=True
+    )
+    pretrain.add_argument("config", help="YAML file, say configs/pretrain/demo_smiles_exlm.yaml")
+    pretrain.add_argument("--local_rank", help=argparse.SUPPRESS)
+    _register_plan(commands)
+    _register_launch(commands)
+    doctor = add_command(
+        commands,
+        "doctor",
+        _doctor,
+        "find what would waste GPU hours before they are spent; exit code 1 if a check fails",
+        overrides=True,
+    )
+    doctor.add_argument(
+        "config", nargs="?", help="YAML file of the planned run; without it only the machine is checked"
+    )
+    doctor.add_argument(
+        "--nodes", action="store_true", help="ranks on all nodes of this Slurm job, not launch.processes here"
+    )
+
+
+def _register_plan(commands: Commands) -> None:
+    """`plan`; the hardware is an H100 SXM unless the options say otherwise."""
+    plan = add_command(
+        commands,
+        "plan",
+        _plan,
+        "layouts that fit on so many GPUs, with memory, traffic and predicted time, and the one to take",
+        overrides=True,
+    )
+    plan.add_argument("config", help="YAML file")
+    plan.add_argument("--gpus", type=positive, required=True, help="number of GPUs")
+    plan.add_argument("--gpu-memory", type=float, default=80, help="memory of a GPU in GiB")
+    plan.add_argument(
+        "--margin", type=float, default=0.1, help="fraction of it left to CUDA, NCCL and the gaps of the allocator"
+    )
+    plan.add_argument("--node-size", type=positive, default=8, help="GPUs of a node")
+    plan.add_argument("--flops", type=float, default=989, help="TFLOP/s of a GPU, bf16 dense (H100 SXM datasheet)")
+    plan.add_argument("--memory-bandwidth", type=float, default=3350, help="GB/s of its memory (H100 SXM datasheet)")
+    plan.add_argument("--link-bandwidth", type=float, default=450, help="GB/s in a node, one direction (NVLink 4)")
+    plan.add_argument(
+        "--network-bandwidth", type=float, default=50, help="GB/s between nodes, per GPU (one 400 Gbit/s port)"
+    )
+    plan.add_argument("--length", type=int, help="sequence length; default: that of the prepared data, else 128")
+    plan.add_argument("--vocab-size", type=int, help="vocabulary; default: that of the prepared data, else 32000")
+    plan.add_argument("--top", type=int, default=8, help="grids shown")
+
+
+def _register_launch(commands: Commands) -> None:
+    launchers = add_group(
+        commands,
+        "launch",
+        "start a run through a launcher",
+        metavar="LAUNCHER",
+        description="Start a run through a launcher, or (--dry-run) print what would be started.",
+    )
+    local = add_command(launchers, "local", _launch_local, "train on this machine", overrides=True)
+    deepspeed = add_command(
+        launchers, "deepspeed", _launch_deepspeed, "train under the DeepSpeed launcher", overrides=True
+    )
+    slurm = add_command(
+        launchers, "slurm", _launch_slurm, "submit a job that trains on a Slurm cluster", overrides=True
+    )
+    for parser in (local, deepspeed, slurm):
+        parser.add_argument("config", help="YAML file")
+        parser.add_argument("--dry-run", action="store_true", help="print what would be started, and stop")
+    deepspeed.add_argument(
+        "--hostfile",
+        type=Path,
+        help="hosts and slots; default: processes on this machine, launch.processes or what the layout needs",
+    )
+    slurm.add_argument("--account", default="my-account", help="account that the cluster bills")
+    slurm.add_argument("--partition", default="gpu", help="partition of the cluster")
+    slurm.add_argument("--nodes", type=int, default=2, help="nodes")
+    slurm.add_argument("--gpus-per-node", type=int, default=8, help="GPUs, and ranks, per node; 0: none")
+    slurm.add_argument("--tasks-per-node", type=int, default=0, help="ranks per node; 0: one per GPU")
+    slurm.add_argument("--time", default="24:00:00", help="time limit of one start; the job requeues itself until done")
+    slurm.add_argument("--warning", type=int, default=300, help="seconds before the limit at which the ranks save")
+    slurm.add_argument("--array", default="", help="indices of array tasks, say 1-8%%2; needs --sweep")
+    slurm.add_argument("--sweep", type=Path, help="file: line n has the overrides of array task n")
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    from exlm_dist.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    if "RANK" not in os.environ and (config.local_processes > 1 or config.launch.restarts):
+        from exlm_dist.launch.local import run_local
+        from exlm_dist.launch.restart import Restarts
+
+        return run_local([options.config, *options.overrides], config.local_processes, Restarts.begin(config))
+    from exlm_dist.training.loop import train
+
+    return train(config)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from exlm_dist.config import load_config
+    from exlm_dist.planning.hardware import Hardware
+    from exlm_dist.planning.report import plan_text
+
+    hardware = Hardware(
+        flops=options.flops * 1e12,
+        memory_bandwidth=options.memory_bandwidth * 1e9,
+        link_bandwidth=options.link_bandwidth * 1e9,
+        network_bandwidth=options.network_bandwidth * 1e9,
+        node_size=options.node_size,
+    )
+    text = plan_text(
+        load_config(options.config, options.overrides),
+        gpus=options.gpus,
+        memory=options.gpu_memory * 2**30,
+        margin=options.margin,
+        hardware=hardware,
+        length=options.length,
+        vocab_size=options.vocab_size,
+        top=options.top,
+    )
+    print(text)
+    return 0
+
+
+def _launch_local(options: argparse.Namespace) -> int:
+    from exlm_dist.launch.start import launch_local
+
+    return launch_local(options.config, options.overrides, dry_run=options.dry_run)
+
+
+def _launch_deepspeed(options: argparse.Namespace) -> int:
+    from exlm_dist.launch.start import launch_deepspeed
+
+    return launch_deepspeed(options.config, options.overrides, hostfile=options.hostfile, dry_run=options.dry_run)
+
+
+def _launch_slurm(options: argparse.Namespace) -> int:
+    from exlm_dist.launch.slurm import Job
+    from exlm_dist.launch.start import launch_slurm
+
+    job = Job("pretrain", **{name: getattr(options, name) for name in _JOB_OPTIONS})
+    return launch_slurm(job, options.config, options.overrides, sweep=options.sweep, dry_run=options.dry_run)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from exlm_dist.doctor.examination import doctor
+
+    return doctor(options.config, options.overrides, nodes=options.nodes)

@@ -1,7 +1,7 @@
 """The process beside each rank that hashes and writes its part of a checkpoint while training goes on. No torch in it.
 
-The elements are in memory that both have mapped (`Memory`: it has no name, so whatever ends the two, nothing of it is
-left). A thread of the rank copies them there and then hands the job over. A job is JSON in memory of the same kind; a
+The elements are in memory that both have mapped (`Memory`: it has no name, so nothing of it is left whatever ends the
+two). A thread of the rank copies them there and then hands the job over. A job is JSON in memory of the same kind; a
 line through a pipe says how long it is, a line comes back with the outcome (`exlm_dist.checkpoint.messages`). The
 process ends with its parent (also by SIGKILL) and has the signals blocked that ask a run to save and end.
 """
@@ -44,7 +44,7 @@ Fill = Callable[[], None]
 
 
 class Memory:
-    """Bytes that a child process can map too; they are allocated at once and freed with the last process that does."""
+    """Bytes that a child process can map too; allocated at once, and freed when the last process with them has gone."""
 
     def __init__(self, size: int) -> None:
         """`size`: bytes. ConfigError when there is not that much."""

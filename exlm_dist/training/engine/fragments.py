@@ -42,8 +42,8 @@ class Fragments(ABC):
         return sharded.parameter.numel()
 
     def has_working_copy(self, sharded: ShardedParameter) -> bool:
-        """Whether this rank computes with a copy of the whole local tensor, which `refresh` must fill after a `write`:
-        the next step would use stale weights."""
+        """Whether this rank computes with a copy of the whole local tensor. `refresh` must fill it after a `write`, or
+        the next step uses stale weights."""
         return True
 
     def refresh(self, sharded: ShardedParameter, values: torch.Tensor) -> None:

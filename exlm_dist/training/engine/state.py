@@ -42,7 +42,7 @@ class OwnedRange:
 
 
 def owned_ranges(engine: Engine) -> list[OwnedRange]:
-    """What this rank saves; all ranks save every element once."""
+    """What this rank saves. Over all ranks, every element is saved exactly once."""
     fragments = fragments_of(engine)
     owned = [
         OwnedRange(sharded, *_unpadded(sharded, *fragments.bounds(sharded)))

@@ -15,7 +15,7 @@ def note(folder, rank, world, *steps):
     """One launch of a rank: (step, ids of each micro-batch) ..."""
     log = SampleLog(folder, rank, world)
     for step, *batches in steps:
-        log.write(SimpleNamespace(step=step, invalid=[(np.array(ids), None) for ids in batches]))
+        log.write(SimpleNamespace(step=step, sample_ids=[np.array(ids) for ids in batches]))
     log.close()
 
 

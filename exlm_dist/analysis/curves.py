@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 from exlm_dist.analysis import style
 from exlm_dist.evaluation.history import History, Series
 
-#: Steps over which training curves are averaged, as a share of the run.
+#: Steps over which training curves are averaged, as a fraction of the run.
 SMOOTHING = 0.02
 Draw = Callable[[Axes, History, str, bool], None]
 
@@ -24,7 +24,7 @@ def plot_quality(histories: Sequence[History], folder: Path) -> Path:
         ("Held-out nll", "nats per masked token", lambda *rest: _held_out(*rest, name="valid/nll")),
         (
             "Held-out accuracy",
-            "share of masked tokens",
+            "fraction of masked tokens",
             lambda *rest: _held_out(*rest, name="valid/accuracy"),
         ),
     ]

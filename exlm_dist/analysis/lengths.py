@@ -27,7 +27,7 @@ class Lengths:
     expanded: np.ndarray
 
     def padding_fraction(self, micro: int) -> float:
-        """Share that padding would fill, were each micro-batch padded to its longest expanded sequence."""
+        """Fraction that padding would fill, were each micro-batch padded to its longest expanded sequence."""
         whole = len(self.expanded) // micro * micro
         batches = self.expanded[:whole].reshape(-1, micro)
         return float(1 - batches.sum() / (batches.max(axis=1) * micro).sum()) if whole else float("nan")
@@ -44,7 +44,7 @@ def training_lengths(config: RunConfig, sequences: int = SEQUENCES) -> Lengths:
 
 
 def plot_lengths(history: History, lengths: Lengths, folder: Path) -> Path:
-    """Histogram before and after expansion, with the padding share of packed and of padded batches."""
+    """Histogram before and after expansion, with the padding of packed and of padded batches."""
     config = history.config
     packed = history.series("perf/padding_fraction").values
     subtitle = (

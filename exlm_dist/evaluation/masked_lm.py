@@ -39,8 +39,8 @@ class Evaluation:
 
     `nll` (nats), `perplexity` and `accuracy` are per masked token and compare across objectives. `joint_nll` is -log P
     per target as the model is trained on: that of ExLM includes the anchors and sums over all paths, so it must not be
-    compared with the cross-entropy of a plain masked language model. `invalid`: share of the sequences without a finite
-    likelihood.
+    compared with the cross-entropy of a plain masked language model. `invalid`: fraction of the sequences without a
+    finite likelihood.
     """
 
     run: str
@@ -154,7 +154,7 @@ def load_model(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> Languag
     """
     model = build_model(config.model, tokenizer.vocab_size, seed=config.seed, kernel_backend=config.kernels.backend)
     weights = load_weights(folder, verified=True)
-    # With a tied head the output shares the embedding: the checkpoint holds the matrix once.
+    # With a tied head the output layer uses the embedding: the checkpoint has the matrix once.
     wanted = dict(model.named_parameters())
     if set(wanted) != set(weights) or any(wanted[name].shape != weights[name].shape for name in wanted):
         differing = sorted(set(wanted) ^ set(weights)) or [

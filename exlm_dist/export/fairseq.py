@@ -189,21 +189,21 @@ def _their_name(name: str) -> str:
     return f"{prefix}{known[module]}.{kind}"
 
 
-def _turn_quarters(rows: Tensor, heads: int) -> Tensor:
+def _swap_quarters(rows: Tensor, heads: int) -> Tensor:
     """Swap the middle quarters of the rows of every head of q or k [D, ...]."""
     return rows.unflatten(0, (heads, 4, -1))[:, _QUARTERS].flatten(0, 2)
 
 
 def _join(parts: Mapping[str, Tensor], heads: int) -> Tensor:
-    """Their q, k and v [D, ...] as one tensor with rows [H, 3, P]."""
-    turned = (_turn_quarters(parts["q"], heads), _turn_quarters(parts["k"], heads), parts["v"])
-    return torch.stack([part.unflatten(0, (heads, -1)) for part in turned], dim=1).flatten(0, 2)
+    """q, k and v [D, ...] as one tensor with rows [H, 3, P]."""
+    swapped = (_swap_quarters(parts["q"], heads), _swap_quarters(parts["k"], heads), parts["v"])
+    return torch.stack([part.unflatten(0, (heads, -1)) for part in swapped], dim=1).flatten(0, 2)
 
 
 def _split(joined: Tensor, heads: int) -> dict[str, Tensor]:
     """The inverse of `_join`."""
     q, k, v = (part.flatten(0, 1) for part in joined.unflatten(0, (heads, 3, -1)).unbind(1))
-    return {"q": _turn_quarters(q, heads), "k": _turn_quarters(k, heads), "v": v}
+    return {"q": _swap_quarters(q, heads), "k": _swap_quarters(k, heads), "v": v}
 
 
 def _move_vocabulary(weights: dict[str, Tensor], *, source: int, target: int) -> None:

@@ -1,4 +1,4 @@
-"""Puts the layers together."""
+"""The whole model: its layers, built and in order."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class LanguageModel(nn.Module):
         token_dropout: int | None = None,
         stage: range | None = None,
     ) -> None:
-        """`stage`: places of the layers that a pipeline stage has, counted embedding, blocks, norm, output; the others
-        are None."""
+        """`stage`: indices of the layers of a pipeline stage, counted embedding, blocks, norm, output; the others are
+        None."""
         super().__init__()
-        places = range(config.layers + 3)
-        stage = places if stage is None else stage
+        indices = range(config.layers + 3)
+        stage = indices if stage is None else stage
         self.tied = config.tie_head
         self.activation_checkpointing = activation_checkpointing
         self.embedding = None
@@ -45,31 +45,31 @@ class LanguageModel(nn.Module):
             Block(config, layer, kernel_backend, last=layer == config.layers - 1) if layer + 1 in stage else None
             for layer in range(config.layers)
         )
-        self.norm = FinalNorm(config.width) if places[-2] in stage else None
+        self.norm = FinalNorm(config.width) if indices[-2] in stage else None
         self.output = None
-        if places[-1] in stage:
+        if indices[-1] in stage:
             shared = self.tied and self.embedding is not None
             weight = self.embedding.weight if shared else nn.Parameter(torch.empty(vocab_size, config.width))
             self.output = Output(config, weight, kernel_backend)
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The layers held here, in order, each `Stream -> Stream`."""
-        return [layer for layer in self.places if layer is not None]
+        """The layers on this rank, in order, each `Stream -> Stream`."""
+        return [layer for layer in self.all_layers if layer is not None]
 
     @property
-    def places(self) -> list[nn.Module | None]:
-        """The layers of the whole model in order, None for those that another stage holds."""
+    def all_layers(self) -> list[nn.Module | None]:
+        """The layers of the whole model in order, None for those of other stages."""
         return [self.embedding, *self.blocks, self.norm, self.output]
 
     def sharded_parameters(self) -> list[ShardedParameter]:
-        """The parameters here, under the names they have in the whole model: a tied matrix is the embedding's, which
+        """The parameters on this rank under their names in the whole model: a tied matrix is the embedding's, which
         also saves it."""
         found = sharded_parameters(self)
         if not self.tied or self.embedding is not None:
             return found
         first = {"name": "embedding.weight", "saved": False}
-        return [replace(held, **first) if held.name == "output.weight" else held for held in found]
+        return [replace(one, **first) if one.name == "output.weight" else one for one in found]
 
     def forward(self, stream: Stream) -> Stream:
         """Run all layers; the result carries `match`, `transitions`, `log_likelihood`, and `predictions` on demand."""
@@ -100,8 +100,8 @@ def build_model(
 ) -> LanguageModel:
     """Model on the CPU in fp32 with its initial weights; they depend on `seed` and each parameter's name alone.
 
-    `stage`: the places of the layers that are held here. `split` (`parallel.tensor.split` with its group) cuts the
-    model down to what this rank holds of it; the full model never has any memory.
+    `stage`: indices of the layers on this rank. `split` (`parallel.tensor.split` with its group) reduces the model to
+    the tensor-parallel shard of this rank; the full model is never allocated.
     """
     with torch.device("cpu" if split is None else "meta"):
         model = LanguageModel(

@@ -40,21 +40,41 @@ def learns_transitions(model: ModelConfig) -> bool:
     return model.objective == "exlm" and model.transitions != "uniform"
 
 
-def count_parameters(model: ModelConfig, vocab_size: int) -> dict[str, int]:
-    """Number of parameters of each part; tied weights count once."""
+@dataclass(frozen=True)
+class PartSize:
+    """Elements of the parameters of one part: sharded under tensor parallelism, on every rank, and per vocabulary row
+    (the rows are sharded too)."""
+
+    sharded: int = 0
+    replicated: int = 0
+    per_row: int = 0
+
+    def numel(self, tensor: int, rows: int) -> int:
+        """Elements on one of `tensor` ranks that has `rows` rows of the vocabulary."""
+        return self.sharded // tensor + self.replicated + self.per_row * rows
+
+
+def part_sizes(model: ModelConfig) -> dict[str, PartSize]:
+    """Size of each part of the model: `embedding`, `blocks` (one of them), `norm`, `token head` and, where it has one,
+    `transition head`; with a tied head the embedding alone has the matrix."""
     width = model.width
-    linear = width * (4 * width + 2 * model.ffn) + 4 * width + model.ffn + width
-    parts = {
-        "embedding": vocab_size * width,
-        "blocks": model.layers * (linear + 4 * width),
-        "norm": 2 * width,
-        "token head": width * width + 3 * width + vocab_size + (0 if model.tie_head else vocab_size * width),
+    sizes = {
+        "embedding": PartSize(per_row=width),
+        "blocks": PartSize(sharded=width * (4 * width + 2 * model.ffn) + 3 * width + model.ffn, replicated=6 * width),
+        "norm": PartSize(replicated=2 * width),
+        "token head": PartSize(replicated=width * width + 3 * width, per_row=1 if model.tie_head else 1 + width),
     }
     if learns_transitions(model):
         inputs = width * (2 if model.transition_positions else 1)
         positions = model.max_positions * width if model.transition_positions else 0
-        parts["transition head"] = positions + (2 * width + model.heads) * (inputs + 1)
-    return parts
+        sizes["transition head"] = PartSize((2 * width + model.heads) * (inputs + 1), positions)
+    return sizes
+
+
+def count_parameters(model: ModelConfig, vocab_size: int) -> dict[str, int]:
+    """Number of parameters of each part; tied weights count once."""
+    counts = {part: size.numel(1, vocab_size) for part, size in part_sizes(model).items()}
+    return counts | {"blocks": model.layers * counts["blocks"]}
 
 
 def flops_per_sequence(model: ModelConfig, vocab_size: int, sizes: Sizes) -> dict[str, float]:

@@ -12,15 +12,15 @@ from exlm_dist.model.dropout import EMBEDDING_SITE, dropout
 from exlm_dist.model.stream import Stream
 from exlm_dist.parallel.region import WHOLE, Cut, Part
 
-#: Share of masked tokens that the authors' token dropout assumes in training (mask 0.15, of which 0.8 are `<mask>`).
-_TRAINED_SHARE = 0.15 * 0.8
+#: Fraction of masked tokens that the authors' token dropout assumes in training (mask 0.15, of which 0.8 are `<mask>`).
+_TRAINED_FRACTION = 0.15 * 0.8
 
 
 class Embedding(nn.Module):
     """Embedding rows of the tokens, with dropout; no position embedding, no scale and no norm (as the authors').
 
     `token_dropout` is the id of `<mask>` where the authors' switch of that name is wanted: in training the vectors of
-    `<mask>` become 0 and the others are scaled by (1 - 0.12) / (1 - share of `<mask>` in the expanded sequence).
+    `<mask>` become 0 and the others are scaled by (1 - 0.12) / (1 - fraction of `<mask>` in the expanded sequence).
     """
 
     cuts: ClassVar[dict[str, Cut]] = {"weight": "embedding"}
@@ -58,7 +58,7 @@ class Embedding(nn.Module):
         masked = stream.input_ids == self.token_dropout
         before = F.pad(masked.cumsum(0), (1, 0))
         count = before[stream.cu_tokens[1:]] - before[stream.cu_tokens[:-1]]
-        scale = (1 - _TRAINED_SHARE) / (1 - count / stream.cu_tokens.diff())
+        scale = (1 - _TRAINED_FRACTION) / (1 - count / stream.cu_tokens.diff())
         tokens = torch.arange(len(masked), device=masked.device)
         sequence = torch.bucketize(tokens, stream.cu_tokens[1:], right=True).clamp(max=stream.num_sequences - 1)
         return torch.where(masked, 0.0, scale[sequence]).to(self.weight.dtype)

@@ -18,12 +18,12 @@ from exlm_dist.model.objective import diagonal_log_likelihood, prior_marginals
 from exlm_dist.model.stream import Stream
 from exlm_dist.parallel.region import WHOLE, Cut, Part
 
-#: Largest number of logits that predictions hold at a time.
+#: Most logits that predictions keep at a time.
 _PREDICTION_LOGITS = 1 << 23
 
 
 class Positions(nn.Module):
-    """Learned vector of each place in the expanded sequence."""
+    """Learned vector of each index in the expanded sequence."""
 
     def __init__(self, max_positions: int, width: int) -> None:
         super().__init__()
@@ -47,16 +47,16 @@ class StateProjection(nn.Linear):
         if positions is None:
             return linear(features, self.weight, self.bias)
         by_feature, by_position = self.weight.split(features.shape[1], dim=1)
-        place = linear(positions, by_position, self.bias)
-        return linear(features, by_feature) + F.embedding(index, place)
+        projected = linear(positions, by_position, self.bias)
+        return linear(features, by_feature) + F.embedding(index, projected)
 
 
 class TransitionHead(nn.Module):
-    """Log-probabilities of going from one state to another, from the features and places of the states.
+    """Log-probabilities of going from one state to another, from the features of the states and their indices.
 
-    A rank that holds some of the heads computes their mixture as if there were no others; the mixtures of the ranks
-    are mixed by the share of the gate that falls to each: log E = log_sum(g + log E_rank) - log_sum(g), with g the
-    log-sum of the own raw gates and log_sum over the ranks.
+    A rank with some of the heads computes their mixture as if there were no others; the mixtures of the ranks are mixed
+    by the probability that the gate gives each: log E = lse(g + log E_rank) - lse(g), with g the log-sum-exp of the
+    local raw gates and lse over the ranks.
     """
 
     cuts: ClassVar[dict[str, Cut]] = {"query": "heads", "key": "heads", "gate": "heads"}
@@ -75,10 +75,10 @@ class TransitionHead(nn.Module):
     def forward(self, features: Tensor, stream: Stream) -> Tensor:
         """features [S, D] of the states -> log-probabilities [B, L_max, L_max]."""
         features = self.part.entering(features)
-        places = None if self.positions is None else self.part.entering(self.positions(stream.max_tokens))
-        # Padding states point at token 0 and so take its place; their rows are never read.
+        positions = None if self.positions is None else self.part.entering(self.positions(stream.max_tokens))
+        # Padding states point at token 0 and so get its position vector; their rows are never read.
         index = stream.expanded_index(stream.state_index)
-        query, key, gate = (layer(features, places, index) for layer in (self.query, self.key, self.gate))
+        query, key, gate = (layer(features, positions, index) for layer in (self.query, self.key, self.gate))
         log_probs = transition_log_probs(
             query.unflatten(1, (gate.shape[1], -1)),
             key.unflatten(1, (gate.shape[1], -1)),
@@ -91,9 +91,9 @@ class TransitionHead(nn.Module):
         )
         if self.part.whole:
             return log_probs
-        share = torch.logsumexp(gate.to(log_probs.dtype), 1)
-        share = stream.padded(share, stream.cu_states, stream.max_states, 0.0)[:, :, None]
-        return self.part.log_sum(log_probs + share) - self.part.log_sum(share)
+        local_gate = torch.logsumexp(gate.to(log_probs.dtype), 1)
+        local_gate = stream.padded(local_gate, stream.cu_states, stream.max_states, 0.0)[:, :, None]
+        return self.part.log_sum(log_probs + local_gate) - self.part.log_sum(local_gate)
 
 
 class Output(nn.Module):
@@ -139,12 +139,12 @@ class Output(nn.Module):
         return stream.replace(predictions=self._predict(tokens, stream)) if stream.predict else stream
 
     def _vocabulary(self) -> tuple[Tensor, Tensor, VocabShard | None]:
-        """Vectors and biases of the words held here, without the rows that fill a part up to the size of the others."""
+        """Local rows of the vocabulary matrix and their biases, without the padding rows."""
         if self.part.whole:
             return self.weight, self.bias, None
         first = self.part.first(len(self.bias))
-        held = min(len(self.bias), self.words - first)
-        weight, bias = (rows if held == len(rows) else rows[:held] for rows in (self.weight, self.bias))
+        size = min(len(self.bias), self.words - first)
+        weight, bias = (rows if size == len(rows) else rows[:size] for rows in (self.weight, self.bias))
         return weight, bias, VocabShard(first, self.part.log_sum, self.part.total)
 
     def _transitions(self, features: Tensor, stream: Stream, dtype: torch.dtype) -> Tensor | None:
@@ -181,7 +181,7 @@ class Output(nn.Module):
         """argmax_w sum_u q_i(u) p_u(w) of each target i, [B, N_max]; a few sequences at a time."""
         prior = prior_marginals(stream, backend=self.backend)
         padded = stream.padded(tokens, stream.cu_states, stream.max_states, 0.0)
-        # As many words as any rank holds, so that all ranks take equally many turns.
+        # By the rows of the largest shard, so that all ranks loop equally often.
         chunk = max(1, _PREDICTION_LOGITS // (stream.max_states * len(self.bias)))
         return torch.cat([self._best(q, x) for q, x in zip(prior.split(chunk), padded.split(chunk))])
 

@@ -22,13 +22,13 @@ def initial_value(name: str, shape: tuple[int, ...], *, seed: int, std: float) -
 
 @torch.no_grad()
 def initialise(parameters: Iterable[ShardedParameter], *, seed: int, std: float) -> None:
-    """Give each parameter its initial value: of the full tensor the part that is held here, and 0 to what only fills it
-    up. One full tensor exists at a time."""
-    for held in parameters:
-        value = initial_value(held.name, held.shape, seed=seed, std=std)
-        part = held.slice
+    """Give each parameter its initial value: the local part of the full tensor, and 0 in the padding. One full tensor
+    exists at a time."""
+    for sharded in parameters:
+        value = initial_value(sharded.name, sharded.shape, seed=seed, std=std)
+        part = sharded.slice
         if part is None:
-            held.parameter.copy_(value)
+            sharded.parameter.copy_(value)
         else:
             length = part.stop - part.start
-            held.parameter.zero_().narrow(part.dim, 0, length).copy_(value.narrow(part.dim, part.start, length))
+            sharded.parameter.zero_().narrow(part.dim, 0, length).copy_(value.narrow(part.dim, part.start, length))

@@ -21,16 +21,16 @@ def layer_costs(model: ModelConfig, vocab_size: int, length: float, ratio: float
 
 
 def described(cut: Sequence[range], costs: Sequence[float]) -> str:
-    """`embedding to block 2 (48%); block 3 to output (52%)`: the layers of each stage and their share of the cost."""
+    """`embedding to block 2 (48%); block 3 to output (52%)`: layers of each stage, and fraction of the cost."""
     names = ["embedding", *(f"block {number + 1}" for number in range(len(costs) - 3)), "norm", "output"]
     return "; ".join(
-        f"{names[layers[0]]} to {names[layers[-1]]} ({sum(costs[place] for place in layers) / sum(costs):.0%})"
+        f"{names[layers[0]]} to {names[layers[-1]]} ({sum(costs[layer] for layer in layers) / sum(costs):.0%})"
         for layers in cut
     )
 
 
 def cut_layers(costs: Sequence[float], stages: int) -> list[range]:
-    """Consecutive layers for each stage such that the dearest stage is as cheap as possible; at least a block each.
+    """Consecutive layers for each stage such that the most expensive stage costs least; at least a block each.
 
     `costs` as from `layer_costs`. Among equals the most even cut is taken.
     """
@@ -47,10 +47,10 @@ def cut_layers(costs: Sequence[float], stages: int) -> list[range]:
         for end in ends:
             tail = sum(costs[-2:]) if last else 0.0
             options = []
-            for start, (dearest, squares, cuts) in best.items():
+            for start, (largest, squares, cuts) in best.items():
                 if start < end:
                     cost = upto[end] - (upto[start] if start else 0.0) + tail
-                    options.append((max(dearest, cost), squares + cost * cost, (*cuts, end)))
+                    options.append((max(largest, cost), squares + cost * cost, (*cuts, end)))
             after[end] = min(options)
         best = after
     ends = [*best[blocks][2][:-1], len(costs) - 1]

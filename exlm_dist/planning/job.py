@@ -13,7 +13,7 @@ from functools import cache, cached_property
 
 from exlm_dist.config import RunConfig, data_degree
 from exlm_dist.config.schema import ModelConfig
-from exlm_dist.model.cost import Sizes, expected_masked, learns_transitions
+from exlm_dist.model.cost import Sizes, expected_masked, learns_transitions, part_sizes
 from exlm_dist.model.stages import cut_layers, layer_costs
 
 FP32, INT64 = 4, 8
@@ -146,30 +146,20 @@ class Stage:
 
 
 def parameters_of_stage(job: Job, stage: Stage) -> dict[str, int]:
-    """Numbers that a rank of this stage holds, by part; the copy of a tied matrix on the last stage counts there.
-
-    Split over t: heads, feed-forward, vocabulary and the transition head (by heads); norms, biases of what is summed
-    over the ranks, the dense map of the token head and the table of places are on every rank.
-    """
-    model, tensor = job.model, job.tensor
-    width = model.width
-    split = width * (4 * width + 2 * model.ffn) + 3 * width + model.ffn
-    parts = {"blocks": stage.blocks * (split // tensor + 6 * width)}
+    """Parameters on a rank of this stage, by part; the copy of a tied matrix on the last stage counts there."""
+    numel = {part: size.numel(job.tensor, job.vocabulary) for part, size in part_sizes(job.model).items()}
+    parts = {"blocks": stage.blocks * numel["blocks"]}
     if stage.first:
-        parts["embedding"] = job.vocabulary * width
+        parts["embedding"] = numel["embedding"]
     if stage.last:
-        own = not (model.tie_head and stage.first)
-        parts["norm"] = 2 * width
-        parts["token head"] = width * width + 3 * width + job.vocabulary + (job.vocabulary * width if own else 0)
-        if learns_transitions(model):
-            inputs = width * (2 if model.transition_positions else 1)
-            places = model.max_positions * width if model.transition_positions else 0
-            parts["transition head"] = places + (2 * width + model.heads) * (inputs + 1) // tensor
+        parts |= {part: numel[part] for part in ("norm", "token head", "transition head") if part in numel}
+        if job.model.tie_head and not stage.first:
+            parts["token head"] += numel["embedding"]
     return parts
 
 
 def largest_tensor(job: Job, stage: Stage) -> int:
-    """Numbers of the largest parameter that a rank of this stage holds."""
+    """Elements of the largest parameter on a rank of this stage."""
     model, tensor = job.model, job.tensor
     sizes = [model.width * max(3 * model.width, model.ffn) // tensor]
     if stage.first or stage.last:

@@ -159,15 +159,15 @@ class Meter:
             mine = [int(sample) for ids, mask in zip(step.sample_ids, masks) for sample in ids[mask]][:NAMED]
             every = self.process.all_gather([*mine, *[-1] * (NAMED - len(mine))]).flatten().long()
             named = ", ".join(str(sample) for sample in every[every >= 0].tolist()[:NAMED])
-            share = count / step.sizes.num_sequences
+            fraction = count / step.sizes.num_sequences
             of_all = f"{int(count)} of {step.sizes.num_sequences} sequences"
             text = f"step {step.step + 1}: {of_all} have no finite likelihood: samples {named}"
             if self.events is not None:
                 logger.warning("%s. They were left out.", text)
                 self.events.tags({f"invalid_step_{step.step + 1}": f"samples {named}"})
-            if share > limit:
+            if fraction > limit:
                 raise RunStopped(
-                    f"{text}. That is a share of {share:.3g}, more than loss.max_invalid {limit:g}. "
+                    f"{text}. That is a fraction of {fraction:.3g}, more than loss.max_invalid {limit:g}. "
                     "Lower optimizer.lr, set optimizer.clip, or look at these samples."
                 )
 

@@ -1,8 +1,8 @@
 """Which samples each step saw, written by the ranks that saw them (`tracking.samples`): proof, not bookkeeping.
 
-`samples/rank-00000.jsonl` in the run folder has one line per step that the data-parallel rank completed (one of the
-ranks that hold a copy of the model writes it); a step that is run again after a restart is written again. The file is
-appended to and never read while training.
+`samples/rank-00000.jsonl` in the run folder has one line per step that the data-parallel rank completed, written by one
+rank of each replica; a step that is run again after a restart is written again. Files are appended to and never read
+while training.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class PipelineEngine(Engine):
             deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)
             from exlm_dist.parallel.pipeline import Stages  # imports DeepSpeed
 
-            stages = Stages(model.places, bounds, process.grid, work, tied=config.model.tie_head)
+            stages = Stages(model.all_layers, bounds, process.grid, work, tied=config.model.tie_head)
         super().__init__(config, process, stages, parameters)
         self._work = work
 

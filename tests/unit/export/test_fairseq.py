@@ -42,7 +42,7 @@ def test_plain_model_needs_the_number_of_heads():
     assert all(torch.equal(value, ours[name]) for name, value in back.items())
 
 
-def test_mask_moves_to_the_end_and_the_others_keep_their_order():
+def test_mask_goes_to_the_end_and_the_others_keep_their_order():
     ours = our_weights()
     theirs = to_fairseq(ours, mask_last=True)
     rows = ours["embedding.weight"]

@@ -31,7 +31,7 @@ def test_seeds_of_64_bits(seed):
 
 
 @pytest.mark.parametrize("probability", [0.01, 0.1, 0.5, 0.9, 0.99999])
-def test_share_and_scale(probability):
+def test_fraction_and_scale(probability):
     keep, scale = keep_mask(torch.Size((1 << 20,)), probability, 3, torch.device("cpu"))
     kept = 1 / scale
     assert abs(kept - (1 - probability)) <= 2**-16

@@ -137,8 +137,8 @@ def test_anchors_are_not_scored():
     config, model = make_model()
     stream, is_masked = make_stream(config)
     result = model(stream)
-    nothing, count = masked_token_scores(result, torch.zeros_like(is_masked))
-    assert (float(nothing), int(count)) == (0.0, 0)
+    nll, count = masked_token_scores(result, torch.zeros_like(is_masked))
+    assert (float(nll), int(count)) == (0.0, 0)
 
 
 def stream_with(log_likelihood: list[float], targets: list[int]) -> Stream:

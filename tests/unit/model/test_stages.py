@@ -15,7 +15,7 @@ from exlm_dist.model.stages import cut_layers, described, layer_costs
 from exlm_dist.model.stream import Stream
 
 
-def dearest(costs, stages):
+def most_expensive(costs, stages):
     """The best there is, by trying every cut."""
     blocks = len(costs) - 3
     best = float("inf")
@@ -32,9 +32,11 @@ def test_no_cut_is_better(seed):
     costs = [float(cost) for cost in random.integers(0, 6, blocks + 3)]
     for stages in range(1, blocks + 1):
         cut = cut_layers(costs, stages)
-        assert [place for layers in cut for place in layers] == list(range(len(costs))) and len(cut) == stages
-        assert all(any(1 <= place <= blocks for place in layers) for layers in cut)
-        assert max(sum(costs[place] for place in layers) for layers in cut) == pytest.approx(dearest(costs, stages))
+        assert [layer for layers in cut for layer in layers] == list(range(len(costs))) and len(cut) == stages
+        assert all(any(1 <= layer <= blocks for layer in layers) for layers in cut)
+        assert max(sum(costs[layer] for layer in layers) for layers in cut) == pytest.approx(
+            most_expensive(costs, stages)
+        )
 
 
 def test_a_heavy_output_layer_takes_blocks_off_the_last_stage():
@@ -69,12 +71,12 @@ def test_stages_one_after_the_other_are_the_whole_model(config, stages):
     stream = Stream.from_batch(make_batch([9, 14, 6], bucket=4), dropout_seed=2**62 + 1).replace(predict=True)
     expected, tensors = whole(stream), stream.to_tensors()
     names: list[str] = []
-    for held in cut_layers([0.0, 1.0, 1.0, 1.0, 0.0, 1.0], stages):
-        model = build_model(settings, 23, seed=3, stage=held)
+    for stage in cut_layers([0.0, 1.0, 1.0, 1.0, 0.0, 1.0], stages):
+        model = build_model(settings, 23, seed=3, stage=stage)
         names += [parameter.name for parameter in model.sharded_parameters() if parameter.saved]
         result = model(Stream.from_tensors(tensors))
         tensors = result.to_tensors()
-        assert len(model.layers) == len(held) and all(tensor.is_contiguous() for tensor in tensors)
+        assert len(model.layers) == len(stage) and all(tensor.is_contiguous() for tensor in tensors)
     assert sorted(names) == sorted(name for name, _ in whole.named_parameters())
     assert torch.equal(result.log_likelihood, expected.log_likelihood)
     assert torch.equal(result.predictions, expected.predictions)

@@ -133,8 +133,8 @@ def test_sizes_are_those_of_engine_and_kernels():
     from exlm_dist.kernels.attention import torch as attention
     from exlm_dist.kernels.transitions import torch as transitions
     from exlm_dist.model import feedforward
-    from exlm_dist.training.engine import base as engine
+    from exlm_dist.training.engine import deepspeed_config
 
-    assert memory.BUCKET == engine.BUCKET
+    assert memory.BUCKET == deepspeed_config.BUCKET
     blocks = {attention.BLOCK_ELEMENTS, transitions.BLOCK_ELEMENTS, feedforward._BLOCK_ELEMENTS}
     assert blocks == {activations.BLOCK}

@@ -25,7 +25,7 @@ def test_warm_up_rises_from_zero_to_the_peak_and_nothing_exceeds_it(kind):
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "wsd"])
-def test_the_end_is_one_step_before_the_final_share(kind):
+def test_the_end_is_one_step_before_the_final_fraction(kind):
     values = rates(steps=1000, warmup=10, kind=kind, final=0.25)
     assert values[-1] == pytest.approx(0.5, rel=0.05) and values[-1] > 0.5
 

@@ -36,15 +36,15 @@ def mask(rows: int, width: int, dropout: float, seed: int = SEED, first_row: int
 @pytest.mark.parametrize("rows,width", [(1, 1), (3, 48), (7, 64), (2, 1030)])
 @pytest.mark.parametrize("branch", [False, True])
 def test_add_norm_is_the_definition(rows, width, branch):
-    x, *others = inputs = leaves((rows, width), (rows, width), (width,), (width,))
+    inputs = leaves((rows, width), (rows, width), (width,), (width,))
     weights = torch.randn(2, rows, width, generator=torch.Generator().manual_seed(width)).to(DEVICE)
     if branch:
         ours = add_norm(*inputs, eps=1e-5, dropout=0.25, seed=SEED, backend="triton")
         defined = naive_add_norm(*inputs, eps=1e-5, mask=mask(rows, width, 0.25))
     else:
-        ours = add_norm(None, *others, eps=1e-5, backend="triton")
-        defined = naive_add_norm(None, *others, eps=1e-5)
-    used = inputs if branch else others
+        ours = add_norm(None, *inputs[1:], eps=1e-5, backend="triton")
+        defined = naive_add_norm(None, *inputs[1:], eps=1e-5)
+    used = inputs if branch else inputs[1:]
     results = (
         [*out, *torch.autograd.grad((out[0] * weights[0] + out[1] * weights[1]).sum(), used)] for out in (ours, defined)
     )

@@ -40,7 +40,7 @@ def evaluate(
     """[log E, gradients of query, key, gate], by Triton or by definition; the gradient that Triton gets is NaN where a
     transition is not allowed.
     """
-    leaves = [tensor.to(DEVICE, dtype).requires_grad_() for tensor in inputs]
+    leaves = [tensor.detach().to(DEVICE, dtype).requires_grad_() for tensor in inputs]
     run = naive.transition_log_probs if definition else partial(transition_log_probs, backend="triton")
     out = run(*leaves, starts_of(lengths).to(DEVICE), max(lengths) + 1, states_per_target=k, kind=kind)
     grad = torch.linspace(0, 1, out.numel(), dtype=torch.float64).view_as(out).to(out)

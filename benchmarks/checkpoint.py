@@ -37,7 +37,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from exlm_dist.checkpoint import reader, storage  # noqa: E402
+from exlm_dist.checkpoint import rank_files, reader, storage  # noqa: E402
 from exlm_dist.checkpoint.pieces import Piece  # noqa: E402
 from exlm_dist.checkpoint.tensors import Index, TensorReader, model_file, optimizer_file, tensor_name, write_header  # noqa: E402
 from exlm_dist.config import RunConfig, dump_config  # noqa: E402
@@ -119,12 +119,12 @@ def _write_whole(session: Any, start: Any, tensors: dict[str, torch.Tensor]) -> 
     folder = storage.begin(target, sum(value.numel() * 4 for value in tensors.values()))
     state = session.checkpointer.state(session.step, session.evaluation)
     about = (state, dump_config(session.config), start.train_data.tokenizer_path)
-    entries = storage.write_files(folder, [], b"", storage.SmallFiles.of_run(index, *about))
+    entries = rank_files.write_files(folder, [], b"", rank_files.SmallFiles.of_run(index, *about))
     for name, part in (
         (model_file(0), {key: value for key, value in tensors.items() if key in shapes}),
         (optimizer_file(0), {key: value for key, value in tensors.items() if key not in shapes}),
     ):
-        entries[name] = storage.write_file(
+        entries[name] = rank_files.write_file(
             folder / name,
             [
                 write_header({key: tuple(value.shape) for key, value in part.items()}),

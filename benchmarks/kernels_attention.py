@@ -19,8 +19,7 @@ from timing import Case
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from exlm_dist.kernels.attention import attention_packed, rotary_angles, schedule
-from exlm_dist.kernels.attention.naive import naive_attention
+from exlm_dist.kernels.attention import attention_packed, naive, rotary_angles, schedule
 from exlm_dist.kernels.attention.schedule import UNLIMITED, Range, Tiles
 
 BACKENDS = {
@@ -206,7 +205,7 @@ class Batch:
             return None if all(bool(tensor.isfinite().all()) for tensor in found) else float("nan")
         if self.wanted is None:
             parts = [part.float().requires_grad_() for part in self.packed.detach().unbind(2)]
-            out = naive_attention(*parts, self.angles, self.cu_tokens)
+            out = naive.attention(*parts, self.angles, self.cu_tokens)
             self.wanted = [out.detach(), *torch.autograd.grad(out, parts, self.grad.float())]
         if len(found) == 2:
             found = [found[0], *found[1].unbind(2)]

@@ -9,8 +9,7 @@ import torch
 from timing import Case
 from torch import Tensor
 
-from exlm_dist.kernels.elementwise import gelu_gradient_
-from exlm_dist.kernels.elementwise.naive import naive_gelu_gradient
+from exlm_dist.kernels.elementwise import gelu_gradient_, naive
 
 
 def cases(device: torch.device, toy: bool) -> Iterator[Case]:
@@ -50,7 +49,7 @@ class _Gelu:
         if name not in BACKENDS:
             return None
         self.grad.copy_(self.given)
-        wanted = naive_gelu_gradient(self.given.double(), self.x.double())
+        wanted = naive.gelu_gradient(self.given.double(), self.x.double())
         return max(
             float((got.double() - want).norm() / want.norm()) for got, want in zip(self._run(BACKENDS[name]), wanted)
         )

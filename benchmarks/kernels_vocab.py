@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from timing import Case
 from torch import Tensor
 
-from exlm_dist.kernels.vocab import match_scores
-from exlm_dist.kernels.vocab.naive import naive_match_scores
+from exlm_dist.kernels.vocab import match_scores, naive
 
 
 def cases(device: torch.device, toy: bool) -> Iterator[Case]:
@@ -90,6 +89,6 @@ class _Batch:
             return None
         if self.wanted is None:
             inputs = [tensor.detach().float().requires_grad_() for tensor in self.inputs]
-            out = naive_match_scores(*inputs, self.ids, *self.starts, self.shape[2], self.shape[1])
+            out = naive.match_scores(*inputs, self.ids, *self.starts, self.shape[2], self.shape[1])
             self.wanted = [out.detach(), *torch.autograd.grad(out, inputs, self.grad)]
         return max(float((got.float() - want).norm() / want.norm()) for got, want in zip(sides[name](), self.wanted))

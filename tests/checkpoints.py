@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from exlm_dist.checkpoint import storage
+from exlm_dist.checkpoint import rank_files, storage
 from exlm_dist.checkpoint.pieces import Piece, overlaps
 from exlm_dist.checkpoint.tensors import Index, model_file, optimizer_file, shape_in_file, tensor_name
 from exlm_dist.utils.checkpoint_names import checkpoint_folder
@@ -77,8 +77,8 @@ def write_checkpoint(
     target = checkpoint_folder(run_folder, step)
     size = 4 * sum(array.size for arrays in (model, optimizer) for array in arrays.values())
     temporary = storage.begin(target, size)
-    small = storage.SmallFiles.of_run(index.as_text(), state, config, Path(tokenizer))
-    entries = storage.write_files(temporary, [], b"", small)
+    small = rank_files.SmallFiles.of_run(index.as_text(), state, config, Path(tokenizer))
+    entries = rank_files.write_files(temporary, [], b"", small)
     for rank in sorted({piece.rank for parts in pieces.values() for piece in parts}):
         for file, wanted, arrays in (
             (model_file(rank), (None,), model),
@@ -94,7 +94,7 @@ def write_checkpoint(
             memory = b"".join(elements_of(array, piece).astype(np.float32).tobytes() for _, piece, array in parts)
             shapes = {name: shape_in_file(array.shape, piece) for name, piece, array in parts}
             if parts:
-                tensors = [storage.TensorFile(file, shapes, 0, len(memory))]
-                entries |= storage.write_files(temporary, tensors, memory, storage.SmallFiles())
+                tensors = [rank_files.TensorFile(file, shapes, 0, len(memory))]
+                entries |= rank_files.write_files(temporary, tensors, memory, rank_files.SmallFiles())
     storage.publish(temporary, target, step, entries)
     return target

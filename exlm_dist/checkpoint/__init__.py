@@ -6,7 +6,8 @@ In the order in which they build on one another:
 - `pieces`: which elements of a full tensor a piece covers (arithmetic only)
 - `tensors`: the index of all pieces, and reading any part of a parameter from the files
 - `reader`: a checkpoint folder as a whole: verified, its weights, its state
-- `storage`: writing such a folder whole or not at all, and removing old ones
+- `rank_files`: writing the files of one rank, hashed on the way
+- `storage`: a folder of such files is there whole or not at all; old ones removed
 - `messages`: the jobs that a rank gives to the process that writes for it, and their outcomes
 - `writer`: that process
 """

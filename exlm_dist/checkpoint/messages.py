@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from exlm_dist.checkpoint.storage import Entries, SmallFiles, TensorFile
+from exlm_dist.checkpoint.rank_files import Entries, SmallFiles, TensorFile
 
 
 @dataclass(frozen=True)

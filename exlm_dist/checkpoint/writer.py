@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import exlm_dist
-from exlm_dist.checkpoint import storage
+from exlm_dist.checkpoint import rank_files, storage
 from exlm_dist.checkpoint.messages import (
     Failed,
     Failure,
@@ -221,7 +221,7 @@ def run_job(job: Job, memory: Any) -> Outcome:
 
 def _write(job: WriteJob, memory: Any) -> Outcome:
     for file in job.tensors[:1]:  # the parameters
-        if (broken := storage.not_finite(file, memory)) is not None:
+        if (broken := rank_files.not_finite(file, memory)) is not None:
             why = (
                 f"parameter {broken} is not finite after step {job.step}; it was not saved. "
                 "Lower optimizer.lr or set optimizer.clip, and go on from an older checkpoint."
@@ -229,7 +229,7 @@ def _write(job: WriteJob, memory: Any) -> Outcome:
             return Failed(Failure.VALUES, why)
     for path in job.sync:
         sync_path(Path(path))
-    return Written(storage.write_files(Path(job.folder), job.tensors, memory, job.small))
+    return Written(rank_files.write_files(Path(job.folder), job.tensors, memory, job.small))
 
 
 def _publish(job: PublishJob) -> Outcome:

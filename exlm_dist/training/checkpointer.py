@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from exlm_dist.checkpoint import reader, storage
+from exlm_dist.checkpoint import rank_files, reader, storage
 from exlm_dist.checkpoint.messages import Failed, Failure
 from exlm_dist.checkpoint.tensors import BYTES_PER_PARAMETER
 from exlm_dist.config import RunConfig, dump_config
@@ -22,7 +22,7 @@ from exlm_dist.utils.errors import RunStopped
 from exlm_dist.utils.logs import get_logger
 
 #: What is raised for a save that failed where the run cannot go on without it.
-SAVE_ERRORS = {Failure.DISK: storage.SaveFailed, Failure.LOST: WriterLost, Failure.VALUES: RunStopped}
+SAVE_ERRORS = {Failure.DISK: rank_files.SaveFailed, Failure.LOST: WriterLost, Failure.VALUES: RunStopped}
 #: Bytes per second of a slow shared file system, hashing included.
 SLOWEST_WRITE = 100e6
 logger = get_logger(__name__)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from exlm_dist.checkpoint import storage
+from exlm_dist.checkpoint import rank_files, storage
 from exlm_dist.checkpoint.messages import (
     Failed,
     Failure,
@@ -128,7 +128,7 @@ class Saver:
         numel = sum(piece.numel for pieces in self.index.pieces.values() for piece in pieces)
         try:
             return str(storage.begin(folder, numel * BYTES_PER_PARAMETER)), None
-        except storage.SaveFailed as error:
+        except rank_files.SaveFailed as error:
             return None, str(error)
 
     def _fill(self) -> Callable[[], None]:
@@ -147,13 +147,13 @@ class Saver:
 
     def _write_job(self, save: _Save, state: Mapping[str, Any]) -> WriteJob:
         """This rank's pieces; on rank 0 also what there is once per checkpoint."""
-        small, sync = storage.SmallFiles(), []
+        small, sync = rank_files.SmallFiles(), []
         if self._process.is_first:
-            small = storage.SmallFiles.of_run(self._index_text, state, self._config, self._tokenizer)
+            small = rank_files.SmallFiles.of_run(self._index_text, state, self._config, self._tokenizer)
             sync = [str(self._log)]
         return WriteJob(str(save.temporary), save.step, self._tensor_files(), small, sync)
 
-    def _tensor_files(self) -> list[storage.TensorFile]:
+    def _tensor_files(self) -> list[rank_files.TensorFile]:
         rank = self._process.rank
         shapes: dict[str, Shape] = {}
         for part in self._parts:
@@ -164,8 +164,8 @@ class Saver:
         size = sum(part.numel for part in self._parts) * 4
         moments = {tensor_name(name, key): shape for key in checkpoint.MOMENTS for name, shape in shapes.items()}
         return [
-            storage.TensorFile(model_file(rank), shapes, 0, size),
-            storage.TensorFile(optimizer_file(rank), moments, size, size * len(checkpoint.MOMENTS)),
+            rank_files.TensorFile(model_file(rank), shapes, 0, size),
+            rank_files.TensorFile(optimizer_file(rank), moments, size, size * len(checkpoint.MOMENTS)),
         ]
 
     def attend(self) -> Saved | None:

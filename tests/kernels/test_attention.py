@@ -11,8 +11,8 @@ from cases import starts_of
 from golden import Golden, golden_cases
 
 from exlm_dist.kernels import attention, rotary_angles
+from exlm_dist.kernels.attention import naive
 from exlm_dist.kernels.attention import torch as torch_form
-from exlm_dist.kernels.attention.naive import naive_attention, naive_rotation
 
 BATCHES = [[5], [1], [4, 4, 4], [3, 7, 1, 7, 7, 2], [2, 0, 3]]
 
@@ -37,7 +37,7 @@ def form(request, monkeypatch):
 @pytest.mark.parametrize("lengths", BATCHES)
 def test_equals_the_definition(form, lengths):
     qkv, angles, starts, longest = example(lengths)
-    same_values_and_gradients(attention(*qkv, angles, starts, longest), naive_attention(*qkv, angles, starts), qkv)
+    same_values_and_gradients(attention(*qkv, angles, starts, longest), naive.attention(*qkv, angles, starts), qkv)
 
 
 @pytest.mark.parametrize("lengths", BATCHES)
@@ -53,7 +53,7 @@ def test_equals_the_definition_with_the_same_mask(form, lengths):
     masks = [
         rows[start : start + length, :, :length].transpose(0, 1) * length for start, length in zip(starts, lengths)
     ]
-    expected = naive_attention(*qkv, angles, starts, masks)
+    expected = naive.attention(*qkv, angles, starts, masks)
     same_values_and_gradients(attention(*qkv, angles, starts, longest, **key), expected, qkv)
 
 
@@ -198,7 +198,7 @@ def rotate(step, rows, angles):
 
 def test_scores_use_the_rotation():
     (q, k, v), angles, starts, longest = example([2], heads=1, extra=0)
-    scores = torch.einsum("ihp,jhp->ij", naive_rotation(q, angles), naive_rotation(k, angles)) / math.sqrt(8)
+    scores = torch.einsum("ihp,jhp->ij", naive.rotation(q, angles), naive.rotation(k, angles)) / math.sqrt(8)
     eye = torch.eye(2, 8, dtype=q.dtype)[:, None]
     out = attention(q, k, eye, angles, starts, longest)
     torch.testing.assert_close(out[:, 0, :2], scores.softmax(-1))

@@ -14,9 +14,13 @@ pytest.importorskip("triton")
 
 from cases import starts_of  # noqa: E402
 
-from exlm_dist.kernels.attention import attention, attention_packed, rotary_angles  # noqa: E402
+from exlm_dist.kernels.attention import (  # noqa: E402
+    attention,
+    attention_packed,
+    naive,  # noqa: E402
+    rotary_angles,
+)
 from exlm_dist.kernels.attention import triton as kernels  # noqa: E402
-from exlm_dist.kernels.attention.naive import naive_attention  # noqa: E402
 from exlm_dist.kernels.attention.schedule import UNLIMITED, Plan, Range, Tiles, plan  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,7 +54,7 @@ class Problem:
     def defined(self, masks: list[Tensor] | None = None) -> list[Tensor]:
         """The same by the definition in fp64, with the given dropout masks."""
         parts = [part.double().detach().requires_grad_() for part in self.qkv.unbind(2)]
-        return self.results(naive_attention(*parts, self.angles, self.cu_tokens, masks), parts)
+        return self.results(naive.attention(*parts, self.angles, self.cu_tokens, masks), parts)
 
     def results(self, out: Tensor, parts: list[Tensor]) -> list[Tensor]:
         total = sum(self.lengths)

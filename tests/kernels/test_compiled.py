@@ -22,7 +22,7 @@ from test_vocab_triton import agree as match_agrees
 
 from exlm_dist.config.schema import ModelConfig
 from exlm_dist.kernels import transition_log_probs
-from exlm_dist.kernels.elementwise.naive import naive_gelu_gradient
+from exlm_dist.kernels.elementwise import naive
 from exlm_dist.model.build import build_model
 from exlm_dist.model.objective import loss_sum
 from exlm_dist.model.stream import Stream
@@ -93,7 +93,7 @@ def test_gelu_gradient() -> None:
     for ours, other, true in zip(
         gelu_results(x, grad, "triton"),
         gelu_results(x, grad, "torch"),
-        naive_gelu_gradient(grad.double(), x.double()),
+        naive.gelu_gradient(grad.double(), x.double()),
     ):
         error, bound = ((value.double() - true).abs().max() for value in (ours, other))
         assert error <= bound + 4 * torch.finfo(BF16).eps * true.abs().max()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exlm_dist.kernels.elementwise import add_norm, dropout_add, gelu_gradient_
-from exlm_dist.kernels.elementwise.naive import naive_add_norm, naive_dropout_add, naive_gelu_gradient
+from exlm_dist.kernels.elementwise import add_norm, dropout_add, gelu_gradient_, naive
 
 KEY = {"dropout": 0.25, "seed": 7, "site": 3, "first_row": 2, "backend": "torch"}
 
@@ -36,7 +35,7 @@ def assert_equal(ours: torch.Tensor, defined: torch.Tensor, inputs: list[torch.T
 def test_dropout_add(rows, width, residual):
     inputs = leaves(rows, width)[: 2 if residual else 1]
     operands = inputs if residual else (*inputs, None)
-    assert_equal(dropout_add(*operands, **KEY), naive_dropout_add(*operands, mask(rows, width)), inputs)
+    assert_equal(dropout_add(*operands, **KEY), naive.dropout_add(*operands, mask(rows, width)), inputs)
 
 
 @pytest.mark.parametrize("rows,width", [(1, 2), (3, 48), (7, 65)])
@@ -46,13 +45,13 @@ def test_add_norm(rows, width, branch):
     operands = [None, *inputs[1:]] if branch == "none" else inputs
     dropped = branch == "dropped"
     ours = add_norm(*operands, eps=1e-5, **KEY | ({} if dropped else {"dropout": 0.0}))
-    defined = naive_add_norm(*operands, eps=1e-5, mask=mask(rows, width) if dropped else None)
+    defined = naive.add_norm(*operands, eps=1e-5, mask=mask(rows, width) if dropped else None)
     used = inputs[1:] if branch == "none" else inputs
     assert_equal(torch.stack(ours), torch.stack(defined), used)
 
 
 def test_gelu_gradient():
     grad, x = torch.randn(2, 31, 17, dtype=torch.float64)
-    defined = naive_gelu_gradient(grad, 3 * x)
+    defined = naive.gelu_gradient(grad, 3 * x)
     ours = (*gelu_gradient_(grad, 3 * x, backend="torch"), grad)
     torch.testing.assert_close(ours, defined, rtol=0, atol=1e-13)

@@ -12,9 +12,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 triton = pytest.importorskip("triton")
 
-from exlm_dist.kernels.elementwise import add_norm, dropout_add, gelu_gradient_  # noqa: E402
+from exlm_dist.kernels.elementwise import (  # noqa: E402
+    add_norm,
+    dropout_add,
+    gelu_gradient_,
+    naive,  # noqa: E402
+)
 from exlm_dist.kernels.elementwise import triton as triton_form  # noqa: E402
-from exlm_dist.kernels.elementwise.naive import naive_add_norm, naive_dropout_add, naive_gelu_gradient  # noqa: E402
 from exlm_dist.kernels.launch import record_launches  # noqa: E402
 from exlm_dist.model.feedforward import FeedForward  # noqa: E402
 
@@ -40,10 +44,10 @@ def test_add_norm_is_the_definition(rows, width, branch):
     weights = torch.randn(2, rows, width, generator=torch.Generator().manual_seed(width)).to(DEVICE)
     if branch:
         ours = add_norm(*inputs, eps=1e-5, dropout=0.25, seed=SEED, backend="triton")
-        defined = naive_add_norm(*inputs, eps=1e-5, mask=mask(rows, width, 0.25))
+        defined = naive.add_norm(*inputs, eps=1e-5, mask=mask(rows, width, 0.25))
     else:
         ours = add_norm(None, *inputs[1:], eps=1e-5, backend="triton")
-        defined = naive_add_norm(None, *inputs[1:], eps=1e-5)
+        defined = naive.add_norm(None, *inputs[1:], eps=1e-5)
     used = inputs if branch else inputs[1:]
     results = (
         [*out, *torch.autograd.grad((out[0] * weights[0] + out[1] * weights[1]).sum(), used)] for out in (ours, defined)
@@ -54,7 +58,7 @@ def test_add_norm_is_the_definition(rows, width, branch):
 
 def test_norm_alone_may_be_used():
     x, residual, weight, bias = leaves((5, 64), (5, 64), (64,), (64,))
-    _, expected = naive_add_norm(x, residual, weight, bias, eps=1e-5)
+    _, expected = naive.add_norm(x, residual, weight, bias, eps=1e-5)
     _, normed = add_norm(x, residual, weight, bias, eps=1e-5, backend="triton")
     torch.testing.assert_close(normed, expected, rtol=1e-5, atol=1e-5)
     for ours, other in zip(*(torch.autograd.grad(out.square().sum(), (x, residual)) for out in (normed, expected))):
@@ -65,7 +69,7 @@ def test_dropout_add_and_its_gradient_use_one_mask():
     x, residual = leaves((9, 70), (9, 70))
     factor = mask(9, 70, 0.25)
     out = dropout_add(x, residual, dropout=0.25, seed=SEED, backend="triton")
-    torch.testing.assert_close(out, naive_dropout_add(x, residual, factor))
+    torch.testing.assert_close(out, naive.dropout_add(x, residual, factor))
     grads = torch.autograd.grad(out.sum(), (x, residual))
     assert torch.equal(grads[0], factor) and torch.equal(grads[1], torch.ones_like(residual))
 
@@ -130,7 +134,7 @@ def test_gelu_gradient_and_its_sums(rows, width, dtype, monkeypatch, fresh_nans)
     monkeypatch.setattr(triton_form, "GELU_PROGRAMS", 48)
     x, grad = gelu_case(rows, width, dtype)
     results = (gelu_results(x, grad, backend) for backend in ("triton", "torch"))
-    for ours, plain, exact in zip(*results, naive_gelu_gradient(grad.double(), x.double())):
+    for ours, plain, exact in zip(*results, naive.gelu_gradient(grad.double(), x.double())):
         assert ours.dtype == dtype and ours.shape == exact.shape
         error, bound = ((value.double() - exact).abs().max() for value in (ours, plain))
         assert error <= bound + 4 * torch.finfo(dtype).eps * exact.abs().max()
@@ -173,7 +177,7 @@ def test_gelu_gradient_at_full_size(rows, width, dtype):
     x, grad = gelu_case(rows, width, dtype)
     first = gelu_results(x, grad, "triton")
     assert all(map(torch.equal, first, gelu_results(x, grad, "triton")))
-    plain, exact = gelu_results(x, grad, "torch"), naive_gelu_gradient(grad.double(), x.double())
+    plain, exact = gelu_results(x, grad, "torch"), naive.gelu_gradient(grad.double(), x.double())
     for ours, other, true in zip(first, plain, exact):
         error, bound = ((value.double() - true).abs().max() for value in (ours, other))
         assert error <= bound + 4 * torch.finfo(dtype).eps * true.abs().max()

@@ -10,8 +10,8 @@ from cases import starts_of
 from golden import Golden, golden_cases
 
 from exlm_dist.kernels import match_scores
+from exlm_dist.kernels.vocab import naive
 from exlm_dist.kernels.vocab import torch as torch_form
-from exlm_dist.kernels.vocab.naive import naive_match_scores
 
 
 def example(states, targets, width=5, vocabulary=11, extra=2, dtype=torch.float64, seed=0):
@@ -33,7 +33,7 @@ def budget(request, monkeypatch):
 @pytest.mark.parametrize(("states", "targets"), [([4], [2]), ([2, 6, 4], [1, 3, 2]), ([3, 1], [3, 1])])
 def test_equals_the_definition(budget, states, targets):
     tensors, sizes = example(states, targets)
-    out, expected = match_scores(*tensors, *sizes), naive_match_scores(*tensors, *sizes)
+    out, expected = match_scores(*tensors, *sizes), naive.match_scores(*tensors, *sizes)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
     cotangent = torch.randn_like(out)
     finite = expected > -math.inf
@@ -59,7 +59,7 @@ def test_float32_and_large_logits(scale):
     tensors, sizes = example([8, 4], [4, 2], dtype=torch.float32)
     scaled = (tensors[0] * scale, tensors[1], tensors[2])
     out = match_scores(*scaled, *sizes)
-    exact = naive_match_scores(*(tensor.double() for tensor in scaled), *sizes)
+    exact = naive.match_scores(*(tensor.double() for tensor in scaled), *sizes)
     torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-5 * scale)
     grads = torch.autograd.grad(out[out > -math.inf].sum(), tensors)
     assert all(grad.isfinite().all() for grad in grads)

@@ -17,8 +17,11 @@ pytest.importorskip("triton")
 from cases import starts_of  # noqa: E402
 
 import exlm_dist.kernels.vocab.triton as vocab_triton  # noqa: E402
-from exlm_dist.kernels.vocab import VocabShard, match_scores  # noqa: E402
-from exlm_dist.kernels.vocab.naive import naive_match_scores  # noqa: E402
+from exlm_dist.kernels.vocab import (  # noqa: E402
+    VocabShard,
+    match_scores,
+    naive,  # noqa: E402
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -66,7 +69,7 @@ class Case:
         states = starts_of([self.k * n for n in self.targets]).to(DEVICE)
         sizes = starts_of(self.targets).to(DEVICE), self.grad.shape[2], self.grad.shape[1]
         if backend == "naive":
-            match = naive_match_scores(*leaves, self.ids.to(DEVICE), states, *sizes)
+            match = naive.match_scores(*leaves, self.ids.to(DEVICE), states, *sizes)
         else:
             match = match_scores(*leaves, self.ids.to(DEVICE), states, *sizes, shard=shard, backend=backend)
         rest = torch.nan if backend == "triton" else 0.0

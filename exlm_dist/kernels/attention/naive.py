@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def naive_attention(
+def attention(
     q: Tensor, k: Tensor, v: Tensor, angles: Tensor, cu_tokens: Tensor, masks: Sequence[Tensor] | None = None
 ) -> Tensor:
     """out_i = sum_j M_ij softmax_j(q'_i . k'_j / sqrt(P)) v_j within each sequence; q', k' are q, k rotated.
@@ -23,7 +23,7 @@ def naive_attention(
     out = torch.zeros_like(v)
     for b, (start, stop) in enumerate(pairwise(cu_tokens.tolist())):
         own = slice(start, stop)
-        query, key = naive_rotation(q[own], angles[own]), naive_rotation(k[own], angles[own])
+        query, key = rotation(q[own], angles[own]), rotation(k[own], angles[own])
         weights = torch.einsum("ihp,jhp->hij", query, key).div(math.sqrt(q.shape[-1])).softmax(-1)
         if masks is not None:
             weights = masks[b] * weights
@@ -31,7 +31,7 @@ def naive_attention(
     return out
 
 
-def naive_rotation(x: Tensor, angles: Tensor) -> Tensor:
+def rotation(x: Tensor, angles: Tensor) -> Tensor:
     """[x1 cos - x2 sin, x2 cos + x1 sin] of the halves x1, x2 of each head: x [n, H, P], angles [n, P/2].
 
     Source: Su et al. 2021 (rotary positions), the pairs being (j, j + P/2).

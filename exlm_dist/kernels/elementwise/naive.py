@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def naive_dropout_add(branch: Tensor, residual: Tensor | None, mask: Tensor) -> Tensor:
+def dropout_add(branch: Tensor, residual: Tensor | None, mask: Tensor) -> Tensor:
     """residual + mask * branch, [R, W] each; without a residual mask * branch.
 
     Source: Srivastava et al. 2014 (dropout, in its inverted form).
@@ -20,7 +20,7 @@ def naive_dropout_add(branch: Tensor, residual: Tensor | None, mask: Tensor) -> 
     return dropped if residual is None else residual + dropped
 
 
-def naive_add_norm(
+def add_norm(
     branch: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor, *, eps: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(hidden, normed): hidden = residual + mask * branch (None: without), and its LayerNorm over the last dimension.
@@ -29,13 +29,13 @@ def naive_add_norm(
     """
     hidden = residual
     if branch is not None:
-        hidden = residual + branch if mask is None else naive_dropout_add(branch, residual, mask)
+        hidden = residual + branch if mask is None else dropout_add(branch, residual, mask)
     mean = hidden.mean(-1, keepdim=True)
     variance = (hidden - mean).square().mean(-1, keepdim=True)
     return hidden, weight * (hidden - mean) / (variance + eps).sqrt() + bias
 
 
-def naive_gelu_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gelu_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(gelu(x), sum over the rows of the gradient of x, gradient of x) where gelu(x) has the gradient grad [R, W].
 
     gelu(x) = x Phi(x), Phi the normal distribution function. Source: Hendrycks and Gimpel 2016.

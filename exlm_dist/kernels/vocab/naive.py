@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def naive_match_scores(
+def match_scores(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor,

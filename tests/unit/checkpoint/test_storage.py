@@ -15,7 +15,7 @@ import pytest
 from checkpoints import write_checkpoint
 from safetensors.numpy import load_file
 
-from exlm_dist.checkpoint import reader, storage
+from exlm_dist.checkpoint import rank_files, reader, storage
 from exlm_dist.checkpoint.pieces import Piece, Slice
 from exlm_dist.checkpoint.tensors import TensorReader
 from exlm_dist.utils.checkpoint_names import checkpoint_folder
@@ -198,7 +198,7 @@ def save_in_a_child(run: Path, call: str, number: int, how: str) -> tuple[int, s
             save(run, 2, cut=by_two)
             storage.retain(run, keep=1, best=False)
             code = 0 if len(calls) < number else 1  # a failure to remove files of the old one is left for later
-        except (storage.SaveFailed, OSError) as error:
+        except (rank_files.SaveFailed, OSError) as error:
             os.writev(write, [str(error).encode()])
             code = 1
         except BaseException as error:
@@ -245,17 +245,17 @@ def test_a_save_that_fails_anywhere_leaves_the_old_one_or_the_new(run, how, reco
 def test_a_file_that_another_machine_has_written_to_its_own_disk(run):
     temporary = storage.begin(checkpoint_folder(run, 1), 0)
     elsewhere = {"model-00001.safetensors": {"bytes": 8, "sha256": "0"}}
-    with pytest.raises(storage.SaveFailed, match="model-00001.safetensors is not there. Is the run folder on"):
+    with pytest.raises(rank_files.SaveFailed, match="model-00001.safetensors is not there. Is the run folder on"):
         storage.publish(temporary, checkpoint_folder(run, 1), 1, elsewhere)
     (temporary / "model-00001.safetensors").write_bytes(b"short")
-    with pytest.raises(storage.SaveFailed, match="not as long as it was written"):
+    with pytest.raises(rank_files.SaveFailed, match="not as long as it was written"):
         storage.publish(temporary, checkpoint_folder(run, 1), 1, elsewhere)
     assert not reader.checkpoint_folders(run)
 
 
 def test_no_room_is_seen_before(run, monkeypatch):
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1_000_000}))
-    with pytest.raises(storage.SaveFailed, match=r"needs 17 MB but only 1 MB are free .*untouched"):
+    with pytest.raises(rank_files.SaveFailed, match=r"needs 17 MB but only 1 MB are free .*untouched"):
         save(run, 1)
     assert not list((run / "checkpoints").iterdir())
 

@@ -25,7 +25,7 @@ from exlm_dist.checkpoint.messages import (
     outcome_from_json,
     to_json,
 )
-from exlm_dist.checkpoint.storage import SmallFiles, TensorFile
+from exlm_dist.checkpoint.rank_files import SmallFiles, TensorFile
 from exlm_dist.checkpoint.writer import SIGNALS, InlineWriter, Memory, ProcessWriter
 
 CRASH_POINTS = Path(__file__).resolve().parents[2] / "crash_points"

@@ -65,7 +65,7 @@ class Block(nn.Module):
         return stream.replace(hidden=hidden, selected=rows is not None)
 
     def _dropout(self, stream: Stream, site: str, hidden: Tensor) -> dict[str, Any]:
-        """Probability and key of the dropout at `site`, and the index of the first row of `hidden` in the micro-batch."""
+        """Probability and key of the dropout at `site`, and the first row of `hidden` in the micro-batch."""
         return {
             "probability": self.probability if self.training else 0.0,
             "seed": stream.dropout_seed,

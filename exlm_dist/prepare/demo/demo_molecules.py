@@ -19,10 +19,10 @@ from rdkit import Chem
 from rdkit import __version__ as RDKIT_VERSION
 from rdkit.Chem import BRICS
 
-from exlm_dist.prepare.api import prepare_molecules
 from exlm_dist.prepare.demo.drugs import DRUGS
 from exlm_dist.prepare.folder import Source, chunked
 from exlm_dist.prepare.readers import Row
+from exlm_dist.prepare.smiles import prepare_smiles
 from exlm_dist.prepare.summary import Summary
 from exlm_dist.prepare.workers import default_workers, ordered_map
 from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles, make_policy
@@ -45,14 +45,14 @@ def prepare_demo_smiles(
     overwrite: bool = False,
     **settings: Any,
 ) -> Summary:
-    """`count` demo molecules as a prepared folder. `settings`: as in `prepare_molecules`."""
+    """`count` demo molecules as a prepared folder. `settings`: as in `prepare_smiles`."""
     identity = [{"name": "demo molecules", "count": count, "seed": seed, "rdkit": RDKIT_VERSION}]
 
     def rows() -> Iterator[Row]:
         for number, smiles in enumerate(demo_molecules(count, seed, workers or default_workers()), 1):
             yield Row("demo", number, smiles)
 
-    return prepare_molecules(
+    return prepare_smiles(
         Source(identity, rows, canonical_under=_POLICY),
         out,
         max_length=max_length,

@@ -12,8 +12,8 @@ import pytest
 
 from exlm_dist.data import shards
 from exlm_dist.data.manifest import MANIFEST
-from exlm_dist.prepare.api import prepare_smiles
 from exlm_dist.prepare.progress import Progress
+from exlm_dist.prepare.smiles import prepare_smiles
 from exlm_dist.prepare.staging import remove_leftovers, staged_folder
 from exlm_dist.prepare.workers import ordered_map
 from exlm_dist.utils.errors import DataError

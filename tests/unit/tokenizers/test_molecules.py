@@ -21,7 +21,7 @@ def test_policy() -> None:
     base = make_policy(salts="largest_fragment")
     assert canonical_smiles("[Na+].CC(=O)[O-]", base) == canonical_smiles("CC(=O)[O-].[Na+]", base) == "CC(=O)[O-]"
     assert "." in canonical_smiles("[Na+].CC(=O)[O-]", keep)
-    with pytest.raises(DataError, match="stereo = 'some': one of keep, drop"):
+    with pytest.raises(DataError, match="stereo = 'some': must be one of keep, drop"):
         make_policy(stereo="some")
 
 

@@ -218,7 +218,7 @@ def _reuse(out: Path, request: dict[str, Any]) -> Summary:
         )
     for split in SPLITS:
         ShardDataset.open(out, split).close()
-    _log.info("%s was prepared already from the same input and settings", out)
+    _log.info("%s is already prepared from the same input and settings", out)
     return Summary(out, manifest, 0.0, reused=True)
 
 

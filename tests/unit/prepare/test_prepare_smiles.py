@@ -147,7 +147,7 @@ def test_finished_folder_is_reused_refused_or_replaced(tmp_path: Path) -> None:
     assert (
         again.reused
         and not first.reused
-        and "was there already" in str(again)
+        and "prepared before" in str(again)
         and (out / MANIFEST).stat().st_mtime_ns == before
     )
     with pytest.raises(DataError, match="prepared differently .*max_length: 512 then, 64 now.*--overwrite"):

@@ -1,4 +1,4 @@
-"""Molecules: the policy, the reasons, and the embedded corpus."""
+"""Molecules: the policy, the reasons, and the demo corpus."""
 
 from itertools import islice
 
@@ -55,5 +55,5 @@ def test_demo_corpus_is_large_distinct_canonical_and_reproducible() -> None:
 
 def test_too_many_demo_molecules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("exlm_dist.prepare.demo.demo_molecules.DRUGS", {"aspirin": DRUGS["aspirin"]})
-    with pytest.raises(DataError, match="the demo fragments give .* 90 were asked for"):
+    with pytest.raises(DataError, match="the demo fragments yield only .* 90 were asked for"):
         list(demo_molecules(90))

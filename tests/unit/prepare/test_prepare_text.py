@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from exlm_dist.data.shards import ShardDataset
-from exlm_dist.prepare.api import prepare_smiles, prepare_text
 from exlm_dist.prepare.demo.demo_text import demo_documents, prepare_demo_text
-from exlm_dist.prepare.text import BlockCutter
+from exlm_dist.prepare.smiles import prepare_smiles
+from exlm_dist.prepare.text import BlockCutter, prepare_text
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL
 from exlm_dist.utils.errors import DataError
@@ -67,7 +67,7 @@ def test_rows_are_documents_and_a_tokenizer_can_be_given(corpus: Path, tmp_path:
     prepare_text([str(corpus)], tmp_path / "a", vocab_size=900, max_length=64, model_type="bpe", workers=1)
     path = tmp_path / "b.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in demo_documents()[:5]) + "{bad\n")
-    (tmp_path / "v.txt").write_text("held out")
+    (tmp_path / "v.txt").write_text("held-out")
     summary = prepare_text(
         [str(path)], tmp_path / "b", tokenizer=tmp_path / "a", max_length=64, valid_inputs=[str(tmp_path / "v.txt")]
     )

@@ -35,7 +35,8 @@ import webdataset as wds  # noqa: E402
 from exlm_dist.data.loader import Loader  # noqa: E402
 from exlm_dist.data.manifest import MANIFEST, SCHEMA, sealed  # noqa: E402
 from exlm_dist.data.recipe import Recipe  # noqa: E402
-from exlm_dist.data.shards import ShardDataset, ShardWriter, token_dtype  # noqa: E402
+from exlm_dist.data.shards import ShardDataset, token_dtype  # noqa: E402
+from exlm_dist.prepare.shard_writer import ShardWriter  # noqa: E402
 from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL  # noqa: E402
 
 OURS, READING = "ours, packed batches", "ours, reading only"

@@ -13,7 +13,7 @@ from fake_data import FakeDataset, varied_lengths
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_run import make_config
-from test_shards import overwrite, record_place, write_folder
+from prepared_folder import overwrite, record_offset, write_folder
 
 from exlm_dist.data.batch import PackedBatch, check_batch
 from exlm_dist.data.loader import Loader, eval_batches
@@ -130,7 +130,7 @@ def test_shards_with_a_damaged_record_keep_every_size(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", rows, vocab_size=512)
     intact = [part.micro_batches for part in map(loader(ShardDataset.open(folder, "train")).step, range(13))]
     dataset = ShardDataset.open(folder, "train", max_bad_records=0.01)
-    path, offset = record_place(dataset, 77)
+    path, offset = record_offset(dataset, 77)
     overwrite(path, offset, b"\xff")
     damaged = [part.micro_batches for part in map(loader(dataset).step, range(13))]
     differing = 0

@@ -35,7 +35,7 @@ class ShardWriter:
         (self._root / split).mkdir(parents=True, exist_ok=True)
 
     def write(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append sequences: `tokens` [sum of lengths] ids, `lengths` [m], each at least 1. ValueError for anything else."""
+        """Append sequences: `tokens` [sum of lengths] ids, `lengths` [m], each at least 1. ValueError otherwise."""
         lengths = np.asarray(lengths, dtype=np.int64)
         tokens = np.asarray(tokens)
         if len(lengths) == 0:

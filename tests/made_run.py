@@ -1,4 +1,4 @@
-"""A prepared folder and finished-looking runs over it, made in a second: for tests of what reads them."""
+"""A small prepared folder and runs over it that look finished, made in a second, for tests of what reads them."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Our pipeline up to packed batches beside reading the same sequences with webdataset, one sample per member.
+"""Our loader, up to packed batches, beside reading the same sequences with webdataset, one sample per member.
 
     python benchmarks/data.py                    # synthetic: lengths of drug-like SMILES, and text blocks of 126 tokens
     python benchmarks/data.py --data data/zinc   # the training split of a prepared folder
 
 Ours does everything that training needs (order of the epoch, reading with checksums, masking, expansion to k states,
-packing; no prefetch). webdataset only reads, in file order, with `.decode()` as a plain user would and, a harder
+packing; no prefetch). webdataset only reads, in file order, with `.decode()` as users normally do and, as a harder
 opponent, without it. One process on one core, warm page cache, the contenders taking turns; before anything is timed,
 both must have delivered the same tokens. Writes a CSV with hardware, versions and commit.
 """
@@ -35,7 +35,8 @@ import webdataset as wds  # noqa: E402
 from exlm_dist.data.loader import Loader  # noqa: E402
 from exlm_dist.data.manifest import MANIFEST, SCHEMA, sealed  # noqa: E402
 from exlm_dist.data.recipe import Recipe  # noqa: E402
-from exlm_dist.data.shards import ShardDataset, ShardWriter, token_dtype  # noqa: E402
+from exlm_dist.data.shards import ShardDataset, token_dtype  # noqa: E402
+from exlm_dist.prepare.shard_writer import ShardWriter  # noqa: E402
 from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL  # noqa: E402
 
 OURS, READING = "ours, packed batches", "ours, reading only"
@@ -62,7 +63,7 @@ def options() -> argparse.Namespace:
 
 
 def synthetic(folder: Path, name: str, count: int) -> ShardDataset:
-    """A prepared folder of random ids with the lengths of drug-like SMILES, or of text blocks, opened."""
+    """A prepared folder of random ids, opened, with the lengths of drug-like SMILES or of text blocks."""
     generator = np.random.default_rng(0)
     vocabulary = {"smiles": 120, "text": 32_000}[name]
     lengths = generator.normal(44, 9, count).astype(np.int64).clip(8, 110) if name == "smiles" else np.full(count, 126)
@@ -87,8 +88,8 @@ def write_one_per_member(dataset: ShardDataset, count: int, folder: Path) -> lis
     tokens, lengths = dataset.read(np.arange(count))
     small = tokens.astype(token_dtype(dataset.vocab_size))
     with wds.ShardWriter(str(folder / "%06d.tar"), maxcount=MEMBERS_PER_TAR, verbose=0) as writer:
-        for number, sequence in enumerate(np.split(small, np.cumsum(lengths)[:-1])):
-            writer.write({"__key__": f"{number:09d}", "tokens.npy": sequence})
+        for sample, sequence in enumerate(np.split(small, np.cumsum(lengths)[:-1])):
+            writer.write({"__key__": f"{sample:09d}", "tokens.npy": sequence})
     return sorted(str(path) for path in folder.glob("*.tar"))
 
 
@@ -150,20 +151,20 @@ def contenders(
 def timed(passes: dict[str, Callable[[], int]], repeats: int, tokens: int) -> dict[str, list[float]]:
     """Seconds of every timed pass, the contenders taking turns in changing order; each must deliver `tokens` tokens."""
     seconds: dict[str, list[float]] = {name: [] for name in passes}
-    for number in range(repeats + 1):
-        for name in CONTENDERS if number % 2 else CONTENDERS[::-1]:
+    for turn in range(repeats + 1):
+        for name in CONTENDERS if turn % 2 else CONTENDERS[::-1]:
             start = time.perf_counter()
             delivered = passes[name]()
             duration = time.perf_counter() - start
             if delivered != tokens:
                 raise SystemExit(f"{name} delivered {delivered} tokens, the index says {tokens}")
-            if number:  # the first pass warms up
+            if turn:  # the first pass warms up
                 seconds[name].append(duration)
     return seconds
 
 
 def check_same_tokens(dataset: ShardDataset, count: int, tars: list[str]) -> None:
-    """Both sides hold the same sequences."""
+    """SystemExit unless both sides have the same sequences."""
     tokens, _ = dataset.read(np.arange(count))
     theirs = np.concatenate([sample["tokens.npy"] for sample in wds.WebDataset(tars, shardshuffle=False).decode()])
     if not np.array_equal(tokens, theirs):
@@ -226,12 +227,12 @@ def report(rows: list[dict[str, str]], args: argparse.Namespace) -> None:
         rates = f"({row['min_per_s']}..{row['max_per_s']})"
         times = f"{row['ours_is_times_faster']} ({row['times_min']}..{row['times_max']})"
         print(line.format(row["corpus"], row["contender"], row["median_per_s"], rates, row["tokens_per_s"], times))
-    shared = provenance(args)
+    origin = provenance(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with open(args.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *shared])
+        writer = csv.DictWriter(file, [*rows[0], *origin])
         writer.writeheader()
-        writer.writerows({**row, **shared} for row in rows)
+        writer.writerows({**row, **origin} for row in rows)
     print(args.out)
 
 

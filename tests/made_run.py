@@ -1,4 +1,4 @@
-"""A prepared folder and finished-looking runs over it, made in a second: for tests of what reads them."""
+"""A small prepared folder and runs over it that look finished, made in a second, for tests of what reads them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from checkpoints import write_checkpoint
 
 from exlm_dist.config import RunConfig, dump_config
 from exlm_dist.data.manifest import MANIFEST, SCHEMA, sealed
-from exlm_dist.data.shards import ShardDataset, ShardWriter
+from exlm_dist.data.shards import ShardDataset
+from exlm_dist.prepare.shard_writer import ShardWriter
 from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer, split_smiles
 from exlm_dist.tracking import EventLog
 

@@ -1,1 +1,1 @@
-"""Text and SMILES to tokens, shards, a global order, masks, states and packed batches. Numpy only."""
+"""From the shards of a prepared folder to packed batches: a global order, masks, states, packing. Numpy only."""

@@ -1,7 +1,7 @@
-"""From sequences with marked positions to the expanded stream: each marked position becomes k states (ExLM).
+"""From sequences with marked positions to expanded sequences: each marked position becomes k states (ExLM).
 
-Everything is counted, nothing searched: the j-th target of the batch stands at source index s_j, so j positions before
-it were expanded and its first state is token s_j + (k - 1) j of the expanded stream.
+Nothing is searched for: if the j-th target of the batch is at flat index s_j, then j positions before it are expanded
+and its first state is at flat index s_j + (k - 1) j of the expanded batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Expanded:
     """An expanded ragged batch of B sequences: T tokens, S states, N targets; int64 unless said otherwise."""
 
     input_ids: np.ndarray  # [T]
-    position: np.ndarray  # [T] place in the unexpanded sequence, from 0
+    position: np.ndarray  # [T] index in the unexpanded sequence, from 0
     clone: np.ndarray  # [T] 0 for ordinary tokens, 1..k for the states of an expanded position
     state_index: np.ndarray  # [S] index into [T] of each state, ascending; S = k N
     target_ids: np.ndarray  # [N]
@@ -29,72 +29,72 @@ class Expanded:
 
 
 @dataclass(frozen=True)
-class Source:
-    """Unexpanded sequences, each from BOS to EOS, and the places in them that get expanded."""
+class MarkedSequences:
+    """Unexpanded sequences, each from BOS to EOS, and the targets: the positions to expand."""
 
     input_ids: np.ndarray  # int64[sum of lengths]
     lengths: np.ndarray  # int64[B]
-    target_places: np.ndarray  # int64[N] flat indices, ascending
+    target_indices: np.ndarray  # int64[N] into `input_ids`, ascending
     target_ids: np.ndarray  # int64[N]
     is_masked: np.ndarray  # bool[N]
 
 
 def expanded_lengths(lengths: np.ndarray, counts: np.ndarray, states: int, anchors: bool) -> np.ndarray:
-    """int64[B]: tokens of each expanded sequence, from its payload length and number of masks alone."""
+    """int64[B]: length of each expanded sequence, from its payload length and number of masks alone."""
     return lengths + 2 + (states - 1) * (counts + 2 * anchors)
 
 
-def wrap(tokens: np.ndarray, lengths: np.ndarray, masks: Masks, anchors: bool) -> Source:
-    """Put BOS and EOS around each payload, what the model sees at the masked places, and list the targets.
+def wrap(tokens: np.ndarray, lengths: np.ndarray, masks: Masks, anchors: bool) -> MarkedSequences:
+    """Put BOS and EOS around each payload, replace masked tokens by what the model sees, and list the targets.
 
     `tokens` int[sum], `lengths` int64[B]: the payload. With `anchors`, BOS and EOS are targets too, the first and the
     last of each sequence.
     """
     ends = np.cumsum(lengths + 2)
     starts = ends - lengths - 2
-    source = np.empty(ends[-1] if len(ends) else 0, np.int64)
-    inner = np.ones(len(source), bool)
+    input_ids = np.empty(ends[-1] if len(ends) else 0, np.int64)
+    inner = np.ones(len(input_ids), bool)
     inner[starts] = inner[ends - 1] = False
-    source[inner] = tokens
-    source[starts], source[ends - 1] = BOS, EOS
+    input_ids[inner] = tokens
+    input_ids[starts], input_ids[ends - 1] = BOS, EOS
     sequence = np.repeat(np.arange(len(lengths)), masks.counts)
-    places = masks.places + 2 * sequence + 1
-    targets = source[places]
-    source[places] = masks.visible
-    masked = np.ones(len(places), bool)
+    indices = masks.indices + 2 * sequence + 1
+    targets = input_ids[indices]
+    input_ids[indices] = masks.visible
+    masked = np.ones(len(indices), bool)
     if anchors:
-        flags = np.zeros(len(source), bool)
-        flags[places] = flags[starts] = flags[ends - 1] = True
+        flags = np.zeros(len(input_ids), bool)
+        flags[indices] = flags[starts] = flags[ends - 1] = True
         masked = inner[flags]
-        places = np.flatnonzero(flags)
-        all_targets = np.empty(len(places), np.int64)
+        indices = np.flatnonzero(flags)
+        all_targets = np.empty(len(indices), np.int64)
         all_targets[masked] = targets
         first = np.cumsum(masks.counts + 2) - masks.counts - 2
         all_targets[first], all_targets[first + masks.counts + 1] = BOS, EOS
         targets = all_targets
-    return Source(source, lengths + 2, places, targets, masked)
+    return MarkedSequences(input_ids, lengths + 2, indices, targets, masked)
 
 
-def expand(source: Source, states: int) -> Expanded:
-    """Give each target place `states` = k consecutive copies of what stands there, numbered 1..k."""
-    places, extra = source.target_places, states - 1
-    cu_source = np.concatenate([[0], np.cumsum(source.lengths)])
-    cu_targets = np.searchsorted(places, cu_source)
-    copies = np.ones(len(source.input_ids), np.int64)
-    copies[places] = states
-    within = np.arange(len(source.input_ids)) - np.repeat(cu_source[:-1], source.lengths)
-    first = places + extra * np.arange(len(places))
-    numbers = np.arange(states)
-    clone = np.zeros(len(source.input_ids) + extra * len(places), np.int64)
-    state_index = (first[:, None] + numbers).reshape(-1)
-    clone[state_index] = np.tile(numbers + 1, len(places))
+def expand(marked: MarkedSequences, states: int) -> Expanded:
+    """Replace each target position by `states` = k consecutive copies of its token, numbered 1..k."""
+    indices, extra = marked.target_indices, states - 1
+    cu_unexpanded = np.concatenate([[0], np.cumsum(marked.lengths)])
+    cu_targets = np.searchsorted(indices, cu_unexpanded)
+    copies = np.ones(len(marked.input_ids), np.int64)
+    copies[indices] = states
+    position = np.arange(len(marked.input_ids)) - np.repeat(cu_unexpanded[:-1], marked.lengths)
+    first = indices + extra * np.arange(len(indices))
+    offsets = np.arange(states)
+    clone = np.zeros(len(marked.input_ids) + extra * len(indices), np.int64)
+    state_index = (first[:, None] + offsets).reshape(-1)
+    clone[state_index] = np.tile(offsets + 1, len(indices))
     return Expanded(
-        input_ids=np.repeat(source.input_ids, copies),
-        position=np.repeat(within, copies),
+        input_ids=np.repeat(marked.input_ids, copies),
+        position=np.repeat(position, copies),
         clone=clone,
         state_index=state_index,
-        target_ids=source.target_ids,
-        is_masked=source.is_masked,
-        cu_tokens=cu_source + extra * cu_targets,
+        target_ids=marked.target_ids,
+        is_masked=marked.is_masked,
+        cu_tokens=cu_unexpanded + extra * cu_targets,
         cu_targets=cu_targets,
     )

@@ -1,7 +1,7 @@
 """From a global step to this rank's packed micro-batches, and the fixed batches of evaluation.
 
-What is in global batch t is a pure function of (seed, t) and the lengths in the index: no rank, no process and no
-earlier step has a say in it. `rank` and `world` only choose which of its micro-batches are read and packed here.
+Global batch t is a pure function of (seed, t) and the lengths in the index: it does not depend on ranks, processes or
+earlier steps. `rank` and `world` only choose which of its micro-batches are read and packed here.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from exlm_dist.data.recipe import Dataset, Recipe
 
 @dataclass(frozen=True)
 class StepBatches:
-    """One global batch: this rank's part of it, and sizes of all of it that every rank computes for itself."""
+    """One global batch: this rank's part of it, and sizes of the whole, which every rank computes itself."""
 
     step: int
     micro_batches: list[PackedBatch]  # of this rank
-    num_sequences: int  # of all ranks, like the next four
+    num_sequences: int  # over all ranks, like the next four
     num_targets: int
     num_masked: int
     num_original_tokens: int  # unexpanded, BOS and EOS included
@@ -42,7 +42,7 @@ class StepBatches:
 
 
 class Loader:
-    """Training data: `step(t)` is global batch t, in any order of t; with `prefetch` > 0 a thread prepares more."""
+    """Training data: `step(t)` is global batch t, in any order; a thread prepares `prefetch` more (0: none)."""
 
     def __init__(
         self,
@@ -55,9 +55,10 @@ class Loader:
         world: int,
         prefetch: int,
     ) -> None:
-        """`global_batch` sequences a step over `world` data-parallel ranks, of which this is `rank`.
+        """`global_batch` sequences per step over `world` data-parallel ranks, of which this is `rank`.
 
-        ConfigError if world x micro does not divide the global batch, or if a sequence can become too long.
+        ConfigError if world x micro does not divide the global batch or a sequence may become too long, DataError for
+        empty sequences.
         """
         check_division(global_batch, recipe.micro, world)
         if not 0 <= rank < world:
@@ -70,7 +71,7 @@ class Loader:
         self._prefetcher = Prefetcher(self._build, prefetch)
 
     def step(self, t: int) -> StepBatches:
-        """Global batch t (from 0). Raises what reading it raised, in whichever thread that was."""
+        """Global batch t (from 0). Raises whatever reading it raised, in this thread or in the background."""
         start = time.perf_counter()
         batches = self._prefetcher.get(t)
         return replace(batches, wait_seconds=time.perf_counter() - start)
@@ -87,7 +88,7 @@ class Loader:
         counts = num_masks(lengths, keys, recipe.ratio)
         expanded = expanded_lengths(lengths, counts, recipe.states, recipe.anchors)
         plan = plan_micro_batches(expanded, self._num_micro)
-        mine = [plan[number] for number in self._mine]
+        mine = [plan[index] for index in self._mine]
         return StepBatches(
             step=t,
             micro_batches=recipe.batches(self._dataset, mine, samples, epochs, keys, step=t, indices=list(self._mine)),
@@ -103,10 +104,10 @@ class Loader:
 def eval_batches(dataset: Dataset, recipe: Recipe, *, sequences: int, rank: int, world: int) -> Iterator[PackedBatch]:
     """This rank's batches over the first `sequences` samples (all, if the split has fewer).
 
-    With `Recipe.for_evaluation` masks depend on the sample id alone (seed 0, epoch 0): every model and run is asked
-    about the same positions. Micro-batches do not depend on `world`. Every rank yields equally many, so that
-    collectives inside a forward pass match: where they do not divide evenly, the last one of a rank is a filler (no
-    masked position, sample ids -1), which must not be counted.
+    Masks depend on the sample id alone (seed 0, epoch 0): with `Recipe.for_evaluation` every model and run predicts the
+    same positions. Micro-batches do not depend on `world`. Every rank yields equally many, so that collectives in a
+    forward pass match: if they do not divide evenly, a rank's last one is a filler (nothing masked, sample ids -1),
+    which must not be counted.
     """
     samples = np.arange(min(sequences, len(dataset)), dtype=np.int64)
     recipe.check_lengths(dataset.lengths[: len(samples)])
@@ -118,10 +119,10 @@ def eval_batches(dataset: Dataset, recipe: Recipe, *, sequences: int, rank: int,
         expanded_lengths(lengths, counts, recipe.states, recipe.anchors), -(-len(samples) // recipe.micro)
     )
     for first in range(0, len(plan), world):
-        number = first + rank
-        filler = number >= len(plan)
-        rows = plan[0 if filler else number]
-        (batch,) = recipe.batches(dataset, [rows], samples, epochs, keys, step=0, indices=[number])
+        index = first + rank
+        filler = index >= len(plan)
+        rows = plan[0 if filler else index]
+        (batch,) = recipe.batches(dataset, [rows], samples, epochs, keys, step=0, indices=[index])
         yield _as_filler(batch) if filler else batch
 
 

@@ -1,6 +1,6 @@
-"""The manifest of a prepared folder: what is in it, with hashes, and one fingerprint over all of it.
+"""The manifest of a prepared folder: what is in it, with hashes, and one fingerprint of it all.
 
-`manifest.json` is written last and the folder is renamed into place after it, so a folder that has a manifest is whole.
+`manifest.json` is written last, before the folder is renamed to its final name: a folder with a manifest is complete.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from exlm_dist.utils.errors import DataError
-from exlm_dist.utils.files import fingerprint_of, sha256_file
+from exlm_dist.utils.files import fingerprint_of
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -34,17 +34,18 @@ class ShardEntry:
     tokens: int
 
     def as_dict(self) -> dict[str, Any]:
+        """The entry as the manifest lists it."""
         return asdict(self)
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """`manifest` with the fingerprint over everything else in it."""
+    """`manifest` with the fingerprint of everything else in it."""
     content = {key: value for key, value in manifest.items() if key != "fingerprint"}
     return {**content, "fingerprint": fingerprint_of(content)}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Manifest of the prepared folder; DataError when it is missing, of another version, or altered."""
+    """The manifest of a prepared folder; DataError if it is missing, of another version, or altered."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise DataError(_missing(Path(folder)))
@@ -61,24 +62,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "Prepare the data again, or copy the folder again."
         )
     return manifest
-
-
-def verify_folder(folder: Path) -> list[str]:
-    """Compare every file of the prepared folder with its recorded size and SHA-256; the problems found, in words."""
-    manifest = read_manifest(folder)
-    expected = dict(manifest["tokenizer"]["files"])
-    for split in SPLITS:
-        for shard in manifest["splits"][split]["shards"]:
-            expected[shard["name"]] = shard["sha256"]
-            expected[shard["index"]] = shard["index_sha256"]
-    problems = []
-    for name, digest in sorted(expected.items()):
-        path = Path(folder) / name
-        if not path.is_file():
-            problems.append(f"{path}: missing")
-        elif (got := sha256_file(path)) != digest:
-            problems.append(f"{path}: sha256 {got}, expected {digest}")
-    return problems
 
 
 def _missing(folder: Path) -> str:

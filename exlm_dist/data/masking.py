@@ -1,7 +1,7 @@
-"""Which tokens are hidden: a pure function of (seed, epoch, sample id), over a ragged batch at once.
+"""Which tokens are masked: a pure function of (seed, epoch, sample id), for a whole ragged batch at once.
 
 A ragged batch is `tokens[sum]` with `lengths[B]`; these are payload tokens only, so BOS and EOS, which are added around
-them later, can never be masked. Every draw is a hash of (purpose, seed, epoch, sample id, place): it does not matter
+them later, are never masked. Every draw is a hash of (purpose, seed, epoch, sample id, position): it does not matter
 with which other samples, on which rank or after which restart a sample is masked.
 """
 
@@ -11,30 +11,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from exlm_dist.data.hashing import (
+from exlm_dist.data.counter_rng import (
     PURPOSE_CORRUPT,
     PURPOSE_COUNT,
-    PURPOSE_PLACE,
+    PURPOSE_POSITION,
     PURPOSE_REPLACE,
     hash_of,
-    numbered,
     uniform,
+    words_at,
 )
 from exlm_dist.tokenizers.tokenizer import MASK, NUM_SPECIAL
 from exlm_dist.utils.errors import DataError
 
-# A word of `choose_places` keeps 48 bits of the hash and has the place in its lowest 16.
-PLACE_BITS = 16
-MAX_LENGTH = 2**PLACE_BITS - 1
-_PLACE_MASK = np.uint64(MAX_LENGTH)
-_NOWHERE = np.uint64(2**64 - 1)
+# A word of `choose_masked` keeps 48 bits of the hash and has the position in its lowest 16.
+POSITION_BITS = 16
+MAX_LENGTH = 2**POSITION_BITS - 1
+_LOW_BITS = np.uint64(MAX_LENGTH)
+_UNUSED = np.uint64(2**64 - 1)
 
 
 @dataclass(frozen=True)
 class Masks:
     """The masked tokens of a ragged batch."""
 
-    places: np.ndarray  # int64[N] index into the flat payload tokens, ascending
+    indices: np.ndarray  # int64[N] into the flat payload tokens, ascending
     counts: np.ndarray  # int64[B] masked tokens of each sequence; their sum is N
     visible: np.ndarray  # int64[N] what the model sees there: MASK, the token itself or a random one
 
@@ -49,20 +49,20 @@ def mask_batch(
     random: float = 0.0,
     vocab_size: int,
 ) -> Masks:
-    """Masks of a ragged batch: `tokens` int[sum], `lengths` int64[B], `keys` uint64[B] of `sample_keys`."""
+    """Masks of a ragged batch: `tokens` int[sum], `lengths` int64[B], `keys` uint64[B] from `sample_keys`."""
     counts = num_masks(lengths, keys, ratio)
-    places = choose_places(lengths, counts, keys)
-    visible = visible_tokens(tokens[places], places, lengths, counts, keys, keep, random, vocab_size)
-    return Masks(places, counts, visible)
+    indices = choose_masked(lengths, counts, keys)
+    visible = visible_tokens(tokens[indices], indices, lengths, counts, keys, keep, random, vocab_size)
+    return Masks(indices, counts, visible)
 
 
 def sample_keys(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """uint64[B]: the key from which every draw about a sample comes; `epochs` and `samples` int64[B]."""
+    """uint64[B]: the key of every draw for a sample; `epochs` and `samples` int64[B]."""
     return hash_of(seed, epochs, samples)
 
 
 def num_masks(lengths: np.ndarray, keys: np.ndarray, ratio: float) -> np.ndarray:
-    """int64[B]: floor(ratio * length + u), u uniform in [0, 1), as fairseq's data set; at least 1, at most the length.
+    """int64[B]: floor(ratio * length + u), u uniform in [0, 1), as in fairseq; at least 1, at most the length.
 
     Needs no tokens, so every rank knows the number of targets of every sample of a global batch from the index alone.
     """
@@ -70,10 +70,11 @@ def num_masks(lengths: np.ndarray, keys: np.ndarray, ratio: float) -> np.ndarray
     return np.clip(np.floor(ratio * lengths + chance).astype(np.int64), 1, None).clip(max=lengths)
 
 
-def choose_places(lengths: np.ndarray, counts: np.ndarray, keys: np.ndarray) -> np.ndarray:
+def choose_masked(lengths: np.ndarray, counts: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """int64[N]: flat payload indices, ascending, of `counts[b]` tokens of each sequence b, uniform without replacement.
 
-    They are the tokens with the smallest hash. Ties of the 48 bits kept go to the earlier place (2^-48 a pair).
+    They are the tokens with the smallest hashes. A tie of the 48 bits kept (2^-48 per pair) goes to the earlier one.
+    DataError for a sequence longer than `MAX_LENGTH`.
     """
     if len(lengths) == 0 or counts.max() == 0:
         return np.zeros(0, np.int64)
@@ -82,22 +83,22 @@ def choose_places(lengths: np.ndarray, counts: np.ndarray, keys: np.ndarray) -> 
             f"a sequence of {lengths.max()} tokens, masking handles at most {MAX_LENGTH}: "
             "prepare the data with shorter sequences"
         )
-    places = np.arange(lengths.max(), dtype=np.uint64)
-    words = numbered(hash_of(PURPOSE_PLACE, keys)[:, None], places)
-    words &= ~_PLACE_MASK
-    words |= places
-    words[places >= lengths.astype(np.uint64)[:, None]] = _NOWHERE
+    positions = np.arange(lengths.max(), dtype=np.uint64)
+    words = words_at(hash_of(PURPOSE_POSITION, keys)[:, None], positions)
+    words &= ~_LOW_BITS
+    words |= positions
+    words[positions >= lengths.astype(np.uint64)[:, None]] = _UNUSED
     words.sort(axis=1)
-    chosen = words[:, : counts.max()] & _PLACE_MASK
-    chosen[np.arange(chosen.shape[1]) >= counts[:, None]] = _NOWHERE
+    chosen = words[:, : counts.max()] & _LOW_BITS
+    chosen[np.arange(chosen.shape[1]) >= counts[:, None]] = _UNUSED
     chosen.sort(axis=1)
     starts = np.cumsum(lengths) - lengths
-    return (chosen.view(np.int64) + starts[:, None])[chosen != _NOWHERE]
+    return (chosen.view(np.int64) + starts[:, None])[chosen != _UNUSED]
 
 
 def visible_tokens(
     originals: np.ndarray,
-    places: np.ndarray,
+    indices: np.ndarray,
     lengths: np.ndarray,
     counts: np.ndarray,
     keys: np.ndarray,
@@ -105,17 +106,18 @@ def visible_tokens(
     random: float,
     vocab_size: int,
 ) -> np.ndarray:
-    """int64[N]: what stands at each masked place, decided by one draw u: kept if u < keep, a random ordinary token if
-    u < keep + random, else MASK. `originals` int[N] are the tokens there, `places` their flat payload indices."""
-    visible = np.full(len(places), MASK, np.int64)
+    """int64[N]: what the model sees of each masked token, by one draw u: the token itself if u < keep, a random
+    ordinary one if u < keep + random, else MASK. `originals` int[N]: the tokens; `indices`: their flat payload indices.
+    """
+    visible = np.full(len(indices), MASK, np.int64)
     if keep + random == 0.0:
         return visible
     starts = np.cumsum(lengths) - lengths
-    within = places - np.repeat(starts, counts)
+    positions = indices - np.repeat(starts, counts)
     owners = np.repeat(keys, counts)
-    chance = uniform(numbered(hash_of(PURPOSE_CORRUPT, owners), within))
+    chance = uniform(words_at(hash_of(PURPOSE_CORRUPT, owners), positions))
     replaced = (chance >= keep) & (chance < keep + random)
     visible[chance < keep] = originals[chance < keep]
-    draws = numbered(hash_of(PURPOSE_REPLACE, owners[replaced]), within[replaced])
+    draws = words_at(hash_of(PURPOSE_REPLACE, owners[replaced]), positions[replaced])
     visible[replaced] = NUM_SPECIAL + (draws % np.uint64(vocab_size - NUM_SPECIAL)).astype(np.int64)
     return visible

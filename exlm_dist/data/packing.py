@@ -1,4 +1,4 @@
-"""Global batch -> micro-batches -> packed arrays. The plan is a pure function of lengths: every rank makes the same."""
+"""Global batch -> micro-batches -> packed arrays. The plan depends on the lengths alone, so every rank has the same."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from exlm_dist.tokenizers.tokenizer import PAD
 
 
 def plan_micro_batches(lengths: np.ndarray, count: int) -> list[np.ndarray]:
-    """Deal G sequences to `count` micro-batches: numbers differ by at most one, sums of `lengths` are near equal.
+    """Deal G sequences to `count` micro-batches whose sizes differ by at most one, with near equal sums of `lengths`.
 
-    Longest first, in rounds of one sequence for each micro-batch, the longest of a round to the lightest so far.
-    Returns for each micro-batch the indices of its sequences, int64, longest first. Ties keep their order: the plan
-    depends on the lengths alone.
+    Longest first, in rounds of one sequence per micro-batch, the longest of a round to the lightest micro-batch so far.
+    Returns the indices of each micro-batch's sequences, int64, longest first. Ties keep their order: the plan depends
+    on the lengths alone.
     """
     order = np.argsort(-lengths, kind="stable")
     sums = np.zeros(count, np.int64)
@@ -25,12 +25,6 @@ def plan_micro_batches(lengths: np.ndarray, count: int) -> list[np.ndarray]:
         row[lightest] = dealt
         sums[lightest] += lengths[dealt]
     return [column[column >= 0] for column in np.ascontiguousarray(table.T)]
-
-
-def spread(lengths: np.ndarray, plan: list[np.ndarray]) -> float:
-    """(largest - smallest) / mean of the micro-batches' sums of `lengths`: the share of time the fastest one waits."""
-    sums = np.array([lengths[members].sum() for members in plan])
-    return float((sums.max() - sums.min()) / sums.mean())
 
 
 def rounded_up(size: int, bucket: int) -> int:
@@ -80,7 +74,7 @@ def pack(
 
 
 def _padded(values: np.ndarray, size: int, filler: int | bool) -> np.ndarray:
-    """`values` followed by `filler` up to `size`; the same array where it fits already."""
+    """`values` followed by `filler` up to `size`; the array itself if it has that size already."""
     if len(values) == size:
         return values
     result = np.full(size, filler, values.dtype)

@@ -1,4 +1,4 @@
-"""Values of a pure function of the step, computed a few steps ahead by one background thread."""
+"""Values of a pure function of the step, computed a few steps ahead by a background thread."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ logger = get_logger(__name__)
 class Prefetcher(Generic[Value]):
     """`get(t)` returns function(t); meanwhile a thread computes t + 1, ..., t + depth.
 
-    At most `depth` finished values wait. Asking for another step than the next one drops them and starts there: since
-    the function is pure, nothing is lost but time. An exception in the thread is raised, as it is, by the `get` of its
-    step.
+    At most `depth` finished values are kept. Asking for another step than the next drops them and starts there: since
+    the function is pure, only time is lost. An exception in the thread is raised unchanged by the `get` of its step.
     """
 
     def __init__(self, function: Callable[[int], Value], depth: int, *, limit: float = 600.0) -> None:
-        """`depth` 0 computes in the caller's thread; `limit`: seconds that one `get` may wait."""
+        """`depth` 0 computes in the caller's thread; `limit`: seconds that a `get` may wait."""
         self._function, self._depth, self._limit = function, depth, limit
         self._ready: dict[int, Value | BaseException] = {}
-        self._working: int | None = None  # the step in the thread's hands; None: its result is not wanted
+        self._working: int | None = None  # the step being computed; None if none is, or its result is not wanted
         self._next = 0  # the step the thread computes next
         self._end = 0  # one past the last step it may compute
         self._closed = False
@@ -32,7 +31,7 @@ class Prefetcher(Generic[Value]):
         self._thread: threading.Thread | None = None
 
     def get(self, step: int) -> Value:
-        """function(step), waiting for it at most `limit` seconds (TimeoutError)."""
+        """function(step), after at most `limit` seconds (else TimeoutError). RuntimeError once closed."""
         if self._depth == 0:
             return self._function(step)
         with self._changed:
@@ -65,7 +64,7 @@ class Prefetcher(Generic[Value]):
                 logger.warning("the data thread is still reading after %.0f s; leaving it behind", limit)
 
     def _aim(self, step: int) -> None:
-        """Let the thread go up to step + depth, from `step` itself unless that is done, under way or next already."""
+        """Let the thread run up to step + depth, from `step` on unless that is done, being computed or next already."""
         if step not in self._ready and step not in (self._working, self._next):
             self._ready.clear()
             self._working, self._next = None, step
@@ -88,7 +87,7 @@ class Prefetcher(Generic[Value]):
             except BaseException as error:  # handed to the consumer, whatever it is
                 value = error
             with self._changed:
-                if self._working == step and not self._closed:  # else the consumer has moved elsewhere
+                if self._working == step and not self._closed:  # else the consumer has jumped to another step
                     self._ready[step] = value
                     self._working = None
                 self._changed.notify_all()

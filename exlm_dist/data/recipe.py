@@ -14,13 +14,13 @@ from exlm_dist.data.masking import mask_batch
 from exlm_dist.data.packing import pack
 from exlm_dist.utils.errors import ConfigError, DataError
 
-# Masking and expansion work on whole micro-batches of about this many payload tokens at once: enough that numpy's cost
-# per call vanishes, few enough that the arrays stay in the cache of a core.
+# Masking and expansion work on whole micro-batches of up to this many payload tokens at once: enough to hide numpy's
+# cost per call, few enough for the arrays to stay in a core's cache.
 CHUNK_TOKENS = 16_384
 
 
 class Dataset(Protocol):
-    """What is needed of a data set; `exlm_dist.data.shards.ShardDataset` is one."""
+    """What a recipe reads from; `exlm_dist.data.shards.ShardDataset` is one."""
 
     lengths: np.ndarray
 
@@ -93,16 +93,18 @@ class Recipe:
         step: int,
         indices: list[int],
     ) -> list[PackedBatch]:
-        """Read, mask, expand and pack the micro-batches `plan` (each an array of rows of `samples`, `epochs`, `keys`);
-        `indices`: their numbers within the step."""
+        """Read, mask, expand and pack micro-batches: `plan` has the rows of `samples`, `epochs` and `keys` of each.
+
+        `indices`: those of the micro-batches within the global batch.
+        """
         lengths = dataset.lengths[samples].astype(np.int64)
         result: list[PackedBatch] = []
         for group in _groups([int(lengths[rows].sum()) for rows in plan]):
-            rows = np.concatenate([plan[number] for number in group])
+            rows = np.concatenate([plan[i] for i in group])
             expanded = self._expanded(dataset, samples[rows], lengths[rows], keys[rows])
             first = 0
-            for number in group:
-                members = plan[number]
+            for i in group:
+                members = plan[i]
                 result.append(
                     pack(
                         expanded,
@@ -113,7 +115,7 @@ class Recipe:
                         sample_ids=samples[members],
                         epochs=epochs[members],
                         step=step,
-                        index=indices[number],
+                        index=indices[i],
                     )
                 )
                 first += len(members)
@@ -130,22 +132,22 @@ class Recipe:
 
     def _check_tokens(self, tokens: np.ndarray, samples: np.ndarray, lengths: np.ndarray) -> None:
         if tokens.max() >= self.vocab_size:
-            place = int(tokens.argmax())
-            sample = samples[np.searchsorted(np.cumsum(lengths), place, side="right")]
+            index = int(tokens.argmax())
+            sample = samples[np.searchsorted(np.cumsum(lengths), index, side="right")]
             raise DataError(
-                f"token id {tokens[place]} in sample {sample}, but the vocabulary has {self.vocab_size} entries: "
-                "the data and the tokenizer do not belong together"
+                f"token id {tokens[index]} in sample {sample}, but the vocabulary has {self.vocab_size} entries: "
+                "the data was prepared with another tokenizer"
             )
 
 
 def _groups(sizes: list[int]) -> list[list[int]]:
-    """Consecutive numbers of micro-batches whose payload sizes add up to CHUNK_TOKENS at most, or single ones."""
+    """Runs of consecutive micro-batches with at most CHUNK_TOKENS payload tokens in all, or a single larger one."""
     groups: list[list[int]] = []
     room = 0
-    for number, size in enumerate(sizes):
+    for i, size in enumerate(sizes):
         if room < size:
             groups.append([])
             room = CHUNK_TOKENS
-        groups[-1].append(number)
+        groups[-1].append(i)
         room -= size
     return groups

@@ -1,17 +1,14 @@
-"""Shards of token sequences: WebDataset tars with many sequences per member, an index written beside them, a reader.
+"""Shards of token sequences, WebDataset tars with many sequences per member and an index beside each, and their reader.
 
-A shard `shard-000000.tar` holds pairs of members `000000.tokens.npy` (the ids of up to 512 sequences, joined; uint16 or
-uint32) and `000000.lengths.npy` (uint32). Its index `shard-000000.idx.npy` has one row per sequence: byte offset of its
-ids in the tar, their number, and the crc32 of their bytes. A tar has no checksum of its own and readers of tars take
-many kinds of damage for the end of the archive, so the index, not the tar, says what is there.
+A shard `shard-000000.tar` holds pairs of members `000000.tokens.npy` (the concatenated ids of up to 512 sequences;
+uint16 or uint32) and `000000.lengths.npy` (uint32). Its index `shard-000000.idx.npy` has one row per sequence: the byte
+offset of its ids in the tar, how many there are, and the crc32 of their bytes. A tar has no checksums of its content,
+and tar readers mistake many kinds of damage for the end of the archive, so the index is what defines the content.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
-import tarfile
 import threading
 import zlib
 from collections import OrderedDict
@@ -20,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from exlm_dist.data.manifest import MANIFEST, SPLITS, TOKENIZER, ShardEntry, read_manifest
-from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL, UNK
+from exlm_dist.data.manifest import MANIFEST, SPLITS, TOKENIZER, read_manifest
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.files import sha256_file
 from exlm_dist.utils.logs import get_logger
@@ -36,169 +32,23 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
-class ShardWriter:
-    """Writes ragged batches of payload ids (no BOS, no EOS) to numbered shards below `root/split`.
-
-    The bytes are a function of the sequences alone: fixed owner, mode and time in every header. `close` returns the
-    entries for the manifest; every file is flushed to disk before that.
-    """
-
-    def __init__(self, root: Path, split: str, *, vocab_size: int, shard_bytes: int = 64 << 20, per_member: int = 512):
-        self._root, self._split = Path(root), split
-        self._dtype = token_dtype(vocab_size)
-        self._vocab_size, self._shard_bytes, self._per_member = vocab_size, shard_bytes, per_member
-        self._tokens: list[np.ndarray] = []
-        self._lengths: list[np.ndarray] = []
-        self._waiting = 0
-        self._shard: _OpenShard | None = None
-        self.entries: list[ShardEntry] = []
-        (self._root / split).mkdir(parents=True, exist_ok=True)
-
-    def write(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append sequences: `tokens` [sum of lengths] ids, `lengths` [m], each at least 1."""
-        lengths = np.asarray(lengths, dtype=np.int64)
-        tokens = np.asarray(tokens)
-        if len(lengths) == 0:
-            return
-        if lengths.min() < 1 or lengths.sum() != len(tokens):
-            raise ValueError(
-                f"lengths (sum {lengths.sum()}, least {lengths.min()}) do not describe {len(tokens)} tokens"
-            )
-        if tokens.max() >= self._vocab_size or np.any((tokens < NUM_SPECIAL) & (tokens != UNK)):
-            raise ValueError("a payload holds a special id or one outside the vocabulary")
-        self._tokens.append(tokens.astype(self._dtype))
-        self._lengths.append(lengths.astype(np.uint32))
-        self._waiting += len(lengths)
-        if self._waiting >= self._per_member:
-            self._flush(whole_members_only=True)
-
-    def close(self) -> list[ShardEntry]:
-        """Write what is waiting, finish the last shard, and return the entries of all shards in order."""
-        if self._waiting:
-            self._flush(whole_members_only=False)
-        self._finish_shard()
-        return self.entries
-
-    def abort(self) -> None:
-        """Close the open file without finishing it."""
-        if self._shard is not None:
-            self._shard.file.close()
-            self._shard = None
-
-    def _flush(self, whole_members_only: bool) -> None:
-        tokens, lengths = np.concatenate(self._tokens), np.concatenate(self._lengths)
-        count = len(lengths) - len(lengths) % self._per_member if whole_members_only else len(lengths)
-        edges = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        for first in range(0, count, self._per_member):
-            last = min(first + self._per_member, count)
-            self._write_member(tokens[edges[first] : edges[last]], lengths[first:last])
-        self._tokens, self._lengths = [tokens[edges[count] :]], [lengths[count:]]
-        self._waiting = len(lengths) - count
-
-    def _write_member(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        if self._shard is not None and self._shard.position >= self._shard_bytes:
-            self._finish_shard()
-        if self._shard is None:
-            self._shard = _OpenShard(self._root, f"{self._split}/shard-{len(self.entries):06d}")
-        self._shard.add(tokens, lengths)
-
-    def _finish_shard(self) -> None:
-        if self._shard is not None:
-            self.entries.append(self._shard.finish())
-            self._shard = None
-
-
-class _OpenShard:
-    """One tar being written, its running hash, and the index rows so far."""
-
-    def __init__(self, root: Path, stem: str):
-        self._root, self._stem = root, stem
-        self.file = open(root / f"{stem}.tar", "wb")
-        self._hash = hashlib.sha256()
-        self._rows: list[np.ndarray] = []
-        self._members = 0
-        self.position = 0
-
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        name = f"{self._members:06d}"
-        start = self._member(f"{name}.tokens.npy", tokens)
-        self._member(f"{name}.lengths.npy", lengths)
-        self._members += 1
-        raw = memoryview(tokens.tobytes())
-        edges = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]) * tokens.itemsize
-        rows = np.empty(len(lengths), INDEX_DTYPE)
-        rows["offset"] = start + edges[:-1]
-        rows["length"] = lengths
-        places = edges.tolist()
-        rows["crc"] = [zlib.crc32(raw[first:last]) for first, last in zip(places, places[1:])]
-        self._rows.append(rows)
-
-    def finish(self) -> ShardEntry:
-        self._put(b"\0" * 1024)
-        self._put(b"\0" * (-self.position % tarfile.RECORDSIZE))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        rows = np.concatenate(self._rows)
-        content = _npy_bytes(rows)
-        with open(self._root / f"{self._stem}.idx.npy", "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        return ShardEntry(
-            name=f"{self._stem}.tar",
-            size=self.position,
-            sha256=self._hash.hexdigest(),
-            index=f"{self._stem}.idx.npy",
-            index_size=len(content),
-            index_sha256=hashlib.sha256(content).hexdigest(),
-            sequences=len(rows),
-            tokens=int(rows["length"].sum(dtype=np.int64)),
-        )
-
-    def _member(self, name: str, array: np.ndarray) -> int:
-        """Append one member; byte offset of the array's first element in the tar."""
-        content = _npy_bytes(array)
-        info = tarfile.TarInfo(name)
-        info.size, info.mtime, info.mode = len(content), 0, 0o644
-        self._put(info.tobuf(tarfile.USTAR_FORMAT))
-        start = self.position + len(content) - array.nbytes
-        self._put(content)
-        self._put(b"\0" * (-self.position % tarfile.BLOCKSIZE))
-        return start
-
-    def _put(self, content: bytes) -> None:
-        self.file.write(content)
-        self._hash.update(content)
-        self.position += len(content)
-
-
-def _npy_bytes(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
-
-
 @dataclass(frozen=True)
 class BadRecord:
-    """One damaged record: where it is, the crc32 the index has, the one read (-1: bytes missing), what stands in for
-    it.
-    """
+    """A damaged record and what replaces it."""
 
     sample: int
     file: str
-    offset: int
-    expected: int
-    got: int
-    replacement: int
+    offset: int  # bytes
+    expected: int  # crc32 in the index
+    got: int  # crc32 of what was read; -1: bytes missing
+    replacement: int  # the sample read instead
 
 
 class ShardDataset:
     """Random access to one split of a prepared folder; every record is checked against its crc32 as it is read.
 
-    A damaged record is replaced by a fixed other one of the same length, so that all ranks and restarts agree on the
-    data and on every size that follows from the lengths, without talking to each other. Safe to use from several
-    threads.
+    A damaged record is always replaced by the same other one of the same length, so that all ranks and restarts agree
+    on the data, and on every size that follows from the lengths, without communication. Thread-safe.
     """
 
     def __init__(self, folder: Path, split: str, manifest: dict, max_bad_records: float):
@@ -223,8 +73,8 @@ class ShardDataset:
     def open(cls, path: Path | str, split: str, *, max_bad_records: float = 1e-4) -> ShardDataset:
         """Open `split` ('train' or 'valid') of the prepared folder `path`.
 
-        Checks the manifest, that every shard has its recorded size, and the hash of every index; the payload is checked
-        as it is read. `max_bad_records`: share of the split that may be damaged before `read` raises DataError.
+        Checks the manifest, the size of every shard and the hash of every index (DataError); the payload is checked as
+        it is read. `max_bad_records`: fraction of the split that may be damaged before `read` raises DataError.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
@@ -242,11 +92,10 @@ class ShardDataset:
         return len(self.lengths)
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Payload ids of the samples `ids` [m]: (tokens int32 [sum of lengths], lengths int64 [m]), ragged, in the
-        order asked.
+        """Payloads of the samples `ids` [m], in that order: (tokens int32 [sum of lengths], lengths int64 [m]).
 
-        The lengths are `self.lengths[ids]`, also where a damaged record was replaced. Raises DataError above the
-        budget.
+        The lengths are `self.lengths[ids]` even where a damaged record was replaced. DataError if more than
+        `max_bad_records` are damaged, IndexError for an unknown sample.
         """
         ids = np.asarray(ids, dtype=np.int64)
         if len(ids) and (ids.min() < 0 or ids.max() >= len(self)):
@@ -272,23 +121,24 @@ class ShardDataset:
             self._read_shard(shard, ascending[group], order[group], payloads)
         return payloads
 
-    def _read_shard(self, shard: int, ids: np.ndarray, places: np.ndarray, payloads: list[bytes]) -> None:
-        rows = self._indexes[shard][ids - self._starts[shard]]
-        sizes = rows["length"].astype(np.int64) * self._dtype.itemsize
+    def _read_shard(self, shard: int, ids: np.ndarray, rows: np.ndarray, payloads: list[bytes]) -> None:
+        """Read the samples `ids` of one shard into `payloads[rows]`."""
+        records = self._indexes[shard][ids - self._starts[shard]]
+        sizes = records["length"].astype(np.int64) * self._dtype.itemsize
         handle = self._handle(shard)
         pread, crc32 = os.pread, zlib.crc32
         wrong = []
-        for place, offset, size, crc in zip(
-            places.tolist(), rows["offset"].tolist(), sizes.tolist(), rows["crc"].tolist()
+        for row, offset, size, crc in zip(
+            rows.tolist(), records["offset"].tolist(), sizes.tolist(), records["crc"].tolist()
         ):
             content = pread(handle, size, offset)
             if len(content) != size or crc32(content) != crc:
-                wrong.append(place)
-            payloads[place] = content
+                wrong.append(row)
+            payloads[row] = content
         if wrong:
-            sample_of = dict(zip(places.tolist(), ids.tolist()))
-            for place in wrong:
-                payloads[place] = self._replaced(sample_of[place])
+            sample_of = dict(zip(rows.tolist(), ids.tolist()))
+            for row in wrong:
+                payloads[row] = self._replaced(sample_of[row])
 
     def _handle(self, shard: int) -> int:
         if shard in self._files:
@@ -306,19 +156,17 @@ class ShardDataset:
         return self._files[shard]
 
     def _attempt(self, sample: int) -> tuple[bytes, int, int]:
-        """Read one record afresh, with the file reopened: (content, crc32 expected, crc32 got or -1 where bytes are
-        missing).
-        """
+        """Reopen the file and read one record: (content, crc32 expected, crc32 got or -1 if bytes are missing)."""
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        row = self._indexes[shard][sample - self._starts[shard]]
+        record = self._indexes[shard][sample - self._starts[shard]]
         if shard in self._files:
             os.close(self._files.pop(shard))
-        size = int(row["length"]) * self._dtype.itemsize
-        content = os.pread(self._handle(shard), size, int(row["offset"]))
-        return content, int(row["crc"]), zlib.crc32(content) if len(content) == size else -1
+        size = int(record["length"]) * self._dtype.itemsize
+        content = os.pread(self._handle(shard), size, int(record["offset"]))
+        return content, int(record["crc"]), zlib.crc32(content) if len(content) == size else -1
 
     def _replaced(self, sample: int) -> bytes:
-        """Bytes that stand in for a record whose checksum failed: the record itself if a second reading is right."""
+        """What to use for a record whose checksum failed: the record itself if a second read of it is intact."""
         if sample in self._replacement:
             return self._replacement[sample]
         content, expected, got = self._attempt(sample)
@@ -336,9 +184,7 @@ class ShardDataset:
         return content
 
     def _substitute(self, sample: int) -> tuple[int, bytes]:
-        """First record after `sample` (round the end) that is whole and of the same length; else of a greater length,
-        cut.
-        """
+        """The first intact record after `sample` (wrapping around) of the same length; else a longer one, cut."""
         size = int(self.lengths[sample]) * self._dtype.itemsize
         for candidates in (self.lengths == self.lengths[sample], self.lengths > self.lengths[sample]):
             found = np.flatnonzero(candidates)

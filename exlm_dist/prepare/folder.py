@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from exlm_dist.data.manifest import MANIFEST, QUARANTINE, SCHEMA, SPLITS, TOKENIZER, read_manifest, sealed
-from exlm_dist.data.shards import ShardDataset, ShardWriter
+from exlm_dist.data.shards import ShardDataset
 from exlm_dist.prepare.readers import Row, expand_inputs, read_rows
+from exlm_dist.prepare.shard_writer import ShardWriter
 from exlm_dist.prepare.staging import staged_folder
 from exlm_dist.prepare.summary import Summary
 from exlm_dist.tokenizers.tokenizer import UNK, Tokenizer

@@ -10,7 +10,7 @@ from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL
 
 
 class FakeDataset:
-    """Sequences of the given lengths; ids follow from sample and place, so that a test can tell where one came from."""
+    """Sequences of the given lengths; the ids tell which sample and position each token comes from."""
 
     def __init__(self, lengths: np.ndarray, vocab_size: int = 512) -> None:
         self.lengths = np.asarray(lengths, np.int32)
@@ -22,8 +22,8 @@ class FakeDataset:
         return len(self.lengths)
 
     def payload(self, sample: int) -> np.ndarray:
-        places = np.arange(self.lengths[sample])
-        return (NUM_SPECIAL + (sample * 7 + places * 13) % (self.vocab_size - NUM_SPECIAL)).astype(np.int32)
+        positions = np.arange(self.lengths[sample])
+        return (NUM_SPECIAL + (sample * 7 + positions * 13) % (self.vocab_size - NUM_SPECIAL)).astype(np.int32)
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self.reads += 1

@@ -17,14 +17,14 @@ def by_hand(payloads: list[list[int]], masked: list[list[int]], states: int, anc
     out["cu_tokens"], out["cu_targets"] = [0], [0]
     for payload, hidden in zip(payloads, masked):
         sequence = [BOS, *payload, EOS]
-        for place, token in enumerate(sequence):
-            anchor = place in (0, len(sequence) - 1)
-            target = anchors if anchor else place - 1 in hidden
+        for position, token in enumerate(sequence):
+            anchor = position in (0, len(sequence) - 1)
+            target = anchors if anchor else position - 1 in hidden
             for clone in range(1, states + 1) if target else [0]:
                 if target:
                     out["state_index"].append(len(out["input_ids"]))
                 out["input_ids"].append(MASK if target and not anchor else token)
-                out["position"].append(place)
+                out["position"].append(position)
                 out["clone"].append(clone)
             if target:
                 out["target_ids"].append(token)
@@ -42,7 +42,7 @@ def test_equals_a_loop_over_positions(lengths: list[int], states: int, anchors: 
     masks = mask_batch(tokens, sizes, keys, ratio=0.3, vocab_size=60)
     starts, edges = np.cumsum(sizes) - sizes, np.concatenate([[0], np.cumsum(masks.counts)])
     payloads = [tokens[start : start + size].tolist() for start, size in zip(starts, sizes)]
-    hidden = [(masks.places[first:last] - start).tolist() for start, first, last in zip(starts, edges, edges[1:])]
+    hidden = [(masks.indices[first:last] - start).tolist() for start, first, last in zip(starts, edges, edges[1:])]
     result = expand(wrap(tokens, sizes, masks, anchors), states)
     for name, expected in by_hand(payloads, hidden, states, anchors).items():
         assert getattr(result, name).tolist() == expected, name
@@ -60,7 +60,7 @@ def test_kept_and_random_tokens_are_expanded_as_seen(anchors: bool) -> None:
     seen = result.input_ids[result.state_index].reshape(-1, 3)
     assert (seen == seen[:, :1]).all()
     assert np.array_equal(seen[result.is_masked, 0], masks.visible)
-    assert np.array_equal(result.target_ids[result.is_masked], tokens[masks.places])
+    assert np.array_equal(result.target_ids[result.is_masked], tokens[masks.indices])
 
 
 def test_one_state_is_the_plain_masked_language_model() -> None:
@@ -70,4 +70,4 @@ def test_one_state_is_the_plain_masked_language_model() -> None:
     masks = mask_batch(tokens, sizes, keys, ratio=0.3, vocab_size=60)
     result = expand(wrap(tokens, sizes, masks, anchors=False), 1)
     assert len(result.input_ids) == 12 and result.position.tolist() == list(range(12))
-    assert np.flatnonzero(result.clone).tolist() == (masks.places + 1).tolist() and result.clone.max() == 1
+    assert np.flatnonzero(result.clone).tolist() == (masks.indices + 1).tolist() and result.clone.max() == 1

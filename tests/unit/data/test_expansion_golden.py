@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from golden import Case, Golden, golden_cases
 
-from exlm_dist.data.expansion import Expanded, Source, expand, wrap
+from exlm_dist.data.expansion import Expanded, MarkedSequences, expand, wrap
 from exlm_dist.data.masking import Masks
 from exlm_dist.tokenizers.tokenizer import BOS, EOS, PAD
 
@@ -57,9 +57,9 @@ def assert_equals_row(ours: Expanded, case: Case, row: int) -> None:
 def test_expansion_equals_the_authors(name: str, row: int) -> None:
     case = Golden(FILE).case(name)
     seen, originals, _ = unexpanded(case, row)
-    places = np.flatnonzero(case["out/ext_mask_after"][row][: len(seen)])
-    source = Source(seen, np.array([len(seen)]), places, originals[places], np.ones(len(places), bool))
-    assert_equals_row(expand(source, case.settings["k"]), case, row)
+    indices = np.flatnonzero(case["out/ext_mask_after"][row][: len(seen)])
+    marked = MarkedSequences(seen, np.array([len(seen)]), indices, originals[indices], np.ones(len(indices), bool))
+    assert_equals_row(expand(marked, case.settings["k"]), case, row)
 
 
 @pytest.mark.parametrize(("name", "row"), ROWS)
@@ -73,9 +73,9 @@ def test_wrapping_a_payload_equals_the_authors(name: str, row: int) -> None:
         pytest.skip("an EOS inside the row: theirs expands it, ours has none")
     if masked[[0, -1]].any():
         pytest.skip("BOS or EOS masked: ours never are")
-    places = np.flatnonzero(masked[1:-1])
-    masks = Masks(places, np.array([len(places)]), seen[1:-1][places])
+    indices = np.flatnonzero(masked[1:-1])
+    masks = Masks(indices, np.array([len(indices)]), seen[1:-1][indices])
     ours = expand(wrap(originals[1:-1], np.array([len(seen) - 2]), masks, anchors=True), case.settings["k"])
     assert_equals_row(ours, case, row)
-    assert ours.target_ids.tolist() == [BOS, *originals[1:-1][places], EOS]
-    assert ours.is_masked.tolist() == [False, *[True] * len(places), False]
+    assert ours.target_ids.tolist() == [BOS, *originals[1:-1][indices], EOS]
+    assert ours.is_masked.tolist() == [False, *[True] * len(indices), False]

@@ -13,9 +13,10 @@ from fake_data import FakeDataset, varied_lengths
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_run import make_config
-from test_shards import overwrite, record_place, write_folder
+from packed import check_batch
+from prepared_folder import overwrite, record_offset, write_folder
 
-from exlm_dist.data.batch import PackedBatch, check_batch
+from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.loader import Loader, eval_batches
 from exlm_dist.data.recipe import Recipe
 from exlm_dist.data.shards import ShardDataset
@@ -40,8 +41,12 @@ def same(a: PackedBatch, b: PackedBatch) -> bool:
     return all(np.array_equal(value, getattr(b, name)) for name, value in vars(a).items())
 
 
+def is_filler(batch: PackedBatch) -> bool:
+    return bool((batch.sample_ids < 0).all())
+
+
 def gathered(step: int, world: int, **changes: object) -> list[PackedBatch]:
-    """Micro-batches of all ranks, in the order of their global number."""
+    """Micro-batches of all ranks, in the order of their index in the global batch."""
     parts = [loader(rank=rank, world=world, **changes).step(step) for rank in range(world)]
     batches = [batch for part in parts for batch in part.micro_batches]
     return sorted(batches, key=lambda batch: batch.index)
@@ -50,10 +55,10 @@ def gathered(step: int, world: int, **changes: object) -> list[PackedBatch]:
 @pytest.mark.parametrize("step", [0, 6, 1000])
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_micro_batches_do_not_depend_on_the_number_of_ranks(world: int, step: int) -> None:
-    alone, together = gathered(step, 1), gathered(step, world)
-    assert len(alone) == len(together) == 8
-    assert all(same(a, b) for a, b in zip(alone, together))
-    assert [batch.index for batch in together] == list(range(8))
+    alone, spread = gathered(step, 1), gathered(step, world)
+    assert len(alone) == len(spread) == 8
+    assert all(same(a, b) for a, b in zip(alone, spread))
+    assert [batch.index for batch in spread] == list(range(8))
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -86,15 +91,15 @@ def test_batches_are_valid_and_sizes_are_known_everywhere(states: int, anchors: 
 
 def test_content_is_that_of_the_samples() -> None:
     for batch in loader().step(2).micro_batches:
-        for number, sample in enumerate(batch.sample_ids):
-            tokens = slice(batch.cu_tokens[number], batch.cu_tokens[number + 1])
-            targets = slice(batch.cu_targets[number], batch.cu_targets[number + 1])
+        for row, sample in enumerate(batch.sample_ids):
+            tokens = slice(batch.cu_tokens[row], batch.cu_tokens[row + 1])
+            targets = slice(batch.cu_targets[row], batch.cu_targets[row + 1])
             whole = np.concatenate([[BOS], DATA.payload(int(sample)), [EOS]])
-            seen, places = batch.input_ids[tokens], batch.position[tokens]
+            seen, positions = batch.input_ids[tokens], batch.position[tokens]
             ordinary = batch.clone[tokens] == 0
-            assert np.array_equal(seen[ordinary], whole[places[ordinary]])
+            assert np.array_equal(seen[ordinary], whole[positions[ordinary]])
             first = batch.clone[tokens] == 1
-            assert np.array_equal(batch.target_ids[targets], whole[places[first]])
+            assert np.array_equal(batch.target_ids[targets], whole[positions[first]])
             assert (seen[first][1:-1] == MASK).all()
 
 
@@ -126,11 +131,11 @@ def test_epochs_and_seeds_change_order_and_masks() -> None:
 
 
 def test_shards_with_a_damaged_record_keep_every_size(tmp_path: Path) -> None:
-    rows = [DATA.payload(number % len(DATA)) for number in range(202)]  # each length occurs at least twice
+    rows = [DATA.payload(sample % len(DATA)) for sample in range(202)]  # each length occurs at least twice
     folder = write_folder(tmp_path / "data", rows, vocab_size=512)
     intact = [part.micro_batches for part in map(loader(ShardDataset.open(folder, "train")).step, range(13))]
     dataset = ShardDataset.open(folder, "train", max_bad_records=0.01)
-    path, offset = record_place(dataset, 77)
+    path, offset = record_offset(dataset, 77)
     overwrite(path, offset, b"\xff")
     damaged = [part.micro_batches for part in map(loader(dataset).step, range(13))]
     differing = 0
@@ -265,26 +270,26 @@ def test_evaluation_is_the_same_for_every_world(world: int) -> None:
     alone = list(eval_batches(DATA, EVALUATION, sequences=50, rank=0, world=1))
     ranks = [list(eval_batches(DATA, EVALUATION, sequences=50, rank=rank, world=world)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1, "every rank takes part as often"
-    counted = sorted((b for batches in ranks for b in batches if not b.is_filler), key=lambda batch: batch.index)
+    counted = sorted((b for batches in ranks for b in batches if not is_filler(b)), key=lambda batch: batch.index)
     assert len(counted) == len(alone) == 7 and all(same(a, b) for a, b in zip(alone, counted))
     assert sorted(np.concatenate([batch.sample_ids for batch in counted]).tolist()) == list(range(50))
     for batches in ranks:
         for batch in batches:
             check_batch(batch)
-            assert not (batch.is_filler and batch.is_masked.any())
+            assert not (is_filler(batch) and batch.is_masked.any())
 
 
-def test_evaluation_masks_the_same_places_for_every_model() -> None:
+def test_evaluation_masks_the_same_positions_for_every_model() -> None:
     def masked(**changes: object) -> dict[int, list[tuple[int, int]]]:
         found = {}
         for batch in eval_batches(DATA, replace(EVALUATION, **changes), sequences=50, rank=0, world=1):
             first = batch.state_index[: batch.num_states : batch.states]
-            for number, sample in enumerate(batch.sample_ids.tolist()):
-                own = slice(batch.cu_targets[number], batch.cu_targets[number + 1])
+            for row, sample in enumerate(batch.sample_ids.tolist()):
+                own = slice(batch.cu_targets[row], batch.cu_targets[row + 1])
                 chosen = batch.is_masked[own]
                 assert (batch.input_ids[first[own]][chosen] == MASK).all()
-                places, targets = batch.position[first[own]][chosen], batch.target_ids[own][chosen]
-                found[sample] = list(zip(places.tolist(), targets.tolist()))
+                positions, targets = batch.position[first[own]][chosen], batch.target_ids[own][chosen]
+                found[sample] = list(zip(positions.tolist(), targets.tolist()))
         return found
 
     assert masked() == masked(states=1, anchors=False, micro=16)

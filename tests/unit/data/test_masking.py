@@ -1,4 +1,4 @@
-"""Masks: frozen values, pure in the sample, uniform, and with the shares that were asked for."""
+"""Masks: frozen values, pure in the sample, uniform, and in the fractions that were asked for."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exlm_dist.config import largest_num_masks
-from exlm_dist.data.masking import Masks, choose_places, mask_batch, num_masks, sample_keys
+from exlm_dist.data.masking import Masks, choose_masked, mask_batch, num_masks, sample_keys
 from exlm_dist.tokenizers.tokenizer import MASK, NUM_SPECIAL
 from exlm_dist.utils.errors import DataError
 
@@ -15,10 +15,10 @@ KEYS = sample_keys(42, np.array([0, 0, 1]), np.array([0, 1, 0]))
 
 
 def per_sequence(masks: Masks, lengths: np.ndarray) -> list[tuple[list[int], list[int]]]:
-    """(places within the sequence, what is visible there) of each sequence."""
+    """(masked positions, what the model sees there) of each sequence."""
     starts, edges = np.cumsum(lengths) - lengths, np.concatenate([[0], np.cumsum(masks.counts)])
     return [
-        ((masks.places[first:last] - start).tolist(), masks.visible[first:last].tolist())
+        ((masks.indices[first:last] - start).tolist(), masks.visible[first:last].tolist())
         for start, first, last in zip(starts, edges, edges[1:])
     ]
 
@@ -35,10 +35,10 @@ def test_golden_masks() -> None:
     assert KEYS.tolist() == [0x6310BF04D8207F46, 0xA475DB99D192C121, 0x2CE02C4EE4D2EA09]
     counts = num_masks(LENGTHS, KEYS, 0.15)
     assert counts.tolist() == [3, 1, 5]
-    assert choose_places(LENGTHS, counts, KEYS).tolist() == [7, 14, 19, 24, 27, 50, 51, 55, 56]
+    assert choose_masked(LENGTHS, counts, KEYS).tolist() == [7, 14, 19, 24, 27, 50, 51, 55, 56]
 
 
-GOLDEN_PLACES = [3, 4, 7, 9, 10, 14, 15, 19, 24, 25, 27, 30, 34, 35, 44, 49, 50, 51, 53, 55, 56, 58, 59]
+GOLDEN_INDICES = [3, 4, 7, 9, 10, 14, 15, 19, 24, 25, 27, 30, 34, 35, 44, 49, 50, 51, 53, 55, 56, 58, 59]
 GOLDEN_VISIBLE = [
     103,
     104,
@@ -69,7 +69,7 @@ GOLDEN_VISIBLE = [
 def test_golden_corruption() -> None:
     masks = mask_batch(np.arange(60) + 100, LENGTHS, KEYS, ratio=0.4, keep=0.3, random=0.3, vocab_size=500)
     assert masks.counts.tolist() == [8, 2, 13]
-    assert masks.places.tolist() == GOLDEN_PLACES
+    assert masks.indices.tolist() == GOLDEN_INDICES
     assert masks.visible.tolist() == GOLDEN_VISIBLE
 
 
@@ -87,17 +87,17 @@ def test_masks_are_those_of_each_sample_alone(
     tokens = np.random.default_rng(0).integers(NUM_SPECIAL, 64, sizes.sum())
     keys = sample_keys(seed, np.arange(len(sizes)) % 3, np.arange(len(sizes)))
     settings = {"ratio": ratio, "keep": keep, "random": random, "vocab_size": 64}
-    together = mask_batch(tokens, sizes, keys, **settings)
-    assert together.counts.sum() == len(together.places) == len(together.visible)
+    whole = mask_batch(tokens, sizes, keys, **settings)
+    assert whole.counts.sum() == len(whole.indices) == len(whole.visible)
     starts = np.cumsum(sizes) - sizes
-    for number, found in enumerate(per_sequence(together, sizes)):
-        one = slice(number, number + 1)
-        payload = tokens[starts[number] : starts[number] + sizes[number]]
+    for row, found in enumerate(per_sequence(whole, sizes)):
+        one = slice(row, row + 1)
+        payload = tokens[starts[row] : starts[row] + sizes[row]]
         alone = mask_batch(payload, sizes[one], keys[one], **settings)
-        assert found == (alone.places.tolist(), alone.visible.tolist())
-        places, visible = found
-        assert places == sorted(set(places)) and 0 <= places[0] and places[-1] < sizes[number]
-        assert max(1, int(ratio * sizes[number])) <= len(places) <= largest_num_masks(int(sizes[number]), ratio)
+        assert found == (alone.indices.tolist(), alone.visible.tolist())
+        positions, visible = found
+        assert positions == sorted(set(positions)) and 0 <= positions[0] and positions[-1] < sizes[row]
+        assert max(1, int(ratio * sizes[row])) <= len(positions) <= largest_num_masks(int(sizes[row]), ratio)
         assert all(token == MASK or NUM_SPECIAL <= token < 64 for token in visible)
 
 
@@ -108,22 +108,22 @@ def test_mean_number_of_masks_is_the_ratio(length: int, ratio: float) -> None:
     assert abs(masks.counts.mean() - expected) < 0.05 and masks.counts.max() <= largest_num_masks(length, ratio)
 
 
-def test_places_are_uniform_and_unrelated() -> None:
+def test_masked_positions_are_uniform_and_unrelated() -> None:
     length, count = 30, 6000
     masks, _ = many(length, count, ratio=0.2)
     chosen = np.zeros((count, length))
-    chosen.reshape(-1)[masks.places] = 1
-    share = chosen.mean(0)
-    assert np.abs(share - 0.2).max() < 5 * np.sqrt(0.2 * 0.8 / count)
+    chosen.reshape(-1)[masks.indices] = 1
+    fraction = chosen.mean(0)
+    assert np.abs(fraction - 0.2).max() < 5 * np.sqrt(0.2 * 0.8 / count)
     relation = np.corrcoef(chosen.T)[~np.eye(length, dtype=bool)]
     assert np.abs(relation - -1 / (length - 1)).max() < 5 / np.sqrt(count), "without replacement: -1/(n-1)"
     neighbours = np.corrcoef(chosen[1:].reshape(-1), chosen[:-1].reshape(-1))[0, 1]
     assert abs(neighbours) < 4 / np.sqrt(chosen.size), "samples with neighbouring ids"
 
 
-def test_shares_of_kept_and_random_tokens() -> None:
+def test_fractions_of_kept_and_random_tokens() -> None:
     masks, tokens = many(50, 4000, ratio=0.3, keep=0.1, random=0.2)
-    originals = tokens[masks.places]
+    originals = tokens[masks.indices]
     kept, hidden = masks.visible == originals, masks.visible == MASK
     chance = 0.2 / (100 - NUM_SPECIAL)  # a random token that happens to be the original
     assert abs(hidden.mean() - 0.7) < 0.01 and abs(kept.mean() - 0.1 - chance) < 0.01
@@ -136,19 +136,19 @@ def test_shares_of_kept_and_random_tokens() -> None:
 def test_epochs_seeds_and_samples_mask_differently() -> None:
     lengths = np.full(1, 60)
     found = [
-        choose_places(lengths, np.array([9]), sample_keys(seed, np.array([epoch]), np.array([sample]))).tolist()
+        choose_masked(lengths, np.array([9]), sample_keys(seed, np.array([epoch]), np.array([sample]))).tolist()
         for seed, epoch, sample in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
     ]
-    assert len({tuple(places) for places in found}) == 4
+    assert len({tuple(indices) for indices in found}) == 4
 
 
 def test_everything_can_be_masked_and_nothing_is_an_empty_batch() -> None:
     masks, _ = many(4, 3, ratio=1.0)
-    assert masks.places.tolist() == list(range(12))
+    assert masks.indices.tolist() == list(range(12))
     empty = np.zeros(0, np.int64)
-    assert len(choose_places(empty, empty, np.zeros(0, np.uint64))) == 0
+    assert len(choose_masked(empty, empty, np.zeros(0, np.uint64))) == 0
 
 
-def test_too_long_for_the_place_bits_is_refused() -> None:
+def test_too_long_for_the_bits_of_a_position_is_refused() -> None:
     with pytest.raises(DataError, match="65536 tokens"):
-        choose_places(np.array([65536]), np.array([1]), KEYS[:1])
+        choose_masked(np.array([65536]), np.array([1]), KEYS[:1])

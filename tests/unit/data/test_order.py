@@ -1,16 +1,16 @@
-"""The order of samples: a bijection of every epoch, frozen values, and no pattern that a model could feel."""
+"""The order of samples: a bijection in every epoch, frozen values, and no pattern that a model could notice."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exlm_dist.data.hashing import hash_of, mix, numbered
+from exlm_dist.data.counter_rng import hash_of, mix, words_at
 from exlm_dist.data.order import permute, sample_at
 
 
 def test_splitmix64_gives_its_published_values() -> None:
-    words = numbered(np.array([1234567], np.uint64), np.arange(5))
+    words = words_at(np.array([1234567], np.uint64), np.arange(5))
     assert words.tolist() == [
         6457827717110365317,
         3203168211198807973,
@@ -24,15 +24,15 @@ def test_hash_is_frozen_and_depends_on_each_part_and_their_order() -> None:
     assert hash_of(1, 2, 3).tolist() == [0xEABCFA2C623C5A59]
     values = [int(hash_of(*parts)[0]) for parts in ((1, 2, 3), (1, 3, 2), (2, 2, 3), (1, 2), (0, 1, 2), (1, 2, 0))]
     assert len(set(values)) == len(values)
-    assert hash_of(5, np.arange(4), 1).tolist() == [int(hash_of(5, number, 1)[0]) for number in range(4)]
+    assert hash_of(5, np.arange(4), 1).tolist() == [int(hash_of(5, part, 1)[0]) for part in range(4)]
 
 
 def test_mix_flips_half_of_the_bits() -> None:
     words = np.arange(500, dtype=np.uint64)
     for bit in (0, 17, 63):
         flipped = mix(words) ^ mix(words ^ np.uint64(1 << bit))
-        share = np.unpackbits(flipped.view(np.uint8)).mean()
-        assert abs(share - 0.5) < 0.02
+        fraction = np.unpackbits(flipped.view(np.uint8)).mean()
+        assert abs(fraction - 0.5) < 0.02
 
 
 @pytest.mark.parametrize(
@@ -67,19 +67,19 @@ def test_a_position_means_the_same_whatever_is_asked_beside_it(num: int, seed: i
 
 @pytest.mark.parametrize("num", [1000, 10_007, 65_536])
 def test_neighbours_and_epochs_are_unrelated(num: int) -> None:
-    places = np.arange(num)
-    order = permute(places, 3, 2, num)
+    indices = np.arange(num)
+    order = permute(indices, 3, 2, num)
     bound = 4 / np.sqrt(num)
-    assert abs(np.corrcoef(order, places)[0, 1]) < bound
+    assert abs(np.corrcoef(order, indices)[0, 1]) < bound
     assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < bound
     assert (np.abs(np.diff(order)) == 1).sum() <= 10, "two are expected"
-    for other in (permute(places, 3, 3, num), permute(places, 4, 2, num)):
+    for other in (permute(indices, 3, 3, num), permute(indices, 4, 2, num)):
         assert (order == other).sum() <= 8, "one is expected"
         assert abs(np.corrcoef(order, other)[0, 1]) < bound
 
 
 @pytest.mark.parametrize("num", [2, 3, 5, 8, 12])
-def test_every_sample_is_as_likely_at_every_place(num: int) -> None:
+def test_every_sample_is_as_likely_at_every_position(num: int) -> None:
     epochs = 2000
     _, samples = sample_at(np.arange(epochs * num), 11, num)
     table = np.zeros((num, num))

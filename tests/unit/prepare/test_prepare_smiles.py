@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prepared_folder import verify_folder
 
-from exlm_dist.data.manifest import MANIFEST, verify_folder
+from exlm_dist.data.manifest import MANIFEST
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.prepare.api import prepare_smiles
 from exlm_dist.prepare.demo.drugs import DRUGS

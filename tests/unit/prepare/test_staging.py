@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from exlm_dist.data import shards
 from exlm_dist.data.manifest import MANIFEST
+from exlm_dist.prepare import shard_writer
 from exlm_dist.prepare.api import prepare_smiles
 from exlm_dist.prepare.progress import Progress
 from exlm_dist.prepare.staging import remove_leftovers, staged_folder
@@ -53,7 +53,7 @@ def test_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shards._OpenShard, "_put", full)
+    monkeypatch.setattr(shard_writer._OpenShard, "_put", full)
     with pytest.raises(DataError, match=r"out: no space left while writing \(.* MB free now\)"):
         prepare_smiles([str(source)], tmp_path / "out", workers=1)
     assert list(tmp_path.iterdir()) == [source]

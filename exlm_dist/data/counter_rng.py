@@ -1,8 +1,8 @@
-"""Counter-based random numbers: every value is a hash of the integers that name it, so nothing has a state.
+"""Counter-based random numbers: every value is a hash of the integers that identify it, so there is no state.
 
 The finaliser is that of splitmix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA
-2014); `numbered(key, i)` is the i-th output of a splitmix64 generator seeded with `key`. Plain 64-bit integer
-arithmetic: the same on every machine and numpy version. The tests freeze its values: a change would change every run.
+2014); `words_at(key, i)` is the i-th output of a splitmix64 generator seeded with `key`. Plain 64-bit integer
+arithmetic: the same on every machine and numpy version. Tests freeze its values, because every run depends on them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _FACTOR_1, _FACTOR_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _SHIFT_1, _SHIFT_2, _SHIFT_3 = np.uint64(30), np.uint64(27), np.uint64(31)
 
-# What a number is drawn for; part of the key, so that no two uses share a stream.
-PURPOSE_ORDER, PURPOSE_COUNT, PURPOSE_PLACE, PURPOSE_CORRUPT, PURPOSE_REPLACE = 1, 2, 3, 4, 5
+# What a word is drawn for; part of the key, so that every use has a stream of its own.
+PURPOSE_ORDER, PURPOSE_COUNT, PURPOSE_POSITION, PURPOSE_CORRUPT, PURPOSE_REPLACE = 1, 2, 3, 4, 5
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """splitmix64 finaliser, a bijection of 64-bit words in which each input bit flips half of the output bits.
+    """The finaliser of splitmix64, a bijection of 64-bit words in which each input bit flips half of the output bits.
 
     `values` is a uint64 array of at least one dimension; the result is a new array of its shape.
     """
@@ -32,16 +32,16 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def hash_of(*parts: int | np.ndarray) -> np.ndarray:
-    """A 64-bit word per row of the broadcast `parts` (integers >= 0), which depends on every part and their order."""
+    """One uint64 per element of the broadcast `parts` (integers >= 0), which depends on every part and their order."""
     state = np.zeros(1, np.uint64)
     for part in parts:
         state = mix((state + GAMMA) ^ np.atleast_1d(np.asarray(part, np.uint64)))
     return state
 
 
-def numbered(keys: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """The words with the given `numbers` (0, 1, ...) in the streams of `keys` (uint64; the two broadcast)."""
-    return mix(keys + (numbers.astype(np.uint64) + np.uint64(1)) * GAMMA)
+def words_at(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:
+    """The words at the given `counters` (0, 1, ...) of the streams of `keys` (uint64; the two broadcast)."""
+    return mix(keys + (counters.astype(np.uint64) + np.uint64(1)) * GAMMA)
 
 
 def uniform(words: np.ndarray) -> np.ndarray:

@@ -64,14 +64,14 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
 
 
 def _smiles(options: argparse.Namespace) -> int:
-    from exlm_dist.prepare.api import prepare_smiles
+    from exlm_dist.prepare.smiles import prepare_smiles
 
     print(prepare_smiles(**_settings(options, input="inputs")))
     return 0
 
 
 def _text(options: argparse.Namespace) -> int:
-    from exlm_dist.prepare.api import prepare_text
+    from exlm_dist.prepare.text import prepare_text
 
     print(prepare_text(**_settings(options, input="inputs")))
     return 0

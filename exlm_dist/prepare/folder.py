@@ -1,4 +1,4 @@
-"""What the preparation of molecules and of text share: sources, quarantine, the held-out split, the finished folder."""
+"""What preparing molecules and text have in common: sources, quarantine, held-out split, the finished folder."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ QUARANTINED_CHARACTERS = 500
 
 @dataclass(frozen=True)
 class Source:
-    """Input rows, and what identifies them: equal identities have equal rows.
+    """Input rows and what identifies them: equal identities mean equal rows.
 
-    canonical_under: the canonicalisation policy that the rows, molecules, follow already; None for rows from outside.
+    canonical_under: the policy under which the rows are canonical molecules already; None for rows of unknown origin.
     """
 
     identity: list[dict[str, Any]]
@@ -44,7 +44,7 @@ class Source:
 
     @classmethod
     def of_files(cls, inputs: Sequence[str], column: str | None, default_column: str) -> Source:
-        """All rows of the files named by paths and patterns. The files are identified by name, size and SHA-256."""
+        """All rows of the files that paths and patterns name; name, size and SHA-256 identify a file."""
         files = expand_inputs(list(inputs))
         identity = [{"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path)} for path in files]
 
@@ -56,7 +56,7 @@ class Source:
 
 
 class Quarantine:
-    """Rows that cannot be used, each with its place and reason, in `quarantine.tsv`."""
+    """Rows that cannot be used, each with its position and the reason, in `quarantine.tsv`."""
 
     def __init__(self, path: Path):
         self.counts: Counter[str] = Counter()
@@ -71,7 +71,7 @@ class Quarantine:
         self._file.close()
 
     def add(self, row: Row, reason: str) -> None:
-        """Set `row` aside. The part of `reason` before a colon is the kind that it is counted under."""
+        """Set `row` aside; it is counted under the part of `reason` before the first colon."""
         kind = reason.split(":")[0]
         self.counts[kind] += 1
         self.first.setdefault(kind, (row, reason))
@@ -81,20 +81,20 @@ class Quarantine:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether the reader could decode the text (what it could not is carried as surrogates)."""
-    return text.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in text)
+    """Whether the reader could decode all of the text (it passes undecodable bytes on as surrogates)."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def content_hash(content: bytes) -> int:
-    """64-bit hash that decides duplicates and the held-out split."""
+def content_hash(content: bytes | memoryview) -> int:
+    """64-bit hash by which duplicates are found and the held-out split is chosen."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def choose_valid(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """Which of the sequences (hashes uint64 [n]) are held out: bool [n], those of the smallest hashes.
+    """Which sequences (hashes uint64 [n]) are held out: bool [n], those with the smallest hashes, whatever their order.
 
-    About `fraction` of them, at least one, at most `VALID_CAP` (more only where equal sequences share a hash), whatever
-    their order.
+    About `fraction` of them, at least one and at most `VALID_CAP` (more only if several have the same hash). DataError
+    if none would be left to train on.
     """
     if len(hashes) < 2:
         raise DataError(
@@ -103,24 +103,24 @@ def choose_valid(hashes: np.ndarray, fraction: float) -> np.ndarray:
     count = min(max(1, round(fraction * len(hashes))), VALID_CAP, len(hashes) - 1)
     chosen = hashes <= np.partition(hashes, count - 1)[count - 1]
     if chosen.all():
-        raise DataError("all sequences are equal: nothing is left to train on beside the held-out ones.")
+        raise DataError("all sequences are equal: nothing is left to train on besides the held-out ones.")
     return chosen
 
 
 def check_fraction(fraction: float) -> None:
-    """DataError for a held-out share that is none."""
+    """DataError if `fraction` of the data cannot be held out."""
     if not 0 < fraction <= 0.5:
-        raise DataError(f"valid_fraction = {fraction:g}: more than 0 and at most 0.5 is expected.")
+        raise DataError(f"valid_fraction = {fraction:g}: must be above 0 and at most 0.5.")
 
 
 def check_max_length(max_length: int) -> None:
-    """DataError for a length that has no room for two tokens between BOS and EOS."""
+    """DataError if two tokens do not fit between BOS and EOS."""
     if max_length < 4:
-        raise DataError(f"max_length = {max_length}: at least 4 is expected (BOS and EOS are counted).")
+        raise DataError(f"max_length = {max_length}: must be at least 4 (BOS and EOS are counted).")
 
 
 def chunked(items: Iterable[Item], size: int, weight: Callable[[Item], int] = lambda _: 1) -> Iterator[list[Item]]:
-    """Lists of consecutive items whose weights add up to at least `size` (the last one may be lighter)."""
+    """Lists of consecutive items, each closed once its weight reaches `size` (the last one may stay below)."""
     chunk: list[Item] = []
     total = 0
     for item in items:
@@ -134,7 +134,7 @@ def chunked(items: Iterable[Item], size: int, weight: Callable[[Item], int] = la
 
 
 class SplitWriter:
-    """Shards and statistics of both splits."""
+    """Writes the shards of both splits and counts what is in them."""
 
     def __init__(self, folder: Path, vocab_size: int, max_length: int):
         self._writers = [ShardWriter(folder, split, vocab_size=vocab_size) for split in SPLITS]
@@ -150,15 +150,15 @@ class SplitWriter:
 
     def write(self, tokens: np.ndarray, lengths: np.ndarray, is_valid: np.ndarray) -> None:
         """A ragged batch: tokens [sum of lengths], lengths [m], is_valid bool [m]."""
-        owner = np.repeat(is_valid, lengths)
-        for place, (member, chosen) in enumerate(((~owner, ~is_valid), (owner, is_valid))):
-            part, sizes = tokens[member], lengths[chosen]
-            self._writers[place].write(part, sizes)
-            self._histograms[place] += np.bincount(sizes + 2, minlength=len(self._histograms[place]))
-            self._unknown[place] += int(np.count_nonzero(part == UNK))
+        in_valid = np.repeat(is_valid, lengths)
+        for index, (token_mask, sequence_mask) in enumerate(((~in_valid, ~is_valid), (in_valid, is_valid))):
+            part, sizes = tokens[token_mask], lengths[sequence_mask]
+            self._writers[index].write(part, sizes)
+            self._histograms[index] += np.bincount(sizes + 2, minlength=len(self._histograms[index]))
+            self._unknown[index] += int(np.count_nonzero(part == UNK))
 
     def close(self) -> dict[str, Any]:
-        """Finish the shards; the `splits` part of the manifest."""
+        """Finish the shards; returns the `splits` part of the manifest. DataError if a split is empty."""
         splits = {}
         for split, writer, histogram, unknown in zip(SPLITS, self._writers, self._histograms, self._unknown):
             entries = writer.close()
@@ -177,12 +177,17 @@ class SplitWriter:
         return splits
 
 
+def request_for(domain: str, train: Source, valid: Source | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """All that the result depends on: equal requests have equal results."""
+    return {"domain": domain, "inputs": train.identity, "valid_inputs": valid.identity if valid else [], **settings}
+
+
 def prepare_folder(
     out: Path, request: dict[str, Any], overwrite: bool, work: Callable[[Path], dict[str, Any]]
 ) -> Summary:
-    """Let `work` fill a staged folder and return the manifest's content, seal it, and publish it at `out`.
+    """Let `work` fill a staged folder and return the manifest's content; seal that and publish the folder at `out`.
 
-    A finished `out` of the same `request` is reused. DataError for one of another request, unless `overwrite`.
+    A finished `out` of the same `request` is reused; one of another request is a DataError unless `overwrite`.
     """
     start = time.monotonic()
     if not overwrite and (out / MANIFEST).is_file():
@@ -196,7 +201,7 @@ def prepare_folder(
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
-    """Save into the prepared folder; the `tokenizer` part of the manifest."""
+    """Save into the prepared folder; returns the `tokenizer` part of the manifest."""
     tokenizer.save(folder / TOKENIZER)
     files = {f"{TOKENIZER}/{path.name}": sha256_file(path) for path in sorted((folder / TOKENIZER).iterdir())}
     return {"fingerprint": tokenizer.fingerprint, "files": files}
@@ -207,23 +212,21 @@ def _reuse(out: Path, request: dict[str, Any]) -> Summary:
     before = manifest["request"]
     changed = sorted(key for key in before.keys() | request.keys() if before.get(key) != request.get(key))
     if changed:
-        said = "; ".join(f"{key}: {_short(before.get(key))} there, {_short(request.get(key))} now" for key in changed)
+        said = "; ".join(f"{key}: {_short(before.get(key))} then, {_short(request.get(key))} now" for key in changed)
         raise DataError(
-            f"{out}: holds data that was prepared otherwise ({said}). "
+            f"{out}: holds data that was prepared differently ({said}). "
             "Choose another --out, or replace it with --overwrite."
         )
     for split in SPLITS:
         ShardDataset.open(out, split).close()
-    _log.info("%s was prepared already from the same input and settings", out)
+    _log.info("%s is already prepared from the same input and settings", out)
     return Summary(out, manifest, 0.0, reused=True)
 
 
 def _short(value: Any) -> str:
     if isinstance(value, list):
-        return (
-            ", ".join(str(item.get("name", item)) if isinstance(item, dict) else str(item) for item in value[:5])
-            or "none"
-        )
+        names = (str(item.get("name", item)) if isinstance(item, dict) else str(item) for item in value[:5])
+        return ", ".join(names) or "none"
     return str(value)[:100]
 
 

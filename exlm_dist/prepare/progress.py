@@ -1,4 +1,4 @@
-"""Progress of a long step: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""Progress of a long step: a bar on a terminal, elsewhere a log line every few seconds."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ SECONDS = 5.0
 
 
 class Progress:
-    """Counts `unit`s of the step `label`; `total` where it is known. Used as a context manager."""
+    """Context manager that counts the `unit`s done of the step `label`, out of `total` if that is known."""
 
     def __init__(self, label: str, unit: str, total: int | None = None):
         self._label, self._unit, self._total = label, unit, total
         self._count = 0
-        self._start = self._said = time.monotonic()
+        self._start = self._reported = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -30,18 +30,18 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        self._say("done")
+        self._report("done")
 
     def update(self, count: int) -> None:
-        """`count` more are done."""
+        """Count `count` more units as done."""
         self._count += count
         if self._bar is not None:
             self._bar.update(count)
-        elif time.monotonic() - self._said >= SECONDS:
-            self._said = time.monotonic()
-            self._say("so far")
+        elif time.monotonic() - self._reported >= SECONDS:
+            self._reported = time.monotonic()
+            self._report("so far")
 
-    def _say(self, when: str) -> None:
+    def _report(self, when: str) -> None:
         seconds = max(time.monotonic() - self._start, 1e-9)
         of = f" of {self._total:,}" if self._total else ""
         _log.info(

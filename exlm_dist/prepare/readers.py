@@ -1,7 +1,7 @@
 """Input files to rows of text: csv, tsv, txt, smi, jsonl, parquet; .gz and .zst; many files and patterns.
 
-Text that is not UTF-8 is carried through as surrogates (`errors="surrogateescape"`), so that the caller can set the one
-row aside instead of failing on the file.
+Bytes that are not UTF-8 are passed on as surrogates (`errors="surrogateescape"`), so that the caller can set a single
+row aside instead of giving up the file.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TextIO
 
 from exlm_dist.utils.errors import DataError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 FORMATS = {
     ".csv": "csv",
@@ -35,18 +38,16 @@ COMPRESSED = (".gz", ".zst")
 
 
 class Row(NamedTuple):
-    """One input text and where it stands: data row (csv, tsv, parquet) or line (the others), counted from 1."""
+    """One input text and its position: data row (csv, tsv, parquet) or line (other formats), counted from 1."""
 
     file: str
     row: int
     text: str
-    problem: str = ""  # why the row cannot be used, where that shows while reading
+    problem: str = ""  # why the row cannot be used, if reading it showed that
 
 
 def expand_inputs(inputs: list[str]) -> list[Path]:
-    """Files named by paths and patterns, in the order given, those of one pattern sorted. DataError for what is not
-    there.
-    """
+    """The files that paths and patterns name, in the order given, those of one pattern sorted. DataError if missing."""
     files: list[Path] = []
     for item in inputs:
         path = Path(item)
@@ -54,14 +55,11 @@ def expand_inputs(inputs: list[str]) -> list[Path]:
             raise DataError(
                 f"{item}: is a folder; name files, or quote a pattern such as '{item.rstrip('/')}/*.smi.gz'."
             )
-        found = (
-            [path]
-            if path.is_file()
-            else [Path(name) for name in sorted(glob.glob(item, recursive=True)) if Path(name).is_file()]
-        )
+        names = [item] if path.is_file() else sorted(glob.glob(item, recursive=True))
+        found = [Path(name) for name in names if Path(name).is_file()]
         if not found:
             raise DataError(_missing(path, item))
-        files.extend(name for name in found if name not in files)
+        files.extend(file for file in found if file not in files)
     if not files:
         raise DataError("no input file given.")
     for path in files:
@@ -76,16 +74,16 @@ def file_format(path: Path) -> str:
     suffix = _plain_suffix(path)
     if suffix not in FORMATS:
         raise DataError(
-            f"{path}: do not know how to read '{suffix or path.name}' files; one of {', '.join(FORMATS)} "
-            f"is expected, also with {' or '.join(COMPRESSED)} behind it."
+            f"{path}: cannot read '{suffix or path.name}' files; the name must end in one of {', '.join(FORMATS)}, "
+            f"which {' or '.join(COMPRESSED)} may follow."
         )
     return FORMATS[suffix]
 
 
 def read_rows(path: Path, column: str | None, default_column: str) -> Iterator[Row]:
-    """Rows of one file. `column` names the csv/tsv column, parquet column or jsonl field; without it `default_column`,
-    in any case of letters, or the only column. The rows of txt files are lines, those of smi files the first word of
-    each line that is not blank, without the header. DataError for a wrong column or a damaged file.
+    """Rows of one file. `column` names the csv, tsv or parquet column or jsonl field; if None, it is the only column
+    or `default_column`, in upper or lower case. In txt files each line is a row, in smi files the first word of each
+    line that is neither blank nor the header. DataError for a wrong column or a damaged file.
     """
     kind = file_format(path)
     try:
@@ -109,26 +107,29 @@ def read_rows(path: Path, column: str | None, default_column: str) -> Iterator[R
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
     """The decompressed text of `path`."""
-    options = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
     if path.suffix.lower() == ".gz":
-        with gzip.open(path, "rt", **options) as file:
-            yield file
+        with gzip.open(path, "rb") as file:
+            yield _decoded(file)
     elif path.suffix.lower() == ".zst":
         import zstandard
 
         try:
             with open(path, "rb") as raw:
-                yield io.TextIOWrapper(io.BufferedReader(_ZstdStream(raw)), **options)
+                yield _decoded(io.BufferedReader(_ZstdStream(raw)))
         except zstandard.ZstdError as error:
             raise DataError(f"{path}: damaged or cut off ({error}). Copy it again.") from error
     else:
-        with open(path, **options) as file:
-            yield file
+        with open(path, "rb") as file:
+            yield _decoded(file)
+
+
+def _decoded(binary: io.BufferedReader | gzip.GzipFile) -> TextIO:
+    return io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 class _ZstdStream(io.RawIOBase):
-    """Decompressed bytes of one or more zstd frames. Unlike the library's own reader it does not take a file that ends
-    inside a frame for a whole one: EOFError.
+    """Decompressed bytes of one or more zstd frames. EOFError if the file ends inside a frame, which the library's own
+    reader takes for a whole file.
     """
 
     def __init__(self, raw: BinaryIO):
@@ -138,14 +139,15 @@ class _ZstdStream(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        target = memoryview(buffer)
         while not self._rest:
             chunk = next(self._chunks, None)
             if chunk is None:
                 return 0
             self._rest = memoryview(chunk)
-        count = min(len(buffer), len(self._rest))
-        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        count = min(len(target), len(self._rest))
+        target[:count], self._rest = self._rest[:count], self._rest[count:]
         return count
 
     @staticmethod
@@ -164,7 +166,7 @@ class _ZstdStream(io.RawIOBase):
 
 
 def choose_column(path: Path, columns: list[str], column: str | None, default: str) -> str:
-    """Name of the column to read; DataError that lists the columns and suggests a near one."""
+    """Name of the column to read; the DataError for a wrong one lists the columns and suggests a similar one."""
     if column is not None:
         if column in columns:
             return column
@@ -173,12 +175,10 @@ def choose_column(path: Path, columns: list[str], column: str | None, default: s
         )
     if len(columns) == 1:
         return columns[0]
-    alike = [name for name in columns if name.strip().lower() == default]
-    if len(alike) == 1:
-        return alike[0]
-    raise DataError(
-        f"{path}: say which column holds the {default} with --column NAME. Its columns: {_listed(columns)}."
-    )
+    matches = [name for name in columns if name.strip().lower() == default]
+    if len(matches) == 1:
+        return matches[0]
+    raise DataError(f"{path}: name the column of the {default} with --column NAME. Its columns: {_listed(columns)}.")
 
 
 def _table(path: Path, file: TextIO, kind: str, column: str | None, default: str) -> Iterator[Row]:
@@ -188,9 +188,9 @@ def _table(path: Path, file: TextIO, kind: str, column: str | None, default: str
         columns = [name.strip() for name in next(rows, [])]
         if not columns:
             raise DataError(f"{path}: the file is empty (no header line).")
-        place = columns.index(choose_column(path, columns, column, default))
+        index = columns.index(choose_column(path, columns, column, default))
         for number, fields in enumerate((fields for fields in rows if fields), 1):
-            yield Row(str(path), number, fields[place] if place < len(fields) else "")
+            yield Row(str(path), number, fields[index] if index < len(fields) else "")
     except csv.Error as error:
         raise DataError(f"{path}: not a well-formed {kind} file, line {rows.line_num}: {error}.") from error
 
@@ -250,9 +250,9 @@ def _plain_suffix(path: Path) -> str:
 
 
 def _missing(path: Path, item: str) -> str:
-    if any(sign in item for sign in "*?["):
+    if any(character in item for character in "*?["):
         return f"{item}: no file matches this pattern."
-    names = [name.name for name in path.parent.iterdir()] if path.parent.is_dir() else []
+    names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
     return f"{item}: no such file{_suggestion(path.name, names)}."
 
 

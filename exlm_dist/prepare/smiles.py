@@ -1,10 +1,10 @@
-"""Molecules to shards: parse and canonicalise in parallel, drop duplicates, count tokens, encode."""
+"""`prepare_smiles`: molecules to shards: parse and canonicalise in parallel, drop duplicates, count tokens, encode."""
 
 from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,35 +15,90 @@ import numpy as np
 
 from exlm_dist.data.manifest import QUARANTINE, TOKENIZER
 from exlm_dist.prepare.folder import (
+    VALID_FRACTION,
     Quarantine,
     Source,
     SplitWriter,
+    check_fraction,
+    check_max_length,
     choose_valid,
     chunked,
     content_hash,
     is_utf8,
+    prepare_folder,
+    request_for,
     save_tokenizer,
 )
 from exlm_dist.prepare.progress import Progress
 from exlm_dist.prepare.readers import Row
-from exlm_dist.prepare.workers import ordered_map
-from exlm_dist.tokenizers import load_tokenizer
+from exlm_dist.prepare.summary import Summary
+from exlm_dist.prepare.workers import default_workers, ordered_map
+from exlm_dist.tokenizers import Tokenizer, load_tokenizer
+from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles, make_policy
 from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer, split_smiles
 from exlm_dist.utils.errors import DataError
 
 ROWS_PER_TASK = 512
 MOLECULES_PER_TASK = 8192
-#: Rows after which, and share of unreadable ones from which, an input is refused; the rest of it is not read.
+#: An input is refused, and not read further, if after so many rows at least this fraction is unparsable.
 HOPELESS_ROWS, HOPELESS = 5000, 0.99
-#: Molecules below which counting and encoding (some 50,000/s) are done before other processes would have started.
+#: Up to so many molecules, counting and encoding (some 50,000/s) end before worker processes would have started.
 WORTH_WORKERS = 200_000
 UNPARSABLE = "not SMILES"
 
 
-def policy_for(given: SmilesTokenizer | None, stereo: str | None, salts: str | None) -> dict[str, Any]:
-    """The canonicalisation policy: that of a given tokenizer, else the one asked for; DataError if they differ."""
-    from exlm_dist.tokenizers.molecules import make_policy
+def prepare_smiles(
+    inputs: Sequence[str] | Source,
+    out: Path | str,
+    *,
+    column: str | None = None,
+    max_length: int = 512,
+    stereo: str | None = None,
+    salts: str | None = None,
+    valid_inputs: Sequence[str] = (),
+    valid_fraction: float = VALID_FRACTION,
+    min_count: int = 1,
+    workers: int | None = None,
+    tokenizer: Path | str | None = None,
+    overwrite: bool = False,
+) -> Summary:
+    """Prepare the molecules of `inputs` (paths and patterns, or any source of rows) as the folder `out`.
 
+    column: of csv, tsv, parquet, jsonl. max_length: of the sequences kept, in tokens, BOS and EOS counted. stereo,
+    salts: see `make_policy`; default 'keep', or the policy of a given tokenizer. valid_inputs: held-out files; without
+    them `valid_fraction` of the molecules is held out. min_count: occurrences a token needs to enter the vocabulary.
+    tokenizer: folder of a SMILES tokenizer to use instead of a new one. Raises DataError for input that cannot be used;
+    single such rows go to `quarantine.tsv`.
+    """
+    train = inputs if isinstance(inputs, Source) else Source.of_files(inputs, column, "smiles")
+    valid = Source.of_files(valid_inputs, column, "smiles") if valid_inputs else None
+    check_fraction(valid_fraction)
+    check_max_length(max_length)
+    given = None if tokenizer is None else _given_tokenizer(tokenizer)
+    policy = _policy_for(given, stereo, salts)
+    job = SmilesJob(train, valid, policy, given, max_length, valid_fraction, min_count, workers or default_workers())
+    settings = {
+        "column": column,
+        "max_length": max_length,
+        "policy": policy,
+        "valid_fraction": None if valid else valid_fraction,
+        "min_count": None if given else min_count,
+        "tokenizer": given and given.fingerprint,
+    }
+    return prepare_folder(Path(out), request_for("smiles", train, valid, settings), overwrite, job.run)
+
+
+def _given_tokenizer(folder: Path | str) -> SmilesTokenizer:
+    tokenizer = load_tokenizer(folder)
+    if not isinstance(tokenizer, SmilesTokenizer):
+        raise DataError(
+            f"{folder}: a {tokenizer.domain} tokenizer; molecules need one that `exlm prepare smiles` wrote."
+        )
+    return tokenizer
+
+
+def _policy_for(given: SmilesTokenizer | None, stereo: str | None, salts: str | None) -> dict[str, Any]:
+    """The canonicalisation policy: that of a given tokenizer, else the one asked for; DataError if they differ."""
     if given is None:
         return make_policy(stereo or "keep", salts or "keep")
     for name, asked in (("stereo", stereo), ("salts", salts)):
@@ -57,7 +112,7 @@ def policy_for(given: SmilesTokenizer | None, stereo: str | None, salts: str | N
 
 @dataclass(frozen=True)
 class SmilesJob:
-    """One preparation; `run` fills the staged folder and returns the manifest's content."""
+    """The preparation of one folder: `run` fills the staged folder and returns the manifest's content."""
 
     train: Source
     valid: Source | None
@@ -71,7 +126,7 @@ class SmilesJob:
     def run(self, folder: Path) -> dict[str, Any]:
         with TemporaryDirectory(prefix="spool.", dir=folder) as spool, Quarantine(folder / QUARANTINE) as quarantine:
             molecules = _Molecules(Path(spool) / "molecules.smi", quarantine)
-            self._collect(molecules)
+            self._read(molecules)
             if self.valid is not None:
                 is_valid = np.arange(len(molecules.hashes)) < molecules.held_out
             else:
@@ -94,8 +149,8 @@ class SmilesJob:
             },
         }
 
-    def _collect(self, molecules: _Molecules) -> None:
-        """Held-out files first, so that a molecule in both is held out."""
+    def _read(self, molecules: _Molecules) -> None:
+        """Read all rows, held-out files first, so that a molecule in both is held out. DataError if none is usable."""
         with molecules, Progress("molecules", "rows") as progress:
             for source in filter(None, (self.valid, self.train)):
                 trusted = source.canonical_under == self.policy
@@ -107,7 +162,7 @@ class SmilesJob:
                 if source is self.valid:
                     molecules.held_out = len(molecules.hashes)
         if molecules.rows == molecules.quarantine.counts["empty"]:
-            raise DataError("no input row holds anything.")
+            raise DataError("all rows of the input are empty.")
         molecules.refuse_if_hopeless(1)
         if not molecules.hashes:
             row, reason = next(iter(molecules.quarantine.first.values()))
@@ -120,12 +175,12 @@ class SmilesJob:
         """Vocabulary of the training split."""
         counts: Counter[str] = Counter()
         train = (smiles for smiles, held_out in zip(molecules.read(), is_valid.tolist()) if not held_out)
-        for part in ordered_map(count_tokens, chunked(train, MOLECULES_PER_TASK), self._light_workers(is_valid)):
+        for part in ordered_map(count_tokens, chunked(train, MOLECULES_PER_TASK), self._workers_for(len(is_valid))):
             counts.update(part)
         return SmilesTokenizer.from_counts(counts, self.policy, self.min_count)
 
-    def _light_workers(self, molecules: np.ndarray) -> int:
-        return self.workers if len(molecules) > WORTH_WORKERS else 1
+    def _workers_for(self, molecules: int) -> int:
+        return self.workers if molecules > WORTH_WORKERS else 1
 
     def _encode(
         self, molecules: _Molecules, is_valid: np.ndarray, tokenizer: SmilesTokenizer, folder: Path
@@ -137,7 +192,7 @@ class SmilesJob:
             SplitWriter(folder, tokenizer.vocab_size, self.max_length) as writer,
             Progress("shards", "molecules", len(is_valid)) as progress,
         ):
-            for tokens, lengths in ordered_map(encode, chunks, self._light_workers(is_valid)):
+            for tokens, lengths in ordered_map(encode, chunks, self._workers_for(len(is_valid))):
                 writer.write(tokens, lengths, is_valid[first : first + len(lengths)])
                 first += len(lengths)
                 progress.update(len(lengths))
@@ -145,7 +200,7 @@ class SmilesJob:
 
 
 class _Molecules:
-    """The distinct canonical molecules in order, one a line in a file, with their hashes."""
+    """The distinct canonical molecules in order, one per line of a file, and their hashes."""
 
     def __init__(self, path: Path, quarantine: Quarantine):
         self._path = path
@@ -162,7 +217,7 @@ class _Molecules:
         self._file.close()
 
     def add(self, results: list[tuple[Row | None, str]]) -> None:
-        """Results of `clean_rows`."""
+        """Store results of `clean_rows`. DataError as soon as the input turns out not to be SMILES."""
         for row, text in results:
             self.rows += 1
             if row is not None:
@@ -178,7 +233,7 @@ class _Molecules:
         self.refuse_if_hopeless(HOPELESS_ROWS)
 
     def refuse_if_hopeless(self, rows: int) -> None:
-        """DataError when, of `rows` or more that are not empty, nearly none reads as SMILES."""
+        """DataError if at least `rows` rows are not empty and nearly none of them is SMILES."""
         counts = self.quarantine.counts
         filled, wrong = self.rows - counts["empty"], counts[UNPARSABLE] + counts["not UTF-8"]
         if filled < rows or wrong < HOPELESS * filled or UNPARSABLE not in self.quarantine.first:
@@ -201,11 +256,7 @@ class _Molecules:
 
 
 def clean_rows(policy: Mapping[str, Any] | None, max_length: int, rows: list[Row]) -> list[tuple[Row | None, str]]:
-    """For each row (None, canonical SMILES), or (the row, why it cannot be used). policy None: the rows are canonical
-    already.
-    """
-    from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles
-
+    """For each row (None, canonical SMILES) or (the row, why it is unusable). policy None: rows are canonical."""
     results: list[tuple[Row | None, str]] = []
     for row in rows:
         problem, smiles = row.problem, ""
@@ -219,7 +270,7 @@ def clean_rows(policy: Mapping[str, Any] | None, max_length: int, rows: list[Row
         if not problem:
             try:
                 smiles = parts[0] if policy is None else canonical_smiles(parts[0], policy)
-                problem = _too_long_or_odd(smiles, max_length)
+                problem = _token_problem(smiles, max_length)
             except MoleculeError as error:
                 problem = str(error)
         results.append((row, problem) if problem else (None, smiles))
@@ -227,7 +278,7 @@ def clean_rows(policy: Mapping[str, Any] | None, max_length: int, rows: list[Row
 
 
 def count_tokens(molecules: list[str]) -> Counter[str]:
-    """How often each token occurs."""
+    """How often each token occurs in the molecules."""
     counts: Counter[str] = Counter()
     for smiles in molecules:
         counts.update(split_smiles(smiles))
@@ -235,11 +286,11 @@ def count_tokens(molecules: list[str]) -> Counter[str]:
 
 
 def encode_molecules(folder: str, molecules: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of the molecules with the tokenizer saved in `folder`: (tokens [sum of lengths], lengths [m])."""
+    """Ids of the molecules by the tokenizer saved in `folder`: (tokens [sum of lengths], lengths [m])."""
     return _loaded(folder).encode_batch(molecules)
 
 
-def _too_long_or_odd(smiles: str, max_length: int) -> str:
+def _token_problem(smiles: str, max_length: int) -> str:
     tokens = split_smiles(smiles)
     if tokens is None:
         return "not tokenisable: " + smiles[:80]
@@ -247,5 +298,5 @@ def _too_long_or_odd(smiles: str, max_length: int) -> str:
 
 
 @lru_cache(maxsize=1)
-def _loaded(folder: str) -> SmilesTokenizer:
+def _loaded(folder: str) -> Tokenizer:
     return load_tokenizer(Path(folder))

@@ -1,7 +1,7 @@
-"""A prepared folder appears whole or not at all: written into a hidden folder beside it, flushed, renamed once.
+"""A prepared folder appears as a whole or not at all: written to a hidden folder beside it, flushed, renamed once.
 
-The hidden folder `.NAME.XXXXXXXX.partial` is locked (flock) while its writer lives, so that the next run can tell what
-an interrupted one left behind from what another one is writing, and delete only the former.
+The hidden folder `.NAME.XXXXXXXX.partial` is locked (flock) while its writer is alive, so that the next run can tell
+the leftovers of an interrupted run from a folder that is still being written, and delete only the former.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def staged_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A fresh folder to write in; renamed to `out` when the block ends well, deleted when it does not.
+    """A new folder to write to; renamed to `out` if the block succeeds, deleted if it fails.
 
-    Raises DataError when `out` holds something that may not be replaced, and when the disk is full.
+    Raises DataError if `out` may not be replaced or cannot be written, and if the disk is full.
     """
     out = Path(os.path.abspath(out))
     _check_target(out, overwrite)
-    handle = None
+    descriptor = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     except OSError as error:
-        raise _readable(error, out) from error
+        raise _explained(error, out) from error
     try:
         folder.chmod(0o755)
-        handle = _lock(folder)
+        descriptor = _lock(folder)
         yield folder
         _publish(folder, out, overwrite)
     except OSError as error:
-        raise _readable(error, out) from error
+        raise _explained(error, out) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if handle is not None:
-            os.close(handle)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def remove_leftovers(out: Path) -> None:
-    """Delete the hidden folders of interrupted runs for `out`; those that a living process holds stay."""
+    """Delete the hidden folders of interrupted runs for `out`; those that a running process has locked stay."""
     for folder in out.parent.glob(f".{_escaped(out.name)}.*.partial"):
-        handle = _lock(folder)
-        if handle is not None:
+        descriptor = _lock(folder)
+        if descriptor is not None:
             _log.info("removing what an interrupted run left: %s", folder)
             shutil.rmtree(folder, ignore_errors=True)
-            os.close(handle)
+            os.close(descriptor)
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
@@ -71,7 +71,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise DataError(
-            f"{out}: holds data that was prepared already. Choose another --out, or replace it with --overwrite."
+            f"{out}: already holds prepared data. Choose another --out, or replace it with --overwrite."
         )
 
 
@@ -90,27 +90,27 @@ def _publish(folder: Path, out: Path, overwrite: bool) -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """File handle that holds the lock of `folder`; None when another process holds it or there are no locks here."""
+    """File descriptor that locks `folder`; None if another process has locked it or the file system has no locks."""
     try:
-        handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        os.close(handle)
+        os.close(descriptor)
         return None
-    return handle
+    return descriptor
 
 
-def _readable(error: OSError, out: Path) -> Exception:
-    """`error` as a DataError where the user can mend it."""
+def _explained(error: OSError, out: Path) -> Exception:
+    """`error` as a DataError if the user can fix the cause, else itself."""
     if error.errno in FULL:
         parent = next(path for path in (out.parent, *out.parents) if path.exists())
         free = shutil.disk_usage(parent).free / 1e6
         return DataError(
             f"{out}: no space left while writing ({free:,.1f} MB free now). Free some, or choose another --out; "
-            "nothing unfinished was left behind."
+            "no unfinished folder was left behind."
         )
     if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) or error.errno in (
         errno.EROFS,
@@ -121,4 +121,4 @@ def _readable(error: OSError, out: Path) -> Exception:
 
 
 def _escaped(name: str) -> str:
-    return "".join(f"[{sign}]" if sign in "*?[" else sign for sign in name)
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)

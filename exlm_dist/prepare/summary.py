@@ -1,4 +1,4 @@
-"""What a preparation did: read from the manifest, printed as a short table."""
+"""What a preparation did, from the manifest, printed as a short table."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Summary:
 
     @property
     def quarantined(self) -> dict[str, int]:
-        """Rows that were set aside, by kind of reason."""
+        """Number of rows that were set aside, by kind of reason."""
         return dict(self.manifest["statistics"]["quarantined"])
 
     @property
     def unknown_rate(self) -> float:
-        """Share of unknown tokens in the held-out split."""
+        """Fraction of unknown tokens in the held-out split."""
         return self.manifest["splits"]["valid"]["unknown_rate"]
 
     def lines(self) -> list[tuple[str, str]]:
@@ -38,10 +38,7 @@ class Summary:
         statistics, splits = self.manifest["statistics"], self.manifest["splits"]
         aside = sum(self.quarantined.values())
         lines = [
-            (
-                "folder",
-                f"{self.path}" + ("  (was there already, from the same input and settings)" if self.reused else ""),
-            ),
+            ("folder", f"{self.path}" + ("  (prepared before from the same input and settings)" if self.reused else "")),
             (
                 "domain",
                 f"{self.manifest['domain']}, vocabulary {self.manifest['vocab_size']:,}, "

@@ -1,9 +1,9 @@
-"""Text to shards: documents, sentencepiece, blocks of a set length without losing words."""
+"""`prepare_text`: text to shards: documents, sentencepiece, blocks of bounded length without losing a word."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -14,18 +14,24 @@ import numpy as np
 
 from exlm_dist.data.manifest import QUARANTINE, TOKENIZER
 from exlm_dist.prepare.folder import (
+    VALID_FRACTION,
     Quarantine,
     Source,
     SplitWriter,
+    check_fraction,
+    check_max_length,
     choose_valid,
     chunked,
     content_hash,
     is_utf8,
+    prepare_folder,
+    request_for,
     save_tokenizer,
 )
 from exlm_dist.prepare.progress import Progress
 from exlm_dist.prepare.readers import Row, file_format
-from exlm_dist.prepare.workers import ordered_map
+from exlm_dist.prepare.summary import Summary
+from exlm_dist.prepare.workers import default_workers, ordered_map
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from exlm_dist.tokenizers.smiles_tokenizer import split_smiles
@@ -34,17 +40,60 @@ from exlm_dist.utils.errors import DataError
 CHARACTERS_PER_TASK = 200_000
 BLOCKS_PER_WRITE = 8192
 SENTENCE_CHARACTERS = 1000
-#: What the manifest says of how text becomes sequences.
+#: What the manifest says about how text becomes sequences.
 POLICY = {
     "whitespace": "runs become one space",
     "normalization": "none",
     "documents": "joined in order, cut at word starts",
 }
-#: Words looked at, and share of them that must read as SMILES, for the input to be refused as molecules.
-LOOKED_AT, LIKE_SMILES = 2000, 0.9
+#: An input is refused as molecules if of so many first words more than this fraction parse as SMILES.
+FIRST_WORDS, LIKE_SMILES = 2000, 0.9
 
 
-def given_tokenizer(path: Path) -> SentencePieceTokenizer:
+def prepare_text(
+    inputs: Sequence[str] | Source,
+    out: Path | str,
+    *,
+    vocab_size: int = 32_000,
+    column: str | None = None,
+    max_length: int = 512,
+    valid_inputs: Sequence[str] = (),
+    valid_fraction: float = VALID_FRACTION,
+    model_type: str = "unigram",
+    sample_bytes: int = 50_000_000,
+    workers: int | None = None,
+    tokenizer: Path | str | None = None,
+    overwrite: bool = False,
+) -> Summary:
+    """Prepare the text of `inputs` (paths and patterns, or any source of rows) as the folder `out`.
+
+    Documents are separated by blank lines in txt files and are one per row elsewhere; they are joined in order and cut,
+    at word starts, into blocks of at most max_length tokens with BOS and EOS. vocab_size, model_type ('unigram' or
+    'bpe'), sample_bytes: of the sentencepiece model trained here; or `tokenizer`: a folder with a text tokenizer, or a
+    sentencepiece `.model` file. The rest as in `prepare_smiles`.
+    """
+    train = inputs if isinstance(inputs, Source) else Source.of_files(inputs, column, "text")
+    valid = Source.of_files(valid_inputs, column, "text") if valid_inputs else None
+    check_fraction(valid_fraction)
+    check_max_length(max_length)
+    if model_type not in ("unigram", "bpe"):
+        raise DataError(f"model_type = {model_type!r}: must be one of unigram, bpe.")
+    given = None if tokenizer is None else _given_tokenizer(Path(tokenizer))
+    workers = workers or default_workers()
+    job = TextJob(train, valid, given, vocab_size, model_type, sample_bytes, max_length, valid_fraction, workers)
+    settings = {
+        "column": column,
+        "max_length": max_length,
+        "valid_fraction": None if valid else valid_fraction,
+        "vocab_size": None if given else vocab_size,
+        "model_type": None if given else model_type,
+        "sample_bytes": None if given else sample_bytes,
+        "tokenizer": given and given.fingerprint,
+    }
+    return prepare_folder(Path(out), request_for("text", train, valid, settings), overwrite, job.run)
+
+
+def _given_tokenizer(path: Path) -> SentencePieceTokenizer:
     """The tokenizer in a folder, or that of a sentencepiece `.model` file. DataError for one of another domain."""
     if path.is_file():
         return SentencePieceTokenizer.from_model_file(path)
@@ -56,7 +105,7 @@ def given_tokenizer(path: Path) -> SentencePieceTokenizer:
 
 @dataclass(frozen=True)
 class TextJob:
-    """One preparation; `run` fills the staged folder and returns the manifest's content."""
+    """The preparation of one folder: `run` fills the staged folder and returns the manifest's content."""
 
     train: Source
     valid: Source | None
@@ -73,7 +122,7 @@ class TextJob:
             documents = [_Documents(Path(spool) / name) for name in ("train.txt", "valid.txt")]
             for part, source in zip(documents, (self.train, self.valid)):
                 if source is not None:
-                    part.all_gather_object(source, quarantine)
+                    part.write(source, quarantine)
             documents[0].refuse_molecules()
             tokenizer = self.tokenizer or SentencePieceTokenizer.train(
                 documents[0].sentences(self.sample_bytes), self.vocab_size, self.model_type
@@ -102,7 +151,7 @@ class TextJob:
     def _cut(
         self, documents: list[_Documents], tokenizer: SentencePieceTokenizer, folder: Path, blocks: _Blocks
     ) -> np.ndarray:
-        """Encode the documents and cut them into `blocks`; which blocks are held out, bool [m]."""
+        """Encode the documents and cut them into `blocks`; returns which blocks are held out, bool [m]."""
         encode = partial(encode_documents, str(folder / TOKENIZER))
         counts = []
         for part in documents:
@@ -132,14 +181,14 @@ class TextJob:
 
 
 class _Documents:
-    """Documents of one source, one a line, runs of white space as one space."""
+    """Documents of one source, one per line of a file, with each run of white space made one space."""
 
     def __init__(self, path: Path):
         self._path = path
         self.count = self.words = self.characters = 0
 
-    def all_gather_object(self, source: Source, quarantine: Quarantine) -> None:
-        """Read the source; DataError when it holds no words."""
+    def write(self, source: Source, quarantine: Quarantine) -> None:
+        """Write all documents of the source; DataError if there is no word in them."""
         with (
             open(self._path, "w", encoding="utf-8", newline="\n") as file,
             Progress("documents", "documents") as progress,
@@ -164,9 +213,7 @@ class _Documents:
                 yield line[:-1]
 
     def sentences(self, sample_bytes: int) -> Iterator[str]:
-        """Pieces of at most `SENTENCE_CHARACTERS` characters (and one word more), about `sample_bytes` in all, chosen
-        by content.
-        """
+        """About `sample_bytes` of the text, chosen by hash, in pieces of `SENTENCE_CHARACTERS` or up to a word more."""
         limit = int(min(1.0, sample_bytes / max(self.characters, 1)) * 2**64)
         for document in self.read():
             for words in chunked(document.split(" "), SENTENCE_CHARACTERS, lambda word: len(word) + 1):
@@ -175,24 +222,24 @@ class _Documents:
                     yield sentence
 
     def refuse_molecules(self) -> None:
-        """DataError when the first words read as SMILES."""
+        """DataError if nearly all of the first words are SMILES."""
         words: list[str] = []
         for document in self.read():
-            words += document.split(" ")[: LOOKED_AT - len(words)]
-            if len(words) >= LOOKED_AT:
+            words += document.split(" ")[: FIRST_WORDS - len(words)]
+            if len(words) >= FIRST_WORDS:
                 break
-        alike = sum(len(word) > 4 and split_smiles(word) is not None for word in words)
-        if alike > LIKE_SMILES * len(words):
+        matches = sum(len(word) > 4 and split_smiles(word) is not None for word in words)
+        if matches > LIKE_SMILES * len(words):
             raise DataError(
-                f"{alike} of the first {len(words)} words read as SMILES (first: {words[0][:60]!r}); "
+                f"{matches} of the first {len(words)} words read as SMILES (first: {words[0][:60]!r}); "
                 "molecules are prepared with `exlm prepare smiles`."
             )
 
 
 class BlockCutter:
-    """A stream of ids cut into blocks of at most `payload` ids; every id is in exactly one block, in order.
+    """Cuts a stream of ids into blocks of at most `payload` ids; every id ends up in exactly one block, in order.
 
-    A block ends before the start of a word, unless one word alone is longer than a block.
+    A block ends before the start of a word, unless that one word is longer than a block.
     """
 
     def __init__(self, payload: int, starts_word: np.ndarray):
@@ -200,14 +247,14 @@ class BlockCutter:
         self._rest = np.empty(0, dtype=np.int32)
 
     def feed(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Blocks that are complete with these ids: (tokens [sum of lengths], lengths int64 [m])."""
+        """Blocks that these ids complete: (tokens [sum of lengths], lengths int64 [m])."""
         buffer = np.concatenate([self._rest, tokens]).astype(np.int32, copy=False)
         starts = np.flatnonzero(self._starts_word[buffer])
         edges = [0]
         while len(buffer) - edges[-1] > self._payload:
             limit = edges[-1] + self._payload
-            place = int(np.searchsorted(starts, limit, side="right")) - 1
-            edges.append(int(starts[place]) if place >= 0 and starts[place] > edges[-1] else limit)
+            index = int(np.searchsorted(starts, limit, side="right")) - 1
+            edges.append(int(starts[index]) if index >= 0 and starts[index] > edges[-1] else limit)
         self._rest = buffer[edges[-1] :]
         return buffer[: edges[-1]], np.diff(edges)
 
@@ -218,7 +265,7 @@ class BlockCutter:
 
 
 class _Blocks:
-    """Blocks in order in a file, with their lengths and hashes; open for adding inside `with`."""
+    """The blocks in order in a file, and their lengths and hashes; `add` works inside `with`."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -233,10 +280,10 @@ class _Blocks:
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         content = memoryview(tokens.astype("<i4", copy=False).tobytes())
-        place = 0
+        offset = 0
         for length in lengths.tolist():
-            self.hashes.append(content_hash(content[place : place + 4 * length]))
-            place += 4 * length
+            self.hashes.append(content_hash(content[offset : offset + 4 * length]))
+            offset += 4 * length
         self.lengths.extend(lengths.tolist())
         self._file.write(content)
 
@@ -248,8 +295,8 @@ class _Blocks:
                 yield np.fromfile(file, dtype="<i4", count=int(part.sum())), part
 
 
-def read_documents(rows: Iterator[Row], quarantine: Quarantine) -> Iterator[str]:
-    """Documents with at least one word: runs of lines between blank lines in txt files, rows elsewhere."""
+def read_documents(rows: Iterable[Row], quarantine: Quarantine) -> Iterator[str]:
+    """Documents with at least one word: the lines between blank lines in txt files, single rows elsewhere."""
     lines: list[str] = []
     file = None
     for row in rows:
@@ -273,7 +320,7 @@ def read_documents(rows: Iterator[Row], quarantine: Quarantine) -> Iterator[str]
 
 
 def encode_documents(folder: str, documents: list[str]) -> np.ndarray:
-    """Ids of the documents with the tokenizer saved in `folder`, joined."""
+    """Ids of the documents by the tokenizer saved in `folder`, joined."""
     return _loaded(folder).encode_batch(documents)[0]
 
 

@@ -1,4 +1,4 @@
-"""A function over many pieces of work in several processes, results in order, with a bounded number under way."""
+"""A function over many items in several processes: results in order, a bounded number of items in flight."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from typing import TypeVar
@@ -18,15 +18,15 @@ Result = TypeVar("Result")
 
 
 def default_workers() -> int:
-    """Processes to use when none are asked for: the cores this process may run on."""
+    """Number of processes by default: the cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """`function` (one that can be pickled) of every item, in the order of the items whatever the number of `workers`.
+    """`function` (which must be picklable) of every item, in the order of the items for any number of `workers`.
 
-    One worker, or a single item, works in this process. Processes are spawned, not forked: a fork of a process with
-    threads can hang. Raises DataError when a worker dies.
+    With one worker or one item it runs in this process. Worker processes are spawned, because forking a process that
+    has threads can hang. Raises DataError if a worker dies.
     """
     items = iter(items)
     first = list(islice(items, 2))
@@ -36,7 +36,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
         return
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
-        waiting: deque = deque()
+        waiting: deque[Future[Result]] = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) >= 4 * workers:

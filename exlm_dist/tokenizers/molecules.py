@@ -1,7 +1,7 @@
-"""Molecules through RDKit: parse, apply the canonicalisation policy, say why something cannot be parsed.
+"""Molecules through RDKit: parse, apply the canonicalisation policy, say why a text is not a molecule.
 
-`canonical_smiles` is the one function that makes a molecule ready for the tokenizer, in pretraining, evaluation and
-fine-tuning; the policy it follows is saved with the tokenizer.
+`canonical_smiles` is the one function that makes molecules ready for the tokenizer, in pretraining, evaluation and
+fine-tuning; the policy that it follows is saved with the tokenizer.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rdkit import Chem, RDLogger
+from rdkit import Chem, rdBase
 from rdkit import __version__ as RDKIT_VERSION
 
 from exlm_dist.utils.errors import DataError
@@ -18,29 +18,27 @@ STEREO = ("keep", "drop")
 SALTS = ("keep", "largest_fragment")
 
 # RDKit writes one line per bad molecule to stderr; the reasons go to the quarantine file instead.
-RDLogger.DisableLog("rdApp.*")
+rdBase.DisableLog("rdApp.*")
 
 
 class MoleculeError(DataError):
-    """A text that is no molecule; the message is the reason alone."""
+    """The text is not a molecule; the message is the reason alone."""
 
 
 def make_policy(stereo: str = "keep", salts: str = "keep") -> dict[str, Any]:
-    """The policy to be saved with a tokenizer.
+    """The policy to save with a tokenizer.
 
     stereo: 'keep', or 'drop' to remove tetrahedral and double-bond stereo (isotopes stay). salts: 'keep', or
     'largest_fragment' to keep the fragment with the most heavy atoms. Raises DataError for other values.
     """
     for name, value, allowed in (("stereo", stereo, STEREO), ("salts", salts, SALTS)):
         if value not in allowed:
-            raise DataError(f"{name} = {value!r}: one of {', '.join(allowed)} is expected.")
+            raise DataError(f"{name} = {value!r}: must be one of {', '.join(allowed)}.")
     return {"canonical": True, "stereo": stereo, "salts": salts, "rdkit": RDKIT_VERSION}
 
 
 def canonical_smiles(text: str, policy: Mapping[str, Any]) -> str:
-    """Canonical SMILES of `text` under `policy` (see `make_policy`). Raises MoleculeError with the reason when it
-    cannot be parsed.
-    """
+    """Canonical SMILES of `text` under `policy` (see `make_policy`). MoleculeError if it cannot be parsed, with why."""
     molecule = Chem.MolFromSmiles(text)
     if molecule is None:
         raise MoleculeError(_why(text))
@@ -54,17 +52,15 @@ def canonical_smiles(text: str, policy: Mapping[str, Any]) -> str:
 
 
 def _largest_fragment(molecule: Chem.Mol) -> Chem.Mol:
-    """Fragment with the most heavy atoms; ties by number of atoms, then by SMILES, so that the order of writing does
-    not matter.
-    """
+    """Fragment with the most heavy atoms; ties by all atoms, then by SMILES, so the order in the text has no effect."""
     fragments = Chem.GetMolFrags(molecule, asMols=True)
     return max(fragments, key=lambda part: (part.GetNumHeavyAtoms(), part.GetNumAtoms(), Chem.MolToSmiles(part)))
 
 
 def _why(text: str) -> str:
-    """Reason why RDKit refused `text`, in a few words."""
+    """Why RDKit refused `text`, in a few words."""
     molecule = Chem.MolFromSmiles(text, sanitize=False)
     if molecule is None:
-        return "not SMILES"
+        return "not SMILES"  # type: ignore[unreachable]  # the stub leaves out that None is returned
     problems = Chem.DetectChemistryProblems(molecule)
     return "chemistry: " + (problems[0].Message() if problems else "RDKit cannot sanitise it")

@@ -1,8 +1,8 @@
-"""The embedded corpus of molecules: fragments of well-known drugs, recombined with a seed.
+"""The demo corpus of molecules: fragments of well-known drugs, recombined at random from a seed.
 
 The drugs are cut at BRICS bonds (Degen et al., ChemMedChem 2008) into pieces with one open bond (heads) or two (links),
-and pieces are joined head-head or head-link-head where BRICS allows that bond. Pieces are joined as SMILES text, which
-is much faster than a reaction; RDKit then parses and canonicalises the result, so only valid molecules come out.
+which are joined head-head or head-link-head where BRICS allows the bond. They are joined as SMILES text, which is much
+faster than a reaction; RDKit then parses and canonicalises the result, so only valid molecules come out.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from rdkit import Chem
 from rdkit import __version__ as RDKIT_VERSION
 from rdkit.Chem import BRICS
 
-from exlm_dist.prepare.api import prepare_molecules
 from exlm_dist.prepare.demo.drugs import DRUGS
 from exlm_dist.prepare.folder import Source, chunked
 from exlm_dist.prepare.readers import Row
+from exlm_dist.prepare.smiles import prepare_smiles
 from exlm_dist.prepare.summary import Summary
 from exlm_dist.prepare.workers import default_workers, ordered_map
 from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles, make_policy
@@ -45,14 +45,14 @@ def prepare_demo_smiles(
     overwrite: bool = False,
     **settings: Any,
 ) -> Summary:
-    """`count` demo molecules as a prepared folder. `settings`: as in `prepare_molecules`."""
+    """Prepare `count` demo molecules as the folder `out`. `settings`: as in `prepare_smiles`."""
     identity = [{"name": "demo molecules", "count": count, "seed": seed, "rdkit": RDKIT_VERSION}]
 
     def rows() -> Iterator[Row]:
         for number, smiles in enumerate(demo_molecules(count, seed, workers or default_workers()), 1):
             yield Row("demo", number, smiles)
 
-    return prepare_molecules(
+    return prepare_smiles(
         Source(identity, rows, canonical_under=_POLICY),
         out,
         max_length=max_length,
@@ -63,9 +63,9 @@ def prepare_demo_smiles(
 
 
 def demo_molecules(count: int = DEMO_MOLECULES, seed: int = 0, workers: int = 1) -> Iterator[str]:
-    """`count` distinct canonical SMILES, the same for the same seed and RDKit: the drugs first, then recombinations.
+    """`count` distinct canonical SMILES, a function of seed and RDKit version: the drugs first, then recombinations.
 
-    Raises DataError when the fragments do not yield that many.
+    Raises DataError if the fragments do not yield that many.
     """
     seen: set[str] = set()
     misses = 0
@@ -81,7 +81,7 @@ def demo_molecules(count: int = DEMO_MOLECULES, seed: int = 0, workers: int = 1)
             seen.add(smiles)
             yield smiles
         if misses > 20 * count + 1000:
-            raise DataError(f"the demo fragments give {len(seen):,} molecules, {count:,} were asked for.")
+            raise DataError(f"the demo fragments yield only {len(seen):,} molecules; {count:,} were asked for.")
 
 
 def _candidates(generator: random.Random) -> Iterator[str]:
@@ -104,9 +104,7 @@ def _candidates(generator: random.Random) -> Iterator[str]:
 
 
 def fragments() -> tuple[dict[str, list[tuple[str, str]]], list[tuple[str, str, str]]]:
-    """Pieces of the drugs: heads by BRICS label as (label, SMILES from the open bond on), links as (label, label,
-    SMILES).
-    """
+    """Pieces of the drugs: heads by BRICS label, (label, SMILES after the open bond); links, (label, label, SMILES)."""
     heads: dict[str, dict[str, None]] = defaultdict(dict)
     links: dict[tuple[str, str, str], None] = {}
     for drug in DRUGS.values():
@@ -114,8 +112,8 @@ def fragments() -> tuple[dict[str, list[tuple[str, str]]], list[tuple[str, str, 
         bonds = sorted(
             (tuple(sorted(pair)), labels)
             for pair, labels in BRICS.FindBRICSBonds(molecule)
-            if "7" not in labels[0] + labels[1]
-        )  # label 7 is a double bond
+            if "7" not in labels[0] + labels[1]  # label 7 is a double bond
+        )
         for cut in [*([bond] for bond in bonds), *map(list, combinations(bonds, 2))]:
             for piece in Chem.GetMolFrags(BRICS.BreakBRICSBonds(molecule, cut), asMols=True):
                 ends = [atom for atom in piece.GetAtoms() if atom.GetAtomicNum() == 0]
@@ -151,41 +149,47 @@ def _partners(heads: dict[str, list[tuple[str, str]]]) -> dict[str, list[str]]:
 def _filled(scaffold: str, pieces: list[str]) -> str:
     """`scaffold` with each open bond replaced by the next of `pieces`; a leading one becomes a chain in front."""
     for number, piece in enumerate(pieces):
-        place = _OPEN.search(scaffold)
+        bond = _OPEN.search(scaffold)
+        assert bond is not None, "as many open bonds as pieces"
         piece = _renumbered(piece, 40 + 20 * number)
-        if place.start() == 0:
-            # X of the piece and Y of the scaffold are joined by a ring-closure label, so that the piece need not be
-            # reversed.
+        if bond.start() == 0:
+            # The first atoms are joined by a ring-closure label, so that the piece need not be reversed.
             closing = f"%{90 + number}"
-            tokens, own = split_smiles(piece), split_smiles(scaffold[place.end() :])
+            tokens, own = _tokens(piece), _tokens(scaffold[bond.end() :])
             scaffold = f"{own[0]}{closing}{''.join(own[1:])}.{tokens[0]}{closing}{''.join(tokens[1:])}"
         else:
-            scaffold = scaffold[: place.start()] + piece + scaffold[place.end() :]
+            scaffold = scaffold[: bond.start()] + piece + scaffold[bond.end() :]
     return scaffold
 
 
 def _renumbered(smiles: str, base: int) -> str:
-    """Ring-closure digits moved up by `base`, out of the way of those of the scaffold."""
+    """`smiles` with its ring-closure numbers raised by `base`, so that they differ from those of the scaffold."""
     return "".join(
-        f"%{base + int(token.lstrip('%'))}" if token.lstrip("%").isdigit() else token for token in split_smiles(smiles)
+        f"%{base + int(token.lstrip('%'))}" if token.lstrip("%").isdigit() else token for token in _tokens(smiles)
     )
 
 
+def _tokens(smiles: str) -> list[str]:
+    tokens = split_smiles(smiles)
+    assert tokens is not None, f"RDKit wrote {smiles}"
+    return tokens
+
+
 def finish_candidates(candidates: list[str]) -> list[str]:
-    """Canonical form of each; empty for what is no molecule or not of the size of a drug."""
+    """Canonical SMILES of each; empty if it is not a molecule, or not one of the size of a drug."""
     finished = []
     for candidate in candidates:
         try:
             smiles = canonical_smiles(candidate, _POLICY)
         except MoleculeError:
             smiles = ""
-        atoms = sum(token[0].isalpha() or token[0] == "[" for token in split_smiles(smiles))
+        atoms = sum(token[0].isalpha() or token[0] == "[" for token in _tokens(smiles))
         finished.append(smiles if MIN_ATOMS <= atoms <= MAX_ATOMS or candidate in _DRUGS else "")
     return finished
 
 
 def _draw(generator: random.Random, size: int) -> int:
-    """Integer in [0, size); built on `random()`, whose stream is the same in every version of Python."""
+    """Integer in [0, size), from `random()` because its stream is the same in every version of Python."""
     return int(generator.random() * size)
 
 

@@ -1,4 +1,4 @@
-"""The embedded corpus of text: the language reference that `help()` shows, which every Python carries."""
+"""The demo corpus of text: the language reference that `help()` shows, which comes with every Python."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from exlm_dist.prepare.api import prepare_documents
 from exlm_dist.prepare.folder import Source
 from exlm_dist.prepare.readers import Row
 from exlm_dist.prepare.summary import Summary
+from exlm_dist.prepare.text import prepare_text
 
 
 def demo_documents() -> list[str]:
-    """The topics of `pydoc`, sorted by name; the same for the same version of Python."""
+    """The topics of `pydoc`, sorted by name; a function of the version of Python."""
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]
@@ -30,7 +30,7 @@ def prepare_demo_text(
     overwrite: bool = False,
     **settings: Any,
 ) -> Summary:
-    """The demo text as a prepared folder. `settings`: as in `prepare_documents`."""
+    """Prepare the demo text as the folder `out`. `settings`: as in `prepare_text`."""
     documents = demo_documents()
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
     identity = [{"name": "pydoc topics", "python": platform.python_version(), "sha256": digest}]
@@ -39,7 +39,7 @@ def prepare_demo_text(
         for number, text in enumerate(documents, 1):
             yield Row("pydoc", number, text)
 
-    return prepare_documents(
+    return prepare_text(
         Source(identity, rows),
         out,
         vocab_size=vocab_size,

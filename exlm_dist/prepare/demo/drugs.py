@@ -1,4 +1,4 @@
-"""Well-known drugs as SMILES, written by hand from general knowledge: the seed of the demo corpus."""
+"""Well-known drugs as SMILES, written by hand from general knowledge: the source of the demo molecules."""
 
 from __future__ import annotations
 

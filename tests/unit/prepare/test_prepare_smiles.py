@@ -9,8 +9,8 @@ from prepared_folder import verify_folder
 
 from exlm_dist.data.manifest import MANIFEST
 from exlm_dist.data.shards import ShardDataset
-from exlm_dist.prepare.api import prepare_smiles
 from exlm_dist.prepare.demo.drugs import DRUGS
+from exlm_dist.prepare.smiles import prepare_smiles
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.utils.errors import DataError
 
@@ -121,15 +121,15 @@ def test_hopeless_input_is_refused_early(tmp_path: Path, monkeypatch: pytest.Mon
     ("rows", "settings", "message"),
     [
         (["CCO"], {}, r"1 usable sequence\(s\): at least 2"),
-        ([""], {}, "no input row holds anything"),
+        ([""], {}, "all rows of the input are empty"),
         (
             ["CCCCCCCC", "CCCCCCCCC"],
             {"max_length": 5},
             r"none of 2 rows can be used .*too long: 10 tokens, at most 5.*Raise --max-length",
         ),
-        (["CCO", "CCC"], {"max_length": 3}, "max_length = 3: at least 4"),
+        (["CCO", "CCC"], {"max_length": 3}, "max_length = 3: must be at least 4"),
         (["CCO", "CCC"], {"valid_fraction": 0.9}, "valid_fraction = 0.9"),
-        (["CCO", "CCC"], {"salts": "none"}, "salts = 'none': one of keep, largest_fragment"),
+        (["CCO", "CCC"], {"salts": "none"}, "salts = 'none': must be one of keep, largest_fragment"),
     ],
 )
 def test_input_that_cannot_be_used(tmp_path: Path, rows: list[str], settings: dict, message: str) -> None:
@@ -148,13 +148,13 @@ def test_finished_folder_is_reused_refused_or_replaced(tmp_path: Path) -> None:
     assert (
         again.reused
         and not first.reused
-        and "was there already" in str(again)
+        and "prepared before" in str(again)
         and (out / MANIFEST).stat().st_mtime_ns == before
     )
-    with pytest.raises(DataError, match="prepared otherwise .*max_length: 512 there, 64 now.*--overwrite"):
+    with pytest.raises(DataError, match="prepared differently .*max_length: 512 then, 64 now.*--overwrite"):
         prepare_smiles([str(path)], out, max_length=64, workers=1)
     path.write_text("\n".join(DRUG_LIST[:101]))
-    with pytest.raises(DataError, match="prepared otherwise .*inputs: a.smi"):
+    with pytest.raises(DataError, match="prepared differently .*inputs: a.smi"):
         prepare_smiles([str(path)], out, workers=1)
     replaced = prepare_smiles([str(path)], out, workers=1, overwrite=True)
     assert not replaced.reused and replaced.manifest["fingerprint"] != first.manifest["fingerprint"]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from exlm_dist.data.shards import ShardDataset
-from exlm_dist.prepare.api import prepare_smiles, prepare_text
 from exlm_dist.prepare.demo.demo_text import demo_documents, prepare_demo_text
-from exlm_dist.prepare.text import BlockCutter
+from exlm_dist.prepare.smiles import prepare_smiles
+from exlm_dist.prepare.text import BlockCutter, prepare_text
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL
 from exlm_dist.utils.errors import DataError

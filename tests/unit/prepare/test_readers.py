@@ -48,7 +48,7 @@ def test_parquet(tmp_path: Path) -> None:
         texts(path)
 
 
-def test_rows_carry_their_place(tmp_path: Path) -> None:
+def test_rows_carry_their_position(tmp_path: Path) -> None:
     path = tmp_path / "a.smi"
     path.write_text(PLAIN["a.smi"])
     assert [row.row for row in read_rows(path, None, "smiles")] == [2, 4, 5]
@@ -70,7 +70,7 @@ def test_wrong_column_lists_the_columns(tmp_path: Path, name: str) -> None:
 def test_columns_without_a_default(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("x,y\n1,2\n")
-    with pytest.raises(DataError, match="say which column holds the smiles with --column NAME. Its columns: 'x', 'y'"):
+    with pytest.raises(DataError, match="name the column of the smiles with --column NAME. Its columns: 'x', 'y'"):
         texts(path)
     path.write_text("only\nCCO\n")
     assert texts(path) == ["CCO"]
@@ -107,7 +107,7 @@ def test_missing_empty_unknown_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="e.txt: the file is empty"):
         expand_inputs([str(tmp_path / "e.txt")])
     (tmp_path / "a.docx").write_text("x")
-    with pytest.raises(DataError, match=r"do not know how to read '.docx' files; one of .csv"):
+    with pytest.raises(DataError, match=r"cannot read '.docx' files; the name must end in one of .csv"):
         expand_inputs([str(tmp_path / "a.docx")])
     damaged = tmp_path / "a.txt.gz"
     damaged.write_bytes(gzip.compress(b"CCO\n" * 10_000)[:-20])
@@ -120,7 +120,7 @@ def test_missing_empty_unknown_and_damaged_files(tmp_path: Path) -> None:
 
 
 def test_zstd_frames_are_joined_and_a_cut_one_is_found(tmp_path: Path) -> None:
-    """The library's own stream reader takes a file that is cut off for a whole one."""
+    """The library's own stream reader takes a truncated file for a whole one."""
     import zstandard
 
     lines = [f"line {number}" for number in range(50_000)]

@@ -1,4 +1,4 @@
-"""Publishing: whole or not at all, whatever interrupts it."""
+"""Publishing: as a whole or not at all, whatever interrupts it."""
 
 import errno
 import os
@@ -12,8 +12,8 @@ import pytest
 
 from exlm_dist.data.manifest import MANIFEST
 from exlm_dist.prepare import shard_writer
-from exlm_dist.prepare.api import prepare_smiles
 from exlm_dist.prepare.progress import Progress
+from exlm_dist.prepare.smiles import prepare_smiles
 from exlm_dist.prepare.staging import remove_leftovers, staged_folder
 from exlm_dist.prepare.workers import ordered_map
 from exlm_dist.utils.errors import DataError
@@ -30,7 +30,7 @@ with staged_folder(Path(sys.argv[1]), overwrite=False) as folder:
 
 
 def hold(out: Path) -> tuple[subprocess.Popen, Path]:
-    """A process that is in the middle of writing `out`, and its hidden folder."""
+    """A process in the middle of writing `out`, and its hidden folder."""
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], stdout=subprocess.PIPE, text=True)
     return process, Path(process.stdout.readline().strip())
 
@@ -64,7 +64,7 @@ def test_killed_run_leaves_nothing_that_looks_finished_and_the_next_cleans_up(tm
     try:
         assert folder.is_dir() and not (tmp_path / "out").exists()
         remove_leftovers(tmp_path / "out")
-        assert (folder / "part").is_file(), "the folder of a living process must stay"
+        assert (folder / "part").is_file(), "the folder of a running process must stay"
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait(30)
@@ -93,7 +93,7 @@ def test_what_may_not_be_replaced(tmp_path: Path) -> None:
 
 def test_two_at_once_the_second_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(DataError, match="prepared already"), staged_folder(out, overwrite=False) as late:
+    with pytest.raises(DataError, match="already holds prepared data"), staged_folder(out, overwrite=False) as late:
         (late / MANIFEST).write_text("late")
         with staged_folder(out, overwrite=False) as early:
             (early / MANIFEST).write_text("early")

@@ -1,4 +1,4 @@
-"""Molecules: the policy, the reasons, and the embedded corpus."""
+"""Molecules: the policy, the reasons, and the demo corpus."""
 
 from itertools import islice
 
@@ -21,7 +21,7 @@ def test_policy() -> None:
     base = make_policy(salts="largest_fragment")
     assert canonical_smiles("[Na+].CC(=O)[O-]", base) == canonical_smiles("CC(=O)[O-].[Na+]", base) == "CC(=O)[O-]"
     assert "." in canonical_smiles("[Na+].CC(=O)[O-]", keep)
-    with pytest.raises(DataError, match="stereo = 'some': one of keep, drop"):
+    with pytest.raises(DataError, match="stereo = 'some': must be one of keep, drop"):
         make_policy(stereo="some")
 
 
@@ -55,5 +55,5 @@ def test_demo_corpus_is_large_distinct_canonical_and_reproducible() -> None:
 
 def test_too_many_demo_molecules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("exlm_dist.prepare.demo.demo_molecules.DRUGS", {"aspirin": DRUGS["aspirin"]})
-    with pytest.raises(DataError, match="the demo fragments give .* 90 were asked for"):
+    with pytest.raises(DataError, match="the demo fragments yield only .* 90 were asked for"):
         list(demo_molecules(90))

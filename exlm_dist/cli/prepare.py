@@ -19,10 +19,10 @@ def register(commands: Commands) -> None:
         kinds,
         "text",
         _text,
-        "text: .txt (documents divided by blank lines) .csv .tsv .jsonl .parquet, plain, .gz or .zst",
+        "text: .txt (documents separated by blank lines) .csv .tsv .jsonl .parquet, plain, .gz or .zst",
     )
-    demo_smiles = add_command(kinds, "demo-smiles", _demo_smiles, "the embedded demonstration corpus of molecules")
-    demo_text = add_command(kinds, "demo-text", _demo_text, "the embedded demonstration corpus of English prose")
+    demo_smiles = add_command(kinds, "demo-smiles", _demo_smiles, "the built-in demo corpus of molecules")
+    demo_text = add_command(kinds, "demo-text", _demo_text, "the built-in demo corpus of English text")
     for parser in (smiles, text):
         _add_input(parser)
     smiles.add_argument(
@@ -33,33 +33,33 @@ def register(commands: Commands) -> None:
     smiles.add_argument(
         "--salts",
         choices=["keep", "largest_fragment"],
-        help="what becomes of molecules of several parts (keep, or what --tokenizer says)",
+        help="what to do with molecules of several fragments (keep, or what --tokenizer says)",
     )
-    text.add_argument("--vocab-size", type=int, default=32000, help="sentencepiece vocabulary")
-    demo_smiles.add_argument("--molecules", type=int, default=24000, help="distinct molecules to build")
-    demo_text.add_argument("--vocab-size", type=int, default=2000, help="sentencepiece vocabulary")
+    text.add_argument("--vocab-size", type=int, default=32000, help="size of the sentencepiece vocabulary")
+    demo_smiles.add_argument("--molecules", type=int, default=24000, help="number of distinct molecules to build")
+    demo_text.add_argument("--vocab-size", type=int, default=2000, help="size of the sentencepiece vocabulary")
     for parser in (smiles, text, demo_smiles, demo_text):
-        parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to publish")
+        parser.add_argument("--out", required=True, metavar="FOLDER", help="prepared folder to write")
         parser.add_argument("--max-length", type=int, default=128, help="longest sequence, BOS and EOS counted")
-        parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+        parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="number of processes")
         parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
-    """Options of a corpus that the user brings."""
+    """Add the options for a corpus of the user's own."""
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="input files or glob patterns")
-    parser.add_argument("--column", help="column (csv, tsv, parquet) or field (jsonl) that has the SMILES or the text")
+    parser.add_argument("--column", help="column (csv, tsv, parquet) or field (jsonl) with the SMILES or the text")
     parser.add_argument(
         "--valid-input",
         dest="valid_inputs",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="held-out files; without them a fraction of --input becomes the held-out split",
+        help="held-out files; without them a fraction of --input is held out",
     )
-    parser.add_argument("--valid-fraction", type=float, default=0.02, help="fraction of the records in that split")
+    parser.add_argument("--valid-fraction", type=float, default=0.02, help="fraction of the sequences that is held out")
     parser.add_argument(
-        "--tokenizer", metavar="FOLDER", help="use this tokenizer folder (of an earlier prepare, or of a checkpoint)"
+        "--tokenizer", metavar="FOLDER", help="use the tokenizer of this folder (prepared data or a checkpoint)"
     )
 
 
@@ -92,6 +92,6 @@ def _demo_text(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace, **renamed: str) -> dict[str, Any]:
-    """The command's own options, under the names of the function that they go to."""
+    """The command's own options, named as the parameters of the function that takes them."""
     own = {"command", "handler", "overrides"}
     return {renamed.get(name, name): value for name, value in vars(options).items() if name not in own}

@@ -37,8 +37,9 @@ class Summary:
         """Label and value of each line of the table."""
         statistics, splits = self.manifest["statistics"], self.manifest["splits"]
         aside = sum(self.quarantined.values())
+        reused = "  (prepared before from the same input and settings)" if self.reused else ""
         lines = [
-            ("folder", f"{self.path}" + ("  (prepared before from the same input and settings)" if self.reused else "")),
+            ("folder", f"{self.path}{reused}"),
             (
                 "domain",
                 f"{self.manifest['domain']}, vocabulary {self.manifest['vocab_size']:,}, "
@@ -66,7 +67,7 @@ class Summary:
         return lines
 
     def table(self) -> str:
-        """The lines, aligned."""
+        """The lines with their values aligned."""
         lines = self.lines()
         width = max(len(label) for label, _ in lines)
         return "\n".join(f"{label:<{width}}  {value}" for label, value in lines)

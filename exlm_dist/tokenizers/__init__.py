@@ -1,4 +1,4 @@
-"""Text and molecules to token ids and back, and how a saved tokenizer is loaded."""
+"""Text and molecules to token ids and back; `load_tokenizer` loads a saved tokenizer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["Tokenizer", "load_tokenizer"]
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """The tokenizer saved in `folder` (or in its `tokenizer/`, as in prepared data and checkpoints).
+    """The tokenizer saved in `folder`, or in its `tokenizer/` (prepared data, checkpoints).
 
-    Raises DataError when there is none or it cannot be read.
+    Raises DataError if there is none or it cannot be read.
     """
     folder = Path(folder)
     if not (folder / TOKENIZER_FILE).is_file() and (folder / "tokenizer" / TOKENIZER_FILE).is_file():
@@ -23,7 +23,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{folder}: no tokenizer there ({TOKENIZER_FILE}: {error.strerror}).") from error
+        raise DataError(f"{folder}: no tokenizer in this folder ({TOKENIZER_FILE}: {error.strerror}).") from error
     except ValueError as error:
         raise DataError(f"{path}: not readable as JSON ({error}).") from error
     kind = content.get("kind") if isinstance(content, dict) else None
@@ -35,4 +35,4 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         from exlm_dist.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
         return SentencePieceTokenizer.load(folder)
-    raise DataError(f"{path}: tokenizer kind {kind!r} is none of 'smiles', 'sentencepiece'.")
+    raise DataError(f"{path}: tokenizer kind is {kind!r}; it must be one of 'smiles', 'sentencepiece'.")

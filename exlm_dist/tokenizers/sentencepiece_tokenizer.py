@@ -1,4 +1,4 @@
-"""Sentencepiece as a `Tokenizer`: trained here, or any given model with its ids mapped to ours."""
+"""Sentencepiece as a `Tokenizer`: trained here, or any existing model with its ids mapped to ours."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from exlm_dist.utils.files import fingerprint_of, write_atomic, write_json
 
 MODEL_FILE = "sentencepiece.model"
 WORD_START = "\u2581"
-#: Threads of the trainer. Fixed, because sums over threads decide the last digits of its scores.
+#: Threads of the trainer. Fixed, because the last digits of its scores depend on the sums over threads.
 TRAINER_THREADS = 4
 
 
 class SentencePieceTokenizer:
-    """See `Tokenizer`. The ordinary pieces of the model keep their order and get the ids from 5 on.
+    """See `Tokenizer`. The ordinary pieces of the model keep their order and get the ids from 5 up.
 
-    Control pieces are dropped, so that no text can produce a special id; a model trained by `train` already has our
-    ids.
+    Control pieces are dropped, so that no text can produce a special id. A model from `train` has our ids already.
     """
 
     domain = "text"
@@ -47,7 +46,7 @@ class SentencePieceTokenizer:
         self._theirs = [-1] * NUM_SPECIAL + ordinary
         pieces = [processor.IdToPiece(i) for i in ordinary]
         self._names = [*SPECIAL_NAMES, *pieces]
-        #: bool [vocab_size]: the ids that begin a word
+        #: bool [vocab_size]: which ids start a word
         self.starts_word = np.array([False] * NUM_SPECIAL + [piece.startswith(WORD_START) for piece in pieces])
         self._content = {
             "kind": "sentencepiece",
@@ -58,11 +57,9 @@ class SentencePieceTokenizer:
 
     @classmethod
     def train(cls, sentences: Iterable[str], vocab_size: int, model_type: str = "unigram") -> SentencePieceTokenizer:
-        """Train on `sentences`; `vocab_size` counts the five special ids and the 256 bytes that rare characters fall
-        back to.
+        """Train on `sentences`; `vocab_size` includes the five special ids and the 256 bytes of the byte fallback.
 
-        model_type: 'unigram' or 'bpe'. Raises DataError with the size that would fit when the text is too small or too
-        varied.
+        model_type: 'unigram' or 'bpe'. Raises DataError, with the size that fits, if the text does not suit `vocab_size`.
         """
         import sentencepiece
 
@@ -95,19 +92,19 @@ class SentencePieceTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> SentencePieceTokenizer:
-        """Read a saved tokenizer; DataError when the model file is missing or not the one that was saved."""
+        """Read a saved tokenizer; DataError if the model file is missing or not the one that was saved."""
         path = Path(folder) / MODEL_FILE
         expected = json.loads((Path(folder) / TOKENIZER_FILE).read_text(encoding="utf-8")).get("model_sha256")
         tokenizer = cls.from_model_file(path)
         if tokenizer._content["model_sha256"] != expected:
             raise DataError(
-                f"{path}: sha256 {tokenizer._content['model_sha256']}, expected {expected} (damaged or exchanged)."
+                f"{path}: sha256 {tokenizer._content['model_sha256']}, expected {expected} (damaged or replaced)."
             )
         return tokenizer
 
     @classmethod
     def from_model_file(cls, path: Path) -> SentencePieceTokenizer:
-        """Use a `.model` file that sentencepiece wrote, with whatever ids it has."""
+        """Use a `.model` file that sentencepiece wrote, whatever its ids. DataError if it cannot be read."""
         try:
             return cls(Path(path).read_bytes())
         except (OSError, RuntimeError) as error:
@@ -150,6 +147,6 @@ def _training_problem(message: str, vocab_size: int) -> str:
     if limit := re.search(r"smaller than required_chars\. (\d+) vs (\d+)", message):
         return (
             f"vocab_size {vocab_size} is too small: the characters, bytes and special ids alone need {limit.group(2)}. "
-            f"Use a larger --vocab-size."
+            "Use a larger --vocab-size."
         )
     return f"sentencepiece cannot be trained on this text with vocab_size {vocab_size}: {message.strip()}"

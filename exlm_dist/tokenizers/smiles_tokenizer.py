@@ -1,7 +1,7 @@
 """Atom-level SMILES tokenizer: one regular expression, a vocabulary from the corpus, plain JSON on disk.
 
-The expression is that of Schwaller et al. (Molecular Transformer, 2019) as used by MolFormer, with ring closures of
-three and more digits, dative bonds and the remaining symbols of the OpenSMILES grammar. A bracket atom is one token.
+The expression is that of Schwaller et al. (Molecular Transformer, 2019) as used by MolFormer, plus ring closures of
+three or more digits, dative bonds and the remaining symbols of the OpenSMILES grammar. A bracket atom is one token.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ _TOKENS = re.compile(PATTERN, re.ASCII)
 
 
 def split_smiles(smiles: str) -> list[str] | None:
-    """Tokens whose concatenation is `smiles`; None where some character belongs to no token, so that nothing is lost in
-    silence.
-    """
+    """Tokens whose concatenation is `smiles`; None if any character belongs to no token: none is dropped silently."""
     tokens = _TOKENS.findall(smiles)
     return tokens if sum(map(len, tokens)) == len(smiles) and "".join(tokens) == smiles else None
 
@@ -38,7 +36,7 @@ def vocabulary_from(counts: Mapping[str, int], min_count: int = 1) -> list[str]:
 
 
 class SmilesTokenizer:
-    """See `Tokenizer`. `policy` is how molecules were made canonical before counting: part of the tokenizer."""
+    """See `Tokenizer`. `policy`: how the molecules that it was built from were made canonical."""
 
     domain = "smiles"
 
@@ -46,7 +44,7 @@ class SmilesTokenizer:
         self.vocabulary = list(vocabulary)
         self.policy = dict(policy)
         self.vocab_size = NUM_SPECIAL + len(self.vocabulary)
-        self._ids = {token: NUM_SPECIAL + place for place, token in enumerate(self.vocabulary)}
+        self._ids = {token: NUM_SPECIAL + index for index, token in enumerate(self.vocabulary)}
         self._content = {
             "kind": "smiles",
             "pattern": PATTERN,
@@ -58,17 +56,17 @@ class SmilesTokenizer:
 
     @classmethod
     def from_counts(cls, counts: Counter[str], policy: Mapping[str, Any], min_count: int = 1) -> SmilesTokenizer:
-        """Tokenizer of the tokens counted in a corpus."""
+        """Tokenizer for the tokens counted in a corpus."""
         return cls(vocabulary_from(counts, min_count), policy)
 
     @classmethod
     def load(cls, folder: Path) -> SmilesTokenizer:
-        """Read `tokenizer.json`; DataError when it was written with another expression or lacks a part."""
+        """Read `tokenizer.json`; DataError if it was written with another expression or is incomplete."""
         path = Path(folder) / TOKENIZER_FILE
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("pattern") != PATTERN:
             raise DataError(
-                f"{path}: written with another token expression than this version has. Prepare the data again."
+                f"{path}: written with a token expression other than that of this version. Prepare the data again."
             )
         if missing := {"vocabulary", "policy"} - content.keys():
             raise DataError(f"{path}: lacks {', '.join(sorted(missing))}.")
@@ -82,7 +80,7 @@ class SmilesTokenizer:
     def encode(self, text: str) -> list[int]:
         tokens = split_smiles(text)
         if tokens is None:
-            raise DataError(f"{text[:80]!r} is not made of SMILES tokens.")
+            raise DataError(f"{text[:80]!r} does not consist of SMILES tokens.")
         get = self._ids.get
         return [get(token, UNK) for token in tokens]
 

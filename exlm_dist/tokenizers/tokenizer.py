@@ -1,4 +1,4 @@
-"""What every tokenizer offers, and the special ids that all of them have in common."""
+"""The interface of a tokenizer, and the special ids that all tokenizers have in common."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. No method adds or expects BOS and EOS; `encode` returns no special id but UNK."""
+    """Text to ids and back. No method adds or expects BOS or EOS; `encode` returns no special id except UNK."""
 
     domain: str  # 'text' or 'smiles'
     vocab_size: int
-    fingerprint: str  # changes with anything that changes what `encode` returns
+    fingerprint: str  # differs whenever `encode` may return something different
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`. Raises DataError when the text cannot be represented."""
+        """Ids of `text`. Raises DataError if the text cannot be represented."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of many texts, joined: (tokens int32 [sum of lengths], lengths int64 [m])."""
+        """Ids of the texts, concatenated: (tokens int32 [sum of lengths], lengths int64 [m])."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; BOS, PAD and EOS vanish, UNK and MASK show as `<unk>` and `<mask>`."""
+        """Text of `ids`; BOS, PAD and EOS are dropped, UNK and MASK become `<unk>` and `<mask>`."""
         ...
 
     def tokens(self) -> list[str]:
-        """The written form of every id, [vocab_size]."""
+        """The token of every id as text, [vocab_size]."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer into `folder` (made if missing), for `load_tokenizer`."""
+        """Write the tokenizer into `folder` (created if missing), for `load_tokenizer`."""
         ...

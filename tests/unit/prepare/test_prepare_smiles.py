@@ -93,7 +93,7 @@ def test_given_tokenizer_brings_its_policy(tmp_path: Path) -> None:
     assert "CC<unk>" in molecules(tmp_path / "b", "train") + molecules(tmp_path / "b", "valid")
     with pytest.raises(DataError, match="stereo = 'keep', but the given tokenizer was made with stereo = 'drop'"):
         prepare_smiles([str(tmp_path / "b.smi")], tmp_path / "c", tokenizer=tmp_path / "a", stereo="keep")
-    with pytest.raises(DataError, match="no tokenizer there"):
+    with pytest.raises(DataError, match="no tokenizer in this folder"):
         prepare_smiles([str(tmp_path / "b.smi")], tmp_path / "c", tokenizer=tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Both tokenizers: nothing is lost, special ids cannot come from text, saved and loaded alike."""
+"""Both tokenizers: nothing is lost, no text produces special ids, loading restores what was saved."""
 
 import json
 from collections import Counter
@@ -50,7 +50,7 @@ def test_text_that_is_not_smiles_is_not_tokenised_in_part(text: str) -> None:
     assert tokens is None or "".join(tokens) == text
     if text != "CC(C":
         assert tokens is None
-        with pytest.raises(DataError, match="not made of SMILES tokens"):
+        with pytest.raises(DataError, match="does not consist of SMILES tokens"):
             SmilesTokenizer(["C"], POLICY).encode(text)
 
 
@@ -78,18 +78,18 @@ def test_smiles_vocabulary_round_trip_and_unknown(tmp_path: Path) -> None:
     assert SmilesTokenizer.from_counts(counts, POLICY, min_count=2).vocab_size < tokenizer.vocab_size
 
 
-def test_what_is_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no tokenizer there"):
+def test_what_is_not_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no tokenizer in this folder"):
         load_tokenizer(tmp_path)
     file = tmp_path / "tokenizer.json"
     file.write_text("{")
     with pytest.raises(DataError, match="not readable as JSON"):
         load_tokenizer(tmp_path)
     file.write_text('{"kind": "other"}')
-    with pytest.raises(DataError, match="kind 'other' is none of"):
+    with pytest.raises(DataError, match="kind is 'other'; it must be one of"):
         load_tokenizer(tmp_path)
     file.write_text('{"kind": "smiles", "pattern": "x"}')
-    with pytest.raises(DataError, match="another token expression"):
+    with pytest.raises(DataError, match="a token expression other than"):
         load_tokenizer(tmp_path)
 
 

@@ -55,9 +55,9 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="held-out files; without them a fraction of --input is held out",
+        help="files of the held-out split; without them a fraction of --input makes it up",
     )
-    parser.add_argument("--valid-fraction", type=float, default=0.02, help="fraction of the sequences that is held out")
+    parser.add_argument("--valid-fraction", type=float, default=0.02, help="fraction of the sequences in that split")
     parser.add_argument(
         "--tokenizer", metavar="FOLDER", help="use the tokenizer of this folder (prepared data or a checkpoint)"
     )

@@ -91,7 +91,7 @@ def content_hash(content: bytes | memoryview) -> int:
 
 
 def choose_valid(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """Which sequences (hashes uint64 [n]) are held out: bool [n], those with the smallest hashes, whatever their order.
+    """Mask of the held-out sequences, bool [n]: those with the smallest of `hashes`, uint64 [n], whatever their order.
 
     About `fraction` of them, at least one and at most `VALID_CAP` (more only if several have the same hash). DataError
     if none would be left to train on.
@@ -108,7 +108,7 @@ def choose_valid(hashes: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def check_fraction(fraction: float) -> None:
-    """DataError if `fraction` of the data cannot be held out."""
+    """DataError if `fraction` cannot be that of the held-out split."""
     if not 0 < fraction <= 0.5:
         raise DataError(f"valid_fraction = {fraction:g}: must be above 0 and at most 0.5.")
 

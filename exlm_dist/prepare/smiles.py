@@ -65,8 +65,8 @@ def prepare_smiles(
     """Prepare the molecules of `inputs` (paths and patterns, or any source of rows) as the folder `out`.
 
     column: of csv, tsv, parquet, jsonl. max_length: of the sequences kept, in tokens, BOS and EOS counted. stereo,
-    salts: see `make_policy`; default 'keep', or the policy of a given tokenizer. valid_inputs: held-out files; without
-    them `valid_fraction` of the molecules is held out. min_count: occurrences a token needs to enter the vocabulary.
+    salts: see `make_policy`; default 'keep', or the policy of a given tokenizer. valid_inputs: files of the held-out
+    split; default `valid_fraction` of the molecules. min_count: occurrences a token needs to enter the vocabulary.
     tokenizer: folder of a SMILES tokenizer to use instead of a new one. Raises DataError for input that cannot be used;
     single such rows go to `quarantine.tsv`.
     """
@@ -150,7 +150,7 @@ class SmilesJob:
         }
 
     def _read(self, molecules: _Molecules) -> None:
-        """Read all rows, held-out files first, so that a molecule in both is held out. DataError if none is usable."""
+        """Read all rows, held-out files first, as the first of equal molecules stays. DataError if none is usable."""
         with molecules, Progress("molecules", "rows") as progress:
             for source in filter(None, (self.valid, self.train)):
                 trusted = source.canonical_under == self.policy

@@ -70,9 +70,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
             f"{out}: exists and is not a folder of prepared data. Choose another --out, or remove it yourself."
         )
     if not overwrite:
-        raise DataError(
-            f"{out}: already holds prepared data. Choose another --out, or replace it with --overwrite."
-        )
+        raise DataError(f"{out}: already holds prepared data. Choose another --out, or replace it with --overwrite.")
 
 
 def _publish(folder: Path, out: Path, overwrite: bool) -> None:

@@ -151,7 +151,7 @@ class TextJob:
     def _cut(
         self, documents: list[_Documents], tokenizer: SentencePieceTokenizer, folder: Path, blocks: _Blocks
     ) -> np.ndarray:
-        """Encode the documents and cut them into `blocks`; returns which blocks are held out, bool [m]."""
+        """Encode the documents and cut them into `blocks`; returns which are held-out ones, bool [m]."""
         encode = partial(encode_documents, str(folder / TOKENIZER))
         counts = []
         for part in documents:

@@ -59,7 +59,7 @@ class SentencePieceTokenizer:
     def train(cls, sentences: Iterable[str], vocab_size: int, model_type: str = "unigram") -> SentencePieceTokenizer:
         """Train on `sentences`; `vocab_size` includes the five special ids and the 256 bytes of the byte fallback.
 
-        model_type: 'unigram' or 'bpe'. Raises DataError, with the size that fits, if the text does not suit `vocab_size`.
+        model_type: 'unigram' or 'bpe'. DataError, with the size that fits, if the text does not suit `vocab_size`.
         """
         import sentencepiece
 

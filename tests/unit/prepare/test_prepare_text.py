@@ -67,7 +67,7 @@ def test_rows_are_documents_and_a_tokenizer_can_be_given(corpus: Path, tmp_path:
     prepare_text([str(corpus)], tmp_path / "a", vocab_size=900, max_length=64, model_type="bpe", workers=1)
     path = tmp_path / "b.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in demo_documents()[:5]) + "{bad\n")
-    (tmp_path / "v.txt").write_text("held out")
+    (tmp_path / "v.txt").write_text("held-out")
     summary = prepare_text(
         [str(path)], tmp_path / "b", tokenizer=tmp_path / "a", max_length=64, valid_inputs=[str(tmp_path / "v.txt")]
     )

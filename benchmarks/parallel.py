@@ -4,7 +4,7 @@
 
 Bytes are counted by kind of collective during one step of the real engine (`exlm_dist.parallel.traffic`), on the first
 rank of each stage; nothing is timed. For the bubble every stage is made to take the same time (it sleeps, forward once,
-backward twice as long), so that the schedule is measured and not the cores of this machine: the share of a step in
+backward twice as long), so that the schedule is measured and not the cores of this machine: the fraction of a step in
 which a rank is in no forward or backward pass, mean over the ranks, beside (p - 1) / (m + p - 1). Writes two CSVs with
 versions and commit to results/.
 """
@@ -151,12 +151,12 @@ def formula(config: RunConfig, grid: Any, engine: Any, streams: list[Any]) -> Co
     if grid.pipeline.size > 1 and (grid.pipeline.is_first or grid.pipeline.is_last):
         total[REDUCE] += 4 * -(-VOCABULARY // grid.tensor.size) * config.model.width
     if grid.data.size > 1:
-        held = 4 * sum(int(np.prod(part.part_shape)) for part in engine.parameters)
+        local = 4 * sum(int(np.prod(part.part_shape)) for part in engine.parameters)
         zero, passes = config.parallel.zero, len(streams)
-        total[SCATTER if zero == 3 else REDUCE] += held * (passes if zero > 1 else 1)
+        total[SCATTER if zero == 3 else REDUCE] += local * (passes if zero > 1 else 1)
         # ZeRO 3 gathers the tied matrix for each of the two layers that use it.
         tied = 4 * VOCABULARY * config.model.width
-        total[GATHER] += {0: 0, 3: 2 * passes * (held + tied)}.get(zero, held)
+        total[GATHER] += {0: 0, 3: 2 * passes * (local + tied)}.get(zero, local)
     return total
 
 
@@ -178,9 +178,9 @@ def tensor_formula(config: RunConfig, grid: Any, stream: Any) -> Counter[str]:
     stream = stream.aligned(grid.tensor.size if sequence else 1)
     token, state = (4 * model.width * len(rows) for rows in (stream.input_ids, stream.state_index))
     costs = layer_costs(model, VOCABULARY, 45.0, config.masking.ratio)
-    held = cut_layers(costs, grid.pipeline.size)[grid.pipeline.rank]
+    stage = cut_layers(costs, grid.pipeline.size)[grid.pipeline.rank]
     first, last = grid.pipeline.is_first, grid.pipeline.is_last
-    blocks = len([place for place in held if 1 <= place <= model.layers])
+    blocks = len([layer for layer in stage if 1 <= layer <= model.layers])
     whole = blocks - last
     total: Counter[str] = Counter()
     if sequence:
@@ -190,14 +190,14 @@ def tensor_formula(config: RunConfig, grid: Any, stream: Any) -> Counter[str]:
     else:
         total[REDUCE] += token * first + 4 * whole * token + last * (token + 3 * state)
     if last:
-        states, moves = len(stream.state_index), 4 * stream.num_sequences * stream.max_states
-        total[REDUCE] += 2 * state + 8 * states + 4 * states * stream.max_targets + 2 * moves * (stream.max_states + 1)
+        states, row = len(stream.state_index), 4 * stream.num_sequences * stream.max_states
+        total[REDUCE] += 2 * state + 8 * states + 4 * states * stream.max_targets + 2 * row * (stream.max_states + 1)
         total[REDUCE] += 4 * model.width * stream.max_tokens
     return total
 
 
 def bubble(config: RunConfig, seconds: float, rounds: int = 4) -> float:
-    """Share of a step in which this rank is in no pass, where forward takes `seconds` and backward twice that."""
+    """Fraction of a step in which this rank is in no pass, where forward takes `seconds` and backward twice that."""
     from deepspeed.runtime.pipe import schedule
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
@@ -221,16 +221,16 @@ def bubble(config: RunConfig, seconds: float, rounds: int = 4) -> float:
     lasting(schedule.ForwardPass, seconds)
     lasting(schedule.BackwardPass, 2 * seconds)
     process, loader, engine = opened(config)
-    shares = []
+    fractions = []
     for number in range(rounds):
         batches, busy = loader.step(number), 0.0
         process.all_gather([0.0])
         start = time.perf_counter()
         optimizer_step(engine, batches, config, scored=False)
-        shares.append(1 - busy / (time.perf_counter() - start))
+        fractions.append(1 - busy / (time.perf_counter() - start))
     engine.close()
     processes.finish()
-    return float(np.median(shares[1:]))
+    return float(np.median(fractions[1:]))
 
 
 def on_ranks(function: Any, config: RunConfig, *arguments: Any) -> list[Any]:
@@ -268,7 +268,7 @@ def main() -> None:
     import torch
 
     about = {"commit": commit.strip(), "torch": torch.__version__, "processor": platform.machine()}
-    sent, shares = [], []
+    sent, fractions = [], []
     for name, parallel in LAYOUTS.items():
         found = [stage for stage in on_ranks(counted, config_of(parallel, 4)) if stage is not None]
         for stage, kinds in enumerate(found):
@@ -282,9 +282,9 @@ def main() -> None:
         expected = (stages - 1) / (micro_batches + stages - 1)
         print(f"{stages} stages, {micro_batches:2} micro-batches: bubble {measured:.1%}, formula {expected:.1%}")
         row = {"stages": stages, "micro_batches": micro_batches, "bubble": round(measured, 4)}
-        shares.append({**row, "formula": round(expected, 4), "forward_seconds": options.seconds, **about})
+        fractions.append({**row, "formula": round(expected, 4), "forward_seconds": options.seconds, **about})
     write(options.out / f"parallel_traffic_{date.today()}.csv", sent)
-    write(options.out / f"parallel_bubble_{date.today()}.csv", shares)
+    write(options.out / f"parallel_bubble_{date.today()}.csv", fractions)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,24 +19,20 @@ Draw = Callable[[Axes, History, str, bool], None]
 
 
 def plot_quality(histories: Sequence[History], folder: Path) -> Path:
-    """Training loss, held-out nll and held-out accuracy, by steps and (where it was logged) by seconds of training."""
+    """Training loss, held-out nll and held-out accuracy, by steps and (if logged) by seconds of training."""
     rows: list[tuple[str, str, Draw]] = [
         ("Training loss (each run's own objective)", "nats", lambda *rest: _trained(*rest, name="train/loss")),
         ("Held-out nll", "nats per masked token", lambda *rest: _held_out(*rest, name="valid/nll")),
-        (
-            "Held-out accuracy",
-            "fraction of masked tokens",
-            lambda *rest: _held_out(*rest, name="valid/accuracy"),
-        ),
+        ("Held-out accuracy", "fraction of masked tokens", lambda *rest: _held_out(*rest, name="valid/accuracy")),
     ]
     with style.figure(10, 9, "Quality over training", _subtitle(histories)) as made:
         grid = made.subplots(len(rows), 2, sharey="row", sharex="col")
-        for line, (title, unit, draw) in zip(grid, rows):
-            for axes, by_seconds in zip(line, (False, True)):
+        for panels, (title, unit, draw) in zip(grid, rows):
+            for axes, by_seconds in zip(panels, (False, True)):
                 _each(axes, histories, draw, by_seconds)
                 style.label(axes, title, "", "" if by_seconds else unit)
-        for line in grid[2]:
-            line.yaxis.set_major_formatter(PercentFormatter(1))
+        for axes in grid[2]:
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
         grid[2, 0].set_xlabel("optimizer steps")
         grid[2, 1].set_xlabel("seconds of training (without evaluation and restarts)")
         _legend(grid[0, 0], histories)
@@ -63,7 +60,7 @@ def plot_optimisation(histories: Sequence[History], folder: Path) -> Path:
 
 
 def plot_throughput(histories: Sequence[History], folder: Path) -> Path:
-    """Tokens per second before and after expansion, and the time of a step with what of it was waiting for data."""
+    """Tokens per second before and after expansion; time of a step, and how much of it was spent waiting for data."""
     with style.figure(10, 3.9, "Throughput", _subtitle(histories)) as made:
         left, right = made.subplots(1, 2)
         _each(left, histories, _speed, False)
@@ -78,7 +75,7 @@ def plot_throughput(histories: Sequence[History], folder: Path) -> Path:
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Centred mean over `width` points (fewer at the ends); values that are not finite are left out of it."""
+    """Centred mean over `width` points (fewer at the ends), without the values that are not finite."""
     if width < 2 or not len(values):
         return values
     finite = np.isfinite(values)
@@ -125,13 +122,13 @@ def _steps(series: Series) -> np.ndarray:
     return series.steps
 
 
-def _line(axes: Axes, series: Series, colour: str, x: Callable[[Series], np.ndarray], **options) -> None:
+def _line(axes: Axes, series: Series, colour: str, x: Callable[[Series], np.ndarray], **options: Any) -> None:
     if len(series):
         axes.plot(x(series), series.values, color=colour, **options)
 
 
 def _legend(axes: Axes, histories: Sequence[History], line_styles: dict[str, str] | None = None) -> None:
-    """One entry for each run, whatever lines it has, and one for each line style."""
+    """One entry for each run, whichever lines it has, and one for each line style."""
     for history, colour in zip(histories, style.colours()):
         axes.plot([], [], color=colour, label=f"{history.name} ({history.kind})")
     for kind, meaning in (line_styles or {}).items():

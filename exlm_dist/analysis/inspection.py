@@ -1,4 +1,4 @@
-"""What a checkpoint does on single held-out sequences: transitions, posterior alignment, best path, likely tokens."""
+"""What a checkpoint does with single held-out sequences: transitions, posterior alignment, best path, likely tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from exlm_dist.model.stream import Stream
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tokenizers.tokenizer import MASK
 
-#: Held-out sequences among which those to look at are chosen.
+#: Held-out sequences from which those to inspect are chosen.
 POOL = 64
 
 
@@ -33,19 +33,19 @@ class Inspection:
     """One sequence with N targets and L = k N states. Probabilities, not logarithms."""
 
     sample: int
-    text: str  # what the model reads, masks shown
-    targets: list[str]  # [N] what it is to find
-    positions: np.ndarray  # [N] place of each target in the unexpanded sequence
+    text: str  # what the model reads, with its masks
+    targets: list[str]  # [N] what it is to predict
+    positions: np.ndarray  # [N] index of each target in the unexpanded sequence
     states: int  # k
-    transitions: np.ndarray  # [L, L] row: from, column: to
-    posterior: np.ndarray  # [N, L] state of each target, given the targets
-    path: np.ndarray  # [L] target that the most probable path emits at each state, -1 where it does not pass
-    tokens: list[str]  # [L] likeliest token of each state
+    transitions: np.ndarray  # [L, L] from the state of the row to that of the column
+    posterior: np.ndarray  # [N, L] probability that a state emits a target, given all targets
+    path: np.ndarray  # [L] target that each state emits on the most probable path, -1 off the path
+    tokens: list[str]  # [L] most probable token of each state
     token_probability: np.ndarray  # [L] its probability
 
     @property
     def visits(self) -> np.ndarray:
-        """Probability that a path passes each state, given the targets, [L]."""
+        """Probability that a path visits each state, given the targets, [L]."""
         return self.posterior.sum(0)
 
 
@@ -54,7 +54,7 @@ def inspect_checkpoint(
 ) -> tuple[RunConfig, int, list[Inspection]]:
     """Config and step of a verified checkpoint, and `count` held-out sequences of a size that can be drawn.
 
-    Empty list for a plain masked language model, which has no graph. DataError where the data is missing or was
+    An empty list for a plain masked language model, which has no graph. DataError if the data is missing or was
     prepared with another tokenizer.
     """
     config = read_config(folder)
@@ -67,11 +67,8 @@ def inspect_checkpoint(
     model = load_model(folder, config, tokenizer)
     recipe = replace(Recipe.for_evaluation(config, tokenizer.vocab_size), micro=POOL, bucket=1)
     (batch,) = eval_batches(dataset, recipe, sequences=POOL, rank=0, world=1)
-    return (
-        config,
-        step_of(folder),
-        _inspect(model, batch, choose(np.diff(batch.cu_targets), batch.sample_ids, count), tokenizer),
-    )
+    chosen = choose(np.diff(batch.cu_targets), batch.sample_ids, count)
+    return config, step_of(folder), _inspect(model, batch, chosen, tokenizer)
 
 
 def choose(num_targets: np.ndarray, samples: np.ndarray, count: int) -> list[int]:
@@ -116,9 +113,8 @@ def _inspect(model: LanguageModel, batch: PackedBatch, rows: Sequence[int], toke
 
 
 def _text(batch: PackedBatch, row: int, names: list[str]) -> str:
-    """The unexpanded sequence with masks shown as a box."""
+    """The unexpanded sequence, with a box for each mask."""
     tokens = slice(*batch.cu_tokens[row : row + 2])
     ids, clones = batch.input_ids[tokens], batch.clone[tokens]
-    return "".join("\u25a1" if token == MASK else names[token] for token in ids[clones <= 1][1:-1]).replace(
-        "\u2581", " "
-    )
+    text = "".join("\u25a1" if token == MASK else names[token] for token in ids[clones <= 1][1:-1])
+    return text.replace("\u2581", " ")

@@ -15,26 +15,26 @@ from exlm_dist.data.order import sample_at
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.evaluation.history import History
 
-#: Sequences looked at, in the order of training.
+#: Sequences that are counted, in training order.
 SEQUENCES = 20000
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths in the order of training: `original` with BOS and EOS, `expanded` as the model reads them."""
+    """Lengths in training order: `original` with BOS and EOS, `expanded` as the model reads them."""
 
     original: np.ndarray
     expanded: np.ndarray
 
     def padding_fraction(self, micro: int) -> float:
-        """Fraction that padding would fill, were each micro-batch padded to its longest expanded sequence."""
+        """Fraction of padding if each micro-batch were padded to its longest expanded sequence."""
         whole = len(self.expanded) // micro * micro
         batches = self.expanded[:whole].reshape(-1, micro)
         return float(1 - batches.sum() / (batches.max(axis=1) * micro).sum()) if whole else float("nan")
 
 
 def training_lengths(config: RunConfig, sequences: int = SEQUENCES) -> Lengths:
-    """Lengths of the first sequences that training sees; DataError where the data is not there."""
+    """Lengths of the first sequences that training sees; DataError if there is no data."""
     dataset = ShardDataset.open(Path(config.data.path), "train")
     count = min(sequences, max(len(dataset), config.batch.sequences))
     epochs, samples = sample_at(np.arange(count), config.seed, len(dataset))

@@ -30,9 +30,9 @@ logger = get_logger(__name__)
 def run_report(runs: Sequence[Path], *, record: bool = True) -> Path:
     """Write figures to `plots/` and the page `report.md` in the folder of the first run; returns the path of the page.
 
-    Curves come from the event logs alone; lengths need the prepared data, the state graph needs the data and a whole
-    checkpoint of the first ExLM run: what is missing is named on the page. With `record` page and figures also become
-    artifacts of the first run. CheckpointError where a folder holds no run.
+    Curves come from the event logs alone; lengths need the prepared data, the state graph the data and a whole
+    checkpoint of the first ExLM run: the page says what could not be drawn. With `record` the page and the figures also
+    become artifacts of the first run. CheckpointError if a folder contains no run.
     """
     histories = [read_history(run) for run in runs]
     home = Path(runs[0])
@@ -48,7 +48,7 @@ def run_report(runs: Sequence[Path], *, record: bool = True) -> Path:
 
 
 def _model_figures(histories: Sequence[History], folder: Path) -> tuple[list[Path], list[str]]:
-    """Figures that need more than the event log, and why some could not be made."""
+    """Figures that need more than the event log, and why any could not be drawn."""
     history = next((one for one in histories if one.config.model.objective == "exlm"), histories[0])
     figures: list[Path] = []
     missing: list[str] = []

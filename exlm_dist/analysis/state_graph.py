@@ -1,4 +1,4 @@
-"""Pictures of the state graph: transition matrix, posterior alignment, and the graph itself."""
+"""Figures of the state graph: transition matrix, posterior alignment, and the graph itself."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from matplotlib.patches import FancyArrowPatch
 from exlm_dist.analysis import style
 from exlm_dist.analysis.inspection import Inspection
 
-#: Probabilities below this are drawn as this in the heat maps.
+#: Lowest probability on the colour scale of the transitions.
 FLOOR = 1e-3
-#: Edges drawn: those that a path takes with at least this probability.
+#: Edges are drawn if a path takes them with at least this probability.
 EDGE = 0.02
 
 
@@ -76,7 +76,7 @@ def plot_alignment(inspections: Sequence[Inspection], folder: Path, subtitle: st
 
 
 def plot_state_graph(one: Inspection, folder: Path, subtitle: str, name: str = "state_graph") -> Path:
-    """States in columns of k with their likeliest token, the edges that paths take most, and the best path."""
+    """States in columns of k with their most probable token, the edges that paths take most, and the best path."""
     columns = len(one.targets)
     with style.figure(
         max(7.0, 1.25 * columns + 1.6), 0.8 * one.states + 1.9, f"State graph of  {_shortened(one.text, 60)}", subtitle
@@ -92,7 +92,7 @@ def plot_state_graph(one: Inspection, folder: Path, subtitle: str, name: str = "
             axes.text(
                 column,
                 one.states - 0.42,
-                _place(target, position),
+                _position(target, position),
                 ha="center",
                 va="center",
                 fontsize=7.5,
@@ -104,7 +104,7 @@ def plot_state_graph(one: Inspection, folder: Path, subtitle: str, name: str = "
 
 
 def edge_flow(one: Inspection) -> np.ndarray:
-    """Probability that a path goes from state v to u, by the transitions alone, [L, L]: visits of v times P(u | v)."""
+    """Probability by the transitions alone that a path goes from state v to u, [L, L]: visits of v times P(u | v)."""
     length = len(one.transitions)
     starts = 1 if one.targets[0] == "<s>" else one.states  # without anchors a path starts at any of the first k
     visits = np.zeros(length)
@@ -114,7 +114,7 @@ def edge_flow(one: Inspection) -> np.ndarray:
     return visits[:, None] * one.transitions
 
 
-def _place_of(one: Inspection, state: int) -> tuple[float, float]:
+def _coordinates(one: Inspection, state: int) -> tuple[float, float]:
     return state // one.states, state % one.states
 
 
@@ -134,7 +134,7 @@ def _edges(axes: Axes, one: Inspection) -> None:
 def _arrow(
     axes: Axes, one: Inspection, start: int, end: int, colour: str, width: float, alpha: float, order: int
 ) -> None:
-    (x0, y0), (x1, y1) = _place_of(one, start), _place_of(one, end)
+    (x0, y0), (x1, y1) = _coordinates(one, start), _coordinates(one, end)
     skips = x1 - x0 > 1 or x0 == x1 and abs(y1 - y0) > 1
     bend = 0.22 if skips else 0.0
     axes.add_patch(
@@ -157,7 +157,7 @@ def _arrow(
 def _nodes(axes: Axes, one: Inspection) -> None:
     palette = colormaps[style.COLOUR_MAP]
     for state, visited in enumerate(one.visits):
-        x, y = _place_of(one, state)
+        x, y = _coordinates(one, state)
         on_path = one.path[state] >= 0
         axes.plot(
             x,
@@ -229,14 +229,14 @@ def _groups(axes: Axes, one: Inspection, both: bool) -> None:
 
 
 def _name(token: str) -> str:
-    """A token as it can be drawn: special names short, sentencepiece's word mark as a visible space, long ones cut."""
+    """A token for a figure: short names of special ones, sentencepiece's word mark visible, long ones truncated."""
     short = {"<s>": "BOS", "</s>": "EOS", "<mask>": "\u25a1", "<unk>": "UNK"}.get(
         token, token.replace("\u2581", "\u02fd")
     )
     return (short if len(short) <= 9 else short[:8] + "\u2026").replace("$", r"\$")
 
 
-def _place(target: str, position: int) -> str:
+def _position(target: str, position: int) -> str:
     return "" if target in ("<s>", "</s>") else f"position {position}"
 
 

@@ -17,10 +17,10 @@ from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 
-#: Okabe and Ito's palette, without its yellow, which is too light for lines.
+#: Okabe and Ito's palette without its yellow, which is too light for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 ACCENT = "#D55E00"
-#: Darkness follows value for readers of every kind of sight, and in grey print.
+#: Its lightness follows the value for every kind of colour vision, and in greyscale.
 COLOUR_MAP = "cividis"
 MUTED = "#666666"
 _SETTINGS = {
@@ -60,15 +60,14 @@ def save(made: Figure, folder: Path, name: str) -> Path:
     path = folder / f"{name}.png"
     with matplotlib.rc_context(_SETTINGS):
         made.savefig(path, dpi=144)
-        made.set_layout_engine(
-            "none"
-        )  # the places found for the PNG serve the SVG too; finding them is most of the time
+        # The SVG takes the layout found for the PNG: finding it is most of the time.
+        made.set_layout_engine("none")
         made.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     return path
 
 
 def colours() -> Iterator[str]:
-    """The palette, again and again."""
+    """The palette, in an endless cycle."""
     return cycle(COLOURS)
 
 
@@ -97,7 +96,7 @@ def line_styles(axes: Axes, **meanings: str) -> None:
 
 
 def empty(axes: Axes, message: str) -> None:
-    """Say in the middle of the axes why there is nothing."""
+    """Say in the middle of the axes why they are empty."""
     axes.text(0.5, 0.5, message, ha="center", va="center", transform=axes.transAxes, color=MUTED)
     axes.set_xticks([])
     axes.set_yticks([])

@@ -16,7 +16,7 @@ COLUMNS = ("run", "objective", "k", "budget", "steps", "seconds", "tokens/s")
 
 @dataclass(frozen=True)
 class Row:
-    """One run of a comparison; nan for what was not logged. `nll` in nats per masked token of held-out sequences."""
+    """One run of a comparison; nan: not logged. `nll` is in nats per masked token of held-out sequences."""
 
     run: str
     objective: str
@@ -33,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Table of runs at `steps` optimizer steps and at `seconds` of training time: the most that all of them reached."""
+    """Runs at `steps` optimizer steps and at `seconds` of training time: each the most that all of them reached."""
 
     rows: list[Row]
     steps: float
@@ -71,7 +71,7 @@ class Comparison:
     def markdown(self) -> str:
         """The table in Markdown."""
         header, *rows = self.cells()
-        lines = [header, ["---" if place < 2 or place == 3 else "---:" for place in range(len(header))], *rows]
+        lines = [header, ["---" if column < 2 or column == 3 else "---:" for column in range(len(header))], *rows]
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
     def __str__(self) -> str:
@@ -81,16 +81,16 @@ class Comparison:
 
 
 def compare(runs: Sequence[Path]) -> Comparison:
-    """Compare run folders by the held-out curves in their event logs, read off linearly between evaluations.
+    """Compare run folders by the held-out curves in their event logs, interpolated linearly between evaluations.
 
     nll and accuracy are per masked token at the same positions for all runs (docs/metric.md).
-    CheckpointError for a folder that holds no run.
+    CheckpointError for a folder that contains no run.
     """
     return compare_histories([read_history(run) for run in runs])
 
 
 def compare_histories(histories: Sequence[History]) -> Comparison:
-    """`compare` for runs already read."""
+    """`compare` for runs that have been read already."""
     curves = [history.series("valid/nll") for history in histories]
     steps = min((curve.steps[-1] for curve in curves if len(curve)), default=math.nan)
     ends = [history.seconds(curve.steps[-1:])[0] for history, curve in zip(histories, curves) if len(curve)]

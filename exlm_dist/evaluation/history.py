@@ -45,7 +45,7 @@ class History:
 
     @property
     def budget(self) -> str:
-        """Budget label, in words where there is none."""
+        """Budget label; says so if there is none."""
         return self.config.budget or "budget not labelled"
 
     @property
@@ -54,7 +54,7 @@ class History:
         return f"ExLM k={self.config.model.states}" if self.config.model.objective == "exlm" else "MLM"
 
     def series(self, name: str) -> Series:
-        """The metric `name`; an empty series where it was never logged."""
+        """The metric `name`; an empty series if it was never logged."""
         empty = np.zeros(0)
         return self.metrics.get(name, Series(empty, empty, empty))
 
@@ -67,12 +67,12 @@ class History:
 
     @property
     def last_step(self) -> int:
-        """Last step with any point of training or evaluation."""
+        """Last step at which training or evaluation logged anything."""
         return int(max((s.steps[-1] for name, s in self.metrics.items() if not name.startswith("system/")), default=0))
 
 
 def read_history(run_folder: Path) -> History:
-    """History of the run in `run_folder`; CheckpointError where it holds none."""
+    """History of the run in `run_folder`; CheckpointError if it contains none."""
     run_folder = Path(run_folder)
     for name in (EVENTS, "config.yaml"):
         if not (run_folder / name).is_file():

@@ -39,8 +39,8 @@ class Evaluation:
 
     `nll` (nats), `perplexity` and `accuracy` are per masked token and compare across objectives. `joint_nll` is -log P
     per target as the model is trained on: that of ExLM includes the anchors and sums over all paths, so it must not be
-    compared with the cross-entropy of a plain masked language model. `invalid`: fraction of the sequences without a
-    finite likelihood.
+    compared with the cross-entropy of a plain masked language model. `invalid`: fraction of sequences without a finite
+    likelihood.
     """
 
     run: str
@@ -138,7 +138,7 @@ def evaluate_checkpoint(
 
 
 def check_tokenizer(tokenizer: Tokenizer, checkpoint: Path, dataset: ShardDataset, data: Path) -> None:
-    """DataError, naming both, where the data was not prepared with the tokenizer of the checkpoint."""
+    """DataError, naming both, if the data was not prepared with the tokenizer of the checkpoint."""
     other = load_tokenizer(dataset.tokenizer_path)
     if other.fingerprint != tokenizer.fingerprint:
         raise DataError(
@@ -150,7 +150,7 @@ def check_tokenizer(tokenizer: Tokenizer, checkpoint: Path, dataset: ShardDatase
 def load_model(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> LanguageModel:
     """Model of a verified checkpoint with its weights, on the CPU, in evaluation mode.
 
-    CheckpointError where the names or shapes of its parameters are not those of the model.
+    CheckpointError if the names or shapes of its parameters are not those of the model.
     """
     model = build_model(config.model, tokenizer.vocab_size, seed=config.seed, kernel_backend=config.kernels.backend)
     weights = load_weights(folder, verified=True)
@@ -171,7 +171,7 @@ def load_model(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> Languag
 
 
 def record_evaluation(result: Evaluation) -> None:
-    """Add the result to the event log of its run, as a child run, and try to send it to MLflow.
+    """Log the result as a child run in the event log of its run, and try to send it to MLflow.
 
     Does nothing for a checkpoint outside a run folder.
     """
@@ -204,7 +204,7 @@ def _evaluate(
     sequences: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """The comparable sums by `scoring.score`; the joint likelihood is picked up from the same forward passes."""
+    """The comparable metrics of `scoring.score`, and the joint likelihood from the same forward passes."""
     totals = {"nll": 0.0, "targets": 0, "invalid": 0}
 
     def add(_module: Any, _inputs: Any, stream: Stream) -> None:

@@ -1,9 +1,9 @@
-"""Weights of the authors' fairseq checkpoints in our names and layout, and back.
+"""Weights of the authors' fairseq checkpoints under our names and in our layout, and back.
 
-Three things differ beside the names: the rows of q and k within a head (theirs: position low, position high, clone low,
-clone high; ours: position low, clone low, position high, clone high), q, k and v as three matrices (ours: one with rows
-[H, 3, P]), and the position table of the transition head, whose first two rows they keep for padding. In the
-vocabulary `<mask>` comes last in theirs and is id 4 in ours.
+Apart from the names three things differ: the rows of q and k within a head (theirs: position low, position high, clone
+low, clone high; ours: position low, clone low, position high, clone high), q, k and v as three matrices (ours: one with
+rows [H, 3, P]), and the position table of the transition head, whose first two rows they keep for padding. In their
+vocabulary `<mask>` comes last; in ours it is id 4.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ _IGNORED = re.compile(r"(classification_heads\..*|.*\.inv_freq|.*\.version|.*\._
 
 
 def load_file(path: Path) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors`, `.npz` or torch file by name; of a fairseq checkpoint those under "model".
+    """Tensors of a `.safetensors`, `.npz` or torch file by name; those under "model" in a fairseq checkpoint.
 
-    A torch file is read without running any code in it (weights_only). CheckpointError where nothing usable is found.
+    A torch file is read without running any code in it (weights_only). CheckpointError if nothing usable is found.
     """
     path = Path(path)
     if not path.is_file():
@@ -90,7 +90,7 @@ def from_fairseq(
     """Our parameters by canonical name from their state dict.
 
     heads: attention heads; by default those of the transition head. mask_last: move `<mask>` from the last id to ours.
-    A token head that equals the embedding is taken as tied. Raises CheckpointError naming entries it does not know.
+    A token head that equals the embedding is taken to be tied. CheckpointError naming entries that are unknown.
     """
     heads = heads or _heads(state, "encoder.gate_linear.bias")
     projections: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -98,8 +98,7 @@ def from_fairseq(
     unknown = []
     for name, value in state.items():
         layer = _LAYER.match(name)
-        projection = _PROJECTION.match(layer[2]) if layer else None
-        if projection:
+        if layer and (projection := _PROJECTION.match(layer[2])):
             projections.setdefault((layer[1], projection[2]), {})[projection[1]] = value
         elif (ours := _our_name(name)) is not None:
             weights[ours] = value
@@ -207,7 +206,7 @@ def _split(joined: Tensor, heads: int) -> dict[str, Tensor]:
 
 
 def _move_vocabulary(weights: dict[str, Tensor], *, source: int, target: int) -> None:
-    """Move the row of `<mask>` from id `source` to `target` (-1: last) in everything that has a row per token."""
+    """Move the row of `<mask>` from id `source` to `target` (-1: last) in each parameter that has a row per token."""
     for name in ("embedding.weight", "output.weight", "output.bias"):
         if name not in weights:
             continue

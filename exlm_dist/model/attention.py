@@ -11,7 +11,7 @@ from exlm_dist.kernels.attention import attention_packed
 from exlm_dist.kernels.linear import BiasPassingLinear, Linear
 from exlm_dist.model.dropout import block_site
 from exlm_dist.model.stream import Stream
-from exlm_dist.parallel.region import WHOLE, Cut, Part
+from exlm_dist.parallel.region import UNSHARDED, Sharding, TensorRegion
 
 
 class SelfAttention(nn.Module):
@@ -22,8 +22,8 @@ class SelfAttention(nn.Module):
     positions the ordinary rotate-half of P/2 pairs with one row of angles per token.
     """
 
-    cuts: ClassVar[dict[str, Cut]] = {"qkv": "column", "out": "row"}
-    part: Part = WHOLE
+    tensor_sharding: ClassVar[dict[str, Sharding]] = {"qkv": "column", "out": "row"}
+    region: TensorRegion = UNSHARDED
 
     def __init__(self, width: int, heads: int, probability: float, *, layer: int, backend: str) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class SelfAttention(nn.Module):
             dropout=self.probability if self.training else 0.0,
             seed=stream.dropout_seed,
             site=block_site(self.layer, "weights"),
-            first_head=self.part.first(qkv.shape[1]),
+            first_head=self.region.first_index(qkv.shape[1]),
             all_heads=self.heads,
             backend=self.backend,
         )

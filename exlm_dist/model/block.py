@@ -13,7 +13,7 @@ from exlm_dist.model.attention import SelfAttention
 from exlm_dist.model.dropout import block_site, dropout_add
 from exlm_dist.model.feedforward import FeedForward
 from exlm_dist.model.stream import Stream
-from exlm_dist.parallel.region import WHOLE, Cut, Part
+from exlm_dist.parallel.region import UNSHARDED, Sharding, TensorRegion
 
 NORM_EPS = 1e-5
 
@@ -25,8 +25,8 @@ class Block(nn.Module):
     the output layer reads nothing else, and most of the block's work lies behind the attention.
     """
 
-    cuts: ClassVar[dict[str, Cut]] = {"attention_norm": "rows", "ffn_norm": "rows"}
-    part: Part = WHOLE
+    tensor_sharding: ClassVar[dict[str, Sharding]] = {"attention_norm": "token", "ffn_norm": "token"}
+    region: TensorRegion = UNSHARDED
 
     def __init__(self, config: ModelConfig, layer: int, backend: str, *, last: bool = False) -> None:
         super().__init__()
@@ -53,24 +53,24 @@ class Block(nn.Module):
         if self.pre_norm:
             hidden, normed = self.attention_norm(hidden)
             branch = self.attention(normed, stream, rows)
-            hidden = hidden if rows is None else self.part.take_rows(hidden, rows)
+            hidden = hidden if rows is None else self.region.take_rows(hidden, rows)
             hidden, normed = self.ffn_norm(hidden, branch, **self._dropout(stream, "attention", hidden))
             branch = self.ffn(normed)
             hidden = dropout_add(branch, hidden, **self._dropout(stream, "ffn", hidden), backend=self.backend)
         else:
             branch = self.attention(hidden, stream, rows)
-            hidden = hidden if rows is None else self.part.take_rows(hidden, rows)
+            hidden = hidden if rows is None else self.region.take_rows(hidden, rows)
             _, hidden = self.attention_norm(hidden, branch, **self._dropout(stream, "attention", hidden))
             _, hidden = self.ffn_norm(hidden, self.ffn(hidden), **self._dropout(stream, "ffn", hidden))
         return stream.replace(hidden=hidden, selected=rows is not None)
 
     def _dropout(self, stream: Stream, site: str, hidden: Tensor) -> dict[str, Any]:
-        """Share and key of the dropout at `site`, and the place of `hidden` among the rows of the micro-batch."""
+        """Probability and key of the dropout at `site`, and the first row of `hidden` in the micro-batch."""
         return {
             "probability": self.probability if self.training else 0.0,
             "seed": stream.dropout_seed,
             "site": block_site(self.layer, site),
-            "first_row": self.part.first_row(len(hidden)),
+            "first_row": self.region.first_row(len(hidden)),
         }
 
 
@@ -98,7 +98,7 @@ class AddNorm(nn.LayerNorm):
 class FinalNorm(nn.LayerNorm):
     """LayerNorm after the last block, also in the post-norm form (which the authors' code normalises twice)."""
 
-    cuts: ClassVar[dict[str, Cut]] = {"weight": "rows", "bias": "rows"}
+    tensor_sharding: ClassVar[dict[str, Sharding]] = {"weight": "token", "bias": "token"}
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=NORM_EPS)

@@ -96,14 +96,14 @@ def build_model(
     activation_checkpointing: bool = False,
     token_dropout: int | None = None,
     stage: range | None = None,
-    split: Callable[[nn.Module], None] | None = None,
+    shard: Callable[[nn.Module], None] | None = None,
 ) -> LanguageModel:
     """Model on the CPU in fp32 with its initial weights; they depend on `seed` and each parameter's name alone.
 
-    `stage`: indices of the layers on this rank. `split` (`parallel.tensor.split` with its group) reduces the model to
-    the tensor-parallel shard of this rank; the full model is never allocated.
+    `stage`: indices of the layers on this rank. `shard` (`parallel.tensor.apply_tensor_parallel` with its group)
+    reduces the model to the tensor-parallel shard of this rank; the full model is never allocated.
     """
-    with torch.device("cpu" if split is None else "meta"):
+    with torch.device("cpu" if shard is None else "meta"):
         model = LanguageModel(
             config,
             vocab_size,
@@ -112,7 +112,7 @@ def build_model(
             token_dropout=token_dropout,
             stage=stage,
         )
-    if split is not None:
-        split(model)
+    if shard is not None:
+        shard(model)
     initialise(model.sharded_parameters(), seed=seed, std=config.init_std)
     return model

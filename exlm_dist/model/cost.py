@@ -25,7 +25,7 @@ class Sizes:
 
     @staticmethod
     def of(model: ModelConfig, length: int, masked: float) -> Sizes:
-        """Sizes of a sequence of `length` tokens of which `masked` are hidden."""
+        """Sizes of a sequence of `length` tokens of which `masked` are masked."""
         targets = masked + (2 if model.anchors else 0)
         return Sizes(length, targets, length + (model.states - 1) * targets, model.states * targets)
 
@@ -42,21 +42,21 @@ def learns_transitions(model: ModelConfig) -> bool:
 
 @dataclass(frozen=True)
 class PartSize:
-    """Elements of the parameters of one part: sharded under tensor parallelism, on every rank, and per vocabulary row
-    (the rows are sharded too)."""
+    """Parameter elements of one part of the model: `sharded` over the tensor-parallel ranks, `replicated` on each of
+    them, and `per_row` of the vocabulary, whose rows are sharded too."""
 
     sharded: int = 0
     replicated: int = 0
     per_row: int = 0
 
     def numel(self, tensor: int, rows: int) -> int:
-        """Elements on one of `tensor` ranks that has `rows` rows of the vocabulary."""
+        """Elements on one of `tensor` tensor-parallel ranks, which has `rows` rows of the vocabulary."""
         return self.sharded // tensor + self.replicated + self.per_row * rows
 
 
 def part_sizes(model: ModelConfig) -> dict[str, PartSize]:
-    """Size of each part of the model: `embedding`, `blocks` (one of them), `norm`, `token head` and, where it has one,
-    `transition head`; with a tied head the embedding alone has the matrix."""
+    """Size of each part of the model: `embedding`, `blocks` (a single one), `norm`, `token head` and, if there is one,
+    `transition head`; a tied matrix counts in the embedding only."""
     width = model.width
     sizes = {
         "embedding": PartSize(per_row=width),

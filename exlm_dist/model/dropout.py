@@ -1,4 +1,4 @@
-"""Dropout whose mask is a pure function of a key, so that recomputed activations and resumed runs see the same one."""
+"""Dropout whose mask is a pure function of a key: recomputed activations and resumed runs see the same one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from torch import Tensor
 
 from exlm_dist.kernels import elementwise
 
-#: Where dropout acts in a block; the embedding is the site before all blocks.
+#: Sites of dropout in a block; that of the embedding comes before those of all blocks.
 _SITES = ("weights", "attention", "ffn")
 EMBEDDING_SITE = 0
 
 
 def block_site(layer: int, name: str) -> int:
-    """Number of a place where dropout acts: `weights` (of the attention), `attention` or `ffn` (outputs) of a block."""
+    """Site number of the dropout on the attention `weights`, or on the output of `attention` or `ffn`, of a block."""
     return 1 + layer * len(_SITES) + _SITES.index(name)
 
 
@@ -21,10 +21,11 @@ def dropout(
 ) -> Tensor:
     """`x` with each element zeroed with `probability` and the others scaled up; the identity at probability 0.
 
-    `x` may be rows `first_row`.. of a larger tensor, whose mask it then sees.
+    `x` may be rows `first_row`.. of a larger tensor, and then gets its part of that tensor's mask.
     """
-    key = {"dropout": probability, "seed": seed, "site": site, "first_row": first_row}
-    return elementwise.dropout_add(x, None, **key, backend=backend)
+    return elementwise.dropout_add(
+        x, None, dropout=probability, seed=seed, site=site, first_row=first_row, backend=backend
+    )
 
 
 def dropout_add(
@@ -38,5 +39,6 @@ def dropout_add(
     backend: str = "auto",
 ) -> Tensor:
     """`residual + dropout(x)` in one pass over the memory."""
-    key = {"dropout": probability, "seed": seed, "site": site, "first_row": first_row}
-    return elementwise.dropout_add(x, residual, **key, backend=backend)
+    return elementwise.dropout_add(
+        x, residual, dropout=probability, seed=seed, site=site, first_row=first_row, backend=backend
+    )

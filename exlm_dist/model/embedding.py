@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from exlm_dist.model.dropout import EMBEDDING_SITE, dropout
 from exlm_dist.model.stream import Stream
-from exlm_dist.parallel.region import WHOLE, Cut, Part
+from exlm_dist.parallel.region import UNSHARDED, Sharding, TensorRegion
 
 #: Fraction of masked tokens that the authors' token dropout assumes in training (mask 0.15, of which 0.8 are `<mask>`).
 _TRAINED_FRACTION = 0.15 * 0.8
@@ -23,8 +23,8 @@ class Embedding(nn.Module):
     `<mask>` become 0 and the others are scaled by (1 - 0.12) / (1 - fraction of `<mask>` in the expanded sequence).
     """
 
-    cuts: ClassVar[dict[str, Cut]] = {"weight": "embedding"}
-    part: Part = WHOLE
+    tensor_sharding: ClassVar[dict[str, Sharding]] = {"weight": "embedding"}
+    region: TensorRegion = UNSHARDED
 
     def __init__(
         self,
@@ -43,9 +43,9 @@ class Embedding(nn.Module):
 
     def forward(self, stream: Stream) -> Stream:
         """Fill `hidden` [T, D]."""
-        stream = stream.aligned(self.part.row_multiple)
-        hidden = self.part.embed(stream.input_ids, self.weight)
-        first = self.part.first_row(len(hidden))
+        stream = stream.aligned(self.region.row_multiple)
+        hidden = self.region.embed(stream.input_ids, self.weight)
+        first = self.region.first_row(len(hidden))
         if self.training and self.token_dropout is not None:
             hidden = hidden * self._token_scale(stream)[first : first + len(hidden), None]
         if self.training:

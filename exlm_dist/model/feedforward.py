@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.elementwise import gelu_gradient_
 from exlm_dist.kernels.linear import BiasPassingLinear, product
-from exlm_dist.parallel.region import Cut
+from exlm_dist.parallel.region import Sharding
 
 #: Inner activations [rows, F] worked on at a time on a CPU, in elements: few enough to stay in its cache.
 _BLOCK_ELEMENTS = 1 << 19
@@ -21,7 +21,7 @@ _BLOCK_ELEMENTS = 1 << 19
 class FeedForward(nn.Module):
     """down(gelu(up(x))) with the exact (erf) gelu."""
 
-    cuts: ClassVar[dict[str, Cut]] = {"up": "column", "down": "row"}
+    tensor_sharding: ClassVar[dict[str, Sharding]] = {"up": "column", "down": "row"}
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from exlm_dist.kernels.vocab import VocabShard, match_scores
 from exlm_dist.model.block import NORM_EPS
 from exlm_dist.model.objective import diagonal_log_likelihood, prior_marginals
 from exlm_dist.model.stream import Stream
-from exlm_dist.parallel.region import WHOLE, Cut, Part
+from exlm_dist.parallel.region import UNSHARDED, Sharding, TensorRegion
 
 #: Most logits that predictions keep at a time.
 _PREDICTION_LOGITS = 1 << 23
@@ -59,8 +59,8 @@ class TransitionHead(nn.Module):
     local raw gates and lse over the ranks.
     """
 
-    cuts: ClassVar[dict[str, Cut]] = {"query": "heads", "key": "heads", "gate": "heads"}
-    part: Part = WHOLE
+    tensor_sharding: ClassVar[dict[str, Sharding]] = {"query": "head", "key": "head", "gate": "head"}
+    region: TensorRegion = UNSHARDED
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
@@ -74,8 +74,8 @@ class TransitionHead(nn.Module):
 
     def forward(self, features: Tensor, stream: Stream) -> Tensor:
         """features [S, D] of the states -> log-probabilities [B, L_max, L_max]."""
-        features = self.part.entering(features)
-        positions = None if self.positions is None else self.part.entering(self.positions(stream.max_tokens))
+        features = self.region.copy_to(features)
+        positions = None if self.positions is None else self.region.copy_to(self.positions(stream.max_tokens))
         # Padding states point at token 0 and so get its position vector; their rows are never read.
         index = stream.expanded_index(stream.state_index)
         query, key, gate = (layer(features, positions, index) for layer in (self.query, self.key, self.gate))
@@ -89,18 +89,18 @@ class TransitionHead(nn.Module):
             kind=self.kind,
             backend=self.backend,
         )
-        if self.part.whole:
+        if not self.region.is_sharded:
             return log_probs
         local_gate = torch.logsumexp(gate.to(log_probs.dtype), 1)
         local_gate = stream.padded(local_gate, stream.cu_states, stream.max_states, 0.0)[:, :, None]
-        return self.part.log_sum(log_probs + local_gate) - self.part.log_sum(local_gate)
+        return self.region.logsumexp(log_probs + local_gate) - self.region.logsumexp(local_gate)
 
 
 class Output(nn.Module):
     """Token head (dense, gelu, norm, vocabulary) and transition head at the states; likelihood of the targets."""
 
-    cuts: ClassVar[dict[str, Cut]] = {"weight": "vocabulary", "bias": "vocabulary"}
-    part: Part = WHOLE
+    tensor_sharding: ClassVar[dict[str, Sharding]] = {"weight": "vocab", "bias": "vocab"}
+    region: TensorRegion = UNSHARDED
 
     def __init__(self, config: ModelConfig, weight: nn.Parameter, backend: str) -> None:
         super().__init__()
@@ -117,9 +117,9 @@ class Output(nn.Module):
 
     def forward(self, stream: Stream) -> Stream:
         """Fill `match`, `transitions` (ExLM) and `log_likelihood`; where `predict` is set also `predictions`."""
-        hidden = self.part.all_rows(stream.hidden)
+        hidden = self.region.gather_from(stream.hidden)
         features = hidden if stream.selected else F.embedding(stream.state_index, hidden)
-        tokens = self.part.entering(self.norm(F.gelu(self.dense(features))))
+        tokens = self.region.copy_to(self.norm(F.gelu(self.dense(features))))
         weight, bias, shard = self._vocabulary()
         match = match_scores(
             tokens,
@@ -140,12 +140,12 @@ class Output(nn.Module):
 
     def _vocabulary(self) -> tuple[Tensor, Tensor, VocabShard | None]:
         """Local rows of the vocabulary matrix and their biases, without the padding rows."""
-        if self.part.whole:
+        if not self.region.is_sharded:
             return self.weight, self.bias, None
-        first = self.part.first(len(self.bias))
+        first = self.region.first_index(len(self.bias))
         size = min(len(self.bias), self.words - first)
         weight, bias = (rows if size == len(rows) else rows[:size] for rows in (self.weight, self.bias))
-        return weight, bias, VocabShard(first, self.part.log_sum, self.part.total)
+        return weight, bias, VocabShard(first, self.region.logsumexp, self.region.all_reduce)
 
     def _transitions(self, features: Tensor, stream: Stream, dtype: torch.dtype) -> Tensor | None:
         if self.objective == "mlm":
@@ -191,6 +191,6 @@ class Output(nn.Module):
         logits = linear(tokens.flatten(0, 1), weight, bias).float().unflatten(0, tokens.shape[:2])
         if shard is None:
             return (prior @ logits.softmax(-1)).argmax(-1)
-        log_sum = self.part.log_sum(logits.logsumexp(-1, keepdim=True))
+        log_sum = self.region.logsumexp(logits.logsumexp(-1, keepdim=True))
         values, words = (prior @ (logits - log_sum).exp()).max(-1)
-        return self.part.best(values, words + shard.first_token)
+        return self.region.argmax(values, words + shard.first_token)

@@ -1,4 +1,4 @@
-"""Initial values: a pure function of the seed and a parameter's canonical name, so that every layout starts alike."""
+"""Initial values: a pure function of the seed and a parameter's canonical name, the same in every layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from exlm_dist.utils.seeding import seed_from
 
 
 def initial_value(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> torch.Tensor:
-    """First value of the parameter `name`: N(0, std) for matrices, 0 for biases, 1 for gains of norms. CPU, fp32."""
+    """Initial value of the parameter `name`: N(0, std) for matrices, 0 for biases, 1 for gains of norms. CPU, fp32."""
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if len(shape) == 1:

@@ -21,10 +21,10 @@ def diagonal_log_likelihood(match: Tensor, num_targets: Tensor) -> Tensor:
 
 
 def loss_sum(stream: Stream, reduction: Literal["sequence", "token"]) -> tuple[Tensor, Tensor]:
-    """Summed loss of a micro-batch, and which sequences [B] were left out because their likelihood is not finite.
+    """Summed loss of a micro-batch, and which sequences [B] are left out because their likelihood is not finite.
 
     'sequence': sum of -log P_b / N_b, to be divided by the sequences of the global batch; 'token': sum of -log P_b, to
-    be divided by its targets. A sequence that is left out gets no gradient; the caller counts and reports it.
+    be divided by its targets. A sequence left out gets no gradient; the caller counts and reports it.
     """
     valid = torch.isfinite(stream.log_likelihood)
     loss = -torch.where(valid, stream.log_likelihood, 0.0)
@@ -34,9 +34,9 @@ def loss_sum(stream: Stream, reduction: Literal["sequence", "token"]) -> tuple[T
 
 
 def prior_marginals(stream: Stream, *, backend: str = "auto") -> Tensor:
-    """q_i(u): probability that target i sits on state u by the transitions alone, [B, N_max, L_max]; rows sum to 1.
+    """q_i(u): probability by the transitions alone that state u emits target i, [B, N_max, L_max]; rows sum to 1.
 
-    The paths are weighted by their transitions and condition on the number of targets; no target token is looked at.
+    Paths are weighted by their transitions, given the number of targets; no target token is used.
     The plain masked language model has q_i(u) = [u = i].
     """
     if stream.transitions is None:
@@ -55,7 +55,7 @@ def prior_marginals(stream: Stream, *, backend: str = "auto") -> Tensor:
 
 @torch.no_grad()
 def masked_token_scores(stream: Stream, is_masked: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p_i(y_i) summed over the masked targets, and their number; is_masked [N] bool marks them (anchors False).
+    """-log p_i(y_i) summed over the masked targets, and their number; is_masked [N] bool (False for anchors).
 
     p_i(y_i) = sum_u q_i(u) p_u(y_i): the model's own predictive distribution of masked position i.
     """
@@ -82,7 +82,7 @@ class MaskedScores:
 def masked_scores(result: Stream, is_masked: Tensor) -> MaskedScores:
     """Scores of the masked targets of a stream that has passed all layers with `predict`; is_masked [N] bool.
 
-    The full distribution decides the accuracy.
+    The accuracy is that of the full distribution.
     """
     nll, count = masked_token_scores(result, is_masked)
     wanted = result.padded(result.target_ids, result.cu_targets, result.max_targets, -1)

@@ -30,7 +30,7 @@ class Totals:
 def score(model: LanguageModel, batches: Iterable[PackedBatch], device: torch.device | str) -> Totals:
     """Totals of `model` over `batches`, without dropout; the model is left in the mode it was in.
 
-    A filler batch is run, so that ranks stay in step, but has no masked token and so adds nothing.
+    A filler batch is run, to keep the ranks in step, but has no masked token and so adds nothing.
     """
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     training = model.training

@@ -1,4 +1,4 @@
-"""Where the list of layers is cut into pipeline stages, by what the layers cost. No torch here."""
+"""How the list of layers is divided into pipeline stages, by what the layers cost. No torch here."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from exlm_dist.model.cost import Sizes, expected_masked, flops_per_sequence
 def layer_costs(model: ModelConfig, vocab_size: int, length: float, ratio: float) -> list[float]:
     """Floating-point operations of each layer for a sequence of `length` tokens: embedding, blocks, norm, output.
 
-    The embedding and the norm count as nothing. The output layer has the token and the transition head: at k=4 and 15 %
-    masked it weighs as much as about two blocks.
+    The embedding and the norm count as 0. The output layer is the token and the transition head: at k=4 and 15 % masked
+    it costs as much as about two blocks.
     """
     sizes = Sizes.of(model, round(length), expected_masked(round(length), ratio))
     parts = flops_per_sequence(model, vocab_size, sizes)
@@ -21,7 +21,7 @@ def layer_costs(model: ModelConfig, vocab_size: int, length: float, ratio: float
 
 
 def described(cut: Sequence[range], costs: Sequence[float]) -> str:
-    """`embedding to block 2 (48%); block 3 to output (52%)`: layers of each stage, and fraction of the cost."""
+    """`embedding to block 2 (48%); block 3 to output (52%)`: layers of each stage and their fraction of the cost."""
     names = ["embedding", *(f"block {number + 1}" for number in range(len(costs) - 3)), "norm", "output"]
     return "; ".join(
         f"{names[layers[0]]} to {names[layers[-1]]} ({sum(costs[layer] for layer in layers) / sum(costs):.0%})"
@@ -30,9 +30,9 @@ def described(cut: Sequence[range], costs: Sequence[float]) -> str:
 
 
 def cut_layers(costs: Sequence[float], stages: int) -> list[range]:
-    """Consecutive layers for each stage such that the most expensive stage costs least; at least a block each.
+    """Consecutive layers for each stage, at least one block each, such that the most expensive stage costs least.
 
-    `costs` as from `layer_costs`. Among equals the most even cut is taken.
+    `costs` as from `layer_costs`. Among equally good cuts the most even one is taken.
     """
     blocks = len(costs) - 3
     if not 1 <= stages <= blocks:

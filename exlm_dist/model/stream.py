@@ -1,4 +1,4 @@
-"""What flows through the layers: a packed micro-batch with the hidden states, and at the end its likelihoods.
+"""What the layers pass on: a packed micro-batch with its hidden states, and in the end its likelihoods.
 
 Letters: T expanded tokens, B sequences, D width, P head width, S states, N targets (largest of a sequence: N_max), L
 states of a sequence (largest: L_max), k states per expanded position.
@@ -19,26 +19,26 @@ class Stream:
     """A packed micro-batch on its way through the layers; index tensors are int64 on the model's device.
 
     Sequence b owns the tokens `cu_tokens[b]:cu_tokens[b+1]`, the states `cu_states[b]:...` (indices into the tokens)
-    and the targets `cu_targets[b]:...`. What lies past the last boundary is padding that no result depends on. The
-    largest counts are Python ints, so that no layer has to ask the device for a size.
+    and the targets `cu_targets[b]:...`. Beyond the last boundary is padding, on which no result depends. The maxima are
+    Python ints, so that no layer has to wait for the device to learn a size.
     """
 
     input_ids: Tensor  # [T]
-    position: Tensor  # [T] place in the unexpanded sequence, from 0
+    position: Tensor  # [T] index in the unexpanded sequence, from 0
     clone: Tensor  # [T] 0 for ordinary tokens, 1..k for states
     cu_tokens: Tensor  # [B+1]
     state_index: Tensor  # [S]
     cu_states: Tensor  # [B+1]
     target_ids: Tensor  # [N]
     cu_targets: Tensor  # [B+1]
-    dropout_seed: Tensor  # [1] decides every dropout mask
+    dropout_seed: Tensor  # [1] determines every dropout mask
     max_tokens: int
     max_states: int
     max_targets: int
     states: int  # k
     predict: bool = False  # ask the output layer for `predictions`
-    select: bool = True  # let the last block go on with the states only, which is all that the output layer reads
-    hidden: Tensor | None = None  # [T, D]; [S, D] after a block that went on with the states only
+    select: bool = True  # the last block drops all but the states, which are all that the output layer reads
+    hidden: Tensor | None = None  # [T, D]; [S, D] once only the states are left
     selected: bool = False  # whether `hidden` is [S, D]
     angles: Tensor | None = None  # [T, P/2] fp32, computed once by the first block
     match: Tensor | None = None  # [B, N_max, L_max] log p(target i | state u)
@@ -49,7 +49,7 @@ class Stream:
 
     @staticmethod
     def from_batch(batch: Any, device: torch.device | str = "cpu", dropout_seed: int = 0) -> Stream:
-        """Stream of a `data.batch.PackedBatch` (numpy) on `device`; `dropout_seed` decides every dropout mask."""
+        """Stream of a `data.batch.PackedBatch` (numpy) on `device`; `dropout_seed` determines every dropout mask."""
         arrays = [torch.from_numpy(getattr(batch, name)) for name in _ARRAYS[:-1]]
         arrays.append(torch.tensor([dropout_seed]))
         moved = _through_pinned(arrays, device) if torch.device(device).type == "cuda" else arrays
@@ -57,9 +57,9 @@ class Stream:
         return Stream(**dict(zip(_ARRAYS, moved)), **sizes).to(device)
 
     def to_tensors(self) -> tuple[Tensor, ...]:
-        """What the next pipeline stage needs: `hidden`, where there is one, and one int64 vector with all the rest.
+        """What the next pipeline stage needs: `hidden`, if there is one yet, and one int64 vector with all the rest.
 
-        The angles are computed anew there; results of the output layer do not travel.
+        The angles are recomputed there; results of the output layer are not sent.
         """
         arrays = [getattr(self, name) for name in _ARRAYS]
         numbers = [*map(len, arrays), *(int(getattr(self, name)) for name in _NUMBERS)]
@@ -68,7 +68,7 @@ class Stream:
 
     @staticmethod
     def from_tensors(tensors: tuple[Tensor, ...]) -> Stream:
-        """The reverse of `to_tensors`. Reads sizes from the device."""
+        """The inverse of `to_tensors`; waits for the device to read the sizes."""
         *hidden, integers = tensors
         count = len(_ARRAYS) + len(_NUMBERS)
         numbers = integers[:count].tolist()
@@ -82,7 +82,7 @@ class Stream:
         return replace(self, **changes)
 
     def aligned(self, multiple: int) -> Stream:
-        """The same micro-batch with T and S padded up to a `multiple`; padding tokens and states belong to nobody."""
+        """The same micro-batch with T and S padded to a `multiple`; the padding belongs to no sequence."""
         tokens, states = (-len(rows) % multiple for rows in (self.input_ids, self.state_index))
         if not tokens and not states:
             return self
@@ -110,14 +110,14 @@ class Stream:
         return self.cu_targets.diff()
 
     def expanded_index(self, tokens: Tensor) -> Tensor:
-        """Place of each of `tokens` (indices into T, of any shape) in its own expanded sequence, from 0.
+        """Index of each of `tokens` (indices into T, of any shape) in its own expanded sequence, from 0.
 
-        Padding tokens count on from the last boundary.
+        For padding tokens it is counted from the last boundary.
         """
         return tokens - self.cu_tokens[torch.bucketize(tokens, self.cu_tokens, right=True) - 1]
 
     def padded(self, values: Tensor, boundaries: Tensor, longest: int, fill: Any) -> Tensor:
-        """Lay packed `values` [X, ...] out as [B, longest, ...], `fill` outside a sequence's own range."""
+        """Packed `values` [X, ...] as [B, longest, ...], with `fill` after the end of each sequence."""
         offset = torch.arange(longest, device=values.device)
         index = boundaries[:-1, None] + offset
         inside = index < boundaries[1:, None]
@@ -125,7 +125,7 @@ class Stream:
         return values[index.clamp(max=len(values) - 1)].masked_fill(~inside, fill)
 
 
-#: Arrays that a model reads: those of a packed batch, and the seed.
+#: Tensors that a model reads: the arrays of a packed batch, and the seed.
 _ARRAYS = (
     "input_ids",
     "position",
@@ -137,7 +137,7 @@ _ARRAYS = (
     "cu_targets",
     "dropout_seed",
 )
-#: Flags, and numbers with them, that travel between stages beside the arrays.
+#: Flags, and all integers with them, that one stage sends the next beside the arrays.
 _FLAGS = ("predict", "select", "selected")
 _NUMBERS = ("max_tokens", "max_states", "max_targets", "states", *_FLAGS)
 #: Elements to which each array is aligned in the common buffer (64 bytes).
@@ -145,10 +145,10 @@ _ALIGNMENT = 8
 
 
 def _through_pinned(arrays: list[Tensor], device: torch.device | str) -> list[Tensor]:
-    """Copies of int64 `arrays` on a GPU by one transfer; from pageable memory the host would wait for earlier work."""
+    """int64 `arrays` copied to a GPU in one transfer; from pageable memory the host would wait for earlier work."""
     spans = [-(-len(array) // _ALIGNMENT) * _ALIGNMENT for array in arrays]
     staging = torch.empty(sum(spans), dtype=torch.int64, pin_memory=True)
-    for place, array in zip(staging.split(spans), arrays):
-        place[: len(array)].copy_(array)
+    for span, array in zip(staging.split(spans), arrays):
+        span[: len(array)].copy_(array)
     whole = staging.to(device, non_blocking=True)
     return [part[: len(array)] for part, array in zip(whole.split(spans), arrays)]

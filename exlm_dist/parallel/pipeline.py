@@ -24,8 +24,8 @@ Work = Callable[[Sequence[nn.Module], tuple[Tensor, ...]], Any]
 class Stages(PipelineModule):
     """The stage of this rank. `layers[i]`: layer i, None where another stage holds it; `bounds`: layers of each stage.
 
-    Where `tied` is set, the first and the last layer share their attribute `weight`: each end has a copy, DeepSpeed
-    sums the gradients of the two, and only that of the first stage counts in norms.
+    Where `tied` is set, the first and the last layer have one `weight` in common: each end has a copy, DeepSpeed sums
+    the gradients of the two, and only that of the first stage counts in norms.
     """
 
     def __init__(

@@ -54,7 +54,7 @@ class Process:
         return self.rank == 0
 
     def all_gather(self, values: list[float]) -> torch.Tensor:
-        """The numbers of every rank, [world, n] in fp64. All ranks must call it, with equally many numbers."""
+        """`values` of every rank, [world, n] in fp64. All ranks must call it, with equally many values."""
         mine = torch.tensor(values, dtype=torch.float64)
         every = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(every, mine, group=self.control)
@@ -65,7 +65,7 @@ class Process:
         return bool(self.all_gather([float(flag)]).any())
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """`value` (JSON) of every rank, on every rank, in the order of the ranks."""
+        """`value` of every rank, on every rank, in the order of the ranks. Sent as JSON: never a pickle."""
         content = json.dumps(value).encode()
         sizes = self.all_gather([len(content)])[:, 0].long().tolist()
         mine = torch.frombuffer(bytearray(content.ljust(max(sizes))), dtype=torch.uint8)
@@ -74,7 +74,7 @@ class Process:
         return [json.loads(data.numpy().tobytes()) for data in every]
 
     def broadcast_object(self, value: Any) -> Any:
-        """`value` (JSON) of rank 0, on every rank."""
+        """`value` of rank 0, on every rank. Sent as JSON: never a pickle."""
         content = json.dumps(value).encode() if self.is_first else b""
         size = torch.tensor([len(content)])
         dist.broadcast(size, 0, group=self.control)
@@ -83,7 +83,7 @@ class Process:
         return json.loads(bytes(data.tolist()))
 
     def run_on_first_rank(self, work: Callable[[], Result]) -> Result:
-        """Run `work` on rank 0 and give its result (JSON) to all; a UserError there is raised on every rank."""
+        """Run `work` on rank 0 and broadcast its result (JSON); a UserError there is raised on every rank."""
         outcome: dict[str, Any] = {}
         if self.is_first:
             try:
@@ -232,8 +232,7 @@ def local_world(world: int) -> int:
 
 
 def threads(wanted: int, processes: int) -> int:
-    """CPU threads of this process: `wanted`, else OMP_NUM_THREADS, else an equal share of the cores this job may
-    use."""
+    """CPU threads of this process: `wanted`, else OMP_NUM_THREADS, else the cores of this job divided equally."""
     if wanted:
         return wanted
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():

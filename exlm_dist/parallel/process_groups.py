@@ -12,7 +12,7 @@ from exlm_dist.parallel.layout import Axis, Layout
 
 @dataclass(frozen=True)
 class ParallelGroup:
-    """The ranks that differ from this one only along some axes: its place among them, their number and their group."""
+    """A process group as this rank sees it: its rank in the group, the number of ranks, and torch's handle."""
 
     rank: int
     size: int
@@ -31,7 +31,7 @@ class ParallelGroup:
 
 @dataclass(frozen=True)
 class Grid:
-    """Where this rank is in its layout. `model`: the ranks that hold one copy of the model, tensor x pipeline."""
+    """Where this rank is in its layout. `model`: the ranks of one replica, tensor x pipeline."""
 
     layout: Layout
     tensor: ParallelGroup
@@ -45,26 +45,25 @@ class Grid:
 
         They have the time limit of `dist.new_group` as `parallel.process.start` has set it.
         """
-        lines = {axis: _line(layout, rank, axis) for axis in ("tensor", "pipeline", "data")}
-        return Grid(layout, **lines, model=_line(layout, rank, "pipeline", "tensor"))
+        groups = {axis: _make_group(layout, rank, axis) for axis in ("tensor", "pipeline", "data")}
+        return Grid(layout, **groups, model=_make_group(layout, rank, "pipeline", "tensor"))
 
     @property
     def reports_metrics(self) -> bool:
-        """Whether sums over all ranks take the results of this one: the last stage has them, all its tensor ranks the
-        same."""
+        """Whether sums over all ranks count this one: the last stage has the results, on all its tensor ranks alike."""
         return self.pipeline.is_last and self.tensor.is_first
 
 
-def _line(layout: Layout, rank: int, *along: Axis) -> ParallelGroup:
+def _make_group(layout: Layout, rank: int, *along: Axis) -> ParallelGroup:
     groups = layout.groups(*along)
     mine = next(members for members in groups if rank in members)
-    place, size = mine.index(rank), len(mine)
+    index, size = mine.index(rank), len(mine)
     if size == layout.world:
-        return ParallelGroup(place, size, dist.group.WORLD)
+        return ParallelGroup(index, size, dist.group.WORLD)
     if size == 1:
-        return ParallelGroup(place, size, dist.new_group(mine, use_local_synchronization=True))
+        return ParallelGroup(index, size, dist.new_group(mine, use_local_synchronization=True))
     made = [dist.new_group(members) for members in groups]
-    return ParallelGroup(place, size, made[groups.index(mine)])
+    return ParallelGroup(index, size, made[groups.index(mine)])
 
 
 class Mpu:
@@ -74,32 +73,31 @@ class Mpu:
         self._grid, self._data_ranks = grid, ranks
 
     def get_data_parallel_rank(self) -> int:
-        """Place among the copies of the model."""
+        """Index of this replica."""
         return self._grid.data.rank
 
     def get_data_parallel_world_size(self) -> int:
-        """Copies of the model."""
+        """Number of replicas."""
         return self._grid.data.size
 
     def get_data_parallel_group(self) -> Any:
-        """The ranks that hold the same weights."""
+        """The ranks with the same weights."""
         return self._grid.data.group
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        """Their global numbers."""
+        """Their global ranks."""
         return self._data_ranks
 
     def get_model_parallel_rank(self) -> int:
-        """Place among the ranks of one copy; DeepSpeed takes the norms of parameters that are not split from the
-        first."""
+        """Index among the ranks of one replica; DeepSpeed takes norms of replicated parameters from the first."""
         return self._grid.model.rank
 
     def get_model_parallel_world_size(self) -> int:
-        """Ranks of one copy."""
+        """Number of ranks of one replica."""
         return self._grid.model.size
 
     def get_model_parallel_group(self) -> Any:
-        """The ranks of one copy."""
+        """The ranks of one replica."""
         return self._grid.model.group
 
     get_tensor_model_parallel_rank = get_model_parallel_rank

@@ -1,15 +1,17 @@
-"""Which part of a model a rank holds, as its layers see it: they know no rank and ask this for what they exchange.
+"""The tensor-parallel region that a layer is in, as the layer sees it: it knows no rank and asks this for what it
+exchanges.
 
-A layer names in `cuts` how its matrices may be divided among the ranks of a tensor-parallel group:
+A layer names in `tensor_sharding` how its parameters may be sharded over the ranks of a tensor-parallel group:
 
 - `column`: the outputs of a linear layer (rows of its weight), whose input all ranks have;
-- `row`: the inputs of a linear layer (columns of its weight); outputs are summed over the ranks, the bias is not cut;
-- `heads`: the outputs, where the layer itself sees to the exchange;
-- `embedding`, `vocabulary`: the words (rows) of a table, a bias over the words;
-- `rows`: nothing of the parameter; but it acts on the rows (tokens) that the rank holds between the matrices, so
-  that under sequence parallelism its gradient is a sum over the ranks.
+- `row`: the inputs of a linear layer (columns of its weight); outputs are reduced over the ranks, the bias is
+  replicated;
+- `head`: the outputs, where the layer itself sees to the exchange;
+- `embedding`, `vocab`: the rows of the token matrix, the biases over the vocabulary;
+- `token`: replicated; but it acts on the tokens that each rank has between the linear layers, so that under sequence
+  parallelism its gradient is a sum over the ranks.
 
-What is not named is held by every rank, which computes the same with it.
+What is not named is replicated: every rank computes the same with it.
 """
 
 from __future__ import annotations
@@ -19,56 +21,57 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-Cut = Literal["column", "row", "heads", "embedding", "vocabulary", "rows"]
+Sharding = Literal["column", "row", "head", "embedding", "vocab", "token"]
 
 
-class Part:
-    """All of a model: nothing is exchanged. `parallel.tensor.TensorPart` is the part of one rank among several.
+class TensorRegion:
+    """A region of one rank: nothing is exchanged. `parallel.tensor.ShardedRegion` is that of one rank among several.
 
     Letters: R rows (tokens or states) of a packed micro-batch, D width.
     """
 
-    #: Whether this is all of the model.
-    whole = True
+    #: Whether the layers here have but a part of their sharded parameters.
+    is_sharded = False
     #: Packed tensors have a multiple of so many rows.
     row_multiple = 1
 
-    def first(self, held: int) -> int:
-        """Number of the first of `held` heads or words, of which each rank holds equally many."""
+    def first_index(self, local: int) -> int:
+        """Index of the first of `local` heads or vocabulary rows, of which each rank has equally many."""
         return 0
 
-    def first_row(self, held: int) -> int:
-        """Number of the first of `held` rows between the matrices."""
+    def first_row(self, local: int) -> int:
+        """Index of the first of the `local` rows that this rank has between the linear layers."""
         return 0
 
-    def all_rows(self, hidden: Tensor) -> Tensor:
-        """All rows [R, D] from those held here; what follows is the same on every rank."""
+    def gather_from(self, hidden: Tensor) -> Tensor:
+        """All rows [R, D] from the local ones; what follows is the same on every rank."""
         return hidden
 
     def take_rows(self, hidden: Tensor, index: Tensor) -> Tensor:
-        """Rows `index` of all rows, as far as they are to be held here."""
+        """Rows `index` of all rows; under sequence parallelism this rank's split of them."""
         return F.embedding(index, hidden)
 
-    def entering(self, x: Tensor) -> Tensor:
-        """`x`, which all ranks have, where each goes on with its own heads or words: gradients are summed there."""
+    def copy_to(self, x: Tensor) -> Tensor:
+        """`x`, which all ranks have, where each continues with its own heads or vocabulary; backward all-reduces."""
         return x
 
     def embed(self, ids: Tensor, weight: Tensor) -> Tensor:
-        """Rows `ids` [R] of a table of which `weight` is held here, [R, D], as far as they are to be held here."""
+        """Rows `ids` [R] of the token matrix, of which `weight` is local, [R, D]; under sequence parallelism this
+        rank's split of them."""
         return F.embedding(ids, weight)
 
-    def total(self, x: Tensor) -> Tensor:
-        """Sum of `x` over the ranks; may overwrite it and has no gradient."""
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum of `x` over the ranks; may overwrite it, and has no gradient."""
         return x
 
-    def log_sum(self, x: Tensor) -> Tensor:
-        """Logarithm of the sum of exp(x) over the ranks, with its gradient."""
+    def logsumexp(self, x: Tensor) -> Tensor:
+        """Elementwise log of the sum of exp(x) over the ranks, with its gradient."""
         return x
 
-    def best(self, values: Tensor, ids: Tensor) -> Tensor:
-        """Of `ids`, elementwise, the one with the largest of `values` over the ranks."""
+    def argmax(self, values: Tensor, ids: Tensor) -> Tensor:
+        """Elementwise, of the `ids` of all ranks the one with the largest of `values`."""
         return ids
 
 
-#: All of a model.
-WHOLE = Part()
+#: The region of layers that no other rank has a part of.
+UNSHARDED = TensorRegion()

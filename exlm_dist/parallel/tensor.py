@@ -1,7 +1,7 @@
 """Tensor and sequence parallelism on megatron-core: the one place that imports it, used where the degree is above 1.
 
-`split` cuts a model that was built whole: linear layers become megatron's column- and row-parallel ones, the table of
-words its vocabulary-parallel embedding, and the layers are told what part of the model they are (`parallel/part.py`).
+`apply_tensor_parallel` shards a model that was built whole: linear layers become megatron's column- and row-parallel
+ones, the token matrix its vocabulary-parallel embedding, and each layer gets its region (`parallel/region.py`).
 Formulas of what is sent: docs/parallelism.md.
 """
 
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from exlm_dist.checkpoint.pieces import Slice
 from exlm_dist.parallel.compiler import decorators_without_compiler
-from exlm_dist.parallel.region import Part
+from exlm_dist.parallel.region import TensorRegion
 from exlm_dist.parallel.sharded import has_sharding, set_sharding
 
 with warnings.catch_warnings(), decorators_without_compiler():
@@ -41,68 +41,70 @@ with warnings.catch_warnings(), decorators_without_compiler():
     )
 
 
-def split(model: nn.Module, group: dist.ProcessGroup, *, sequence: bool = False) -> None:
-    """Cut `model`, or some layers of one, down in place to what this rank of the tensor-parallel `group` holds.
+def apply_tensor_parallel(model: nn.Module, group: dist.ProcessGroup, *, sequence: bool = False) -> None:
+    """Reduce `model`, or some layers of one, in place to the shard of this rank of the tensor-parallel `group`.
 
-    New parameters are on the CPU, in fp32 and without a value; so are those held whole if they were on the meta device.
-    Each gets its extent (read by `sharded_parameters`) and, where it is cut, megatron's `tensor_model_parallel`,
-    by which gradient norms count the others once. `sequence`: between the matrices each rank holds a slice of the rows.
+    New parameters are on the CPU, in fp32 and uninitialised; so are replicated ones that were on the meta device. Each
+    knows its sharding (read by `sharded_parameters`) and, where it is sharded, has megatron's `tensor_model_parallel`,
+    by which gradient norms count the others once. `sequence`: between the linear layers each rank has a slice of the
+    rows.
     """
     _prepare(group)
-    _Cutter(group, sequence).cut(model)
+    _Sharder(group, sequence).shard(model)
 
 
-class TensorPart(Part):
-    """The part of one rank of a tensor-parallel group."""
+class ShardedRegion(TensorRegion):
+    """The region of one rank of a tensor-parallel group."""
 
-    whole = False
+    is_sharded = True
 
     def __init__(self, group: dist.ProcessGroup, sequence: bool) -> None:
         self.group, self.sequence = group, sequence
         self.rank, self.degree = group.rank(), group.size()
         self.row_multiple = self.degree if sequence else 1
-        self.table: VocabParallelEmbedding | None = None
+        self.table: VocabParallelEmbedding | None = None  # where this rank has the embedding
 
-    def first(self, held: int) -> int:
-        """See `Part`."""
-        return self.rank * held
+    def first_index(self, local: int) -> int:
+        """See `TensorRegion`."""
+        return self.rank * local
 
-    def first_row(self, held: int) -> int:
-        """See `Part`."""
-        return self.rank * held if self.sequence else 0
+    def first_row(self, local: int) -> int:
+        """See `TensorRegion`."""
+        return self.rank * local if self.sequence else 0
 
-    def all_rows(self, hidden: Tensor) -> Tensor:
-        """See `Part`."""
+    def gather_from(self, hidden: Tensor) -> Tensor:
+        """See `TensorRegion`."""
         if not self.sequence:
             return hidden
         return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.group)
 
     def take_rows(self, hidden: Tensor, index: Tensor) -> Tensor:
-        """See `Part`."""
+        """See `TensorRegion`."""
         if not self.sequence:
             return super().take_rows(hidden, index)
         every = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.group)
         return super().take_rows(every, index.chunk(self.degree)[self.rank])
 
-    def entering(self, x: Tensor) -> Tensor:
-        """See `Part`."""
-        return _Entering.apply(x, self.group)
+    def copy_to(self, x: Tensor) -> Tensor:
+        """See `TensorRegion`."""
+        return _CopyTo.apply(x, self.group)
 
     def embed(self, ids: Tensor, weight: Tensor) -> Tensor:
-        """See `Part`; `weight` is that of the table."""
+        """See `TensorRegion`; `weight` is that of the table."""
+        assert self.table is not None
         hidden = self.table(ids[None])  # [1, R, D]; [R / degree, 1, D] under sequence parallelism
         return hidden.squeeze(1 if self.sequence else 0)
 
-    def total(self, x: Tensor) -> Tensor:
-        """See `Part`."""
-        return _summed(x, self.group)
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """See `TensorRegion`."""
+        return _all_reduce(x, self.group)
 
-    def log_sum(self, x: Tensor) -> Tensor:
-        """See `Part`."""
-        return _LogSum.apply(x, self.group)
+    def logsumexp(self, x: Tensor) -> Tensor:
+        """See `TensorRegion`."""
+        return _LogSumExp.apply(x, self.group)
 
-    def best(self, values: Tensor, ids: Tensor) -> Tensor:
-        """See `Part`; of equal values the one of the first rank."""
+    def argmax(self, values: Tensor, ids: Tensor) -> Tensor:
+        """See `TensorRegion`; of equal values the one of the first rank."""
         largest = values.clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         ids = ids.masked_fill(values < largest, torch.iinfo(ids.dtype).max)
@@ -110,8 +112,8 @@ class TensorPart(Part):
         return ids
 
 
-class Column(ColumnParallelLinear):
-    """Rows of a linear layer's weight; a layer that passes its bias on (kernels/linear) passes on this rank's part."""
+class ColumnLinear(ColumnParallelLinear):
+    """Column-parallel linear layer; one that passes its bias on (kernels/linear) passes on this rank's part."""
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """x [R, K], or this rank's rows of it under sequence parallelism -> [R, N / degree]; and a bias to pass on."""
@@ -119,8 +121,8 @@ class Column(ColumnParallelLinear):
         return out if bias is None else (out + bias.detach(), bias.view_as(bias))
 
 
-class Row(RowParallelLinear):
-    """Columns of a linear layer's weight. `product` (x, weight, bias, more) is the layer's own."""
+class RowLinear(RowParallelLinear):
+    """Row-parallel linear layer. `product` (x, weight, bias, more) is the unsharded layer's own."""
 
     def __init__(self, inputs: int, outputs: int, *, product: Callable[..., Tensor], **shared: Any) -> None:
         super().__init__(inputs, outputs, bias=True, input_is_parallel=True, skip_bias_add=False, **shared)
@@ -130,17 +132,17 @@ class Row(RowParallelLinear):
         """x [R, K / degree], and what else the product takes -> [R, N], or this rank's rows of it under sequence
         parallelism."""
         # As megatron's own, which hands nothing but x to the product.
-        summed = reduce_from_tensor_model_parallel_region
+        reduce = reduce_from_tensor_model_parallel_region
         if self.sequence_parallel:
-            summed = reduce_scatter_to_sequence_parallel_region
-        return summed(self.product(x, self.weight, None, *more), group=self.tp_group) + self.bias
+            reduce = reduce_scatter_to_sequence_parallel_region
+        return reduce(self.product(x, self.weight, None, *more), group=self.tp_group) + self.bias
 
 
-class _Cutter:
-    """One use of `split`."""
+class _Sharder:
+    """One call of `apply_tensor_parallel`."""
 
     def __init__(self, group: dist.ProcessGroup, sequence: bool) -> None:
-        self.part = TensorPart(group, sequence)
+        self.region = ShardedRegion(group, sequence)
         config = ModelParallelConfig(
             tensor_model_parallel_size=group.size(),
             sequence_parallel=sequence,
@@ -148,94 +150,94 @@ class _Cutter:
             perform_initialization=False,
         )
         self.shared = {"config": config, "init_method": None, "tp_group": group}
-        #: (the old one, which keeps its id from being given again; the new one) by id: a tied parameter is cut once.
+        #: (the old one, kept so that its id is not reused; the new one) by id: a tied parameter is sharded once.
         self.replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
 
-    def cut(self, model: nn.Module) -> None:
-        modules = list(model.modules())
+    def shard(self, model: nn.Module) -> None:
+        modules: list[Any] = list(model.modules())
         for module in modules:
-            for name, kind in getattr(module, "cuts", {}).items():
-                getattr(self, f"_{kind}")(module, name)
-            if hasattr(module, "part"):
-                module.part = self.part
+            for name, kind in getattr(module, "tensor_sharding", {}).items():
+                getattr(self, f"_shard_{kind}")(module, name)
+            if hasattr(module, "region"):
+                module.region = self.region
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, self._whole(parameter))
+                setattr(module, name, self._replicated(parameter))
 
-    def _column(self, module: nn.Module, name: str) -> None:
+    def _shard_column(self, module: nn.Module, name: str) -> None:
         old = getattr(module, name)
         passes = {"gather_output": False, "skip_bias_add": old.passes_bias}
-        new = Column(old.in_features, old.out_features, bias=True, **passes, **self.shared)
+        new = ColumnLinear(old.in_features, old.out_features, bias=True, **passes, **self.shared)
         self._mark(new.weight, old.weight.shape, 0)
         self._mark(new.bias, old.bias.shape, 0)
         setattr(module, name, new)
 
-    def _row(self, module: nn.Module, name: str) -> None:
+    def _shard_row(self, module: nn.Module, name: str) -> None:
         old = getattr(module, name)
-        new = Row(old.in_features, old.out_features, product=old.product, **self.shared)
+        new = RowLinear(old.in_features, old.out_features, product=old.product, **self.shared)
         self._mark(new.weight, old.weight.shape, 1)
-        self._act_on_rows(new.bias)
+        self._on_local_tokens(new.bias)
         setattr(module, name, new)
 
-    def _heads(self, module: nn.Module, name: str) -> None:
+    def _shard_head(self, module: nn.Module, name: str) -> None:
         layer = getattr(module, name)
         for parameter in ("weight", "bias"):
             self._narrow(layer, parameter)
 
-    def _embedding(self, module: nn.Module, name: str) -> None:
+    def _shard_embedding(self, module: nn.Module, name: str) -> None:
         old = getattr(module, name)
-        padded = self._share(len(old)) * self.part.degree
-        scatter = self.part.sequence
+        padded = self._padded_rows(len(old)) * self.region.degree
+        scatter = self.region.sequence
         table = VocabParallelEmbedding(padded, old.shape[1], reduce_scatter_embeddings=scatter, **self.shared)
         self._mark(table.weight, old.shape, 0)
         self.replaced[id(old)] = old, table.weight
         setattr(module, name, table.weight)
-        self.part.table = table
+        self.region.table = table
 
-    def _vocabulary(self, module: nn.Module, name: str) -> None:
+    def _shard_vocab(self, module: nn.Module, name: str) -> None:
         self._narrow(module, name)
 
     def _narrow(self, module: nn.Module, name: str) -> None:
         old = getattr(module, name)
         if id(old) not in self.replaced:
-            new = nn.Parameter(torch.empty(self._share(len(old)), *old.shape[1:]))
+            new = nn.Parameter(torch.empty(self._padded_rows(len(old)), *old.shape[1:]))
             self._mark(new, old.shape, 0)
             self.replaced[id(old)] = old, new
         setattr(module, name, self.replaced[id(old)][1])
 
-    def _rows(self, module: nn.Module, name: str) -> None:
+    def _shard_token(self, module: nn.Module, name: str) -> None:
         found = getattr(module, name)
         for owner, key in [(module, name)] if isinstance(found, nn.Parameter) else [(found, "weight"), (found, "bias")]:
-            setattr(owner, key, self._act_on_rows(self._whole(getattr(owner, key))))
+            setattr(owner, key, self._on_local_tokens(self._replicated(getattr(owner, key))))
 
-    def _whole(self, old: nn.Parameter) -> nn.Parameter:
-        """A parameter that every rank holds; one with an extent is done already."""
+    def _replicated(self, old: nn.Parameter) -> nn.Parameter:
+        """A parameter that every rank has; one with a sharding is done already."""
         if has_sharding(old):
             return old
         new = nn.Parameter(torch.empty(old.shape, device="cpu")) if old.is_meta else old
-        set_sharding(new, new.shape, None, saved=self.part.rank == 0)
+        set_sharding(new, new.shape, None, saved=self.region.rank == 0)
         return new
 
-    def _act_on_rows(self, parameter: nn.Parameter) -> nn.Parameter:
-        """Sum the gradient of `parameter` over the ranks where each has its own rows."""
-        if self.part.sequence:
-            parameter.sequence_parallel = True  # megatron's name
-            parameter.register_hook(functools.partial(_summed_gradient, group=self.part.group))
+    def _on_local_tokens(self, parameter: nn.Parameter) -> nn.Parameter:
+        """Sum the gradient of `parameter` over the ranks where each has its own tokens."""
+        if self.region.sequence:
+            setattr(parameter, "sequence_parallel", True)  # noqa: B010  # megatron's name
+            parameter.register_hook(functools.partial(_reduced_gradient, group=self.region.group))
         return parameter
 
     def _mark(self, parameter: nn.Parameter, full: torch.Size, dim: int) -> None:
         """`parameter` is this rank's part along `dim` of one of shape `full`."""
         if not getattr(parameter, "tensor_model_parallel", False):
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
-        start, stop = (min(full[dim], (self.part.rank + end) * parameter.shape[dim]) for end in (0, 1))
+        start, stop = (min(full[dim], (self.region.rank + end) * parameter.shape[dim]) for end in (0, 1))
         set_sharding(parameter, full, Slice(dim, start, stop), saved=True)
 
-    def _share(self, size: int) -> int:
-        """Rows of each rank, the last ones filled up."""
-        return -(-size // self.part.degree)
+    def _padded_rows(self, size: int) -> int:
+        """Rows on each rank, the last ones padding."""
+        return -(-size // self.region.degree)
 
 
-class _Entering(Function):
+class _CopyTo(Function):
     """The identity; backward the sum over the ranks. (megatron's own loses it where the gradient is not contiguous.)"""
 
     @staticmethod
@@ -246,10 +248,10 @@ class _Entering(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad.clone(memory_format=torch.contiguous_format), ctx.group), None
+        return _all_reduce(grad.clone(memory_format=torch.contiguous_format), ctx.group), None
 
 
-class _LogSum(Function):
+class _LogSumExp(Function):
     """log of the sum of exp(x) over the ranks. Every rank goes on alike with the result: backward nothing is sent."""
 
     @staticmethod
@@ -257,28 +259,28 @@ class _LogSum(Function):
         top = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
         never = top == float("-inf")
-        share = (x - top.masked_fill(never, 0.0)).exp_()
-        total = _summed(share.clone(memory_format=torch.contiguous_format), group)
-        ctx.save_for_backward(share.div_(total).masked_fill_(never, 0.0))
+        fraction = (x - top.masked_fill(never, 0.0)).exp_()
+        total = _all_reduce(fraction.clone(memory_format=torch.contiguous_format), group)
+        ctx.save_for_backward(fraction.div_(total).masked_fill_(never, 0.0))
         return top.add_(total.log_())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (share,) = ctx.saved_tensors
-        return torch.where(share == 0, 0.0, grad * share), None
+        (fraction,) = ctx.saved_tensors
+        return torch.where(fraction == 0, 0.0, grad * fraction), None
 
 
-def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """`x`, contiguous, overwritten with its sum over the ranks."""
     dist.all_reduce(x, group=group)
     return x
 
 
-def _summed_gradient(grad: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+def _reduced_gradient(grad: Tensor, *, group: dist.ProcessGroup) -> Tensor:
     """Sum over the ranks in fp32: as exact as the sum over rows that it continues."""
     wide = grad.float() if grad.dtype in (torch.bfloat16, torch.float16) else grad.clone()
-    return _summed(wide.contiguous(), group).to(grad.dtype)
+    return _all_reduce(wide.contiguous(), group).to(grad.dtype)
 
 
 def _prepare(group: dist.ProcessGroup) -> None:

@@ -94,7 +94,7 @@ def run_processes(
         pipes.append(receive)
         ranks.append(process)
     try:
-        return _collect(ranks, pipes, timeout)
+        return _results(ranks, pipes, timeout)
     finally:
         for process in ranks:
             if process.is_alive():
@@ -117,7 +117,7 @@ def _child(
         os._exit(getattr(error, "exit_code", 1))
 
 
-def _collect(ranks: list, pipes: list[Connection], timeout: float) -> list[Any]:
+def _results(ranks: list, pipes: list[Connection], timeout: float) -> list[Any]:
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
     deadline = time.monotonic() + timeout

@@ -1,4 +1,4 @@
-"""What a rank holds of a model, read through DeepSpeed's own accessors, and the whole from what all ranks hold."""
+"""The local part of a model, read through DeepSpeed's own accessors, and the whole from those of all ranks."""
 
 from __future__ import annotations
 
@@ -8,28 +8,36 @@ import numpy as np
 
 
 def pieces(engine: Any, key: str | None) -> dict[str, Any]:
-    """{name: (full shape, dim, start, stop, values)} of what this rank holds: the weights, or the moment `key`."""
+    """{name: (full shape, dim, start, stop, values)} of the local weights, or of the moment `key`."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     found = {}
-    for held in engine.parameters:
+    for sharded in engine.parameters:
         if engine.zero == 0:
-            value = held.parameter if key is None else engine.inner_optimizer.state[held.parameter][key]
+            value = sharded.parameter if key is None else engine.inner_optimizer.state[sharded.parameter][key]
         elif key is None:
-            value = safe_get_full_fp32_param(held.parameter)
+            value = safe_get_full_fp32_param(sharded.parameter)
         else:
-            value = safe_get_full_optimizer_state(held.parameter, key)
-        place = (0, 0, held.shape[0]) if held.slice is None else (held.slice.dim, held.slice.start, held.slice.stop)
-        # float32 numpy: what travels from the ranks to the test.
-        found[held.name] = (held.shape, *place, value.detach().float().numpy().reshape(_local_shape(held)).copy())
+            value = safe_get_full_optimizer_state(sharded.parameter, key)
+        extent = (
+            (0, 0, sharded.shape[0])
+            if sharded.slice is None
+            else (sharded.slice.dim, sharded.slice.start, sharded.slice.stop)
+        )
+        # float32 numpy: what can be sent from the ranks to the test.
+        found[sharded.name] = (
+            sharded.shape,
+            *extent,
+            value.detach().float().numpy().reshape(_local_shape(sharded)).copy(),
+        )
     return found
 
 
-def _local_shape(held):
+def _local_shape(sharded):
     """Shape of the local tensor (ZeRO 3 has emptied it), padding of a vocabulary included."""
-    shape = list(held.part_shape)
-    if held.slice is not None:
-        shape[held.slice.dim] = -1
+    shape = list(sharded.part_shape)
+    if sharded.slice is not None:
+        shape[sharded.slice.dim] = -1
     return shape
 
 

@@ -79,12 +79,12 @@ def sums(process, degrees):
 def test_groups_reach_the_ranks_they_should(degrees):
     layout = Layout(*degrees)
     axes = {"tensor": ["tensor"], "pipeline": ["pipeline"], "data": ["data"], "model": ["pipeline", "tensor"]}
-    for rank, (found, speaks, limits) in enumerate(on_ranks(sums, 4, degrees, timeout=40.0)):
+    for rank, (found, reports, limits) in enumerate(on_ranks(sums, 4, degrees, timeout=40.0)):
         for name, along in axes.items():
             group = layout.group_of(rank, *along)
             assert found[name] == (group.index(rank), len(group), sum(group))
         place = layout.place(rank)
-        assert speaks == (place.pipeline == layout.pipeline - 1 and place.tensor == 0)
+        assert reports == (place.pipeline == layout.pipeline - 1 and place.tensor == 0)
         assert limits == {40.0}
 
 

@@ -289,7 +289,7 @@ MOVES = [
 ]
 
 
-def test_a_run_moves_from_layout_to_layout_and_back(data, tmp_path, uninterrupted):
+def test_a_run_goes_from_layout_to_layout_and_back(data, tmp_path, uninterrupted):
     for parallel, end in MOVES:
         config = tiny(tmp_path, "moved", data, parallel=parallel, batch=SECTIONS["batch"], tracking=NOTED)
         world = config.local_processes

@@ -1,7 +1,7 @@
-"""A model split over 2 and 4 gloo ranks computes what the whole one does: loss, every gradient, ten steps.
+"""A model sharded over 2 and 4 gloo ranks computes what the whole one does: loss, every gradient, ten steps.
 
-All cases of a degree run in one set of processes, each of which compares its part with a whole model of its own and
-gives back what it found. In fp32 rounding of the two orders of summation is all that may differ; in fp64 nothing that
+All cases of a degree run in one set of processes, each of which compares its shard with a whole model of its own and
+returns what it found. In fp32 rounding of the two orders of summation is all that may differ; in fp64 nothing that
 matters.
 """
 
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import on_ranks
 from packed import make_batch
+from parallel.harness import on_ranks
 
 LENGTHS = [9, 14, 6, 11]
-VOCABULARY = 26  # 13 words for each of two ranks; four hold 7, 7, 7 and 5
+VOCABULARY = 26  # 13 rows for each of two ranks; four have 7, 7, 7 and 5
 STEPS = {"fp32": 10, "fp64": 3}
 BOUNDS = {"fp32": 1e-5, "fp64": 1e-10}
 MLM = {"objective": "mlm", "states": 1, "anchors": False}
@@ -77,27 +77,28 @@ def loss_of(model, stream):
 
 
 class Pair:
-    """A whole model and this rank's part of the same one. Differences are shares of the largest number of the whole."""
+    """A whole model and this rank's shard of it. Differences are relative to the largest element of the whole."""
 
     def __init__(self, config, group, sequence, options, precision):
         import torch
 
         from exlm_dist.model.build import build_model
         from exlm_dist.parallel.sharded import sharded_parameters
-        from exlm_dist.parallel.tensor import split
+        from exlm_dist.parallel.tensor import apply_tensor_parallel
 
         dtype = {"fp32": torch.float32, "fp64": torch.float64}[precision]
         build = functools.partial(build_model, config, VOCABULARY, seed=3, **options)
-        self.models = [build(), build(split=functools.partial(split, group=group, sequence=sequence))]
+        shard = functools.partial(apply_tensor_parallel, group=group, sequence=sequence)
+        self.models = [build(), build(shard=shard)]
         self.models = [model.to(dtype) for model in self.models]
         self.full, self.parts = dict(self.models[0].named_parameters()), sharded_parameters(self.models[1])
         shapes = [(name, tuple(parameter.shape)) for name, parameter in self.full.items()]
-        assert [(held.name, held.shape) for held in self.parts] == shapes
+        assert [(sharded.name, sharded.shape) for sharded in self.parts] == shapes
         self.optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6) for model in self.models]
         self.group = group
 
     def backward(self, stream) -> float:
-        """Run both and give the difference of their losses; `traffic`: what the split one has sent."""
+        """Run both and give the difference of their losses; `traffic`: what the sharded one has sent."""
         from exlm_dist.parallel.traffic import Traffic
 
         losses = []
@@ -113,35 +114,35 @@ class Pair:
             optimizer.step()
 
     def weights(self) -> dict[str, float]:
-        return {held.name: self._difference(held, lambda parameter: parameter.detach()) for held in self.parts}
+        return {sharded.name: self._difference(sharded, lambda parameter: parameter.detach()) for sharded in self.parts}
 
     def gradients(self) -> dict[str, float]:
         # That of the keys' bias is 0 but for rounding: it shifts all scores of a row alike.
-        parts = [held for held in self.parts if "key.bias" not in held.name]
-        return {held.name: self._difference(held, lambda parameter: parameter.grad) for held in parts}
+        parts = [sharded for sharded in self.parts if "key.bias" not in sharded.name]
+        return {sharded.name: self._difference(sharded, lambda parameter: parameter.grad) for sharded in parts}
 
-    def _difference(self, held, value) -> float:
-        expected, own = value(self.full[held.name]), value(held.parameter)[used(held)]
-        part = held.slice
+    def _difference(self, sharded, value) -> float:
+        expected, own = value(self.full[sharded.name]), value(sharded.parameter)[used(sharded)]
+        part = sharded.slice
         same = expected if part is None else expected.narrow(part.dim, part.start, part.stop - part.start)
         return float((own - same).abs().max() / expected.abs().max().clamp(min=1e-30))
 
     def norm(self) -> float:
-        """That of the global gradient: what is marked as cut is summed over the ranks, what all hold counts once."""
+        """That of the global gradient: sharded parameters are summed over the ranks, replicated ones count once."""
         import torch
 
-        marked = [getattr(held.parameter, "tensor_model_parallel", False) for held in self.parts]
-        assert marked == [held.slice is not None for held in self.parts]
-        squares = [held.parameter.grad.double().square().sum() for held in self.parts]
-        cut = sum(square for square, is_cut in zip(squares, marked) if is_cut)
-        torch.distributed.all_reduce(cut, group=self.group)
-        total = cut + sum(square for square, is_cut in zip(squares, marked) if not is_cut)
+        marked = [getattr(part.parameter, "tensor_model_parallel", False) for part in self.parts]
+        assert marked == [part.slice is not None for part in self.parts]
+        squares = [part.parameter.grad.double().square().sum() for part in self.parts]
+        sharded = sum(square for square, is_sharded in zip(squares, marked) if is_sharded)
+        torch.distributed.all_reduce(sharded, group=self.group)
+        total = sharded + sum(square for square, is_sharded in zip(squares, marked) if not is_sharded)
         return abs(float(total.sqrt() / torch.nn.utils.get_total_norm([p.grad for p in self.full.values()])) - 1)
 
 
-def used(held) -> tuple[slice, ...]:
-    """Where in the local tensor its part of the full one lies; the rest only fills it up."""
-    return tuple(map(slice, held.part_shape))
+def used(sharded) -> tuple[slice, ...]:
+    """Where in the local tensor its part of the full one lies; the rest is padding."""
+    return tuple(map(slice, sharded.part_shape))
 
 
 def compare(group, changes, sequence, options):
@@ -161,10 +162,14 @@ def compare(group, changes, sequence, options):
                 found["sent"] = {kind: (calls, pair.traffic.bytes[kind]) for kind, calls in pair.traffic.calls.items()}
                 found["expected"] = expected_traffic(config, stream, group.size() if sequence else 0)
             pair.step()
-    found["slices"] = {held.name: held.slice and (held.slice.start, held.slice.stop) for held in pair.parts}
-    found["saved"] = {held.name: held.saved for held in pair.parts}
-    found["replicas"] = {held.name: held.parameter.detach().numpy() for held in pair.parts if held.slice is None}
-    found["filling"] = [filling(held) for held in pair.parts]
+    found["slices"] = {
+        sharded.name: sharded.slice and (sharded.slice.start, sharded.slice.stop) for sharded in pair.parts
+    }
+    found["saved"] = {sharded.name: sharded.saved for sharded in pair.parts}
+    found["replicas"] = {
+        sharded.name: sharded.parameter.detach().numpy() for sharded in pair.parts if sharded.slice is None
+    }
+    found["padding"] = [padding(sharded) for sharded in pair.parts]
     return found
 
 
@@ -176,7 +181,7 @@ def compare_all(process, names):
 
 def predictions(model, stream):
     """The most probable token of every target, without dropout, three of the four sequences at a time (of four ranks
-    one holds fewer words than the others, and must not take more of them). All tokens go through the last block."""
+    one has fewer vocabulary rows than the others, and must not take more sequences). The last block sees all tokens."""
     from exlm_dist.model import heads
 
     heads._PREDICTION_LOGITS = 3 * stream.max_states * len(model.output.bias)
@@ -193,8 +198,8 @@ def expected_traffic(config, stream, multiple):
     states, targets, longest = len(stream.state_index), stream.max_targets, stream.max_states
     sums = [state, 4 * states, 4 * states, 4 * states * targets]
     if config.objective == "exlm" and config.transitions != "uniform":
-        moves = 4 * stream.num_sequences * longest
-        sums += [state, moves * longest, moves * longest, moves, moves]
+        row = 4 * stream.num_sequences * longest
+        sums += [state, row * longest, row * longest, row, row]
         sums += [4 * width * stream.max_tokens] if config.transition_positions else []
     if not multiple:
         sums += [token] + [token] * 4 * blocks + [token, state, state, state]
@@ -206,10 +211,10 @@ def expected_traffic(config, stream, multiple):
     return {kind: (len(sizes), sum(sizes)) for kind, sizes in kinds.items()}
 
 
-def filling(held) -> float:
-    """Largest number in what fills the local tensor up."""
-    local = held.parameter.detach().clone()
-    local[used(held)] = 0
+def padding(sharded) -> float:
+    """Largest element of the padding of the local tensor."""
+    local = sharded.parameter.detach().clone()
+    local[used(sharded)] = 0
     return float(local.abs().max())
 
 
@@ -226,7 +231,7 @@ def results():
 
 @pytest.mark.parametrize("precision", STEPS)
 @pytest.mark.parametrize("name", CASES)
-def test_split_equals_whole(results, name, precision):
+def test_sharded_equals_whole(results, name, precision):
     for found in (rank[precision] for rank in results[name]):
         assert len(found["loss"]) == STEPS[precision] and max(found["loss"]) < BOUNDS[precision], found["loss"]
         assert max(found["norm"]) < BOUNDS[precision], found["norm"]
@@ -261,7 +266,7 @@ def test_parts_make_the_whole_and_replicas_stay_equal(results, name):
             assert parts[0][0] == 0 and all(before[1] == after[0] for before, after in zip(parts, parts[1:]))
             assert all(saved)
     assert ranks[-1]["slices"]["embedding.weight"][1] == VOCABULARY
-    assert all(value == 0 for found in ranks for value in found["filling"])
+    assert all(value == 0 for found in ranks for value in found["padding"])
 
 
 def test_one_rank_alone_needs_no_megatron():

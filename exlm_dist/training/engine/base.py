@@ -127,11 +127,12 @@ def build_local_model(
     config: RunConfig, process: Process, vocab_size: int, stage: range | None = None
 ) -> LanguageModel:
     """The part of the model on this rank, with its initial weights; `stage`: indices of its layers, None: all."""
-    split = None
+    shard = None
     if process.grid.tensor.size > 1:
         from exlm_dist.parallel import tensor  # megatron takes more than a second to import
 
-        split = functools.partial(tensor.split, group=process.grid.tensor.group, sequence=config.parallel.sequence)
+        group, sequence = process.grid.tensor.group, config.parallel.sequence
+        shard = functools.partial(tensor.apply_tensor_parallel, group=group, sequence=sequence)
     return build_model(
         config.model,
         vocab_size,
@@ -139,5 +140,5 @@ def build_local_model(
         kernel_backend=config.kernels.backend,
         activation_checkpointing=config.parallel.activation_checkpointing,
         stage=stage,
-        split=split,
+        shard=shard,
     )

@@ -1,4 +1,4 @@
-"""Figures and the report: what they are computed from, and that each is drawn and recorded."""
+"""Figures and the report: what they are computed from, and that each one is drawn and recorded."""
 
 from __future__ import annotations
 
@@ -64,10 +64,8 @@ def test_lengths_are_those_the_loader_makes(data, tmp_path):
     for step in range(2):
         batch = loader.step(step)
         part = slice(8 * step, 8 * step + 8)
-        assert (
-            batch.num_original_tokens == lengths.original[part].sum()
-            and batch.num_tokens == lengths.expanded[part].sum()
-        )
+        assert batch.num_original_tokens == lengths.original[part].sum()
+        assert batch.num_tokens == lengths.expanded[part].sum()
 
 
 def test_padding_fraction_of_a_rectangle():
@@ -85,9 +83,8 @@ def test_inspection_is_a_distribution_over_states_and_a_path_through_them(inspec
     for one in inspections:
         n, k = len(one.targets), one.states
         assert one.transitions.shape == (n * k, n * k) and one.posterior.shape == (n, n * k)
-        assert np.allclose(one.posterior.sum(1), 1, atol=1e-5) and np.allclose(
-            one.transitions[:-1].sum(1), 1, atol=1e-5
-        )
+        assert np.allclose(one.posterior.sum(1), 1, atol=1e-5)
+        assert np.allclose(one.transitions[:-1].sum(1), 1, atol=1e-5)
         assert np.allclose(np.tril(one.transitions), 0)
         assert one.targets[0] == "<s>" and one.targets[-1] == "</s>" and (np.diff(one.positions) > 0).all()
         assert one.path[one.path >= 0].tolist() == list(range(n))
@@ -120,12 +117,8 @@ def test_report_of_two_runs(pair, capsys):
         assert f"(plots/{name}.png)" in text
         assert (pair[0] / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (pair[0] / "plots" / f"{name}.svg").read_text().lstrip().startswith("<?xml")
-    assert (
-        "nll @100 steps" in text
-        and "unit-test" in text
-        and "| mlm | `model.objective` |" in text
-        and "Not drawn" not in text
-    )
+    assert "nll @100 steps" in text and "unit-test" in text
+    assert "| mlm | `model.objective` |" in text and "Not drawn" not in text
     assert "nll @30 s" in capsys.readouterr().out
     logged = [event["path"] for event in read_events(pair[0] / "events.jsonl") if event["kind"] == "artifact"]
     assert logged == ["report.md", *(f"plots/{name}.png" for name in names)]

@@ -1,4 +1,4 @@
-"""Evaluation of checkpoints: numbers, what it refuses, what it records."""
+"""Evaluation of checkpoints: its metrics, what it refuses, what it records."""
 
 from __future__ import annotations
 

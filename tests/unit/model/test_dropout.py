@@ -18,7 +18,7 @@ def test_mask_depends_on_the_key_alone():
     assert all(not torch.equal(first, keep_mask(shape, 0.3, seed, torch.device("cpu"))[0]) for seed in others)
 
 
-def test_every_place_has_a_site_of_its_own():
+def test_every_dropout_has_a_site_of_its_own():
     sites = [block_site(layer, name) for layer in range(3) for name in ("weights", "attention", "ffn")]
     assert len({EMBEDDING_SITE, *sites}) == 10
 

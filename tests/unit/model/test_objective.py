@@ -89,9 +89,9 @@ def test_metric_by_walking_every_path(changes):
         assert torch.allclose(distribution.sum(-1), torch.ones(n, dtype=torch.float64), atol=1e-6)
         assert torch.equal(result.predictions[b, :n], distribution.argmax(-1))
         for i in range(n):
-            place = int(stream.cu_targets[b]) + i
-            if is_masked[place]:
-                target = int(stream.target_ids[place])
+            index = int(stream.cu_targets[b]) + i
+            if is_masked[index]:
+                target = int(stream.target_ids[index])
                 nll -= math.log(distribution[i, target])
                 correct += int(distribution[i].argmax()) == target
                 count += 1

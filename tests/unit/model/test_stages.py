@@ -1,4 +1,4 @@
-"""Where the layers are cut, and that the pieces, one after the other, are the whole model."""
+"""Where the layers are cut, and that the stages, one after the other, are the whole model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from exlm_dist.model.stream import Stream
 
 
 def most_expensive(costs, stages):
-    """The best there is, by trying every cut."""
+    """Cost of the most expensive stage in the best of all cuts."""
     blocks = len(costs) - 3
     best = float("inf")
     for inner in itertools.combinations(range(1, blocks), stages - 1):
@@ -65,7 +65,7 @@ def test_the_output_layer_of_the_base_model_weighs_about_two_blocks():
 @pytest.mark.parametrize("config", [{}, {"tie_head": False, "norm": "post"}], ids=str)
 @pytest.mark.parametrize("stages", [2, 3])
 def test_stages_one_after_the_other_are_the_whole_model(config, stages):
-    """Each with only its layers, handing on tensors as between processes; with dropout, to the last bit."""
+    """Each stage with its layers only, passing tensors as between processes; with dropout, bit by bit."""
     settings = ModelConfig(layers=3, width=16, heads=2, ffn=24, states=3, max_positions=64, **config)
     whole = build_model(settings, 23, seed=3)
     stream = Stream.from_batch(make_batch([9, 14, 6], bucket=4), dropout_seed=2**62 + 1).replace(predict=True)

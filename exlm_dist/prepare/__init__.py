@@ -1,1 +1,1 @@
-"""Offline preparation: files that people have become a folder of tokenized, hashed shards."""
+"""Offline preparation: input files become a folder of tokenized, hashed shards."""

@@ -20,6 +20,7 @@ def dag_log_likelihood(
 
     alpha[0, u] = match[0, u] - log ends for u < ends, -inf for later states;
     alpha[i, u] = match[i, u] + logsumexp_{v < u}(alpha[i-1, v] + transitions[v, u]).
+    match [B, N, L], transitions [B, L, L]: log-probabilities; num_targets, num_states [B] of each sequence.
     """
     log_likelihoods = []
     for alpha, later_rows, edges in _graphs(match, transitions, num_targets, num_states, ends):

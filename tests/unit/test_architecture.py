@@ -60,7 +60,7 @@ SEAMS = {
     "torch": ("kernels/", "parallel/", "model/", "training/", "evaluation/", "export/", "analysis/")
     + ("checkpoint/reader.py", "doctor/probe.py", "tracking/system.py"),
 }
-#: Kernels are long and untyped by nature; they are held to their tests instead.
+#: Kernels are long and untyped by nature; their tests are stricter instead.
 KERNELS = {path for path in FILES if path.name == "triton.py" or "triton" in path.parts}
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60

@@ -21,8 +21,7 @@ PROSE = {
     r"\btrained numbers\b": "parameters",
     r"\btogether\b": "say what is done: at once, in one group, as a whole",
     r"\bshares?\b": "fraction, split, probability; have in common",
-    r"\bheld\b(?!-out)": "stored, local, sharded",
-    r"\bHeld\b(?!-out)": "ShardedParameter",
+    r"\bheld\b(?!-out)": "stored, local, sharded parameter",
     r"\bturned\b|\bturning\b": "rotated, rotation",
     r"\bfaint(ly)?\b|\bweak\b": "one name for the one flag",
     r"\bbatch-mates\b": "other sequences of the batch",
@@ -80,7 +79,7 @@ def test_words_are_those_of_the_field(path: Path) -> None:
         f"{where}:{number}: {match.group(0)!r} -> {better}"
         for number, line in enumerate(text.split("\n"), 1)
         for pattern, better in PROSE.items()
-        for match in re.finditer(pattern, line)
+        for match in re.finditer(pattern, line, re.IGNORECASE)
     ]
     if path.suffix == ".py":
         said += [

@@ -16,10 +16,9 @@ from types import FrameType
 
 from exlm_dist.launch.restart import Restarts
 from exlm_dist.utils.errors import CHOSEN_PORT, ERROR_FILE, EXIT_RETRY
-from exlm_dist.utils.signals import die_with_parent
+from exlm_dist.utils.signals import SIGNALS, die_with_parent
 
 RANK_COMMAND = [sys.executable, "-m", "exlm_dist.cli", "pretrain"]
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 #: Seconds within which the other ranks must end by themselves once one has failed.
 GRACE = 15.0
 
@@ -87,7 +86,7 @@ def supervise(
         for rank in ranks:
             rank.send_signal(signum)
 
-    former = {signum: signal.signal(signum, forward) for signum in FORWARDED}
+    former = {signum: signal.signal(signum, forward) for signum in SIGNALS}
     try:
         for environment in environments:
             # A killed supervisor leaves no orphans.

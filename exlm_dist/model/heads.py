@@ -14,6 +14,7 @@ from exlm_dist.kernels.linear import Linear, linear
 from exlm_dist.kernels.transitions import transition_log_probs
 from exlm_dist.kernels.vocab import VocabShard, match_scores
 from exlm_dist.model.block import NORM_EPS
+from exlm_dist.model.cost import learns_transitions
 from exlm_dist.model.objective import diagonal_log_likelihood, prior_marginals
 from exlm_dist.model.stream import Stream
 from exlm_dist.parallel.region import UNSHARDED, Sharding, TensorRegion
@@ -111,8 +112,7 @@ class Output(nn.Module):
         self.words = len(weight)
         self.objective = config.objective
         self.ends = 1 if config.anchors else config.states
-        learned = config.objective == "exlm" and config.transitions != "uniform"
-        self.transition = TransitionHead(config, backend) if learned else None
+        self.transition = TransitionHead(config, backend) if learns_transitions(config) else None
         self.backend = backend
 
     def forward(self, stream: Stream) -> Stream:

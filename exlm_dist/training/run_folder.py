@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from exlm_dist.config import RunConfig, config_difference, dump_config, load_config
+from exlm_dist.utils.checkpoint_names import CHECKPOINTS
 from exlm_dist.utils.errors import CheckpointError
 from exlm_dist.utils.files import write_atomic
 from exlm_dist.utils.logs import get_logger
@@ -35,7 +36,7 @@ class RunFolder:
         different one."""
         path = Path(config.runs) / config.name
         try:
-            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(
                 f"the run folder {path} cannot be made: {error.strerror}. Set `runs` to a folder you may write."

@@ -31,6 +31,17 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
 
 
+def test_tests_and_files_that_the_documentation_names_exist() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    code = "\n".join(path.read_text(encoding="utf-8") for path in TESTS.rglob("*.py"))
+    tests = set(re.findall(r"`(test_\w+)`", text))
+    missing = [name for name in sorted(tests) if f"def {name}(" not in code and not any(TESTS.rglob(f"{name}.py"))]
+    roots = (ROOT, ROOT / "exlm_dist", ROOT / "configs")
+    files = set(re.findall(r"`((?:[a-z_]+/)+[a-z_0-9]+\.(?:py|md|sh|yaml))`", text))
+    missing += [name for name in sorted(files) if not any((root / name).exists() for root in roots)]
+    assert not missing
+
+
 def test_the_citation_is_of_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == exlm_dist.__version__

@@ -64,9 +64,8 @@ class Loader:
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} is not below world size {world}")
         recipe.check_lengths(dataset.lengths)
-        self._recipe, micro = recipe, recipe.micro
-        self._dataset, self._seed = dataset, seed
-        self._global_batch, self._num_micro = global_batch, global_batch // micro
+        self._dataset, self._recipe, self._seed = dataset, recipe, seed
+        self._global_batch, self._num_micro = global_batch, global_batch // recipe.micro
         self._mine = range(rank * self._num_micro // world, (rank + 1) * self._num_micro // world)
         self._prefetcher = Prefetcher(self._build, prefetch)
 

@@ -58,7 +58,7 @@ class _Batch:
         return torch.where(self.forward, joint.masked_fill(~self.forward[:, :, None], 0).logsumexp(-1), 0.0)
 
     def _error(self, found: list[Tensor]) -> float:
-        """Largest relative error (Frobenius) over log E of the allowed moves and the gradients, against fp64."""
+        """Largest relative error (Frobenius) over log E of the allowed transitions and the gradients, against fp64."""
         if self.wanted is None:
             inputs = [tensor.detach().double().requires_grad_() for tensor in self.inputs]
             out = transition_log_probs(*inputs, self.starts, self.shape[1], states_per_target=4, backend="torch")

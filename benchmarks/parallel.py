@@ -54,13 +54,13 @@ SEND, REDUCE, GATHER, SCATTER = "send", "all_reduce", "all_gather", "reduce_scat
 
 
 def config_of(parallel: dict[str, Any], micro_batches: int) -> RunConfig:
-    copies = parallel.get("data", 1)
+    replicas = parallel.get("data", 1)
     return RunConfig.model_validate(
         {
             "name": "benchmark",
             "data": {"path": "in memory"},
             "model": {"layers": 4, "width": 64, "heads": 4, "ffn": 256, "max_positions": 256},
-            "batch": {"sequences": 2 * copies * micro_batches, "micro": 2},
+            "batch": {"sequences": 2 * replicas * micro_batches, "micro": 2},
             "optimizer": {"clip": 1.0},
             "schedule": {"steps": 10},
             "parallel": parallel,
@@ -161,11 +161,11 @@ def formula(config: RunConfig, grid: Any, engine: Any, streams: list[Any]) -> Co
 
 
 def pipeline_formula(config: RunConfig, grid: Any, stream: Any) -> int:
-    """Hidden states, the packed batch and its description go on; gradients of the hidden states go back."""
-    sharing = grid.tensor.size if config.parallel.sequence else 1
-    rows = stream.aligned(sharing).input_ids.numel()
-    hidden = 4 * rows * config.model.width // sharing
-    states, targets = stream.aligned(sharing).state_index.numel(), stream.target_ids.numel()
+    """Hidden states, the packed batch and its sizes are sent on; gradients of the hidden states are sent back."""
+    splits = grid.tensor.size if config.parallel.sequence else 1
+    rows = stream.aligned(splits).input_ids.numel()
+    hidden = 4 * rows * config.model.width // splits
+    states, targets = stream.aligned(splits).state_index.numel(), stream.target_ids.numel()
     integers = 8 * (3 * rows + states + targets + 3 * (stream.num_sequences + 1) + 16)
     return hidden * (not grid.pipeline.is_first) + (hidden + integers + 4 * 256) * (not grid.pipeline.is_last)
 

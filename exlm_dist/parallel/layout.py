@@ -1,7 +1,7 @@
-"""Which rank is where: pure arithmetic, without torch.
+"""The coordinates of each rank: pure arithmetic, without torch.
 
-Ranks are numbered pipeline stage first, then data, then tensor, the last one fastest: a tensor group is a run of
-neighbours (one machine), and the stages of a pipeline lie farthest apart. That is the order of DeepSpeed's
+Ranks are numbered in the order (pipeline, data, tensor), the tensor rank varying fastest: a tensor group is a run of
+neighbours (one machine), and the stages of a pipeline are farthest apart. That is the order of DeepSpeed's
 `PipeModelDataParallelTopology` and of megatron-core's default.
 """
 
@@ -19,8 +19,8 @@ AXES: tuple[Axis, ...] = ("pipeline", "data", "tensor")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Coordinates of a rank."""
+class Coordinates:
+    """Pipeline stage, replica and tensor rank of a rank."""
 
     pipeline: int
     data: int
@@ -45,27 +45,27 @@ class Layout:
         """Ranks in all."""
         return self.tensor * self.pipeline * self.data
 
-    def place(self, rank: int) -> Place:
+    def coordinates(self, rank: int) -> Coordinates:
         """Coordinates of `rank`."""
         if not 0 <= rank < self.world:
             raise ValueError(f"rank {rank} is not below the {self.world} ranks of {self}")
         rest, tensor = divmod(rank, self.tensor)
         pipeline, data = divmod(rest, self.data)
-        return Place(pipeline, data, tensor)
+        return Coordinates(pipeline, data, tensor)
 
-    def rank(self, place: Place) -> int:
-        """The rank at `place`."""
-        return (place.pipeline * self.data + place.data) * self.tensor + place.tensor
+    def rank(self, at: Coordinates) -> int:
+        """The rank whose coordinates are `at`."""
+        return (at.pipeline * self.data + at.data) * self.tensor + at.tensor
 
     def groups(self, *along: Axis) -> list[list[int]]:
         """The ranks that differ only in the axes `along`, group by group; each group ascends."""
         fixed = [axis for axis in AXES if axis not in along]
+        varying = [axis for axis in AXES if axis in along]
         found = []
         for values in product(*(range(getattr(self, axis)) for axis in fixed)):
             others = dict(zip(fixed, values))
-            members = product(*(range(getattr(self, axis)) for axis in AXES if axis in along))
-            moving = [axis for axis in AXES if axis in along]
-            found.append([self.rank(Place(**others, **dict(zip(moving, member)))) for member in members])
+            members = product(*(range(getattr(self, axis)) for axis in varying))
+            found.append([self.rank(Coordinates(**others, **dict(zip(varying, member)))) for member in members])
         return found
 
     def group_of(self, rank: int, *along: Axis) -> list[int]:

@@ -8,9 +8,9 @@ import psutil
 
 
 def interface_towards(address: str) -> str | None:
-    """Name of the interface from which this machine reaches `address` (a name or a number); None if that is unknown.
+    """Name of the interface from which this machine reaches `address` (a host name or an IP address); None if unknown.
 
-    gloo would take the one that the machine's own name resolves to, which on many clusters is the loopback.
+    Left alone, gloo takes the interface that the host name resolves to, which on many clusters is the loopback.
     """
     try:
         family, _, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]

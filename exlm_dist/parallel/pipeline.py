@@ -1,8 +1,8 @@
 """The seam to DeepSpeed's pipeline: a list of layers as the stages of a `PipelineModule`.
 
-DeepSpeed brings the schedule (one forward, one backward), the exchange of tensors between stages, the gradient of the
-tied matrix and the groups; which layers are on which stage, how they are run and what the last stage makes of them is
-said here by us. Traps met: docs/parallelism.md.
+DeepSpeed provides the schedule (1F1B), the exchange of tensors between stages, the all-reduce of the tied weight's
+gradient and the process groups; which layers a stage has, how they run and what the last stage does with their output
+is decided here. Pitfalls: docs/parallelism.md.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from exlm_dist.parallel.process_groups import Grid
 
-#: What a stage does: its layers and the tensors that came in -> the tensors for the next stage, or the loss.
+#: What a stage does: its layers, and the tensors it received -> the tensors for the next stage, or the loss.
 Work = Callable[[Sequence[nn.Module], tuple[Tensor, ...]], Any]
 
 
 class Stages(PipelineModule):
-    """The stage of this rank. `layers[i]`: layer i, None where another stage holds it; `bounds`: layers of each stage.
+    """The stage of this rank. `layers[i]`: layer i, None if it is on another stage; `bounds`: layers of each stage.
 
     Where `tied` is set, the first and the last layer have one `weight` in common: each end has a copy, DeepSpeed sums
     the gradients of the two, and only that of the first stage counts in norms.
@@ -33,11 +33,11 @@ class Stages(PipelineModule):
     ) -> None:
         self._bounds, self._work = bounds, work
         super().__init__(
-            layers=[_spec(layer, tied and place in (0, len(layers) - 1)) for place, layer in enumerate(layers)],
+            layers=[_spec(layer, tied and index in (0, len(layers) - 1)) for index, layer in enumerate(layers)],
             topology=PipeModelDataParallelTopology(grid.pipeline.size, grid.tensor.size, grid.data.size),
             dynamic_shape=True,
         )
-        # DeepSpeed takes all of a tied layer to be a copy; here only the weight is one.
+        # DeepSpeed takes every parameter of a tied layer for a copy; here only the weight is one.
         copied = tied and grid.pipeline.is_last
         for layer in self.tied_modules.values():
             for name, parameter in layer.named_parameters():
@@ -54,12 +54,12 @@ class Stages(PipelineModule):
             super()._synchronize_tied_weights()
 
     def forward(self, tensors: tuple[Tensor, ...]) -> Any:
-        """Run this stage on what the one before has sent (on the first stage: on what was loaded)."""
+        """Run this stage on what the previous one sent (the first stage: on what was loaded)."""
         return self._work(self.forward_funcs, tensors)
 
 
 class _Made(nn.Module):
-    """Stands for a layer that exists already, where DeepSpeed wants a class to make one from."""
+    """Stands in for the class from which DeepSpeed would build a layer: returns one that exists already."""
 
     def __new__(cls, layer: nn.Module) -> nn.Module:  # type: ignore[misc]
         return layer

@@ -1,7 +1,7 @@
-"""One rank of a job: who it is, how it meets the others, and how all of them agree on something small.
+"""One rank of a job: who it is, how it joins the others, and small collectives on the CPU by which all ranks agree.
 
-Every wait has the limit `launch.timeout`. The environment is the one that torchrun, DeepSpeed, our own supervisor and
-`srun` scripts set: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; without RANK the process is alone.
+Every collective has the timeout `launch.timeout`. The environment is that of torchrun, DeepSpeed, our own supervisor
+and `srun` scripts: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; without RANK the process is alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from exlm_dist.utils import errors
 from exlm_dist.utils.errors import EXIT_RETRY, ConfigError, UserError
 
 Result = TypeVar("Result")
-#: DeepSpeed makes groups of its own and gives them no time limit: theirs would be half an hour.
+#: DeepSpeed makes process groups without a timeout, which would get torch's default: up to half an hour.
 _new_group = dist.new_group
 
 
@@ -38,8 +38,8 @@ class PeerLost(UserError):
 
 @dataclass(frozen=True)
 class Process:
-    """This rank. `control` is a CPU group for decisions, so that agreeing never waits for a GPU; `grid` says which part
-    of the model and of the batch is its."""
+    """This rank. `control` is a CPU process group for decisions, so that agreeing never waits for a GPU; `grid` says
+    which part of the model and of the batch is this rank's."""
 
     rank: int
     world: int
@@ -54,7 +54,7 @@ class Process:
         return self.rank == 0
 
     def all_gather(self, values: list[float]) -> torch.Tensor:
-        """`values` of every rank, [world, n] in fp64. All ranks must call it, with equally many values."""
+        """`values` of every rank, [world, n] in fp64. All ranks must call it, with the same number of values."""
         mine = torch.tensor(values, dtype=torch.float64)
         every = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(every, mine, group=self.control)
@@ -114,15 +114,15 @@ class Process:
 def start(launch: LaunchConfig, parallel: ParallelConfig | None = None) -> Process:
     """Join the process group of the job and make those of the layout.
 
-    ConfigError for a layout that does not fit the ranks, a device that is not there or a rendezvous that fails.
+    ConfigError for a layout that does not fit the ranks, a missing device, or a rendezvous address that is missing or
+    in use; PeerLost if not all ranks meet in time.
     """
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
     rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     layout = Layout.of(parallel or ParallelConfig(), world)
     device = choose_device(launch.device, local_rank)
-    # DeepSpeed picks its accelerator by itself; without this it warns, and on a GPU machine ignores `launch.device
-    # cpu`.
+    # Left to pick its accelerator itself, DeepSpeed warns, and on a GPU machine it ignores `launch.device: cpu`.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     torch.set_num_threads(threads(launch.threads, local_world(world)))
     if device.type == "cuda":
@@ -173,7 +173,7 @@ def _join(backend: str, rank: int, world: int, timeout: timedelta) -> None:
 
 
 def finish() -> None:
-    """Leave the group in order: without it gloo ranks often abort at exit."""
+    """Leave the group after a barrier: without one gloo ranks often abort at exit."""
     if dist.is_initialized():
         if dist.get_world_size() > 1:
             dist.barrier()
@@ -181,20 +181,19 @@ def finish() -> None:
 
 
 def leave() -> None:
-    """Leave the group without waiting for anybody, so that the others notice at once. For the end by an error."""
+    """Leave the group without waiting for the others, so that they notice at once: for ending on an error."""
     dist.new_group = _new_group
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def must_exit_hard() -> bool:
-    """Whether only the end of the process frees the others: a NCCL group with work under way cannot be left in
-    order."""
+    """Whether only the end of this process frees the others: an NCCL group with pending work cannot be left."""
     return dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() == "nccl"
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether `error` is what torch raises in a collective whose peer has gone or does not answer."""
+    """Whether `error` is what torch raises from a collective when a peer is gone or does not answer."""
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
         return True
     text = str(error)
@@ -211,7 +210,7 @@ def lost_peer(error: BaseException) -> bool:
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """Device of this rank; ConfigError where CUDA is asked for but absent, or has too few devices."""
+    """Device of this rank; ConfigError if CUDA is requested but absent, or has too few devices."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count()
@@ -227,12 +226,12 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
 
 def local_world(world: int) -> int:
-    """Ranks on this machine: LOCAL_WORLD_SIZE (torchrun), LOCAL_SIZE (DeepSpeed), else all."""
+    """Ranks on this node: LOCAL_WORLD_SIZE (torchrun), LOCAL_SIZE (DeepSpeed), else all."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
 
 
 def threads(wanted: int, processes: int) -> int:
-    """CPU threads of this process: `wanted`, else OMP_NUM_THREADS, else the cores of this job divided equally."""
+    """CPU threads of this process: `wanted`, else OMP_NUM_THREADS, else an equal split of the cores of this job."""
     if wanted:
         return wanted
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():

@@ -20,12 +20,12 @@ class ParallelGroup:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank comes first among them."""
+        """Whether this is the first of its ranks."""
         return self.rank == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether this rank comes last among them."""
+        """Whether this is the last of its ranks."""
         return self.rank == self.size - 1
 
 
@@ -41,9 +41,9 @@ class Grid:
 
     @staticmethod
     def make(layout: Layout, rank: int) -> Grid:
-        """Make the groups. A collective: every rank makes every group, in the same order.
+        """Make the process groups. A collective: every rank makes every group, in the same order.
 
-        They have the time limit of `dist.new_group` as `parallel.process.start` has set it.
+        Their timeout is that which `parallel.process.start` has given to `dist.new_group`.
         """
         groups = {axis: _make_group(layout, rank, axis) for axis in ("tensor", "pipeline", "data")}
         return Grid(layout, **groups, model=_make_group(layout, rank, "pipeline", "tensor"))

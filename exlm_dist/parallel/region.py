@@ -1,17 +1,16 @@
-"""The tensor-parallel region that a layer is in, as the layer sees it: it knows no rank and asks this for what it
-exchanges.
+"""The tensor-parallel region of a layer: a layer knows no rank and calls its region wherever ranks must communicate.
 
 A layer names in `tensor_sharding` how its parameters may be sharded over the ranks of a tensor-parallel group:
 
 - `column`: the outputs of a linear layer (rows of its weight), whose input all ranks have;
 - `row`: the inputs of a linear layer (columns of its weight); outputs are reduced over the ranks, the bias is
   replicated;
-- `head`: the outputs, where the layer itself sees to the exchange;
+- `head`: the outputs, in whole heads; the layer itself communicates;
 - `embedding`, `vocab`: the rows of the token matrix, the biases over the vocabulary;
-- `token`: replicated; but it acts on the tokens that each rank has between the linear layers, so that under sequence
-  parallelism its gradient is a sum over the ranks.
+- `token`: replicated, but applied to the local tokens between the linear layers, so that under sequence parallelism
+  its gradient must be summed over the ranks.
 
-What is not named is replicated: every rank computes the same with it.
+All other parameters are replicated, and every rank computes the same with them.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ Sharding = Literal["column", "row", "head", "embedding", "vocab", "token"]
 
 
 class TensorRegion:
-    """A region of one rank: nothing is exchanged. `parallel.tensor.ShardedRegion` is that of one rank among several.
+    """The region of a layer on one rank: nothing is communicated. For several ranks: `parallel.tensor.ShardedRegion`.
 
     Letters: R rows (tokens or states) of a packed micro-batch, D width.
     """
 
-    #: Whether the layers here have but a part of their sharded parameters.
+    #: Whether the layers have only this rank's part of their sharded parameters.
     is_sharded = False
-    #: Packed tensors have a multiple of so many rows.
+    #: The number of rows of packed tensors is a multiple of this.
     row_multiple = 1
 
     def first_index(self, local: int) -> int:
@@ -73,5 +72,5 @@ class TensorRegion:
         return ids
 
 
-#: The region of layers that no other rank has a part of.
+#: The region of layers that are not sharded.
 UNSHARDED = TensorRegion()

@@ -1,8 +1,8 @@
-"""Tensor and sequence parallelism on megatron-core: the one place that imports it, used where the degree is above 1.
+"""Tensor and sequence parallelism on megatron-core: the only module that imports it, used if the degree is above 1.
 
 `apply_tensor_parallel` shards a model that was built whole: linear layers become megatron's column- and row-parallel
 ones, the token matrix its vocabulary-parallel embedding, and each layer gets its region (`parallel/region.py`).
-Formulas of what is sent: docs/parallelism.md.
+Communication volume: docs/parallelism.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from exlm_dist.parallel.region import TensorRegion
 from exlm_dist.parallel.sharded import has_sharding, set_sharding
 
 with warnings.catch_warnings(), decorators_without_compiler():
-    warnings.simplefilter("ignore")  # of packages that are not needed
+    warnings.simplefilter("ignore")  # about optional packages
     import megatron.core.utils
     from megatron.core import ModelParallelConfig, parallel_state
     from megatron.core.tensor_parallel import (
@@ -45,9 +45,8 @@ def apply_tensor_parallel(model: nn.Module, group: dist.ProcessGroup, *, sequenc
     """Reduce `model`, or some layers of one, in place to the shard of this rank of the tensor-parallel `group`.
 
     New parameters are on the CPU, in fp32 and uninitialised; so are replicated ones that were on the meta device. Each
-    knows its sharding (read by `sharded_parameters`) and, where it is sharded, has megatron's `tensor_model_parallel`,
-    by which gradient norms count the others once. `sequence`: between the linear layers each rank has a slice of the
-    rows.
+    carries its sharding (read by `sharded_parameters`), and a sharded one megatron's `tensor_model_parallel` as well:
+    gradient norms count the others once. `sequence`: between the linear layers each rank has a slice of the rows.
     """
     _prepare(group)
     _Sharder(group, sequence).shard(model)
@@ -131,7 +130,7 @@ class RowLinear(RowParallelLinear):
     def forward(self, x: Tensor, *more: Tensor) -> Tensor:
         """x [R, K / degree], and what else the product takes -> [R, N], or this rank's rows of it under sequence
         parallelism."""
-        # As megatron's own, which hands nothing but x to the product.
+        # As megatron's own, which passes only x to the product.
         reduce = reduce_from_tensor_model_parallel_region
         if self.sequence_parallel:
             reduce = reduce_scatter_to_sequence_parallel_region
@@ -211,7 +210,7 @@ class _Sharder:
             setattr(owner, key, self._on_local_tokens(self._replicated(getattr(owner, key))))
 
     def _replicated(self, old: nn.Parameter) -> nn.Parameter:
-        """A parameter that every rank has; one with a sharding is done already."""
+        """A parameter that every rank has in full; one with a sharding is done already."""
         if has_sharding(old):
             return old
         new = nn.Parameter(torch.empty(old.shape, device="cpu")) if old.is_meta else old
@@ -238,7 +237,7 @@ class _Sharder:
 
 
 class _CopyTo(Function):
-    """The identity; backward the sum over the ranks. (megatron's own loses it where the gradient is not contiguous.)"""
+    """The identity; backward the sum over the ranks. (megatron's own loses it if the gradient is not contiguous.)"""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -252,23 +251,23 @@ class _CopyTo(Function):
 
 
 class _LogSumExp(Function):
-    """log of the sum of exp(x) over the ranks. Every rank goes on alike with the result: backward nothing is sent."""
+    """log of the sum of exp(x) over the ranks. Every rank computes the same from the result: backward sends nothing."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         top = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
         never = top == float("-inf")
-        fraction = (x - top.masked_fill(never, 0.0)).exp_()
-        total = _all_reduce(fraction.clone(memory_format=torch.contiguous_format), group)
-        ctx.save_for_backward(fraction.div_(total).masked_fill_(never, 0.0))
+        exp = (x - top.masked_fill(never, 0.0)).exp_()
+        total = _all_reduce(exp.clone(memory_format=torch.contiguous_format), group)
+        ctx.save_for_backward(exp.div_(total).masked_fill_(never, 0.0))
         return top.add_(total.log_())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (fraction,) = ctx.saved_tensors
-        return torch.where(fraction == 0, 0.0, grad * fraction), None
+        (softmax,) = ctx.saved_tensors
+        return torch.where(softmax == 0, 0.0, grad * softmax), None
 
 
 def _all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -278,13 +277,13 @@ def _all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _reduced_gradient(grad: Tensor, *, group: dist.ProcessGroup) -> Tensor:
-    """Sum over the ranks in fp32: as exact as the sum over rows that it continues."""
+    """Sum over the ranks in fp32: as precise as the sum over rows that it completes."""
     wide = grad.float() if grad.dtype in (torch.bfloat16, torch.float16) else grad.clone()
     return _all_reduce(wide.contiguous(), group).to(grad.dtype)
 
 
 def _prepare(group: dist.ProcessGroup) -> None:
-    """What megatron's layers expect to find: a buffer for gathered rows and, on a CPU, a current device."""
+    """Set up what megatron's layers expect: a buffer for gathered rows and, on a CPU, a current device."""
     # Names that newer versions of torch have changed.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*")
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:

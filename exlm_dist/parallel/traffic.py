@@ -1,4 +1,4 @@
-"""Counts what a rank sends: every collective that runs inside a `with` block, by kind, with the bytes it was given."""
+"""Counts what a rank sends: calls and bytes of every collective inside a `with` block, by kind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-#: The operations of torch's process groups -> (name, place of the argument that is the whole of what is exchanged).
+#: Operations of torch's process groups -> (name, index of the argument that is the full tensor exchanged).
 _KINDS = {
     "allreduce_": ("all_reduce", 0),
     "allgather_": ("all_gather", 0),
@@ -25,10 +25,10 @@ _KINDS = {
 class Traffic(TorchDispatchMode):
     """`with Traffic() as traffic:` fills `calls` and `bytes`, by kind of collective.
 
-    Bytes are those of the tensor of an all-reduce, a broadcast or a send, and of the whole of a gathered or scattered
-    one. A ring of p ranks makes each send 2 (p - 1) / p of them in an all-reduce, (p - 1) / p in a gather or scatter.
-    In a group of one rank nothing is sent and nothing counted. Counts in the thread it was entered in: on a GPU the
-    backward pass runs in another one.
+    Bytes are those of the tensor of an all-reduce, a broadcast or a send, and of the full tensor of an all-gather or a
+    reduce-scatter. In a ring of p ranks each sends 2 (p - 1) / p of them for an all-reduce, (p - 1) / p for the other
+    two. A group of one rank sends nothing, and nothing is counted. Counts only in the thread that entered the block: on
+    a GPU the backward pass runs in another one.
     """
 
     def __init__(self) -> None:
@@ -39,9 +39,9 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Count a collective; run everything."""
         if function.namespace == "c10d" and function._opname in _KINDS and _ranks(args) > 1:
-            kind, place = _KINDS[function._opname]
+            kind, index = _KINDS[function._opname]
             self.calls[kind] += 1
-            self.bytes[kind] += sum(tensor.nbytes for tensor in _tensors(args[place]))
+            self.bytes[kind] += sum(tensor.nbytes for tensor in _tensors(args[index]))
         return function(*args, **(kwargs or {}))
 
 

@@ -1,10 +1,9 @@
-"""Runs a function on n real processes, under a time limit, and gives back what each returned.
+"""Runs a function in n real processes, with a timeout, and returns their results.
 
-The processes are forked from a clean server that has imported torch and the package once, so that a start costs a
-second, not
-ten, and nothing of the test process (threads, autograd, process groups) is inherited. Functions must be importable:
-defined at
-the top of a test module. Results and arguments travel as pickles: plain values and numpy arrays, no tensors.
+The processes are forked from a clean server that has imported torch and the package once: a start takes one second
+instead of ten, and inherits nothing from the test process (threads, autograd, process groups). A function must be
+importable: defined at the top level of a test module. Arguments and results are pickled: plain values and numpy arrays,
+no tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ PRELOAD = [
     "exlm_dist.parallel.tensor",
     "exlm_dist.parallel.pipeline",
 ]
-#: Seconds the others get to end by themselves once one rank has failed.
+#: Seconds that the other ranks have to end by themselves once one has failed.
 GRACE = 4.0
 
 
@@ -42,11 +41,9 @@ class RankFailed(AssertionError):
 def on_ranks(
     function: Callable[..., Any], world: int, *arguments: Any, timeout: float = 60.0, **keywords: Any
 ) -> list[Any]:
-    """`function(process, *arguments)` on `world` gloo ranks that have joined one group; the results in the order of
-    the ranks.
+    """`function(process, *arguments)` on `world` gloo ranks of one process group; results in the order of the ranks.
 
-    `process` is an `exlm_dist.parallel.process.Process`. RankFailed, with the traceback, when any rank does not
-    succeed.
+    `process` is an `exlm_dist.parallel.process.Process`. RankFailed, with the tracebacks, unless all ranks succeed.
     """
     return run_processes(_joined, world, function, timeout, *arguments, timeout=timeout, **keywords)
 
@@ -68,8 +65,7 @@ def run_processes(
     timeout: float = 60.0,
     environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
-    """`function(rank, *arguments)` in `world` processes with the environment of a launcher; joining a group is left to
-    it."""
+    """`function(rank, *arguments)` in `world` processes with a launcher's environment; the function joins the group."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     port = str(free_port())

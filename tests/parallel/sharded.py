@@ -1,4 +1,4 @@
-"""The local part of a model, read through DeepSpeed's own accessors, and the whole from those of all ranks."""
+"""Reads the local part of a model through DeepSpeed's own accessors, and assembles the full one from all ranks'."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pieces(engine: Any, key: str | None) -> dict[str, Any]:
             if sharded.slice is None
             else (sharded.slice.dim, sharded.slice.start, sharded.slice.stop)
         )
-        # float32 numpy: what can be sent from the ranks to the test.
+        # float32 numpy can be sent from the ranks to the test.
         found[sharded.name] = (
             sharded.shape,
             *extent,
@@ -42,7 +42,7 @@ def _local_shape(sharded):
 
 
 def assembled(ranks: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """{name: full array} from the `pieces` of all ranks; copies of a piece must be equal to the last bit."""
+    """{name: full array} from the `pieces` of all ranks; replicas of a piece must be equal to the bit."""
     full, filled = {}, {}
     for found in ranks:
         for name, (shape, dim, start, stop, values) in found.items():
@@ -51,7 +51,7 @@ def assembled(ranks: list[dict[str, Any]]) -> dict[str, np.ndarray]:
             index = (slice(None),) * dim + (slice(start, stop),)
             part = values[(slice(None),) * dim + (slice(0, stop - start),)]
             if seen[index].all():
-                assert np.array_equal(target[index], part), f"{name}: copies differ"
+                assert np.array_equal(target[index], part), f"{name}: replicas differ"
             target[index], seen[index] = part, True
     assert all(seen.all() for seen in filled.values())
     return full

@@ -10,19 +10,19 @@ from parallel.harness import on_ranks
 from exlm_dist.config import check_vocabulary, check_world
 from exlm_dist.config.check import check_config
 from exlm_dist.config.schema import ParallelConfig, RunConfig
-from exlm_dist.parallel.layout import AXES, Layout, Place
+from exlm_dist.parallel.layout import AXES, Coordinates, Layout
 from exlm_dist.utils.errors import ConfigError
 
 LAYOUTS = [Layout(*degrees) for degrees in itertools.product((1, 2, 3), repeat=3)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_places_and_ranks_are_inverse_and_ordered(layout):
-    places = [layout.place(rank) for rank in range(layout.world)]
-    assert [layout.rank(place) for place in places] == list(range(layout.world))
-    assert places == sorted(places, key=lambda place: (place.pipeline, place.data, place.tensor))
+def test_coordinates_and_ranks_are_inverse_and_ordered(layout):
+    every = [layout.coordinates(rank) for rank in range(layout.world)]
+    assert [layout.rank(at) for at in every] == list(range(layout.world))
+    assert every == sorted(every, key=lambda at: (at.pipeline, at.data, at.tensor))
     with pytest.raises(ValueError, match="is not below"):
-        layout.place(layout.world)
+        layout.coordinates(layout.world)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -34,7 +34,7 @@ def test_groups_are_the_ranks_that_differ_along_the_axes(layout, count):
         fixed = [axis for axis in AXES if axis not in along]
         for group in groups:
             assert group == sorted(group) and layout.group_of(group[-1], *along) == group
-            assert len({tuple(getattr(layout.place(rank), axis) for axis in fixed) for rank in group}) == 1
+            assert len({tuple(getattr(layout.coordinates(rank), axis) for axis in fixed) for rank in group}) == 1
 
 
 def test_the_order_is_that_of_deepspeed_and_megatron():
@@ -44,48 +44,48 @@ def test_the_order_is_that_of_deepspeed_and_megatron():
     assert layout.groups("data") == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert layout.groups("pipeline") == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert layout.groups("pipeline", "tensor") == [[0, 1, 4, 5], [2, 3, 6, 7]]
-    assert layout.place(6) == Place(pipeline=1, data=1, tensor=0)
-    places = [layout.place(rank) for rank in range(8)]
-    assert on_ranks(deepspeed_places, 1) == [[(place.pipeline, place.data, place.tensor) for place in places]]
+    assert layout.coordinates(6) == Coordinates(pipeline=1, data=1, tensor=0)
+    every = [layout.coordinates(rank) for rank in range(8)]
+    assert on_ranks(deepspeed_coordinates, 1) == [[(at.pipeline, at.data, at.tensor) for at in every]]
 
 
-def deepspeed_places(process):
-    """(pipeline, data, tensor) of each of eight ranks as DeepSpeed has them."""
+def deepspeed_coordinates(process):
+    """(pipeline, data, tensor) of each of eight ranks according to DeepSpeed."""
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     theirs = PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=2)
-    return [(place.pipe, place.data, place.model) for place in map(theirs.get_coord, range(8))]
+    return [(at.pipe, at.data, at.model) for at in map(theirs.get_coord, range(8))]
 
 
 def sums(process, degrees):
-    """Sum of the ranks over each group of this rank, and the time limit of the groups."""
+    """Sum of the ranks over each group of this rank, and the timeouts of the groups."""
     import torch
     import torch.distributed as dist
 
     from exlm_dist.parallel.process_groups import Grid
 
     grid = Grid.make(Layout(*degrees), process.rank)
-    found, limits = {}, set()
+    found, timeouts = {}, set()
     for name in ("tensor", "pipeline", "data", "model"):
-        line = getattr(grid, name)
+        group = getattr(grid, name)
         value = torch.tensor(process.rank)
-        dist.all_reduce(value, group=line.group)
-        limits.add(line.group._get_backend(value.device).options._timeout.total_seconds())
-        found[name] = (line.rank, line.size, int(value))
-    return found, grid.reports_metrics, limits
+        dist.all_reduce(value, group=group.group)
+        timeouts.add(group.group._get_backend(value.device).options._timeout.total_seconds())
+        found[name] = (group.rank, group.size, int(value))
+    return found, grid.reports_metrics, timeouts
 
 
 @pytest.mark.parametrize("degrees", [(2, 2, 1), (1, 2, 2), (4, 1, 1)])
 def test_groups_reach_the_ranks_they_should(degrees):
     layout = Layout(*degrees)
     axes = {"tensor": ["tensor"], "pipeline": ["pipeline"], "data": ["data"], "model": ["pipeline", "tensor"]}
-    for rank, (found, reports, limits) in enumerate(on_ranks(sums, 4, degrees, timeout=40.0)):
+    for rank, (found, reports, timeouts) in enumerate(on_ranks(sums, 4, degrees, timeout=40.0)):
         for name, along in axes.items():
             group = layout.group_of(rank, *along)
             assert found[name] == (group.index(rank), len(group), sum(group))
-        place = layout.place(rank)
-        assert reports == (place.pipeline == layout.pipeline - 1 and place.tensor == 0)
-        assert limits == {40.0}
+        at = layout.coordinates(rank)
+        assert reports == (at.pipeline == layout.pipeline - 1 and at.tensor == 0)
+        assert timeouts == {40.0}
 
 
 def config_of(tmp_path, **sections) -> RunConfig:

@@ -34,8 +34,8 @@ SECTIONS = {
     # A large eps: otherwise a step is nearly the sign of the gradient, also where that is rounding alone.
     "optimizer": {"lr": 1e-2, "clip": 0.5, "eps": 1e-2},
 }
-#: Numbers are compared relative to the largest of their parameter, or to this: the bias of a key cancels in a softmax,
-#: so that its gradient, and what it becomes, is rounding alone.
+#: Elements are compared relative to the largest of their parameter, or to this: the bias of a key cancels in a softmax,
+#: so that its gradient, and every update of it, is rounding alone.
 SMALLEST = 1e-3
 
 
@@ -90,7 +90,7 @@ def trajectory(process, settings):
 
 
 def measured(config, world):
-    """(rows of numbers per step, initial weights, first gradients, final weights, evaluation), whole and unsharded."""
+    """(a row of values per step, initial weights, first gradients, final weights, evaluation); all weights unsharded."""
     ranks = on_ranks(trajectory, world, config.model_dump(), timeout=120.0)
     for rank in ranks[1:]:
         assert rank["rows"] == ranks[0]["rows"] and rank["evaluation"] == ranks[0]["evaluation"]
@@ -99,16 +99,16 @@ def measured(config, world):
 
 
 def deviations(got, wanted):
-    """Of each parameter: largest deviation relative to its largest number, or to SMALLEST where that is larger."""
+    """Of each parameter: largest deviation relative to its largest element, or to SMALLEST if that is larger."""
     assert got.keys() == wanted.keys()
     return {name: np.abs(got[name] - wanted[name]).max() / max(np.abs(wanted[name]).max(), SMALLEST) for name in wanted}
 
 
-def compare(got, wanted, *, copies=1, bound=1e-5):
-    """Everything that `measured` gives; `copies`: data-parallel degree."""
+def compare(got, wanted, *, replicas=1, bound=1e-5):
+    """Everything that `measured` returns; `replicas`: data-parallel degree."""
     rows, initial, first, final, evaluation = got
     for mine, theirs in zip(rows, wanted[0], strict=True):
-        if copies > 1:  # scores are those of the last micro-batch of each copy
+        if replicas > 1:  # scores are those of the last micro-batch of each replica
             mine, theirs = [*mine[:2], *mine[5:]], [*theirs[:2], *theirs[5:]]
         assert mine == pytest.approx(theirs, rel=bound, abs=1e-7)
     for name, value in wanted[1].items():
@@ -161,8 +161,8 @@ CASES = [
 @pytest.mark.parametrize("model, parallel, world", CASES, ids=str)
 def test_sharded_equals_unsharded(model, parallel, world, reference, data, tmp_path):
     config = tiny(tmp_path, "sharded", data, parallel=parallel, **SECTIONS, **MODELS[model])
-    copies = world // (config.parallel.tensor * config.parallel.pipeline)
-    compare(measured(config, world), reference(model), copies=copies)
+    replicas = world // (config.parallel.tensor * config.parallel.pipeline)
+    compare(measured(config, world), reference(model), replicas=replicas)
 
 
 @pytest.mark.parametrize("parallel, world", [({"pipeline": 2}, 2), ({"tensor": 2, "pipeline": 2}, 4)], ids=str)
@@ -185,7 +185,7 @@ def test_in_bf16(parallel, world, data, tmp_path):
 
 
 def left_out(rank, settings, ranks):
-    """On the last stage of the second copy, sequence 0 of every micro-batch of step 5 has likelihood zero."""
+    """On `ranks`, all of a last stage, sequence 0 of every micro-batch of step 5 has likelihood zero."""
     from exlm_dist.training.engine import pipeline_engine
 
     plain, now = pipeline_engine.loss_sum, {"step": -1}
@@ -229,7 +229,7 @@ def counted(rank, name):
 
 @pytest.mark.parametrize("name", ["PP2 DP2", "TP2 PP2 sequence"])
 def test_what_is_sent_is_what_the_documentation_says(name):
-    """But for a few numbers that ranks agree on, and what fills up the partitions of ZeRO."""
+    """Except for a few scalars on which the ranks agree, and the padding of ZeRO's partitions."""
     stages = [kinds for kinds in run_processes(counted, 4, name) if kinds is not None]
     assert len(stages) == 2 and all({"send", "all_reduce"} <= kinds.keys() for kinds in stages)
     for kinds in stages:
@@ -245,13 +245,13 @@ DEATHS = [
 ]
 
 
-#: The ids of the samples of every step are written down.
+#: The sample ids of every step are logged.
 NOTED = {"samples": True}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory):
-    """The run of the tests below, on one rank that nothing ends."""
+    """The run of the tests below, on one rank and without interruption."""
     config = tiny(tmp_path_factory.mktemp("whole"), "whole", data, batch=SECTIONS["batch"], tracking=NOTED)
     assert train_on(config, 1) == [EXIT_DONE]
     return config
@@ -259,7 +259,7 @@ def uninterrupted(data, tmp_path_factory):
 
 @pytest.mark.parametrize("parallel, world, lost, then", DEATHS, ids=str)
 def test_a_killed_rank_ends_all(parallel, world, lost, then, data, tmp_path, uninterrupted):
-    """Within 30 s, every other rank saying that it may be started again; another layout takes the run to its end."""
+    """Within 30 s, and every other rank asks to be restarted; another layout then completes the run."""
     config = tiny(tmp_path, "killed", data, parallel=parallel, batch=SECTIONS["batch"], tracking=NOTED)
     codes = train_on(config, world, death=("step", lost, 6), timeout=30.0)
     assert codes == [-signal.SIGKILL if rank == lost else EXIT_RETRY for rank in range(world)], log_of(config)
@@ -270,17 +270,17 @@ def test_a_killed_rank_ends_all(parallel, world, lost, then, data, tmp_path, uni
 
 
 def assert_same_course(config, other):
-    """Every step saw the same samples, and the curves are equal within the rounding of other layouts."""
+    """Every step saw the same samples, and the curves are equal up to the rounding of another layout."""
     samples, wanted = (samples_of_steps(Path(run.runs) / run.name) for run in (config, other))
     assert samples == wanted and len(samples) == config.schedule.steps
     found, curve = points(config), points(other)
     assert found.keys() == curve.keys()
-    for place, value in curve.items():
-        assert found[place] == pytest.approx(value, rel=1e-4), place
+    for point, value in curve.items():
+        assert found[point] == pytest.approx(value, rel=1e-4), point
 
 
 #: (layout, the step before which it is asked to save and end)
-MOVES = [
+ITINERARY = [
     ({"tensor": 2, "data": 2, "zero": 1}, 1),
     ({"pipeline": 2, "zero": 1}, 4),
     ({"data": 4, "zero": 3}, 6),
@@ -290,7 +290,7 @@ MOVES = [
 
 
 def test_a_run_goes_from_layout_to_layout_and_back(data, tmp_path, uninterrupted):
-    for parallel, end in MOVES:
+    for parallel, end in ITINERARY:
         config = tiny(tmp_path, "moved", data, parallel=parallel, batch=SECTIONS["batch"], tracking=NOTED)
         world = config.local_processes
         asked = None if end is None else ("signal", world - 1, end, signal.SIGTERM)
@@ -304,7 +304,7 @@ def stopped(rank, settings, lost):
 
 
 def test_a_rank_that_hangs_is_noticed_within_the_limit(data, tmp_path):
-    """Also by those that wait for it in a group that DeepSpeed has made, or in an exchange between stages."""
+    """Also by ranks that wait for it in a process group of DeepSpeed's, or in an exchange between stages."""
     lost = 3
     limits = {"launch": {"timeout": 5}, "watchdog": {"step": 0}, "tracking": {"every": 100}}
     config = tiny(tmp_path, "hang", data, parallel={"tensor": 2, "pipeline": 2}, **limits)

@@ -1,4 +1,4 @@
-"""Ranks agree, and one rank's error becomes everybody's."""
+"""Small collectives among the ranks; an error of one rank ends all."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def meet(rank, port):
     "environment, code, words", [({}, EXIT_USAGE, "Set MASTER_PORT"), ({CHOSEN_PORT: "1"}, EXIT_RETRY, "next attempt")]
 )
 def test_a_port_in_use(environment, code, words):
-    """Where the launcher has chosen it, the next attempt has another one."""
+    """If the launcher has chosen it, the next attempt uses another one."""
     import socket
 
     with socket.socket() as taken:
@@ -96,15 +96,15 @@ def test_a_rank_that_never_comes():
     assert caught.value.codes == [EXIT_RETRY]
 
 
-def limits(process):
+def timeout_of_new_group(process):
     import torch.distributed as dist
 
     group = dist.new_group()
     return group._get_backend(__import__("torch").device("cpu")).options._timeout.total_seconds()
 
 
-def test_groups_made_later_have_the_limit_too():
-    assert on_ranks(limits, 2, timeout=33.0) == [33.0] * 2
+def test_groups_made_later_have_the_timeout_too():
+    assert on_ranks(timeout_of_new_group, 2, timeout=33.0) == [33.0] * 2
 
 
 def arrays(process):

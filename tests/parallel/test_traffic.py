@@ -1,4 +1,4 @@
-"""What two ranks really send in a step, counted at the dispatcher, and the formulas of `planning/communication.py`."""
+"""What two ranks send in a step, counted at the dispatcher, is what the formulas of `planning/communication.py` say."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ LAYOUTS = {
 
 
 def settings(layout: dict, accumulation: int = 2) -> dict:
-    copies = layout.get("data", 1)
+    replicas = layout.get("data", 1)
     return {
         "name": "x", "data": {"path": "nowhere"}, "schedule": {"steps": 10}, "model": MODEL,
-        "batch": {"sequences": MICRO * accumulation * copies, "micro": MICRO},
-        "parallel": {"data": copies, **layout}, "optimizer": {"clip": 1.0},
+        "batch": {"sequences": MICRO * accumulation * replicas, "micro": MICRO},
+        "parallel": {"data": replicas, **layout}, "optimizer": {"clip": 1.0},
     }  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def counted(process, layout: dict) -> dict[str, float]:
         with Traffic() as traffic:
             engine.train(batches, 32.0, scored=False)
     engine.close()
-    return {kind: size for kind, size in traffic.bytes.items() if size > 64}  # less are single numbers
+    return {kind: size for kind, size in traffic.bytes.items() if size > 64}  # smaller ones are scalars
 
 
 def batch(config: RunConfig, step: int, index: int):
@@ -68,7 +68,7 @@ def batch(config: RunConfig, step: int, index: int):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_bytes_are_those_of_the_formulas(name):
-    """To 2 %: the formulas take expected numbers of tokens and states."""
+    """To 2 %: the formulas use the expected numbers of tokens and states."""
     layout = LAYOUTS[name]
     job = Job(RunConfig.model_validate(settings(layout)), VOCABULARY, LENGTH, 2)
     for stage, found in zip(job.stages * 2, on_ranks(counted, 2, layout)):

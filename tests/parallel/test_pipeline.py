@@ -90,7 +90,7 @@ def trajectory(process, settings):
 
 
 def measured(config, world):
-    """(a row of values per step, initial weights, first gradients, final weights, evaluation); all weights unsharded."""
+    """(a row of values per step, initial weights, first gradients, final weights, evaluation); weights unsharded."""
     ranks = on_ranks(trajectory, world, config.model_dump(), timeout=120.0)
     for rank in ranks[1:]:
         assert rank["rows"] == ranks[0]["rows"] and rank["evaluation"] == ranks[0]["evaluation"]

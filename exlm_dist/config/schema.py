@@ -24,7 +24,7 @@ def _auto_count(value: object) -> object:
 
 
 def _renamed_backend(value: object) -> object:
-    """Checkpoints written before version 0.9 call the torch backend `reference`."""
+    """Runs that were begun before the backend had its present name call it `reference`."""
     return "torch" if value == "reference" else value
 
 

@@ -33,6 +33,11 @@ def failure(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
+def test_the_former_name_of_the_torch_backend_still_loads(write):
+    config = load_config(write(MINIMAL + "kernels: {backend: reference}\n"))
+    assert config == load_config(write(MINIMAL), ["--kernels.backend", "torch"]) and "torch" in dump_config(config)
+
+
 def test_dump_and_load_give_an_equal_object(write):
     config = load_config(
         write(MINIMAL), ["--model.layers", "3", "--tracking.uri=http://127.0.0.1:5000", "--budget", "a: b"]

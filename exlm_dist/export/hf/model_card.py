@@ -24,7 +24,8 @@ def model_card(checkpoint: Path, config: RunConfig, tokenizer: Tokenizer, num_pa
     kind = "plain masked language model" if model.objective == "mlm" else f"ExLM, k = {model.states} states per mask"
     facts = {
         "Run": f"{config.name}, step {step_of(checkpoint)}",
-        "Model": f"{kind}; {num_parameters:,} parameters; {model.layers} layers, width {model.width}, {model.heads} heads",
+        "Model": f"{kind}; {num_parameters:,} parameters",
+        "Size": f"{model.layers} layers, width {model.width}, {model.heads} heads, inner width {model.ffn}",
         "Budget": config.budget or "not labelled",
         "Domain": f"{tokenizer.domain}, vocabulary of {tokenizer.vocab_size}",
         "Masking": f"{config.masking.ratio:.0%} of the tokens",
@@ -74,7 +75,7 @@ def _usage(domain: str) -> str:
     return f"""```python
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, pipeline
 
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 encoder = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
 model = AutoModelForMaskedLM.from_pretrained(FOLDER, trust_remote_code=True)
 fill = pipeline("fill-mask", model=model, tokenizer=tokenizer)
@@ -93,6 +94,6 @@ pipeline_tag: fill-mask
 tags: [exlm, fill-mask]
 ---
 """
-_CANONICAL = """The tokenizer splits SMILES as they are given. Make molecules canonical by the policy above first: the model has seen
-no others.
+_CANONICAL = """The tokenizer splits SMILES as they are given. Make molecules canonical by the policy above first: the model has
+seen no others.
 """

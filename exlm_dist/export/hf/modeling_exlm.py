@@ -99,7 +99,7 @@ class ExLMPreTrainedModel(PreTrainedModel):
 
 
 class ExLMModel(ExLMPreTrainedModel):
-    """The encoder. It expands nothing: each token is one state, with clone index 0 unless `clone_ids` says otherwise."""
+    """The encoder. It expands nothing: a token is one state, with clone index 0 unless `clone_ids` says otherwise."""
 
     def __init__(self, config: ExLMConfig):
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""Our tokenizers as `tokenizer.json` of the tokenizers library, with the same ids. Written by hand: it is plain JSON."""
+"""Our tokenizers as `tokenizer.json` of the tokenizers library, with the same ids. It is JSON, written by hand."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from exlm_dist.tokenizers.sentencepiece_tokenizer import WORD_START, SentencePie
 from exlm_dist.tokenizers.smiles_tokenizer import PATTERN, SmilesTokenizer
 from exlm_dist.tokenizers.tokenizer import BOS, EOS, MASK, NUM_SPECIAL, PAD, SPECIAL_NAMES, UNK, Tokenizer
 from exlm_dist.utils.errors import DataError
+
+#: More spaces than any text begins with.
+_ALL = 1 << 20
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -109,7 +112,8 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         {"type": "Fuse"},
     ]
     if model.add_dummy_prefix:
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+        spaces = _ALL if model.remove_extra_whitespaces else 1
+        decoders.append({"type": "Strip", "content": " ", "start": spaces, "stop": 0})
     return {
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,

@@ -94,6 +94,6 @@ pipeline_tag: fill-mask
 tags: [exlm, fill-mask]
 ---
 """
-_CANONICAL = """The tokenizer splits SMILES as they are given. Make molecules canonical by the policy above first: the model has
-seen no others.
+_CANONICAL = """The tokenizer splits SMILES as they are given. Make molecules canonical by the policy above
+first: the model has seen no others.
 """

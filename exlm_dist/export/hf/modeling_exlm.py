@@ -91,6 +91,8 @@ class ExLMBlock(GradientCheckpointingLayer):
 
 
 class ExLMPreTrainedModel(PreTrainedModel):
+    """What all models here have in common."""
+
     config_class = ExLMConfig
     base_model_prefix = "exlm"
     supports_gradient_checkpointing = True

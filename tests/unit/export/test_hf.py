@@ -366,8 +366,14 @@ def test_three_steps_of_the_trainer(exported, transformers, tmp_path):
     trainer = transformers.Trainer(
         model=model,
         args=transformers.TrainingArguments(
-            output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True,
-            save_strategy="no", learning_rate=1e-3, disable_tqdm=True,
+            output_dir=str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=4,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+            learning_rate=1e-3,
+            disable_tqdm=True,
         ),  # fmt: skip
         train_dataset=[tokenizer(smiles) for smiles in MOLECULES],
         data_collator=transformers.DataCollatorForLanguageModeling(tokenizer),

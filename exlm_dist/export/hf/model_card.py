@@ -66,7 +66,10 @@ def _evaluations(checkpoint: Path) -> list[tuple[str, str, dict[str, float]]]:
         split = tags.get("split", "valid")
         values = {name: event["values"].get(f"{split}/{name}") for name in ("nll", "accuracy")}
         if None not in values.values():
-            about = f"{float(tags['mask_ratio']):.0%} of {tags['sequences']} sequences" if tags else "while training"
+            by_command = {"mask_ratio", "sequences"} <= tags.keys()  # the run's own evaluations do not say
+            about = (
+                f"{float(tags['mask_ratio']):.0%} of {tags['sequences']} sequences" if by_command else "while training"
+            )
             found.append((split, about, values))
     return found
 

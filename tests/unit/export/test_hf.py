@@ -161,11 +161,18 @@ def test_model_card(data, tmp_path):
     log = EventLog(tmp_path / "run" / "events.jsonl")
     tags = {"split": "valid", "sequences": 30, "mask_ratio": 0.15}
     log.child_run("evaluate", 7, {"valid/nll": 1.25, "valid/accuracy": 0.5}, tags)
+    log.child_run("final", 7, {"valid/nll": 1.5, "valid/accuracy": 0.25}, {"budget": "unit-test"})
     log.child_run("evaluate", 8, {"valid/nll": 9.0, "valid/accuracy": 0.5}, tags)
     log.close()
     export_hf(tmp_path / "run", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    for words in ("unit-test", "f00d", '"stereo": "keep"', "| valid | 15% of 30 sequences | 1.2500 | 50.00% |"):
+    for words in (
+        "unit-test",
+        "f00d",
+        '"stereo": "keep"',
+        "| valid | 15% of 30 sequences | 1.2500 | 50.00% |",
+        "| valid | while training | 1.5000 |",
+    ):
         assert words in card
     assert "9.0" not in card and checkpoint.name not in card
 

@@ -42,7 +42,7 @@ def text_tokenizer(model_type: str) -> SentencePieceTokenizer:
 
 
 def loaded(tokenizer):
-    library = pytest.importorskip("tokenizers", reason="the tokenizers library is not installed")
+    library = pytest.importorskip("tokenizers", minversion="0.20", reason="the tokenizers library is not installed")
     return library.Tokenizer.from_str(json.dumps(tokenizer_json(tokenizer)))
 
 

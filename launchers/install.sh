@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv and installs exlm_dist into it with pinned versions. A second run only checks.
-#   launchers/install.sh [EXTRA]     EXTRA: test, lint or parquet
+#   launchers/install.sh [EXTRA]     EXTRA: test, lint, parquet or hf
 # Without a GPU it takes the CPU build of torch, from PyTorch's CPU index if that answers quickly, else from the default index.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from exlm_dist.cli.command import Commands, add_command
+from exlm_dist.cli.command import Commands, add_command, add_group
 from exlm_dist.utils.errors import EXIT_RETRY
 
 _CHECKPOINT = "run folder (its newest checkpoint) or checkpoint folder"
@@ -30,9 +30,13 @@ def register(commands: Commands) -> None:
     sync = add_command(commands, "sync", _sync, "send what the tracking server has not received yet")
     sync.add_argument("runs", nargs="+", type=Path, help="run folders")
     sync.add_argument("--timeout", type=float, default=60.0, help="seconds to try")
-    export = add_command(commands, "export", _export, "weights in the layout of the authors' fairseq code")
-    export.add_argument("checkpoint", type=Path, help=_CHECKPOINT)
-    export.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    formats = add_group(commands, "export", "write a checkpoint for other libraries", metavar="FORMAT")
+    hf = add_command(formats, "hf", _export_hf, "folder that the transformers library loads")
+    hf.add_argument("checkpoint", type=Path, help=_CHECKPOINT)
+    hf.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
+    fairseq = add_command(formats, "fairseq", _export_fairseq, "weights in the layout of the authors' fairseq code")
+    fairseq.add_argument("checkpoint", type=Path, help=_CHECKPOINT)
+    fairseq.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -64,7 +68,14 @@ def _sync(options: argparse.Namespace) -> int:
     return 0 if all(complete) else EXIT_RETRY
 
 
-def _export(options: argparse.Namespace) -> int:
+def _export_hf(options: argparse.Namespace) -> int:
+    from exlm_dist.export.hf.hf_folder import export_hf
+
+    print(export_hf(options.checkpoint, options.out))
+    return 0
+
+
+def _export_fairseq(options: argparse.Namespace) -> int:
     from exlm_dist.export.fairseq import export_checkpoint
 
     print(export_checkpoint(options.checkpoint, options.out))

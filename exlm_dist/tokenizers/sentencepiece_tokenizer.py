@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from exlm_dist.tokenizers.sentencepiece_proto import SentencePieceModel
 from exlm_dist.tokenizers.tokenizer import BOS, EOS, MASK, NUM_SPECIAL, PAD, SPECIAL_NAMES, TOKENIZER_FILE, UNK
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.files import fingerprint_of, write_atomic, write_json
@@ -109,6 +110,14 @@ class SentencePieceTokenizer:
             return cls(Path(path).read_bytes())
         except (OSError, RuntimeError) as error:
             raise DataError(f"{path}: not readable as a sentencepiece model ({error}).") from error
+
+    def model(self) -> SentencePieceModel:
+        """Content of the model file, in sentencepiece's ids."""
+        return SentencePieceModel.parse(self._model)
+
+    def model_ids(self) -> list[int]:
+        """Sentencepiece's id of each of our ids; -1 for the special ones."""
+        return list(self._theirs)
 
     def save(self, folder: Path) -> None:
         folder = Path(folder)

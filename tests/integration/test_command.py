@@ -104,8 +104,10 @@ def test_evaluate_report_sync_and_export(run, tmp_path, capsys):
     assert main(["report", str(run)]) == 0
     assert (run / "report.md").is_file() and list((run / "plots").glob("*.png"))
     assert main(["sync", str(run)]) == 0
-    assert main(["export", str(run), "--out", str(tmp_path / "model.safetensors")]) == 0
+    assert main(["export", "fairseq", str(run), "--out", str(tmp_path / "model.safetensors")]) == 0
     assert (tmp_path / "model.safetensors").stat().st_size > 1000
+    assert main(["export", "hf", str(run), "--out", str(tmp_path / "new" / "folder")]) == 0
+    assert (tmp_path / "new" / "folder" / "config.json").is_file()
 
 
 def test_run_folder_holds_the_resolved_configuration_and_the_events(run):

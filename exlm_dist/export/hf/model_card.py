@@ -52,7 +52,8 @@ def _results(checkpoint: Path) -> str:
     ]
     if not rows:
         return "This checkpoint was not evaluated before it was exported (`exlm evaluate`).\n"
-    table = ["| split | masked | nll per masked token (nats) | accuracy |", "| --- | --- | --- | --- |", *rows]
+    unique = dict.fromkeys(rows)  # an evaluation while training is logged as metrics and with its checkpoint
+    table = ["| split | masked | nll per masked token (nats) | accuracy |", "| --- | --- | --- | --- |", *unique]
     return "\n".join(table) + "\n"
 
 

@@ -13,14 +13,11 @@ from exlm_dist.config import RunConfig, config_difference, dump_config, load_con
 from exlm_dist.utils.checkpoint_names import CHECKPOINTS
 from exlm_dist.utils.errors import CheckpointError
 from exlm_dist.utils.files import write_atomic
-from exlm_dist.utils.logs import get_logger
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
 #: Seconds to wait for the processes of a run that was just killed to be gone.
 LOCK_PATIENCE = 10.0
-
-logger = get_logger(__name__)
 
 
 class RunFolder:

@@ -66,7 +66,7 @@ COPIED = {path for path in FILES if path.parent == PACKAGE / "export" / "hf" and
 KERNELS = {path for path in FILES if path.name == "triton.py" or "triton" in path.parts}
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
-#: Files of these names mean the same in each kernel's folder.
+#: Files of these names mean the same in every folder.
 SAME_MEANING = {"__init__", "__main__"}
 
 

@@ -19,12 +19,10 @@ from exlm_dist.parallel.sharded import ShardedParameter
 from exlm_dist.training.engine.base import Engine
 from exlm_dist.training.engine.fragments import fragments_of
 from exlm_dist.utils.errors import CheckpointError
-from exlm_dist.utils.logs import get_logger
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 #: State of the dynamic loss scale (fp16), as DeepSpeed names it.
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     {"utils"},
     {"config"},
-    {"checkpoint", "kernels", "launch", "tokenizers", "tracking"},
+    {"checkpoint", "kernels", "launch", "tables", "tokenizers", "tracking"},
     {"data", "parallel"},
     {"model", "prepare"},
     {"evaluation", "export", "planning", "training"},
@@ -30,11 +30,12 @@ MAY_IMPORT = {
     "checkpoint": BASE,
     "kernels": BASE,
     "launch": BASE,
+    "tables": {"utils"},
     "tokenizers": BASE,
     "tracking": BASE,
     "data": BASE | {"tokenizers"},
     "parallel": BASE | {"checkpoint"},
-    "prepare": BASE | {"data", "tokenizers"},
+    "prepare": BASE | {"data", "tables", "tokenizers"},
     "model": BASE | {"kernels", "data", "parallel"},
     "planning": BASE | {"data", "model"},
     "training": BASE | {"checkpoint", "data", "launch", "model", "parallel", "tokenizers", "tracking"},
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     "analysis": BASE | {"checkpoint", "data", "evaluation", "kernels", "model", "tokenizers", "tracking"},
     "doctor": BASE | {"checkpoint", "launch", "model", "parallel", "planning", "tracking"},
     "cli": BASE
-    | {"analysis", "doctor", "evaluation", "export", "launch", "planning", "prepare", "tracking", "training"},
+    | {"analysis", "doctor", "evaluation", "export", "launch", "planning", "prepare", "tables", "tracking", "training"},
 }
 #: Each outside framework has one seam.
 SEAMS = {
@@ -57,6 +58,8 @@ SEAMS = {
     "matplotlib": ("analysis/",),
     "sentencepiece": ("tokenizers/",),
     "safetensors": ("export/",),
+    "pyarrow": ("tables/",),
+    "zstandard": ("tables/",),
     "torch": ("kernels/", "parallel/", "model/", "training/", "evaluation/", "export/", "analysis/")
     + ("checkpoint/reader.py", "doctor/probe.py", "tracking/system.py"),
 }

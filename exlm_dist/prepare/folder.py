@@ -18,6 +18,7 @@ from exlm_dist.data.shards import ShardDataset
 from exlm_dist.prepare.shard_writer import ShardWriter
 from exlm_dist.prepare.staging import staged_folder
 from exlm_dist.prepare.summary import Summary
+from exlm_dist.tables.failed_rows import HEADER, failed_line
 from exlm_dist.tables.input_files import InputOptions, expand_inputs, resolved
 from exlm_dist.tables.records import Row, read_rows, text_column
 from exlm_dist.tokenizers.tokenizer import UNK, Tokenizer
@@ -29,7 +30,6 @@ _log = get_logger(__name__)
 Item = TypeVar("Item")
 VALID_FRACTION = 0.02
 VALID_CAP = 10_000
-QUARANTINED_CHARACTERS = 500
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Quarantine:
         self.counts: Counter[str] = Counter()
         self.first: dict[str, tuple[Row, str]] = {}
         self._file = open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n")
-        self._file.write("file\trow\treason\ttext\n")
+        self._file.write(HEADER)
 
     def __enter__(self) -> Quarantine:
         return self
@@ -83,9 +83,7 @@ class Quarantine:
         kind = reason.split(":")[0]
         self.counts[kind] += 1
         self.first.setdefault(kind, (row, reason))
-        self._file.write(
-            f"{_escaped(row.file)}\t{row.row}\t{_escaped(reason)}\t{_escaped(row.text[:QUARANTINED_CHARACTERS])}\n"
-        )
+        self._file.write(failed_line(row.file, row.row, reason, row.text))
 
 
 def content_hash(content: bytes | memoryview) -> int:
@@ -236,7 +234,3 @@ def _short(value: Any) -> str:
 def _flush(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")

@@ -68,8 +68,8 @@ def prepare_smiles(
     """Prepare the molecules of `inputs` (paths and patterns, or any source of rows) as the folder `out`.
 
     column, format, delimiter, header: see `InputOptions`. max_length: of the sequences kept, in tokens, BOS and EOS
-    counted. stereo, salts: see `make_policy`; default 'keep', or the policy of a given tokenizer. valid_inputs: files of
-    the held-out split; default `valid_fraction` of the molecules. min_count: occurrences a token needs to enter the
+    counted. stereo, salts: see `make_policy`; default 'keep', or the policy of a given tokenizer. valid_inputs: files
+    of the held-out split; default `valid_fraction` of the molecules. min_count: occurrences a token needs to enter the
     vocabulary. tokenizer: folder of a SMILES tokenizer to use instead of a new one. Raises DataError for input that
     cannot be used; single such rows go to `quarantine.tsv`.
     """

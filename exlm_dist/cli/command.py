@@ -48,16 +48,20 @@ def add_group(commands: Commands, name: str, summary: str, *, metavar: str, desc
 def add_input_options(parser: argparse.ArgumentParser) -> None:
     """Add what a user may say of input files; `input_options` reads it."""
     parser.add_argument(
-        "--column", metavar="NAME", help="column or field to read: its name, or its number from 1 if it has none"
+        "--column",
+        metavar="NAME",
+        help="column or field to read: its name, or its number from 1 where none has that name",
     )
-    parser.add_argument("--format", choices=FORMATS, help="what the input files are; default: what their names say")
-    parser.add_argument("--delimiter", metavar="CHARACTER", help="what separates the columns of csv, as in ';' or tab")
+    parser.add_argument("--format", choices=FORMATS, help="what all input files are, whatever their names say")
+    parser.add_argument(
+        "--delimiter", metavar="CHARACTER", help="character between the columns of csv or tsv, such as ';', or tab"
+    )
     parser.add_argument(
         "--no-header",
         dest="header",
         action="store_const",
         const=False,
-        help="the first row of csv or tsv is data; columns then have numbers",
+        help="the first row of csv and tsv is data; their columns have numbers from 1",
     )
 
 

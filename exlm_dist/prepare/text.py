@@ -23,6 +23,7 @@ from exlm_dist.prepare.folder import (
     choose_valid,
     chunked,
     content_hash,
+    find_sources,
     prepare_folder,
     request_for,
     save_tokenizer,
@@ -77,8 +78,7 @@ def prepare_text(
     check_fraction(valid_fraction)
     check_max_length(max_length)
     asked = InputOptions(column, format, delimiter, header)
-    train = inputs if isinstance(inputs, Source) else Source.of_files(inputs, asked, "text")
-    valid = Source.of_files(valid_inputs, asked, "text") if valid_inputs else None
+    train, valid = find_sources(inputs, valid_inputs, asked, "text")
     if model_type not in ("unigram", "bpe"):
         raise DataError(f"model_type = {model_type!r}: must be one of unigram, bpe.")
     given = None if tokenizer is None else _given_tokenizer(Path(tokenizer))

@@ -136,7 +136,7 @@ def _swallowed_rows(values: list[str], lines: list[str], before: Sequence[list[s
     the rows before; or its lines have as many fields as rows have, one of them a number or SMILES in all."""
     width = mode(map(len, before)) if before else len(values)
     columns = [[row[index] for row in before if len(row) == width] for index in range(width)]
-    at = next(index for index, value in enumerate(values) if "\n" in value or "\r" in value)
+    at = next((index for index, value in enumerate(values) if "\n" in value or "\r" in value), 0)
     texts = [text for text in columns[at] if text] if at < width else []
     if len(texts) >= _ENOUGH and all(
         len(line.split()) <= 1 for text in texts + [values[at]] for line in text.split("\n")

@@ -19,6 +19,7 @@ FLOORS = (
     {"checkpoint", "kernels", "launch", "tokenizers", "tracking"},
     {"data", "parallel"},
     {"model", "prepare"},
+    {"inference"},
     {"evaluation", "export", "planning", "training"},
     {"analysis", "doctor"},
     {"cli"},
@@ -36,14 +37,16 @@ MAY_IMPORT = {
     "parallel": BASE | {"checkpoint"},
     "prepare": BASE | {"data", "tokenizers"},
     "model": BASE | {"kernels", "data", "parallel"},
+    "inference": BASE | {"checkpoint", "data", "kernels", "model", "tokenizers"},
     "planning": BASE | {"data", "model"},
     "training": BASE | {"checkpoint", "data", "launch", "model", "parallel", "tokenizers", "tracking"},
-    "evaluation": BASE | {"checkpoint", "data", "model", "tokenizers", "tracking"},
+    "evaluation": BASE | {"checkpoint", "data", "inference", "model", "tokenizers", "tracking"},
     "export": BASE | {"checkpoint", "data", "model", "tokenizers", "tracking"},
-    "analysis": BASE | {"checkpoint", "data", "evaluation", "kernels", "model", "tokenizers", "tracking"},
+    "analysis": BASE | {"checkpoint", "data", "evaluation", "inference", "kernels", "model", "tokenizers", "tracking"},
     "doctor": BASE | {"checkpoint", "launch", "model", "parallel", "planning", "tracking"},
     "cli": BASE
-    | {"analysis", "doctor", "evaluation", "export", "launch", "planning", "prepare", "tracking", "training"},
+    | {"analysis", "doctor", "evaluation", "export", "inference", "launch", "planning", "prepare", "tracking"}
+    | {"training"},
 }
 #: Each outside framework has one seam.
 SEAMS = {
@@ -57,7 +60,7 @@ SEAMS = {
     "matplotlib": ("analysis/",),
     "sentencepiece": ("tokenizers/",),
     "safetensors": ("export/",),
-    "torch": ("kernels/", "parallel/", "model/", "training/", "evaluation/", "export/", "analysis/")
+    "torch": ("kernels/", "parallel/", "model/", "training/", "inference/", "evaluation/", "export/", "analysis/")
     + ("checkpoint/reader.py", "doctor/probe.py", "tracking/system.py"),
 }
 #: Code that is copied into an exported folder and never imported here; there it imports its neighbours.

@@ -15,8 +15,8 @@ from exlm_dist.prepare import shard_writer
 from exlm_dist.prepare.progress import Progress
 from exlm_dist.prepare.smiles import prepare_smiles
 from exlm_dist.prepare.staging import remove_leftovers, staged_folder
-from exlm_dist.prepare.workers import ordered_map
 from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.workers import ordered_map
 
 HOLDER = """
 import sys, time

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "evaluation": BASE | {"checkpoint", "data", "model", "tokenizers", "tracking"},
     "export": BASE | {"checkpoint", "data", "model", "tokenizers", "tracking"},
     "analysis": BASE | {"checkpoint", "data", "evaluation", "kernels", "model", "tokenizers", "tracking"},
-    "doctor": BASE | {"checkpoint", "launch", "model", "parallel", "planning", "tracking"},
+    "doctor": BASE | {"checkpoint", "data", "launch", "model", "parallel", "planning", "tracking"},
     "cli": BASE
     | {"analysis", "doctor", "evaluation", "export", "launch", "planning", "prepare", "tracking", "training"},
 }

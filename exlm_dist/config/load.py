@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from exlm_dist.config.check import check_config
-from exlm_dist.config.schema import RESUMABLE, RunConfig
+from exlm_dist.config.schema import RESUMABLE, RunConfig, is_among
 from exlm_dist.utils.errors import ConfigError
 
 _NULL = "tag:yaml.org,2002:null"
@@ -63,7 +63,7 @@ def flatten(config: BaseModel) -> dict[str, Any]:
 def config_difference(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) of the settings that differ and decide what is computed (not those in RESUMABLE)."""
     before, after = flatten(old), flatten(new)
-    fixed = [key for key in after if not any(key == free or key.startswith(free + ".") for free in RESUMABLE)]
+    fixed = [key for key in after if not is_among(key, RESUMABLE)]
     return [(key, before.get(key), after[key]) for key in fixed if before.get(key) != after[key]]
 
 
@@ -155,7 +155,7 @@ def _value(key: str, node: yaml.Node, where: str) -> Any:
         return node.value
     try:
         return yaml.safe_load(yaml.serialize(node))
-    except ValueError as error:  # a date that does not exist
+    except (yaml.YAMLError, ValueError) as error:  # an unknown tag; a date that does not exist
         raise ConfigError(f"{where}: {key}: {error}") from None
 
 

@@ -72,8 +72,8 @@ def check_limits() -> Finding:
 
 
 def check_shards(config: RunConfig, seed: int = 0) -> list[Finding]:
-    """Sizes of all shards and indices of the prepared data, and hashes of a few drawn with `seed`. DataError for a manifest
-    that cannot be used."""
+    """Sizes of all shards and indices of the prepared data, and hashes of a few drawn with `seed`. DataError for a
+    manifest that cannot be used."""
     folder = Path(config.data.path)
     remedy = f"Prepare or copy the data again, or set data.path (now {folder})."
     if not (folder / MANIFEST).is_file():

@@ -72,8 +72,8 @@ def run_deepspeed(
     device: str = "auto",
     hostfile: Path | None = None,
 ) -> int:
-    """Start the launcher, forward TERM, USR1, INT and HUP to the ranks, and return the exit code of the run. Lost ranks are
-    restarted as `restarts` says, unless a signal has asked the run to end."""
+    """Start the launcher, forward TERM, USR1, INT and HUP to the ranks, and return the exit code of the run. Lost ranks
+    are restarted as `restarts` says, unless a signal has asked the run to end."""
     launchers: list[subprocess.Popen[bytes]] = []
     received: list[int] = []
 

@@ -23,12 +23,17 @@ RANK_COMMAND = [sys.executable, "-m", "exlm_dist.cli", "pretrain"]
 GRACE = 15.0
 
 
+def rank_arguments(path: str, overrides: Sequence[str], *, allow_changes: bool) -> list[str]:
+    """What a rank gets after `exlm pretrain`."""
+    return [path, *(["--allow-changes"] if allow_changes else []), *overrides]
+
+
 def run_local(arguments: Sequence[str], processes: int, restarts: Restarts, *, grace: float = GRACE) -> int:
     """Run `exlm pretrain ARGUMENTS` as `processes` ranks here and return the exit code of the run.
 
-    TERM, USR1, INT and HUP are forwarded to every rank. The code is 0 if all ranks succeeded, else that of the rank that
-    failed first, whose message is repeated at the end; a rank killed by a signal counts as 76. Ranks that ended with 76
-    are restarted as `restarts` says, unless a signal has asked the run to end.
+    TERM, USR1, INT and HUP are forwarded to every rank. The code is 0 if all ranks succeeded, else that of the rank
+    that failed first, whose message is repeated at the end; a rank killed by a signal counts as 76. Ranks that ended
+    with 76 are restarted as `restarts` says, unless a signal has asked the run to end.
     """
     command = [*RANK_COMMAND, *map(str, arguments)]
     received: list[int] = []

@@ -26,6 +26,8 @@ from typing import Any
 from exlm_dist.utils.logs import get_logger
 
 EVENTS = "events.jsonl"
+#: Tag that lists the settings that were changed during the run.
+CHANGES = "config.changes"
 #: Metrics whose step counts measurements, not steps of training.
 SYSTEM = "system/"
 #: What `json.dumps` makes of the kinds that decide which lines stand.
@@ -128,9 +130,9 @@ class EventLog:
     """Appends events to a JSON-lines file, which a restart continues.
 
     A torn last line (the process was killed while writing) is cut off. A value whose (name, step) is already in the
-    file is not written again, unless `resumed` has said that it stands no longer: no point is there twice. Safe to use from several threads;
-    other processes may append too (`exlm evaluate` during training). A line that cannot be written (disk full) is
-    logged and lost; training continues.
+    file is not written again, unless `resumed` has said that it stands no longer: no point stands twice. Safe to use
+    from several threads; other processes may append too (`exlm evaluate` during training). A line that cannot be
+    written (disk full) is logged and lost; training continues.
     """
 
     def __init__(self, path: Path) -> None:

@@ -213,7 +213,6 @@ class MlflowRun:
         self._log_points(child, [event])
         self._client.set_terminated(child, "FINISHED", end_time=event["time"])
 
-
     def _send_resumed(self, event: dict[str, Any]) -> None:
         """Points cannot be removed in MLflow: what is logged again comes later and counts as the newer. The
         evaluations of weights that were given up say so in their names, until they are made again."""

@@ -19,7 +19,8 @@ def caught_signals() -> list[signal.Signals]:
 
 
 def leave_lost_terminal() -> None:
-    """After a SIGHUP: a standard output whose terminal is gone leads nowhere from now on, so that no write to it fails."""
+    """After a SIGHUP: what is written to a standard output whose terminal is gone is dropped from now on, as every such
+    write would fail."""
     for handle in (1, 2):
         with contextlib.suppress(OSError):  # it was closed before
             if stat.S_ISCHR(os.fstat(handle).st_mode) and not os.isatty(handle):

@@ -146,7 +146,7 @@ def test_world_that_does_not_divide_the_batch(write):
     check_world(config, 3)
     with pytest.raises(
         ConfigError,
-        match=r"96 is not a multiple of 2 data-parallel ranks x batch.micro 32 = 64.*64 or 128; or batch.micro 24",
+        match=r"96 is not a multiple of 2 data-parallel ranks x batch.micro 32 = 64.*64 or 128 .*micro 24; or 1 data",
     ):
         check_world(config, 2)
 

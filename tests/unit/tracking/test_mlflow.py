@@ -54,7 +54,11 @@ def test_going_back_shows_the_newer_values_and_starting_anew_is_another_run(make
     log.metrics(2, {"train/loss": 7.0})
     log.child_run("evaluation", 10, {"valid/nll": 2.0}, {"checkpoint.sha256": "new"})
     names = "select name, status from runs order by name"
-    shown = [("tiny", "KILLED"), ("tiny evaluation @10", "FINISHED"), ("tiny evaluation @20 (weights given up)", "FINISHED")]
+    shown = [
+        ("tiny", "KILLED"),
+        ("tiny evaluation @10", "FINISHED"),
+        ("tiny evaluation @20 (weights given up)", "FINISHED"),
+    ]
     for _ in range(2):
         assert sync(folder).run_id == first.run_id
         assert query(names) == shown

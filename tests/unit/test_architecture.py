@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "evaluation": BASE | {"checkpoint", "data", "inference", "model", "tokenizers", "tracking"},
     "export": BASE | {"checkpoint", "data", "model", "tokenizers", "tracking"},
     "analysis": BASE | {"checkpoint", "data", "evaluation", "inference", "kernels", "model", "tokenizers", "tracking"},
-    "doctor": BASE | {"checkpoint", "launch", "model", "parallel", "planning", "tracking"},
+    "doctor": BASE | {"checkpoint", "data", "launch", "model", "parallel", "planning", "tracking"},
     "cli": BASE
     | {"analysis", "doctor", "evaluation", "export", "inference", "launch", "planning", "prepare", "tracking"}
     | {"training"},

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     {"utils"},
     {"config"},
-    {"checkpoint", "kernels", "launch", "tokenizers", "tracking"},
+    {"checkpoint", "kernels", "launch", "tables", "tokenizers", "tracking"},
     {"data", "parallel"},
     {"model", "prepare"},
     {"inference"},
@@ -31,13 +31,14 @@ MAY_IMPORT = {
     "checkpoint": BASE,
     "kernels": BASE,
     "launch": BASE,
+    "tables": {"utils"},
     "tokenizers": BASE,
     "tracking": BASE,
     "data": BASE | {"tokenizers"},
     "parallel": BASE | {"checkpoint"},
-    "prepare": BASE | {"data", "tokenizers"},
+    "prepare": BASE | {"data", "tables", "tokenizers"},
     "model": BASE | {"kernels", "data", "parallel"},
-    "inference": BASE | {"checkpoint", "data", "kernels", "model", "tokenizers"},
+    "inference": BASE | {"checkpoint", "data", "kernels", "model", "tables", "tokenizers"},
     "planning": BASE | {"data", "model"},
     "training": BASE | {"checkpoint", "data", "launch", "model", "parallel", "tokenizers", "tracking"},
     "evaluation": BASE | {"checkpoint", "data", "inference", "model", "tokenizers", "tracking"},
@@ -45,8 +46,8 @@ MAY_IMPORT = {
     "analysis": BASE | {"checkpoint", "data", "evaluation", "inference", "kernels", "model", "tokenizers", "tracking"},
     "doctor": BASE | {"checkpoint", "data", "launch", "model", "parallel", "planning", "tracking"},
     "cli": BASE
-    | {"analysis", "doctor", "evaluation", "export", "inference", "launch", "planning", "prepare", "tracking"}
-    | {"training"},
+    | {"analysis", "doctor", "evaluation", "export", "inference", "launch", "planning", "prepare"}
+    | {"tables", "tracking", "training"},
 }
 #: Each outside framework has one seam.
 SEAMS = {
@@ -60,6 +61,8 @@ SEAMS = {
     "matplotlib": ("analysis/",),
     "sentencepiece": ("tokenizers/",),
     "safetensors": ("export/",),
+    "pyarrow": ("tables/",),
+    "zstandard": ("tables/",),
     "torch": ("kernels/", "parallel/", "model/", "training/", "inference/", "evaluation/", "export/", "analysis/")
     + ("checkpoint/reader.py", "doctor/probe.py", "tracking/system.py"),
 }

@@ -29,15 +29,15 @@ from exlm_dist.prepare.folder import (
     request_for,
     save_tokenizer,
 )
-from exlm_dist.prepare.progress import Progress
 from exlm_dist.prepare.summary import Summary
-from exlm_dist.prepare.workers import default_workers, ordered_map
 from exlm_dist.tables.input_files import InputOptions
 from exlm_dist.tables.records import Row
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles, make_policy
 from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer, split_smiles
 from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.progress import Progress
+from exlm_dist.utils.workers import default_workers, ordered_map
 
 ROWS_PER_TASK = 512
 MOLECULES_PER_TASK = 8192

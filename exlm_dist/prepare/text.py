@@ -28,14 +28,14 @@ from exlm_dist.prepare.folder import (
     request_for,
     save_tokenizer,
 )
-from exlm_dist.prepare.progress import Progress
 from exlm_dist.prepare.summary import Summary
-from exlm_dist.prepare.workers import default_workers, ordered_map
 from exlm_dist.tables.input_files import InputOptions
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from exlm_dist.tokenizers.smiles_tokenizer import split_smiles
 from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.progress import Progress
+from exlm_dist.utils.workers import default_workers, ordered_map
 
 CHARACTERS_PER_TASK = 200_000
 BLOCKS_PER_WRITE = 8192

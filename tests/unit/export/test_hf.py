@@ -18,8 +18,8 @@ from packed import make_batch
 from exlm_dist.checkpoint.pieces import Piece
 from exlm_dist.checkpoint.reader import read_config
 from exlm_dist.config import dump_config
-from exlm_dist.evaluation.masked_lm import load_model
 from exlm_dist.export.hf.hf_folder import CODE_FILES, export_hf
+from exlm_dist.inference.loading import load_model
 from exlm_dist.model.build import build_model
 from exlm_dist.model.objective import prior_marginals
 from exlm_dist.model.stream import Stream

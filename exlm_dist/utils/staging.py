@@ -121,7 +121,8 @@ def _cannot_write(error: OSError, out: Path) -> OutputError:
             f"{out}: no space left while writing ({error.strerror}; {free:,.1f} MB free now). Free some, or choose "
             "another --out; no unfinished folder was left behind."
         )
-    return OutputError(f"{error.filename or out}: {error.strerror}. Choose an --out that can be written.")
+    where = error.filename if error.filename and Path(error.filename).exists() else out.parent
+    return OutputError(f"{where}: {error.strerror}. Choose an --out that can be written.")
 
 
 def _escaped(name: str) -> str:

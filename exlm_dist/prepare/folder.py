@@ -16,7 +16,6 @@ import numpy as np
 from exlm_dist.data.manifest import MANIFEST, QUARANTINE, SCHEMA, SPLITS, TOKENIZER, read_manifest, sealed
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.prepare.shard_writer import ShardWriter
-from exlm_dist.prepare.staging import staged_folder
 from exlm_dist.prepare.summary import Summary
 from exlm_dist.tables.failed_rows import HEADER, failed_line
 from exlm_dist.tables.input_files import InputOptions, expand_inputs, resolved
@@ -25,11 +24,13 @@ from exlm_dist.tokenizers.tokenizer import UNK, Tokenizer
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.files import sha256_file, write_json
 from exlm_dist.utils.logs import get_logger
+from exlm_dist.utils.staging import FolderKind, staged_folder
 
 _log = get_logger(__name__)
 Item = TypeVar("Item")
 VALID_FRACTION = 0.02
 VALID_CAP = 10_000
+PREPARED = FolderKind("a folder of prepared data", lambda folder: (folder / MANIFEST).is_file())
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def prepare_folder(
     start = time.monotonic()
     if not overwrite and (out / MANIFEST).is_file():
         return _reuse(out, request)
-    with staged_folder(out, overwrite=overwrite) as folder:
+    with staged_folder(out, PREPARED, overwrite=overwrite) as folder:
         content = work(folder)
         _flush(folder / QUARANTINE)
         manifest = sealed({"schema": SCHEMA, "request": request, **content})

@@ -86,9 +86,9 @@ fill = pipeline("fill-mask", model=model, tokenizer=tokenizer)
 fill({_USE[domain]!r})
 ```
 
-Without masks the model is an ordinary encoder. `ExLMForMaskedLM` expands each `<mask>` into its states; the logits
-there are log-probabilities, summed over all paths through the states. Its `loss` is the cross-entropy at each labelled
-position, for fine-tuning; it is not the likelihood that the pretraining maximised.
+Needs transformers 5 or later. Without masks the model is an ordinary encoder. `ExLMForMaskedLM` expands each `<mask>`
+into its states; the logits there are log-probabilities, summed over all paths through the states. Its `loss` is the
+cross-entropy at each labelled position, for fine-tuning; it is not the likelihood that the pretraining maximised.
 """
 
 

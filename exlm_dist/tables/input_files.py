@@ -42,6 +42,8 @@ ENDINGS = {
 DELIMITERS = {",": "','", ";": "';'", "\t": "tab", "|": "'|'"}
 #: Rows and lines from which a file's form is worked out, and the longest part of a line that is looked at.
 _SAMPLE, _LONGEST = 50, 1 << 20
+#: A column is of a kind, for telling a header, if this fraction of its values are: files have bad rows.
+_MOST = 0.9
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ def _header_by_kinds(path: Path, names: list[str], rows: list[list[str]]) -> tup
     """A header has words where the rows below have numbers, SMILES or sentences; data have SMILES where they have."""
     above, data = set(), set()
     for index, name in enumerate(names):
-        below, own = kind_of_column([row[index] for row in rows if index < len(row)]), kind_of(name)
+        below, own = kind_of_column([row[index] for row in rows if index < len(row)], _MOST), kind_of(name)
         if own == below and below in ("number", "molecule"):
             data.add(below)
         elif own != "missing" and (below in ("number", "molecule") or (below, own) == ("text", "word")):

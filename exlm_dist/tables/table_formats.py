@@ -202,8 +202,10 @@ def _json_values(column: Column) -> list[str]:
     values[~np.isfinite(column)] = "null"
     if column.ndim == 1:
         return values.tolist()
-    missing = np.isnan(column).all(axis=1)
-    return ["null" if none else f"[{', '.join(row)}]" for none, row in zip(missing, values.tolist())]
+    rows = [f"[{', '.join(row)}]" for row in values.tolist()]
+    for index in np.flatnonzero(np.isnan(column).all(axis=1)):
+        rows[index] = "null"
+    return rows
 
 
 def _arrow(column: Column) -> Any:

@@ -78,7 +78,7 @@ def embed_file(
     """
     check_pooling(loaded, pooling, layer)
     started = time.perf_counter()
-    source = _Source(expand_inputs(list(inputs)), options, loaded.tokenizer.domain)
+    source = _Source(expand_inputs(inputs, options), options, loaded.tokenizer.domain)
     encode = functools.partial(
         encode_chunk, str(loaded.folder / TOKENIZER_FOLDER), max_tokens=loaded.max_tokens, truncate=truncate
     )

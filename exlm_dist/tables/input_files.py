@@ -11,6 +11,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ ENDINGS = {
 DELIMITERS = {",": "','", ";": "';'", "\t": "tab", "|": "'|'"}
 #: Rows and lines from which a file's form is worked out, and the longest part of a line that is looked at.
 _SAMPLE, _LONGEST = 50, 1 << 20
+#: A column is of a kind, for telling a header, if this fraction of its values are: files have bad rows.
+_MOST = 0.9
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def resolved(path: Path, options: InputOptions) -> InputOptions:
         said += [why] if why else []
         options = replace(options, header=header)
     if said:
-        _log.info("%s: %s", path, "; ".join(said))
+        _say_once(f"{path}: {'; '.join(said)}")
     return options
 
 
@@ -142,6 +145,11 @@ def head(path: Path) -> list[str]:
     with open_text(path) as file:
         lines = iter(lambda: file.readline(_LONGEST), "")
         return list(islice((line.rstrip("\r\n") for line in lines if line.strip()), _SAMPLE))
+
+
+@lru_cache(maxsize=10_000)
+def _say_once(message: str) -> None:
+    _log.info(message)
 
 
 def _ending(path: Path) -> str:
@@ -219,6 +227,10 @@ def _header(path: Path, options: InputOptions) -> tuple[bool, str]:
     with open_text(path) as file:
         rows = first_rows(file, options.delimiter or ",", options.format == "csv", _SAMPLE)
     width = len(unique_names(rows[0])) if rows else 0
+    if rows and not width and options.header is not False:
+        raise DataError(
+            f"{path}: its first row is empty, so its columns have no names. If it is data, say --no-header."
+        )
     ragged = [row for row in rows[1:] if len(row) < width or any(cell.strip() for cell in row[width:])]
     if len(ragged) > len(rows) / 2:
         name = DELIMITERS.get(options.delimiter or ",", repr(options.delimiter))
@@ -242,7 +254,7 @@ def _header_by_kinds(path: Path, names: list[str], rows: list[list[str]]) -> tup
     """A header has words where the rows below have numbers, SMILES or sentences; data have SMILES where they have."""
     above, data = set(), set()
     for index, name in enumerate(names):
-        below, own = kind_of_column([row[index] for row in rows if index < len(row)]), kind_of(name)
+        below, own = kind_of_column([row[index] for row in rows if index < len(row)], _MOST), kind_of(name)
         if own == below and below in ("number", "molecule"):
             data.add(below)
         elif own != "missing" and (below in ("number", "molecule") or (below, own) == ("text", "word")):

@@ -42,7 +42,7 @@ class ParquetTable:
 
     def _rows(self, names: list[str]) -> Iterator[tuple[str | None, ...]]:
         for batch in self._file.iter_batches(batch_size=ROWS_AT_ONCE, columns=names):
-            whole = {name: batch.column(name).to_pylist() for name in batch.schema.names}
+            whole = {name: _values(batch.column(name)) for name in batch.schema.names}
             paths = [self._paths[name] for name in names]
             yield from zip(*([as_text(_inner(value, inner)) for value in whole[top]] for top, *inner in paths))
 
@@ -64,6 +64,17 @@ def open_parquet(path: Path) -> Iterator[ParquetTable]:
         if error.errno is not None:
             raise
         raise DataError(f"{path}: not readable as parquet ({error}). Copy it again.") from error
+
+
+def _values(array: Any) -> list[Any]:
+    """The values of an array; texts as bytes if one of them, against the rules of parquet, is not UTF-8."""
+    import pyarrow
+
+    try:
+        return array.to_pylist()
+    except UnicodeDecodeError:
+        plain = array.dictionary_decode() if pyarrow.types.is_dictionary(array.type) else array
+        return plain.cast(pyarrow.large_binary()).to_pylist()
 
 
 def _leaves(fields: Iterable[Any], outer: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

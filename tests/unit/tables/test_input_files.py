@@ -184,6 +184,8 @@ def test_text_with_unquoted_commas(tmp_path: Path) -> None:
         ("only\nCCO\n", True),
         ("mol,Class\nCCO,1\nCCN,0\n", True),
         ("CCO,1\nCCN,0\n", False),
+        ("mol\nnot a molecule\n" + "\n".join(SMILES), True),
+        ("\n".join([*SMILES, "not a molecule"]), False),
         (",0\n0,CCO\n1,CCN\n", True),  # pandas
         ("0,CCO\n1,CCN\n", False),
         ("sentence,label\nso good,1\nso bad,0\n", True),

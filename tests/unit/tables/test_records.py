@@ -219,6 +219,10 @@ def test_kinds_of_parquet_columns(tmp_path: Path) -> None:
     assert records[0].values["list"] == '["a"]' and records[1].values["meta.text"] is None
     parquet.write_table(arrow.table({"text": [b"caf\xe9", b"fine"]}), path)
     assert [row.problem for row in read_rows(path, InputOptions(), "text")] == ["not UTF-8", ""]
+    for kind in (arrow.string(), arrow.large_string(), arrow.dictionary(arrow.int32(), arrow.string())):
+        wrong = arrow.array([b"caf\xe9", b"fine"]).view(arrow.string()).cast(kind)  # what other writers let pass
+        parquet.write_table(arrow.table({"text": wrong}), path)
+        assert [row.problem for row in read_rows(path, InputOptions(), "text")] == ["not UTF-8", ""], kind
 
 
 def test_parquet_that_is_damaged_packed_or_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,8 @@ from exlm_dist.config.schema import CHANGEABLE, is_among
 from exlm_dist.utils.errors import ConfigError
 
 #: What `state.json` of the newest checkpoint says that is true of the average as well.
-_KEPT = ("step", "seed", "data_fingerprint", "tokenizer_fingerprint", "config_hash", "versions", "git_commit")
-_KEPT += ("parameters", "progress", "changes")
+_KEPT: tuple[str, ...] = ("step", "seed", "data_fingerprint", "tokenizer_fingerprint", "config_hash", "versions")
+_KEPT += ("git_commit", "parameters", "progress", "changes")
 
 
 def average_checkpoints(checkpoints: Sequence[Path], out: Path, weights: Sequence[float] | None = None) -> str:

@@ -78,7 +78,7 @@ def write_weights(
 
 
 def write_arrays(folder: Path, files: Mapping[str, Mapping[str, np.ndarray]], small: SmallFiles) -> Entries:
-    """Write files of fp32 tensors (arrays by name, by file) and `small` into the folder of `storage.begin`. SaveFailed."""
+    """Write fp32 arrays by name, by file, and `small` into the folder of `storage.begin`. SaveFailed."""
     entries = write_files(folder, [], b"", small)
     try:
         for file, arrays in files.items():

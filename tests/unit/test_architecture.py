@@ -45,8 +45,8 @@ MAY_IMPORT = {
     "analysis": BASE | {"checkpoint", "data", "evaluation", "inference", "kernels", "model", "tokenizers", "tracking"},
     "doctor": BASE | {"checkpoint", "data", "launch", "model", "parallel", "planning", "tracking"},
     "cli": BASE
-    | {"analysis", "doctor", "evaluation", "export", "inference", "launch", "planning", "prepare", "tracking"}
-    | {"training"},
+    | {"analysis", "checkpoint", "doctor", "evaluation", "export", "inference", "launch", "planning", "prepare"}
+    | {"tracking", "training"},
 }
 #: Each outside framework has one seam.
 SEAMS = {

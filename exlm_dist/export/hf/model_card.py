@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from exlm_dist.checkpoint.reader import read_state, run_folder_of, step_of
-from exlm_dist.checkpoint.weights_only import describe_origin
+from exlm_dist.checkpoint.weights_only import FAIRSEQ, describe_origin
 from exlm_dist.config import RunConfig
 from exlm_dist.tokenizers import Tokenizer
 from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer
@@ -38,6 +38,9 @@ def model_card(checkpoint: Path, config: RunConfig, tokenizer: Tokenizer, num_pa
     }
     if origin := describe_origin(state):
         facts["Made by"] = origin
+    if state.get("origin", {}).get("kind") == FAIRSEQ:  # how it was trained is not known
+        for unknown in ("Masking", "Batch", "Learning rate", "Seed"):
+            del facts[unknown]
     if isinstance(tokenizer, SmilesTokenizer):
         facts["Policy for SMILES"] = f"`{json.dumps(tokenizer.policy, sort_keys=True)}`"
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())

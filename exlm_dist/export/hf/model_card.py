@@ -56,6 +56,8 @@ def _results(checkpoint: Path) -> str:
         f"| {split} | {masked} | {values['nll']:.4f} | {values['accuracy']:.2%} |"
         for split, masked, values in _evaluations(checkpoint)
     ]
+    if not rows and run_folder_of(checkpoint) is None:
+        return "None: this checkpoint belongs to no run, in whose log its evaluations would be.\n"
     if not rows:
         return "This checkpoint was not evaluated before it was exported (`exlm evaluate`).\n"
     unique = dict.fromkeys(rows)  # an evaluation while training is logged as metrics and with its checkpoint

@@ -118,7 +118,7 @@ def test_its_results_are_not_those_of_the_step_whose_number_it_has(run, tmp_path
     evaluate_checkpoint(run / place)
     assert list(read_events(run / EVENTS)) == events
     export_hf(run / place, tmp_path / "hf")
-    assert "was not evaluated" in (tmp_path / "hf/README.md").read_text()
+    assert "belongs to no run" in (tmp_path / "hf/README.md").read_text()
 
 
 class Alone(SimpleNamespace):

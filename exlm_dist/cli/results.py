@@ -77,7 +77,7 @@ def _export_hf(options: argparse.Namespace) -> int:
 
 
 def _export_fairseq(options: argparse.Namespace) -> int:
-    from exlm_dist.export.fairseq import export_checkpoint
+    from exlm_dist.export.fairseq import export_fairseq
 
-    print(export_checkpoint(options.checkpoint, options.out))
+    print(export_fairseq(options.checkpoint, options.out))
     return 0

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "analysis": BASE | {"checkpoint", "data", "evaluation", "inference", "kernels", "model", "tokenizers", "tracking"},
     "doctor": BASE | {"checkpoint", "data", "launch", "model", "parallel", "planning", "tracking"},
     "cli": BASE
-    | {"analysis", "doctor", "evaluation", "export", "inference", "launch", "planning", "prepare"}
+    | {"analysis", "checkpoint", "doctor", "evaluation", "export", "inference", "launch", "planning", "prepare"}
     | {"tables", "tracking", "training"},
 }
 #: What `exlm_dist` itself offers in Python comes from the rooms that use checkpoints.

@@ -17,7 +17,8 @@ from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.loader import eval_batches
 from exlm_dist.data.recipe import Recipe
 from exlm_dist.data.shards import ShardDataset
-from exlm_dist.evaluation.masked_lm import check_tokenizer, load_model
+from exlm_dist.evaluation.masked_lm import check_tokenizer
+from exlm_dist.inference.loading import load_model
 from exlm_dist.kernels.dag import dag_best_path, dag_posteriors
 from exlm_dist.model.build import LanguageModel
 from exlm_dist.model.stream import Stream

@@ -15,7 +15,7 @@ from exlm_dist.checkpoint.reader import newest_checkpoint
 from exlm_dist.config import config_difference
 from exlm_dist.evaluation.compare import compare_histories
 from exlm_dist.evaluation.history import History, read_history
-from exlm_dist.tracking import EVENTS, EventLog, read_events, sync
+from exlm_dist.tracking import CHANGES, EVENTS, EventLog, read_events, sync
 from exlm_dist.utils.errors import UserError
 from exlm_dist.utils.files import write_atomic
 from exlm_dist.utils.logs import get_logger
@@ -87,6 +87,8 @@ def _page(histories: Sequence[History], table: str, figures: list[Path], missing
     ]
     if len(histories) > 1:
         parts += ["## Settings that differ\n", _differences(histories)]
+    if changes := [line for history in histories if (line := _changes(history))]:
+        parts += ["## Settings changed during training\n", *changes]
     parts += ["## Figures\n", *(f"![{path.stem.replace('_', ' ')}]({PLOTS}/{path.name})\n" for path in figures)]
     if missing:
         parts += ["## Not drawn\n", *(f"- {reason}\n" for reason in missing)]
@@ -104,6 +106,13 @@ def _differences(histories: Sequence[History]) -> str:
     ]
     lines = [f"| {name} | `{key}` | {json.dumps(old)} | {json.dumps(new)} |" for name, key, old, new in rows]
     return "\n".join([f"| run | setting | {first.name} | this run |", "| --- | --- | --- | --- |", *lines]) + "\n"
+
+
+def _changes(history: History) -> str:
+    """Settings that resumes have changed; empty if there are none."""
+    tags = [event["values"] for event in read_events(history.folder / EVENTS) if event["kind"] == "tags"]
+    said = [values[CHANGES] for values in tags if CHANGES in values]
+    return f"{history.name}: {said[-1]}\n" if said and said[-1] != "none" else ""
 
 
 def _evaluations(history: History) -> str:

@@ -58,8 +58,9 @@ def publish(temporary: Path, target: Path, step: int, files: Entries) -> None:
         sync_path(temporary)
         write_file(temporary / COMPLETE_FILE, [entry["sha256"].encode() + b"\n"])
         sync_path(temporary)
-        if target.exists():  # a damaged one that training has reached again
-            _discard(target)
+        for damaged in (target, _aside(target)):  # training has reached its step again
+            if damaged.exists():
+                _discard(damaged)
         os.rename(temporary, target)
         sync_path(target.parent)
         write_atomic(target.parent / LATEST, target.name + "\n")
@@ -84,16 +85,32 @@ def clean(run_folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def set_aside_newer(run_folder: Path, step: int) -> None:
+    """Rename the checkpoints of later steps than `step`, at which training goes on, so that no launch takes one for the
+    newest of the run. Call only while holding the lock of the run."""
+    for folder in reader.checkpoint_folders(run_folder):
+        if reader.step_of(folder) > step:
+            shutil.rmtree(_aside(folder), ignore_errors=True)
+            os.rename(folder, _aside(folder))
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f"rejected-{folder.name}")
+
+
 def retain(run_folder: Path, keep: int, best: bool) -> list[Path]:
-    """Remove all but the newest `keep` whole checkpoints and, if `best`, the one with the lowest evaluation nll.
+    """Remove all but the newest `keep` whole checkpoints and, if `best`, the one with the lowest evaluation nll among
+    those evaluated on as many masked tokens as the newest.
 
     Those that are not whole are left for inspection. Returns what was removed.
     """
     whole = [folder for folder in reader.checkpoint_folders(run_folder) if looks_whole(folder)]
     kept = set(whole[:keep])
     if best:
-        evaluated = {folder: nll for folder in whole if (nll := evaluation_nll(folder)) is not None}
-        kept.update(sorted(evaluated, key=lambda folder: evaluated[folder])[:1])
+        evaluated = {folder: found for folder in whole if (found := reader.read_state(folder).get("evaluation"))}
+        counts = [found.get("tokens") for found in evaluated.values()]
+        comparable = {folder: found["nll"] for folder, found in evaluated.items() if found.get("tokens") == counts[0]}
+        kept.update(sorted(comparable, key=lambda folder: comparable[folder])[:1])
     removed = [folder for folder in whole if folder not in kept]
     for folder in removed:
         _discard(folder)
@@ -112,9 +129,3 @@ def looks_whole(folder: Path) -> bool:
     except (CheckpointError, OSError, ValueError):
         return False
     return True
-
-
-def evaluation_nll(folder: Path) -> float | None:
-    """nll per masked token on the held-out split at the step of this checkpoint, if it was measured there."""
-    evaluation = reader.read_state(folder).get("evaluation")
-    return evaluation["nll"] if evaluation else None

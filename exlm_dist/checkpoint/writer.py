@@ -224,7 +224,7 @@ def _write(job: WriteJob, memory: Any) -> Outcome:
         if (broken := rank_files.not_finite(file, memory)) is not None:
             why = (
                 f"parameter {broken} is not finite after step {job.step}; it was not saved. "
-                "Lower optimizer.lr or set optimizer.clip, and go on from an older checkpoint."
+                "Lower optimizer.lr or set optimizer.clip."
             )
             return Failed(Failure.VALUES, why)
     for path in job.sync:

@@ -18,6 +18,7 @@ def register(commands: Commands) -> None:
     job = add_command(actions, "job", _job, "for job files: the run folder, and launch.restarts", overrides=True)
     for parser in (show, check, job):
         parser.add_argument("config", help="YAML file")
+    job.add_argument("--allow-changes", action="store_true", help=argparse.SUPPRESS)  # of the job's `exlm pretrain`
     check.add_argument("--world", type=int, help="number of ranks; default: those that the layout needs")
     check.add_argument("--length", type=int, help="sequence length; default: that of the prepared data, else 128")
     check.add_argument("--vocab-size", type=int, help="vocabulary; default: that of the prepared data, else 32000")

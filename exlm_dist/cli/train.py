@@ -19,6 +19,7 @@ def register(commands: Commands) -> None:
     )
     pretrain.add_argument("config", help="YAML file, say configs/pretrain/demo_smiles_exlm.yaml")
     pretrain.add_argument("--local_rank", help=argparse.SUPPRESS)
+    _add_allow_changes(pretrain)
     _register_plan(commands)
     _register_launch(commands)
     doctor = add_command(
@@ -33,6 +34,15 @@ def register(commands: Commands) -> None:
     )
     doctor.add_argument(
         "--nodes", action="store_true", help="ranks on all nodes of this Slurm job, not launch.processes here"
+    )
+
+
+def _add_allow_changes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="continue the run with other settings than so far where they do not change what it has learned: rate, "
+        "optimizer, clipping, schedule, dropout, masking; recorded in the run",
     )
 
 
@@ -81,6 +91,7 @@ def _register_launch(commands: Commands) -> None:
     for parser in (local, deepspeed, slurm):
         parser.add_argument("config", help="YAML file")
         parser.add_argument("--dry-run", action="store_true", help="print what would be started, and stop")
+        _add_allow_changes(parser)
     deepspeed.add_argument(
         "--hostfile",
         type=Path,
@@ -102,13 +113,14 @@ def _pretrain(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     if "RANK" not in os.environ and (config.local_processes > 1 or config.launch.restarts):
-        from exlm_dist.launch.local import run_local
+        from exlm_dist.launch.local import rank_arguments, run_local
         from exlm_dist.launch.restart import Restarts
 
-        return run_local([options.config, *options.overrides], config.local_processes, Restarts.begin(config))
+        arguments = rank_arguments(options.config, options.overrides, allow_changes=options.allow_changes)
+        return run_local(arguments, config.local_processes, Restarts.begin(config))
     from exlm_dist.training.loop import train
 
-    return train(config)
+    return train(config, allow_changes=options.allow_changes)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -140,13 +152,19 @@ def _plan(options: argparse.Namespace) -> int:
 def _launch_local(options: argparse.Namespace) -> int:
     from exlm_dist.launch.start import launch_local
 
-    return launch_local(options.config, options.overrides, dry_run=options.dry_run)
+    return launch_local(options.config, options.overrides, allow_changes=options.allow_changes, dry_run=options.dry_run)
 
 
 def _launch_deepspeed(options: argparse.Namespace) -> int:
     from exlm_dist.launch.start import launch_deepspeed
 
-    return launch_deepspeed(options.config, options.overrides, hostfile=options.hostfile, dry_run=options.dry_run)
+    return launch_deepspeed(
+        options.config,
+        options.overrides,
+        allow_changes=options.allow_changes,
+        hostfile=options.hostfile,
+        dry_run=options.dry_run,
+    )
 
 
 def _launch_slurm(options: argparse.Namespace) -> int:
@@ -154,7 +172,14 @@ def _launch_slurm(options: argparse.Namespace) -> int:
     from exlm_dist.launch.start import launch_slurm
 
     job = Job("pretrain", **{name: getattr(options, name) for name in _JOB_OPTIONS})
-    return launch_slurm(job, options.config, options.overrides, sweep=options.sweep, dry_run=options.dry_run)
+    return launch_slurm(
+        job,
+        options.config,
+        options.overrides,
+        allow_changes=options.allow_changes,
+        sweep=options.sweep,
+        dry_run=options.dry_run,
+    )
 
 
 def _doctor(options: argparse.Namespace) -> int:

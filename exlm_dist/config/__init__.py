@@ -1,8 +1,15 @@
 """Every setting of a run: typed schema, YAML with overrides, cross-checks, generated reference. No torch."""
 
-from exlm_dist.config.check import check_config, check_division, check_length, check_world, largest_num_masks
+from exlm_dist.config.check import (
+    check_config,
+    check_division,
+    check_length,
+    check_world,
+    largest_num_masks,
+    longest_expansion,
+)
 from exlm_dist.config.layouts import check_vocabulary, data_degree
-from exlm_dist.config.load import config_difference, dump_config, flatten, load_config
+from exlm_dist.config.load import config_difference, dump_config, flatten, load_config, parse_overrides
 from exlm_dist.config.schema import RunConfig
 
 __all__ = [
@@ -18,4 +25,6 @@ __all__ = [
     "flatten",
     "largest_num_masks",
     "load_config",
+    "longest_expansion",
+    "parse_overrides",
 ]

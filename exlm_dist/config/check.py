@@ -30,9 +30,11 @@ def check_division(sequences: int, micro: int, world: int) -> None:
     nearest = " or ".join(str(size) for size in (sequences // group * group, (sequences // group + 1) * group) if size)
     micros = [size for size in range(1, sequences // world + 1) if sequences % (world * size) == 0]
     fits = f"; or batch.micro {min(micros, key=lambda size: abs(size - micro))}" if micros else ""
+    worlds = [ranks for ranks in range(1, sequences // micro + 1) if sequences % (ranks * micro) == 0]
+    fits += f"; or {min(worlds, key=lambda ranks: abs(ranks - world))} data-parallel ranks" if worlds else ""
     raise ConfigError(
         f"batch.sequences {sequences} is not a multiple of {world} data-parallel ranks x batch.micro {micro} = "
-        f"{group}. Nearest that fit: batch.sequences {nearest}{fits}."
+        f"{group}. Nearest that fit: batch.sequences {nearest} (in a new run){fits}."
     )
 
 
@@ -41,15 +43,21 @@ def largest_num_masks(length: int, ratio: float) -> int:
     return min(length, max(1, math.ceil(ratio * length)))
 
 
+def longest_expansion(length: int, *, ratio: float, states: int, anchors: bool) -> int:
+    """The most positions to which a sequence of `length` tokens (BOS and EOS counted) can expand."""
+    expanded = largest_num_masks(max(length - 2, 1), ratio) + (2 if anchors else 0)
+    return length + (states - 1) * expanded
+
+
 def check_length(length: int, *, ratio: float, states: int, anchors: bool, max_positions: int) -> None:
     """Raise ConfigError if a sequence of `length` tokens (BOS and EOS counted) could expand past `max_positions`."""
-    expanded = largest_num_masks(max(length - 2, 1), ratio) + (2 if anchors else 0)
-    longest = length + (states - 1) * expanded
+    longest = longest_expansion(length, ratio=ratio, states=states, anchors=anchors)
     if longest > max_positions:
         raise ConfigError(
             f"sequences of up to {length} tokens expand to up to {longest} positions with a masking ratio of "
             f"{ratio:g} and model.states {states}, more than model.max_positions {max_positions}. Set "
-            f"model.max_positions to {longest} or more, or prepare the data with a smaller --max-length."
+            f"model.max_positions to {longest} or more, lower the masking ratio, or prepare the data with a smaller "
+            "--max-length."
         )
 
 

@@ -6,6 +6,7 @@ A file may name a base, `base: other.yaml` (relative to itself); its own keys ov
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from exlm_dist.config.check import check_config
-from exlm_dist.config.schema import RESUMABLE, RunConfig
+from exlm_dist.config.schema import RESUMABLE, RunConfig, is_among
 from exlm_dist.utils.errors import ConfigError
 
+_NULL = "tag:yaml.org,2002:null"
 #: Where a dotted key was set: `file:line` or `command line`.
 Origins = dict[str, str]
 
@@ -30,7 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     tree, origins = read_yaml(Path(path))
     for key, text in parse_overrides(overrides):
-        _set(tree, key, _scalar(text), key)
+        _set(tree, key, _argument(key, text), key)
         parts = key.split(".")
         for depth in range(1, len(parts) + 1):
             origins[".".join(parts[:depth])] = "command line"
@@ -61,7 +63,7 @@ def flatten(config: BaseModel) -> dict[str, Any]:
 def config_difference(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) of the settings that differ and decide what is computed (not those in RESUMABLE)."""
     before, after = flatten(old), flatten(new)
-    fixed = [key for key in after if not any(key == free or key.startswith(free + ".") for free in RESUMABLE)]
+    fixed = [key for key in after if not is_among(key, RESUMABLE)]
     return [(key, before.get(key), after[key]) for key in fixed if before.get(key) != after[key]]
 
 
@@ -122,7 +124,7 @@ def _mapping(node: yaml.MappingNode, path: Path, prefix: str, origins: Origins) 
         if isinstance(value_node, yaml.MappingNode):
             values[key] = _mapping(value_node, path, f"{prefix}{key}.", origins)
         else:
-            values[key] = yaml.safe_load(yaml.serialize(value_node))
+            values[key] = _value(prefix + key, value_node, where)
     return values
 
 
@@ -145,12 +147,40 @@ def _set(tree: dict[str, Any], dotted: str, value: Any, whole: str) -> None:
     _set(child, rest, value, whole)
 
 
-def _scalar(text: str) -> Any:
+def _value(key: str, node: yaml.Node, where: str) -> Any:
+    """Value of a setting in a file. Where text is expected, what looks like a number or a date is text as well."""
+    if node.tag == _NULL:
+        return None
+    if key in _text_settings() and isinstance(node, yaml.ScalarNode):
+        return node.value
+    try:
+        return yaml.safe_load(yaml.serialize(node))
+    except (yaml.YAMLError, ValueError) as error:  # an unknown tag; a date that does not exist
+        raise ConfigError(f"{where}: {key}: {error}") from None
+
+
+def _argument(key: str, text: str) -> Any:
+    """The same for a setting on the command line."""
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return text
+    if key in _text_settings():
+        return value if isinstance(value, str) else text
     return text if isinstance(value, (dict, list)) and text.lstrip()[:1] not in ("{", "[") else value
+
+
+@functools.cache
+def _text_settings() -> frozenset[str]:
+    """Dotted keys of the settings whose values are text."""
+    return frozenset(key for key in known_keys() if _annotation(key) is str)
+
+
+def _annotation(key: str) -> Any:
+    model: Any = RunConfig
+    for name in key.split("."):
+        model = model.model_fields[name].annotation
+    return model
 
 
 def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
@@ -348,3 +349,17 @@ RESUMABLE = (
     "launch",
     "watchdog",
 )
+#: Settings that a run may change with `--allow-changes`: they decide how its next steps learn, not what it has learned.
+CHANGEABLE = (
+    "masking",
+    "model.dropout",
+    "model.attention_dropout",
+    "loss.reduction",
+    "optimizer",
+    "schedule",
+)
+
+
+def is_among(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of `names`, or in a section of these."""
+    return any(key == name or key.startswith(name + ".") for name in names)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from exlm_dist.config import RunConfig, check_length
+from exlm_dist.config import RunConfig, check_length, longest_expansion
 from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.expansion import Expanded, expand, wrap
 from exlm_dist.data.masking import mask_batch
@@ -69,6 +69,11 @@ class Recipe:
     def for_evaluation(cls, config: RunConfig, vocab_size: int) -> Recipe:
         """The recipe of every evaluation: `masking.eval_ratio`, and all masked positions show MASK."""
         return replace(cls.of(config, vocab_size), ratio=config.masking.eval_ratio, keep=0.0, random=0.0)
+
+    def longest(self, lengths: np.ndarray) -> int:
+        """The most positions to which a sequence of these lengths (BOS and EOS not counted) can expand."""
+        most = int(lengths.max(initial=0)) + 2
+        return longest_expansion(most, ratio=self.ratio, states=self.states, anchors=self.anchors)
 
     def check_lengths(self, lengths: np.ndarray) -> None:
         """DataError if a sequence is empty, ConfigError if one could exceed `max_positions` when expanded."""

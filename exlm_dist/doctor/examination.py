@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from exlm_dist.doctor.rank_checks import check_ranks
 from exlm_dist.model.cost import count_parameters
 from exlm_dist.planning.report import ASSUMED_VOCABULARY, prepared_sizes
 from exlm_dist.tracking.uri import redact, tracking_uri
+from exlm_dist.utils.errors import DataError
 
 Checks = list[tuple[str, Callable[[], Finding | list[Finding]]]]
 
@@ -38,7 +40,9 @@ def doctor(path: str | None, overrides: Sequence[str], *, nodes: bool) -> int:
 
 
 def _checks_of_run(config: RunConfig) -> Checks:
-    vocab_size = prepared_sizes(Path(config.data.path))[1] or ASSUMED_VOCABULARY
+    vocab_size = ASSUMED_VOCABULARY
+    with contextlib.suppress(DataError):  # the check of the shards says what is wrong
+        vocab_size = prepared_sizes(Path(config.data.path))[1] or vocab_size
     parameters = sum(count_parameters(config.model, vocab_size).values())
 
     def tracking() -> Finding:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from exlm_dist.checkpoint.tensors import BYTES_PER_PARAMETER
 from exlm_dist.config.schema import RunConfig
+from exlm_dist.data.manifest import MANIFEST, read_manifest
 from exlm_dist.doctor.findings import Finding, bad, doubtful, good
 from exlm_dist.launch.deadline import end_of_job
 from exlm_dist.utils.files import sha256_file
@@ -71,13 +72,13 @@ def check_limits() -> Finding:
 
 
 def check_shards(config: RunConfig, seed: int = 0) -> list[Finding]:
-    """Sizes of all shards and indices of the prepared data, and hashes of a few drawn with `seed`."""
+    """Sizes of all shards and indices of the prepared data, and hashes of a few drawn with `seed`. DataError for a
+    manifest that cannot be used."""
     folder = Path(config.data.path)
     remedy = f"Prepare or copy the data again, or set data.path (now {folder})."
-    file = folder / "manifest.json"
-    if not file.is_file():
-        return [bad("shards", f"{folder} has no manifest.json", remedy)]
-    manifest = json.loads(file.read_text(encoding="utf-8"))
+    if not (folder / MANIFEST).is_file():
+        return [bad("shards", f"{folder} has no {MANIFEST}", remedy)]
+    manifest = read_manifest(folder)
     problems, hashed, count, total = [], 0, 0, 0
     for split in manifest["splits"].values():
         sampled = random.Random(seed).sample(split["shards"], min(SAMPLED, len(split["shards"])))

@@ -9,25 +9,18 @@ from typing import Any
 
 import torch
 
-from exlm_dist.checkpoint.reader import (
-    CONFIG_FILE,
-    TOKENIZER_FOLDER,
-    find_checkpoint,
-    load_weights,
-    read_config,
-    reference,
-    step_of,
-)
+from exlm_dist.checkpoint.reader import TOKENIZER_FOLDER, find_checkpoint, read_config, reference, step_of
 from exlm_dist.config import RunConfig
 from exlm_dist.data.loader import eval_batches
 from exlm_dist.data.recipe import Recipe
 from exlm_dist.data.shards import ShardDataset
-from exlm_dist.model.build import LanguageModel, build_model
+from exlm_dist.inference.loading import choose_device, load_model
+from exlm_dist.model.build import LanguageModel
 from exlm_dist.model.scoring import score
 from exlm_dist.model.stream import Stream
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tracking import EVENTS, EventLog, sync
-from exlm_dist.utils.errors import CheckpointError, ConfigError, DataError
+from exlm_dist.utils.errors import ConfigError, DataError
 
 #: Seconds that `evaluate_checkpoint` gives MLflow to take its result; it stays in the run folder anyway.
 TRACKING_PATIENCE = 30.0
@@ -111,10 +104,9 @@ def evaluate_checkpoint(
     dataset = ShardDataset.open(data, split, max_bad_records=config.data.max_bad_records)
     check_tokenizer(tokenizer, folder, dataset, data)
     count = min(sequences or len(dataset), len(dataset))
-    chosen = _device(device)
-    sums = _evaluate(
-        load_model(folder, config, tokenizer).to(chosen), config, dataset, tokenizer.vocab_size, count, chosen
-    )
+    chosen = choose_device(device)
+    model = load_model(folder, config, tokenizer).to(chosen)
+    sums = _evaluate(model, config, dataset, tokenizer.vocab_size, count, chosen)
     result = Evaluation(
         run=config.name,
         budget=config.budget,
@@ -145,29 +137,6 @@ def check_tokenizer(tokenizer: Tokenizer, checkpoint: Path, dataset: ShardDatase
             f"{data} was prepared with another tokenizer ({_identity(other)}) than checkpoint {checkpoint} "
             f"({_identity(tokenizer)}). Prepare the data with --tokenizer {checkpoint / TOKENIZER_FOLDER}."
         )
-
-
-def load_model(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> LanguageModel:
-    """Model of a verified checkpoint with its weights, on the CPU, in evaluation mode.
-
-    CheckpointError if the names or shapes of its parameters are not those of the model.
-    """
-    model = build_model(config.model, tokenizer.vocab_size, seed=config.seed, kernel_backend=config.kernels.backend)
-    weights = load_weights(folder, verified=True)
-    # With a tied head the output layer uses the embedding: the checkpoint has the matrix once.
-    wanted = dict(model.named_parameters())
-    if set(wanted) != set(weights) or any(wanted[name].shape != weights[name].shape for name in wanted):
-        differing = sorted(set(wanted) ^ set(weights)) or [
-            name for name in wanted if wanted[name].shape != weights[name].shape
-        ]
-        raise CheckpointError(
-            f"{folder}: its parameters are not those of the model in its {CONFIG_FILE} (first: {differing[0]}). "
-            "Was it written by another version?"
-        )
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(weights[name])
-    return model.eval()
 
 
 def record_evaluation(result: Evaluation) -> None:
@@ -250,9 +219,3 @@ def _with_ratio(config: RunConfig, mask_ratio: float | None) -> RunConfig:
     if not 0 < mask_ratio < 1:
         raise ConfigError(f"mask ratio {mask_ratio} must be above 0 and below 1.")
     return config.model_copy(update={"masking": config.masking.model_copy(update={"eval_ratio": mask_ratio})})
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)

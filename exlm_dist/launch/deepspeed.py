@@ -19,6 +19,7 @@ import psutil
 from exlm_dist.launch.local import free_port
 from exlm_dist.launch.restart import Restarts, exit_code
 from exlm_dist.utils.errors import CHOSEN_PORT, ConfigError
+from exlm_dist.utils.signals import caught_signals, leave_lost_terminal
 
 RANK_MODULE = "exlm_dist.cli"
 
@@ -71,17 +72,19 @@ def run_deepspeed(
     device: str = "auto",
     hostfile: Path | None = None,
 ) -> int:
-    """Start the launcher, forward SIGTERM, SIGINT and SIGUSR1 to the ranks, and return the exit code of the run. Lost
-    ranks are restarted as `restarts` says, unless a signal has asked the run to end."""
+    """Start the launcher, forward TERM, USR1, INT and HUP to the ranks, and return the exit code of the run. Lost ranks
+    are restarted as `restarts` says, unless a signal has asked the run to end."""
     launchers: list[subprocess.Popen[bytes]] = []
     received: list[int] = []
 
     def forward(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
+        if signum == signal.SIGHUP:
+            leave_lost_terminal()
         if launchers:
             _forward(launchers[-1], signum)
 
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for signum in caught_signals():
         signal.signal(signum, forward)
     while True:
         command = deepspeed_command(arguments, processes=processes, port=free_port(), hostfile=hostfile)

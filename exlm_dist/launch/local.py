@@ -16,19 +16,24 @@ from types import FrameType
 
 from exlm_dist.launch.restart import Restarts
 from exlm_dist.utils.errors import CHOSEN_PORT, ERROR_FILE, EXIT_RETRY
-from exlm_dist.utils.signals import SIGNALS, die_with_parent
+from exlm_dist.utils.signals import caught_signals, die_with_parent, leave_lost_terminal
 
 RANK_COMMAND = [sys.executable, "-m", "exlm_dist.cli", "pretrain"]
 #: Seconds within which the other ranks must end by themselves once one has failed.
 GRACE = 15.0
 
 
+def rank_arguments(path: str, overrides: Sequence[str], *, allow_changes: bool) -> list[str]:
+    """What a rank gets after `exlm pretrain`."""
+    return [path, *(["--allow-changes"] if allow_changes else []), *overrides]
+
+
 def run_local(arguments: Sequence[str], processes: int, restarts: Restarts, *, grace: float = GRACE) -> int:
     """Run `exlm pretrain ARGUMENTS` as `processes` ranks here and return the exit code of the run.
 
-    TERM, USR1 and INT are forwarded to every rank. The code is 0 if all ranks succeeded, else that of the rank that
-    failed first, whose message is repeated at the end; a rank killed by a signal counts as 76. Ranks that ended with 76
-    are restarted as `restarts` says, unless a signal has asked the run to end.
+    TERM, USR1, INT and HUP are forwarded to every rank. The code is 0 if all ranks succeeded, else that of the rank
+    that failed first, whose message is repeated at the end; a rank killed by a signal counts as 76. Ranks that ended
+    with 76 are restarted as `restarts` says, unless a signal has asked the run to end.
     """
     command = [*RANK_COMMAND, *map(str, arguments)]
     received: list[int] = []
@@ -81,12 +86,14 @@ def supervise(
     ranks: list[subprocess.Popen[bytes]] = []
 
     def forward(signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGHUP:
+            leave_lost_terminal()
         if received is not None:
             received.append(signum)
         for rank in ranks:
             rank.send_signal(signum)
 
-    former = {signum: signal.signal(signum, forward) for signum in SIGNALS}
+    former = {signum: signal.signal(signum, forward) for signum in caught_signals()}
     try:
         for environment in environments:
             # A killed supervisor leaves no orphans.

@@ -9,18 +9,18 @@ from pathlib import Path
 
 from exlm_dist.config import RunConfig, check_world, load_config
 from exlm_dist.launch.deepspeed import deepspeed_command, run_deepspeed
-from exlm_dist.launch.local import RANK_COMMAND, run_local
+from exlm_dist.launch.local import RANK_COMMAND, rank_arguments, run_local
 from exlm_dist.launch.restart import Restarts
 from exlm_dist.launch.slurm import Job, render, sbatch_command, submit
 from exlm_dist.utils.errors import ConfigError
 
 
-def launch_local(path: str, overrides: Sequence[str], *, dry_run: bool) -> int:
+def launch_local(path: str, overrides: Sequence[str], *, allow_changes: bool, dry_run: bool) -> int:
     """Train on this machine with `launch.processes` ranks (auto: as the layout needs); the exit code of the run."""
     config = load_config(path, overrides)
     processes = config.local_processes
     check_world(config, processes)
-    arguments = [path, *overrides]
+    arguments = rank_arguments(path, overrides, allow_changes=allow_changes)
     if dry_run:
         for rank in range(processes):
             print(f"RANK={rank} LOCAL_RANK={rank} WORLD_SIZE={processes} {shlex.join([*RANK_COMMAND, *arguments])}")
@@ -28,10 +28,12 @@ def launch_local(path: str, overrides: Sequence[str], *, dry_run: bool) -> int:
     return run_local(arguments, processes, Restarts.begin(config))
 
 
-def launch_deepspeed(path: str, overrides: Sequence[str], *, hostfile: Path | None, dry_run: bool) -> int:
+def launch_deepspeed(
+    path: str, overrides: Sequence[str], *, allow_changes: bool, hostfile: Path | None, dry_run: bool
+) -> int:
     """Train under the DeepSpeed launcher, here or on the hosts of `hostfile`; the exit code of the run."""
     config = load_config(path, overrides)
-    processes, arguments = config.local_processes, [path, *overrides]
+    processes, arguments = config.local_processes, rank_arguments(path, overrides, allow_changes=allow_changes)
     if dry_run:
         print(shlex.join(deepspeed_command(arguments, processes=processes, port=0, hostfile=hostfile)))
         return 0
@@ -39,7 +41,9 @@ def launch_deepspeed(path: str, overrides: Sequence[str], *, hostfile: Path | No
     return run_deepspeed(arguments, restarts, processes=processes, device=config.launch.device, hostfile=hostfile)
 
 
-def launch_slurm(job: Job, path: str, overrides: Sequence[str], *, sweep: Path | None, dry_run: bool) -> int:
+def launch_slurm(
+    job: Job, path: str, overrides: Sequence[str], *, allow_changes: bool, sweep: Path | None, dry_run: bool
+) -> int:
     """Submit a job (if `job.array` is set, an array with a task per line of `sweep`); the exit code of sbatch.
 
     ConfigError, before anything is submitted, for wrong settings in any line, or ranks that do not divide the batch.
@@ -48,7 +52,7 @@ def launch_slurm(job: Job, path: str, overrides: Sequence[str], *, sweep: Path |
         config = load_config(path, [*overrides, *line])
         check_world(config, job.ranks)
     script = _folder(load_config(path, overrides)) / "slurm" / "pretrain.sh"
-    arguments = [path, *overrides]
+    arguments = rank_arguments(path, overrides, allow_changes=allow_changes)
     if dry_run:
         print(render(job), end="")
         print(f"# would be written to {script} and submitted by", file=sys.stderr)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from exlm_dist.config import RunConfig
+from exlm_dist.data.manifest import MANIFEST, read_manifest
 from exlm_dist.model.cost import count_parameters, flops_per_sequence
 from exlm_dist.planning.communication import GROUPS
 from exlm_dist.planning.hardware import Hardware
@@ -21,11 +22,11 @@ _SHORT = {"states and logits": "states", "activations": "activ."}
 
 
 def prepared_sizes(path: Path) -> tuple[int | None, int | None]:
-    """(longest sequence, vocabulary size) of the prepared data in `path`; None for what its manifest does not say."""
-    manifest = path / "manifest.json"
-    if not manifest.is_file():
+    """(longest sequence, vocabulary size) of the prepared data in `path`; None for what its manifest does not say, or
+    where there is none. DataError for a manifest that cannot be used."""
+    if not (path / MANIFEST).is_file():
         return None, None
-    content = json.loads(manifest.read_text(encoding="utf-8"))
+    content = read_manifest(path)
     return content.get("max_length"), content.get("vocab_size")
 
 

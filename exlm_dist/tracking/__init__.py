@@ -5,8 +5,8 @@ line twice changes nothing (points carry the time of their line, and MLflow keep
 value), so the position reached may be lost at any moment. Only `store.py` imports mlflow.
 """
 
-from exlm_dist.tracking.events import EVENTS, EventLog, read_events
+from exlm_dist.tracking.events import CHANGES, EVENTS, EventLog, read_events
 from exlm_dist.tracking.shipping import SyncReport, Tracker, sync
 from exlm_dist.tracking.uri import redact, tracking_uri
 
-__all__ = ["EVENTS", "EventLog", "SyncReport", "Tracker", "read_events", "redact", "sync", "tracking_uri"]
+__all__ = ["CHANGES", "EVENTS", "EventLog", "SyncReport", "Tracker", "read_events", "redact", "sync", "tracking_uri"]

@@ -18,6 +18,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from itertools import accumulate, islice
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -25,29 +26,93 @@ from typing import Any
 from exlm_dist.utils.logs import get_logger
 
 EVENTS = "events.jsonl"
+#: Tag that lists the settings that were changed during the run.
+CHANGES = "config.changes"
+#: Metrics whose step counts measurements, not steps of training.
+SYSTEM = "system/"
+#: What `json.dumps` makes of the kinds that decide which lines stand.
+_RUN, _RESUMED = b'"kind": "run"', b'"kind": "resumed"'
 logger = get_logger(__name__)
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Events of the complete lines of `path`, in order; `values` are floats. Damaged lines are logged and skipped.
+    """Events of the complete lines of `path` that stand, in order; `values` are floats. Damaged lines are logged and
+    skipped.
 
     Each has `time` (ms since 1970) and `kind`: run {uid}, metrics {step, values}, params {values}, tags {values},
-    artifact {path, folder}, status {status}, child_run {name, step, values, tags}.
+    artifact {path, folder}, status {status}, child_run {name, step, values, tags}, resumed {step}.
+
+    What lies before the last line `run` does not stand: that start of the run came to nothing. Nor do, before a line
+    `resumed`, metrics and child runs of later steps: the weights they describe were given up.
     """
+    first, number_of_lines, resumed = _find_marks(path)
+    limits = _lowest_from_each(resumed)
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.endswith(b"\n"):
-                event = parse_event(line)
-                if event is None:
-                    logger.warning("%s line %d is damaged and skipped", path, number)
-                else:
-                    yield event
+        for number, line in enumerate(islice(file, number_of_lines)):
+            while resumed and resumed[0][0] <= number:
+                del resumed[0], limits[0]
+            if number < first:
+                continue
+            event = parse_event(line)
+            if event is None:
+                logger.warning("%s line %d is damaged and skipped", path, number + 1)
+            elif not limits or _stands(event, limits[0]):
+                yield event
+
+
+def run_line(path: Path, offset: int) -> dict[str, Any] | None:
+    """The last line `run` in the first `offset` bytes of `path`, or the first line of all; None if the file does not
+    begin with one."""
+    with open(path, "rb") as file:
+        begun = parse_event(file.readline())
+        if begun is None or begun["kind"] != "run":
+            return None
+        while file.tell() < offset:
+            line = file.readline()
+            if _RUN in line and (event := parse_event(line)) is not None and event["kind"] == "run":
+                begun = event
+    return begun
+
+
+def _find_marks(path: Path) -> tuple[int, int, list[tuple[int, int]]]:
+    """Number (from 0) of the last line `run`, how many complete lines there are, and (number, step) of the lines
+    `resumed` after the former."""
+    first, count, resumed = 0, 0, []
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            if (_RUN in line or _RESUMED in line) and (event := parse_event(line)) is not None:
+                if event["kind"] == "run":
+                    first, resumed = count, []
+                elif event["kind"] == "resumed":
+                    resumed.append((count, event["step"]))
+            count += 1
+    return first, count, resumed
+
+
+def _lowest_from_each(resumed: list[tuple[int, int]]) -> list[int]:
+    """The lowest step of each mark and those after it."""
+    steps = [step for _, step in reversed(resumed)]
+    return list(accumulate(steps, min))[::-1]
+
+
+def _stands(event: dict[str, Any], limit: int) -> bool:
+    """Whether the event stands where the run has gone back to step `limit`; its values that do not are removed."""
+    if event["kind"] not in ("metrics", "child_run") or event["step"] <= limit:
+        return True
+    if event["kind"] == "child_run":
+        return False
+    event["values"] = {name: value for name, value in event["values"].items() if name.startswith(SYSTEM)}
+    return bool(event["values"])
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:
     """The event in a line; None if it is not a valid event."""
     try:
         event = json.loads(line)
+        if event["kind"] in ("metrics", "child_run", "resumed"):
+            event["step"] = int(event["step"])
         if event["kind"] in ("metrics", "child_run"):
             event["values"] = {name: float(value) for name, value in event["values"].items()}
         return event
@@ -65,15 +130,13 @@ class EventLog:
     """Appends events to a JSON-lines file, which a restart continues.
 
     A torn last line (the process was killed while writing) is cut off. A value whose (name, step) is already in the
-    file is not written again, so steps repeated after a restart leave no duplicates. Safe to use from several threads;
-    other processes may append too (`exlm evaluate` during training). A line that cannot be written (disk full) is
-    logged and lost; training continues.
+    file is not written again, unless `resumed` has said that it stands no longer: no point stands twice. Safe to use
+    from several threads; other processes may append too (`exlm evaluate` during training). A line that cannot be
+    written (disk full) is logged and lost; training continues.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self._last_step: dict[str, int] = {}
-        self._children: set[tuple[str, int]] = set()
         self._lock = Lock()
         self._failing = False
         self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -82,8 +145,21 @@ class EventLog:
             empty = os.fstat(self._handle).st_size == 0
         if empty:
             self._append("run", uid=uuid.uuid4().hex)
-        for event in read_events(self.path):
-            self._remember(event)
+        self._read()
+
+    def resumed(self, step: int) -> None:
+        """The run goes on after `step` steps. Where values or evaluations of later steps are in the file, they stand no
+        longer: their weights were given up, and these steps are logged anew."""
+        steps = [last for name, last in self._last_step.items() if not name.startswith(SYSTEM)]
+        if max([*steps, *(child for _, child in self._children)], default=step) > step:
+            self._append("resumed", step=step)
+            self._read()
+
+    def begin_again(self) -> None:
+        """The run starts anew, as another one: what the file has so far stands no longer, and MLflow gets a new run."""
+        self.status("FAILED")
+        self._append("run", uid=uuid.uuid4().hex)
+        self._read()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Points of one step. Values whose name is already logged for this or a later step are skipped."""
@@ -131,12 +207,16 @@ class EventLog:
         self.flush()
         os.close(self._handle)
 
-    def _remember(self, event: dict[str, Any]) -> None:
-        if event["kind"] == "metrics":
-            for name in event["values"]:
-                self._last_step[name] = max(event["step"], self._last_step.get(name, -1))
-        elif event["kind"] == "child_run":
-            self._children.add((event["name"], event["step"]))
+    def _read(self) -> None:
+        """Learn from the file what is logged already."""
+        self._last_step: dict[str, int] = {}
+        self._children: set[tuple[str, int]] = set()
+        for event in read_events(self.path):
+            if event["kind"] == "metrics":
+                for name in event["values"]:
+                    self._last_step[name] = max(event["step"], self._last_step.get(name, -1))
+            elif event["kind"] == "child_run":
+                self._children.add((event["name"], event["step"]))
 
     def _append(self, kind: str, **content: Any) -> None:
         line = (

@@ -17,7 +17,7 @@ from typing import Any
 
 from exlm_dist import __version__
 from exlm_dist.config import RunConfig, flatten, load_config
-from exlm_dist.tracking.events import EVENTS, EventLog, parse_event, read_events
+from exlm_dist.tracking.events import EVENTS, EventLog, parse_event, run_line
 from exlm_dist.tracking.store import MlflowRun, RunGone, import_mlflow
 from exlm_dist.tracking.system import SystemSampler
 from exlm_dist.tracking.uri import redact, tracking_uri
@@ -93,8 +93,8 @@ class Shipper:
         with _only_sender(self.folder):
             position = self.position()
             try:
-                run = self._open(position)
-                while self._send_chunk(run, position) and not self._stop.is_set():
+                self._open(position)
+                while self._send_chunk(position) and not self._stop.is_set():
                     pass
             except RunGone as gone:
                 logger.warning("MLflow no longer has run %s: everything is sent again, to a new one", gone)
@@ -140,8 +140,9 @@ class Shipper:
         self.error = message
         self._failures += 1
 
-    def _send_chunk(self, run: MlflowRun, position: dict[str, Any]) -> bool:
-        """Send the next complete lines and save the new position; False if there were none."""
+    def _send_chunk(self, position: dict[str, Any]) -> bool:
+        """Send the next complete lines, up to the next line `run`, and save the new position; False if there were
+        none."""
         with open(self.folder / EVENTS, "rb") as file:
             file.seek(position["offset"])
             data = file.read(CHUNK)
@@ -150,26 +151,35 @@ class Shipper:
         data = data[: data.rfind(b"\n") + 1]
         if not data:
             return False
-        run.send([event for event in map(parse_event, data.splitlines()) if event is not None])
-        position["offset"] += len(data)
+        lines = data.splitlines(keepends=True)
+        events = [parse_event(line) for line in lines]
+        first, *later = events
+        if first is not None and first["kind"] == "run" and position["offset"]:
+            self._switch(first, None, position)
+        stop = next((number for number, event in enumerate(later, 1) if event and event["kind"] == "run"), len(lines))
+        assert self._run is not None
+        self._run.send([event for event in events[:stop] if event is not None])
+        position["offset"] += sum(map(len, lines[:stop]))
         self._save(position)
         return True
 
-    def _open(self, position: dict[str, Any]) -> MlflowRun:
-        """The run in MLflow, found or created by the first call."""
+    def _open(self, position: dict[str, Any]) -> None:
+        """The run in MLflow to which the next lines belong, found or created by the first call."""
         if self._run is not None:
-            return self._run
-        first = next(read_events(self.folder / EVENTS), None)
-        if first is None or first["kind"] != "run":
+            return
+        begun = run_line(self.folder / EVENTS, position["offset"])
+        if begun is None:
             raise CheckpointError(
                 f"{self.folder / EVENTS} does not begin with the line of the run's uid. Restore it from a copy."
             )
-        self._run = MlflowRun(
-            self.uri, self.experiment, self.folder.parent, self.folder, first["uid"], position["run_id"], first["time"]
-        )
+        self._switch(begun, position["run_id"], position)
+
+    def _switch(self, begun: dict[str, Any], known: str | None, position: dict[str, Any]) -> None:
+        """Send what follows to the MLflow run of the line `run` that is `begun`; `known`: its id."""
+        runs, uid, start = self.folder.parent, begun["uid"], begun["time"]
+        self._run = MlflowRun(self.uri, self.experiment, runs, self.folder, uid, known, start)
         position["run_id"] = self._run.run_id
         self._save(position)
-        return self._run
 
     def _save(self, position: dict[str, Any]) -> None:
         write_json(self.folder / POSITION, position)

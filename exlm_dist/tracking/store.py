@@ -7,6 +7,7 @@ import fcntl
 import getpass
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +22,10 @@ PAIRS_PER_CALL = 100
 LONGEST_PARAM = 500
 LONGEST_TAG = 5000
 LARGEST_ARTIFACT = 50 * 2**20
+#: Child runs that one query returns.
+MOST_CHILDREN = 10_000
+#: Appended to the names of those whose weights were given up.
+GIVEN_UP = " (weights given up)"
 #: Without the kind, MLflow opens the experiment with its tools for chat applications.
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
@@ -161,6 +166,7 @@ class MlflowRun:
             "artifact": self._send_artifact,
             "status": self._send_status,
             "child_run": self._send_child,
+            "resumed": self._send_resumed,
         }
         if event["kind"] in senders:
             senders[event["kind"]](event)
@@ -198,10 +204,26 @@ class MlflowRun:
         """The evaluation of a checkpoint as a child of the run, found again by a uid of its own."""
         uid = f"{self._uid}/{event['name']}/{event['step']}"
         name = f"{self._folder.name} {event['name']} @{event['step']}"
-        child = self._find(uid) or self._create(name, uid, event["time"], {"mlflow.parentRunId": self.run_id})
+        child = self._find(uid)
+        if child is None:
+            child = self._create(name, uid, event["time"], {"mlflow.parentRunId": self.run_id})
+        else:
+            self._client.update_run(child, name=name)  # without what `_send_resumed` may have appended
         self._log_tags(child, event["tags"])
         self._log_points(child, [event])
         self._client.set_terminated(child, "FINISHED", end_time=event["time"])
+
+    def _send_resumed(self, event: dict[str, Any]) -> None:
+        """Points cannot be removed in MLflow: what is logged again comes later and counts as the newer. The
+        evaluations of weights that were given up say so in their names, until they are made again."""
+        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(event["time"] / 1000))
+        said = f"values of later steps that were logged before {when} are those of weights that were given up"
+        self._log_tags(self.run_id, {f"resumed_after_step_{event['step']}": said})
+        query = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
+        for child in self._client.search_runs([self._experiment], query, max_results=MOST_CHILDREN):
+            step = child.data.tags.get(UID_TAG, "").rpartition("/")[2]
+            if step.isdigit() and int(step) > event["step"] and not child.info.run_name.endswith(GIVEN_UP):
+                self._client.update_run(child.info.run_id, name=child.info.run_name + GIVEN_UP)
 
 
 def cut(text: str, longest: int) -> str:

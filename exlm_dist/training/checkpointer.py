@@ -12,6 +12,7 @@ from exlm_dist.config import RunConfig, dump_config
 from exlm_dist.parallel.process import Process
 from exlm_dist.tracking import EventLog
 from exlm_dist.training import provenance
+from exlm_dist.training.advice import lower_rate
 from exlm_dist.training.engine import state as engine_state
 from exlm_dist.training.engine.base import Engine
 from exlm_dist.training.evaluator import valid_metrics
@@ -38,7 +39,7 @@ class Checkpointer:
         self._run_folder = start.path
         self._events: EventLog | None = meter.events
         self._slowest_save = 0.0
-        self._about = _about(config, process, engine, fingerprints(start.train_data))
+        self._about = {**_about(config, process, engine, fingerprints(start.train_data)), "changes": start.changes}
 
     @property
     def saving(self) -> bool:
@@ -91,7 +92,8 @@ class Checkpointer:
         if isinstance(failed := saved.outcome, Failed):
             older = self._process.run_on_first_rank(lambda: storage.has_whole(self._run_folder))
             if needed or not older or failed.kind is Failure.VALUES:
-                raise SAVE_ERRORS[failed.kind](f"step {saved.step} was not saved: {failed.why}")
+                advice = f"\n{lower_rate(self._config)}" if failed.kind is Failure.VALUES else ""
+                raise SAVE_ERRORS[failed.kind](f"step {saved.step} was not saved: {failed.why}{advice}")
         if self._events is not None:
             self._report(saved, self._events)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from exlm_dist.config.schema import LaunchConfig
 from exlm_dist.launch.deadline import end_of_job
 from exlm_dist.utils.logs import get_logger
-from exlm_dist.utils.signals import SIGNALS
+from exlm_dist.utils.signals import caught_signals, leave_lost_terminal
 
 if TYPE_CHECKING:
     from exlm_dist.parallel.process import Process
@@ -44,14 +45,17 @@ class Interruption:
         self.received: signal.Signals | None = None
         self.deadline = Deadline(None, 0.0)
         self._out_of_time = False
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._note) for number in caught_signals()}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is not None:
             raise KeyboardInterrupt  # the second Ctrl-C means it
         self.received = signal.Signals(number)
+        if number == signal.SIGHUP:
+            leave_lost_terminal()
         # Not through logging: a handler that interrupts a log call could wait for its own lock.
-        os.write(2, f"{self.received.name} received: saving at the next step edge, then ending\n".encode())
+        with contextlib.suppress(OSError):
+            os.write(2, f"{self.received.name} received: saving at the next step edge, then ending\n".encode())
 
     def agreed(self, process: Process, seconds: float = 0.0) -> bool:
         """Whether any rank was asked to stop, or would pass the deadline in going on for `seconds`.

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, *, allow_changes: bool = False) -> int:
     """Train, or continue, the run `config` as one rank of the job that the environment describes; the exit code.
+    `allow_changes`: of settings that do not change what was learned, since the checkpoint that it continues from.
 
     0: the run is finished; 75: saved because a signal or the end of the job's time asked for it, the same command
     continues. UserError and whatever else went wrong is raised, after the other ranks have been told.
@@ -36,7 +37,7 @@ def train(config: RunConfig) -> int:
 
     resources = Resources()
     try:
-        code = _launch(config, interruption, resources)
+        code = _launch(config, interruption, resources, allow_changes)
         processes.finish()
     except BaseException as error:
         raise _report_to_peers(error, resources) from None
@@ -48,16 +49,21 @@ def train(config: RunConfig) -> int:
     return code
 
 
-def _launch(config: RunConfig, interruption: Interruption, resources: Resources) -> int:
+def _launch(config: RunConfig, interruption: Interruption, resources: Resources, allow_changes: bool) -> int:
     """Join the other ranks, build the session and run the loop."""
     from exlm_dist.parallel import process as processes
     from exlm_dist.training.session import build_session
     from exlm_dist.training.starting_point import find_starting_point
 
     process = processes.start(config.launch, config.parallel)
-    start = find_starting_point(config, process, resources)
+    start = find_starting_point(config, process, resources, allow_changes=allow_changes)
     if start.step >= config.schedule.steps:
-        logger.info("%s is finished at step %d: nothing to do. Results: %s", config.name, start.step, start.path)
+        logger.info(
+            "%s is finished at step %d: nothing to do (more schedule.steps train on). Results: %s",
+            config.name,
+            start.step,
+            start.path,
+        )
         return EXIT_DONE
     session = build_session(config, process, start, resources)
     code = run(session, interruption)

@@ -17,6 +17,7 @@ import torch
 from exlm_dist.config.schema import RunConfig
 from exlm_dist.parallel.process import Process
 from exlm_dist.tracking import EventLog
+from exlm_dist.training.advice import lower_rate
 from exlm_dist.training.step import StepResult
 from exlm_dist.utils.errors import RunStopped
 from exlm_dist.utils.logs import get_logger
@@ -168,7 +169,8 @@ class Meter:
             if fraction > limit:
                 raise RunStopped(
                     f"{text}. That is a fraction of {fraction:.3g}, more than loss.max_invalid {limit:g}. "
-                    "Lower optimizer.lr, set optimizer.clip, or look at these samples."
+                    "Lower optimizer.lr, set optimizer.clip, or look at these samples.\n"
+                    f"{lower_rate(self.config)}"
                 )
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write it, and whether this configuration may continue what is in it."""
+"""The folder of a run: who may write it, and what it says of the run when a launch begins."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import socket
 import time
 from pathlib import Path
 
+from exlm_dist.checkpoint import storage
 from exlm_dist.config import RunConfig, config_difference, dump_config, load_config
+from exlm_dist.tracking import EVENTS, EventLog
 from exlm_dist.utils.checkpoint_names import CHECKPOINTS
-from exlm_dist.utils.errors import CheckpointError
+from exlm_dist.utils.errors import CheckpointError, ConfigError
 from exlm_dist.utils.files import write_atomic
 
 CONFIG = "config.yaml"
@@ -29,8 +31,7 @@ class RunFolder:
 
     @staticmethod
     def open(config: RunConfig, *, patience: float = LOCK_PATIENCE) -> RunFolder:
-        """Create or continue `<runs>/<name>`. CheckpointError when another process writes it, or its run is a
-        different one."""
+        """Create `<runs>/<name>`, or take what is there. CheckpointError when another process writes it."""
         path = Path(config.runs) / config.name
         try:
             (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
@@ -38,37 +39,40 @@ class RunFolder:
             raise CheckpointError(
                 f"the run folder {path} cannot be made: {error.strerror}. Set `runs` to a folder you may write."
             ) from error
-        folder = RunFolder(path, _lock(path, patience))
-        try:
-            folder._accept(config)
-        except BaseException:
-            folder.close()
-            raise
-        return folder
-
-    def _accept(self, config: RunConfig) -> None:
-        file = self.path / CONFIG
-        if file.exists():
-            different = config_difference(load_config(file, []), config)
-            if different:
-                raise CheckpointError(
-                    f"{self.path} holds a run with other settings:\n{difference_table(different)}\n"
-                    "Give the new run another `name`, or put these settings back to continue this one."
-                )
-        text = dump_config(config)
-        if not file.exists() or file.read_text() != text:
-            write_atomic(file, text)
+        return RunFolder(path, _lock(path, patience))
 
     def close(self) -> None:
         """Let others write."""
         os.close(self._lock)
 
 
-def difference_table(different: list[tuple[str, object, object]]) -> str:
-    """Aligned lines `key  there  here`."""
-    rows = [("setting", "in the run folder", "given now"), *((key, str(old), str(new)) for key, old, new in different)]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+def record_start(path: Path, config: RunConfig, step: int) -> None:
+    """Let the run folder `path` say that its run goes on after `step` steps with these settings: of the event log only
+    what belongs to these weights stands, `config.yaml` is that of this launch, and newer checkpoints, which were
+    rejected, are set aside.
+
+    A run that starts at step 0 is bound by nothing that is in the folder. With other settings than the start before,
+    which came to nothing, it is another run to MLflow.
+    """
+    file = path / CONFIG
+    if (path / EVENTS).exists():
+        log = EventLog(path / EVENTS)
+        if step == 0 and _is_another_run(file, config):
+            log.begin_again()
+        else:
+            log.resumed(step)
+        log.close()
+    storage.set_aside_newer(path, step)
+    text = dump_config(config)
+    if not file.exists() or file.read_text() != text:
+        write_atomic(file, text)
+
+
+def _is_another_run(file: Path, config: RunConfig) -> bool:
+    try:
+        return bool(config_difference(load_config(file), config))
+    except ConfigError:  # missing, cut short, or of another version
+        return True
 
 
 def _lock(path: Path, patience: float) -> int:

@@ -22,11 +22,13 @@ FOLDER = "samples"
 class SampleLog:
     """Appends the sample ids of this data-parallel rank, of `world` ones, one line a step."""
 
-    def __init__(self, run_folder: Path, rank: int, world: int) -> None:
+    def __init__(self, run_folder: Path, rank: int, world: int, *, anew: bool = False) -> None:
+        """`anew`: forget what earlier launches noted, as the run starts at step 0."""
         self._rank, self._world = rank, world
         folder = run_folder / FOLDER
         folder.mkdir(exist_ok=True)
-        self._handle = os.open(folder / f"rank-{rank:05d}.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if anew else 0)
+        self._handle = os.open(folder / f"rank-{rank:05d}.jsonl", flags, 0o644)
         size = os.fstat(self._handle).st_size
         if size and os.pread(self._handle, 1, size - 1) != b"\n":
             os.write(self._handle, b"\n")  # a kill tore the last line

@@ -18,6 +18,13 @@ def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:
     return peak * _fraction(step, schedule)
 
 
+def rates_agree(steps: int, peak: float, one: ScheduleConfig, other: ScheduleConfig) -> bool:
+    """Whether both schedules give the first `steps` steps the same rates, to the bit: a run that has done them may go
+    on by either."""
+    same = (learning_rate(step, peak, one) == learning_rate(step, peak, other) for step in range(steps))
+    return one == other or all(same)
+
+
 def _fraction(step: int, schedule: ScheduleConfig) -> float:
     """Fraction of the peak after the warm-up."""
     if schedule.kind == "constant":

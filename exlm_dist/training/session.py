@@ -10,7 +10,8 @@ from exlm_dist.data.loader import Loader
 from exlm_dist.data.recipe import Recipe
 from exlm_dist.launch import heartbeat
 from exlm_dist.parallel.process import Process
-from exlm_dist.tracking import EVENTS, EventLog, Tracker
+from exlm_dist.tracking import CHANGES, EVENTS, EventLog, Tracker
+from exlm_dist.training.changes import describe
 from exlm_dist.training.checkpointer import Checkpointer
 from exlm_dist.training.engine import build_engine
 from exlm_dist.training.engine import state as engine_state
@@ -86,7 +87,7 @@ def build_session(config: RunConfig, process: Process, start: StartingPoint, res
     events = _track(config, start, resources) if process.is_first else None
     samples = None
     if config.tracking.samples and process.grid.reports_metrics:
-        samples = SampleLog(start.path, process.grid.data.rank, process.grid.data.size)
+        samples = SampleLog(start.path, process.grid.data.rank, process.grid.data.size, anew=start.step == 0)
         resources.callback(samples.close)
     meter = Meter(config, process, events, Progress(**start.state["progress"]))
     checkpointer = Checkpointer(config, process, start, engine, saver, meter)
@@ -101,15 +102,28 @@ def build_session(config: RunConfig, process: Process, start: StartingPoint, res
 
 def _loader(config: RunConfig, process: Process, start: StartingPoint) -> Loader:
     data = process.grid.data
+    recipe = Recipe.of(config, start.train_data.vocab_size)
+    _check_lengths(config, start, recipe)
     return Loader(
         start.train_data,
-        Recipe.of(config, start.train_data.vocab_size),
+        recipe,
         seed=config.seed,
         global_batch=config.batch.sequences,
         rank=data.rank,
         world=data.size,
         prefetch=config.data.prefetch,
     )
+
+
+def _check_lengths(config: RunConfig, start: StartingPoint, recipe: Recipe) -> None:
+    """ConfigError, before anything is trained, if a sequence of training or evaluation could become too long; it says
+    what is enough for all."""
+    uses = [(recipe, start.train_data.lengths)]
+    if start.valid_data is not None:
+        evaluated = start.valid_data.lengths[: config.evaluation.sequences]
+        uses.append((Recipe.for_evaluation(config, recipe.vocab_size), evaluated))
+    longest, lengths = max(uses, key=lambda use: use[0].longest(use[1]))
+    longest.check_lengths(lengths)
 
 
 def _resume(process: Process, start: StartingPoint, loader: Loader, engine: Engine, saver: Saver) -> None:
@@ -126,7 +140,7 @@ def _track(config: RunConfig, start: StartingPoint, resources: Resources) -> Eve
     """The event log, and MLflow fed from it. On rank 0."""
     events = EventLog(start.path / EVENTS)
     resources.callback(events.close)
-    tracker = Tracker.start(start.path, config, events)
+    tracker = Tracker.start(start.path, config, events, tags={CHANGES: describe(start.changes)})
     resources.callback(lambda: tracker.close(resources.status, timeout=SENDING[resources.status]))
     return events
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from exlm_dist.checkpoint import reader, storage
-from exlm_dist.config import RunConfig, check_vocabulary, check_world, config_difference
+from exlm_dist.config import RunConfig, check_vocabulary, check_world
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.parallel.process import Process
 from exlm_dist.tokenizers import load_tokenizer
+from exlm_dist.training.advice import new_run_command
+from exlm_dist.training.changes import Change, accept_changes
 from exlm_dist.training.engine.deepspeed_config import working_dtype
 from exlm_dist.training.resources import Resources
-from exlm_dist.training.run_folder import LOCK_PATIENCE, RunFolder, difference_table
+from exlm_dist.training.run_folder import LOCK_PATIENCE, RunFolder, record_start
 from exlm_dist.utils.errors import CheckpointError
 from exlm_dist.utils.logs import get_logger
 
@@ -23,13 +25,15 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """The same on every rank. `checkpoint`: the folder to resume from, None for a new run; `state`: its state.json."""
+    """The same on every rank. `checkpoint`: the folder to resume from, None for a new run; `state`: its state.json;
+    `changes`: of the settings during the run, as `state.json` lists them."""
 
     path: Path
     train_data: ShardDataset
     valid_data: ShardDataset | None
     checkpoint: Path | None
     state: dict[str, Any]
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -37,8 +41,11 @@ class StartingPoint:
         return self.state["step"]
 
 
-def find_starting_point(config: RunConfig, process: Process, resources: Resources) -> StartingPoint:
-    """Lock the run folder, open the data and choose the checkpoint. A collective.
+def find_starting_point(
+    config: RunConfig, process: Process, resources: Resources, *, allow_changes: bool = False
+) -> StartingPoint:
+    """Lock the run folder, open the data and choose the checkpoint. A collective. `allow_changes`: of settings that do
+    not change what was learned.
 
     ConfigError for settings that do not fit the ranks or the device, DataError for data that cannot be used,
     CheckpointError where the folder is in use, none of its checkpoints is whole, or they belong to another run.
@@ -50,12 +57,14 @@ def find_starting_point(config: RunConfig, process: Process, resources: Resource
     if train_data.manifest["splits"]["valid"]["shards"]:
         valid_data = process.run_everywhere(lambda: _open_split(config, "valid"))
     check_vocabulary(train_data.vocab_size, config.parallel.tensor)
-    found = select_checkpoint(path, process)
-    if found is None:
-        return StartingPoint(path, train_data, valid_data, None, {"step": 0, "progress": {}})
-    folder, state = found
-    process.run_everywhere(lambda: _check_origin(config, train_data, folder, state))
-    return StartingPoint(path, train_data, valid_data, folder, state)
+    folder, state = select_checkpoint(path, process) or (None, {"step": 0, "progress": {}})
+    step, changes = state["step"], []
+    if folder is not None:
+        changes = process.run_everywhere(lambda: _accept(config, train_data, folder, state, allow_changes))
+    if step < config.schedule.steps or not any(change.needs_flag for change in changes):
+        process.run_on_first_rank(lambda: record_start(path, config, step))
+    every = [*state.get("changes", []), *(change.as_dict(step) for change in changes)]
+    return StartingPoint(path, train_data, valid_data, folder, state, every)
 
 
 def fingerprints(data: ShardDataset) -> dict[str, str]:
@@ -119,17 +128,16 @@ def _rejection(folder: Path, process: Process) -> str | None:
     return None
 
 
-def _check_origin(config: RunConfig, data: ShardDataset, folder: Path, state: dict[str, Any]) -> None:
-    """CheckpointError when the checkpoint belongs to other data, another tokenizer or other settings."""
+def _accept(
+    config: RunConfig, data: ShardDataset, folder: Path, state: dict[str, Any], allow_changes: bool
+) -> list[Change]:
+    """Settings that change where training goes on from the checkpoint. CheckpointError when it belongs to other data,
+    another tokenizer or other settings."""
     for what, here in fingerprints(data).items():
         if state[what] != here:
             raise CheckpointError(
                 f"{folder} was trained with {what.replace('_', ' ')} {state[what]}, but {config.data.path} has {here}. "
-                "Give the path of the data it was trained on, or give the new run another `name`."
+                "Give the path of the data it was trained on, or train a new run from these weights:\n"
+                f"  {new_run_command(config)}"
             )
-    different = config_difference(reader.read_config(folder), config)
-    if different:
-        raise CheckpointError(
-            f"{folder} was written with other settings:\n{difference_table(different)}\n"
-            "Give the new run another `name`."
-        )
+    return accept_changes(state["step"], reader.read_config(folder), config, allow=allow_changes)

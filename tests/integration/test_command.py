@@ -120,7 +120,7 @@ def test_run_folder_holds_the_resolved_configuration_and_the_events(run):
     "arguments, code, words",
     [
         (["--optimizer.lrr", "1"], 2, "Did you mean optimizer.lr?"),
-        (["--schedule.steps", "7"], 78, "schedule.steps  6                  7"),
+        (["--schedule.steps", "7"], 78, "schedule.steps  6           7          accepts it"),
         (["--model.max_positions", "8", "--name", "short"], 2, "model.max_positions 8"),
         (
             ["--batch.sequences", "6", "--name", "odd"],

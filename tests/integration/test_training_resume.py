@@ -12,6 +12,7 @@ from training_runs import final_hashes, tiny, train_on
 
 from exlm_dist.checkpoint import reader
 from exlm_dist.tracking import read_events
+from exlm_dist.training.sample_log import samples_of_steps
 from exlm_dist.utils.errors import EXIT_DONE, EXIT_SAVED
 
 
@@ -91,6 +92,44 @@ def test_events_have_each_point_once_and_the_same_as_uninterrupted(data, whole, 
     assert points(tmp_path / "killed") == points(Path(other.runs) / other.name)
     children = [event for event in read_events(tmp_path / "killed" / "events.jsonl") if event["kind"] == "child_run"]
     assert [(child["step"], child["tags"]["checkpoint.step"]) for child in children] == [(12, "12")]
+
+
+def test_more_steps_of_a_schedule_without_end_and_going_back_with_another_rate(data, tmp_path):
+    """6 steps and 6 more are 12 at once, to the bit. Then back to step 8, and from there at a lower rate."""
+    schedule = {"kind": "constant", "warmup": 2}
+    short, long = (tiny(tmp_path, "run", data, schedule={**schedule, "steps": steps}) for steps in (6, 12))
+    at_once = tiny(tmp_path, "at_once", data, schedule={**schedule, "steps": 12})
+    for config in (short, long, at_once):
+        assert train_on(config, 1) == [EXIT_DONE]
+    assert final_hashes(long) == final_hashes(at_once)
+    run = tmp_path / "run"
+    changes = [{"step": 6, "key": "schedule.steps", "old": 6, "new": 12}]
+    assert reader.read_state(reader.newest_checkpoint(run))["changes"] == changes
+    (run / "checkpoints/step-00000012/COMPLETE").unlink()
+    lower = long.model_copy(update={"optimizer": long.optimizer.model_copy(update={"lr": 1e-3})})
+    assert train_on(lower, 1, allow_changes=True) == [EXIT_DONE]
+    changes.append({"step": 8, "key": "optimizer.lr", "old": 1e-2, "new": 1e-3})
+    newest = reader.newest_checkpoint(run)
+    assert reader.read_state(newest)["changes"] == changes and reader.read_config(newest) == lower
+    assert final_hashes(lower) != final_hashes(at_once) and not list(newest.parent.glob("rejected-*"))
+    events = list(read_events(run / "events.jsonl"))
+    rates = {event["step"]: event["values"]["train/lr"] for event in events if "train/lr" in event.get("values", {})}
+    assert rates == {3: 1e-2, 6: 1e-2, 9: 1e-3, 12: 1e-3}
+    said = [event["values"]["config.changes"] for event in events if "config.changes" in event.get("values", {})]
+    assert said[-1] == "step 6: schedule.steps 6 -> 12; step 8: optimizer.lr 0.01 -> 0.001"
+    (child,) = [event for event in events if event["kind"] == "child_run" and event["step"] == 12]
+    assert child["tags"]["checkpoint.sha256"] == reader.reference(newest)["checkpoint.sha256"]
+
+
+def test_a_start_that_saved_nothing_binds_nothing(data, tmp_path):
+    """Killed before its first save; the next start is another model on another number of ranks."""
+    first = tiny(tmp_path, "run", data, tracking={"samples": True})
+    assert train_on(first, 2, ("step", 1, 3))[1] == -signal.SIGKILL
+    second = tiny(tmp_path, "run", data, seed=5, model={"width": 8}, tracking={"samples": True})
+    assert train_on(second, 1) == [EXIT_DONE]
+    assert reader.read_config(tmp_path / "run") == second
+    assert reader.read_state(reader.newest_checkpoint(tmp_path / "run"))["changes"] == []
+    assert sorted(samples_of_steps(tmp_path / "run")) == list(range(12))
 
 
 def losses(config) -> list[float]:

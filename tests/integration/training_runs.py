@@ -47,7 +47,9 @@ def tiny(runs: Path, name: str, data: Path, **sections: Any) -> RunConfig:
     return make_config(runs, name, data, model=model, **settings)
 
 
-def train_on(config: RunConfig, world: int, death: tuple | None = None, *, timeout: float = 90.0) -> list[int]:
+def train_on(
+    config: RunConfig, world: int, death: tuple | None = None, *, timeout: float = 90.0, allow_changes: bool = False
+) -> list[int]:
     """Exit codes of `train(config)` on `world` real processes.
 
     `death`: ("step", rank, n) kills a rank with SIGKILL before its step n; ("signal", rank, n, number) sends it a
@@ -55,7 +57,7 @@ def train_on(config: RunConfig, world: int, death: tuple | None = None, *, timeo
     "slow" in the place of "writer" that process only lags behind.
     """
     try:
-        return run_processes(_train, world, config.model_dump(), death, timeout=timeout)
+        return run_processes(_train, world, config.model_dump(), death, allow_changes, timeout=timeout)
     except RankFailed as failure:
         if death is not None and death[0] != "signal":
             print(failure)  # shown if the test then fails
@@ -63,7 +65,7 @@ def train_on(config: RunConfig, world: int, death: tuple | None = None, *, timeo
         raise
 
 
-def _train(rank: int, settings: dict[str, Any], death: tuple | None) -> int:
+def _train(rank: int, settings: dict[str, Any], death: tuple | None, allow_changes: bool = False) -> int:
     from exlm_dist.training.loop import train
     from exlm_dist.utils.logs import configure_logging
 
@@ -77,7 +79,7 @@ def _train(rank: int, settings: dict[str, Any], death: tuple | None) -> int:
             _crash_writer(settings["runs"], death[2])
         else:
             {"step": _die_at_step, "signal": _signal_at_step}[death[0]](*death[2:])
-    return train(RunConfig.model_validate(settings))
+    return train(RunConfig.model_validate(settings), allow_changes=allow_changes)
 
 
 def _before_step(action: Any) -> None:

@@ -21,13 +21,13 @@ from rdkit.Chem import BRICS
 
 from exlm_dist.prepare.demo.drugs import DRUGS
 from exlm_dist.prepare.folder import Source, chunked
-from exlm_dist.prepare.readers import Row
 from exlm_dist.prepare.smiles import prepare_smiles
 from exlm_dist.prepare.summary import Summary
-from exlm_dist.prepare.workers import default_workers, ordered_map
+from exlm_dist.tables.records import Row
 from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles, make_policy
 from exlm_dist.tokenizers.smiles_tokenizer import split_smiles
 from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.workers import default_workers, ordered_map
 
 DEMO_MOLECULES = 24_000
 CANDIDATES_PER_TASK = 512

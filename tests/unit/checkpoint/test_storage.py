@@ -68,8 +68,8 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def save(run: Path, step: int, nll: float | None = None, seed: int = 0, **how) -> Path:
-    evaluation = None if nll is None else {"nll": nll}
+def save(run: Path, step: int, nll: float | None = None, seed: int = 0, tokens: float = 9.0, **how) -> Path:
+    evaluation = None if nll is None else {"nll": nll, "tokens": tokens}
     return write_checkpoint(
         run,
         step,
@@ -274,6 +274,24 @@ def test_retention_keeps_the_newest_and_the_best(run):
     assert [reader.step_of(folder) for folder in reader.checkpoint_folders(run)] == [5, 4, 2]
     assert [folder.name for folder in storage.retain(run, keep=1, best=False)] == ["step-00000004", "step-00000002"]
     assert storage.has_whole(run)
+
+
+def test_the_best_is_the_best_of_those_evaluated_on_the_same_tokens(run):
+    """Evaluation on other sequences, or at another masking ratio, from step 3 on."""
+    for step, nll, tokens in ((1, 1.0, 50), (2, 0.9, 50), (3, 3.0, 70), (4, 3.5, 70), (5, None, 0)):
+        save(run, step, nll, tokens=tokens)
+    storage.retain(run, keep=1, best=True)
+    assert [reader.step_of(folder) for folder in reader.checkpoint_folders(run)] == [5, 3]
+
+
+def test_a_checkpoint_that_was_set_aside_goes_when_its_step_is_saved_again(run):
+    for step in (2, 4):
+        save(run, step)
+    storage.set_aside_newer(run, 2)
+    assert [reader.step_of(folder) for folder in reader.checkpoint_folders(run)] == [2]
+    assert (run / "checkpoints/rejected-step-00000004/COMPLETE").exists()
+    save(run, 4, seed=5)
+    assert same(checkpoint_folder(run, 4), 5) and not (run / "checkpoints/rejected-step-00000004").exists()
 
 
 def test_retention_counts_whole_ones_only(run):

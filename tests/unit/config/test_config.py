@@ -46,6 +46,25 @@ def test_dump_and_load_give_an_equal_object(write):
     assert load_config(write(dump_config(config), "again.yaml")) == config
 
 
+@pytest.mark.parametrize("name", ["20251127", "007", "2025-11-27", "1.10", "12_000", "yes", "2025-13-45", "1e5"])
+def test_a_name_that_looks_like_something_else_is_text(name, write):
+    config = load_config(write(MINIMAL.replace("name: run", f"name: {name}") + f"budget: {name}\n"))
+    assert config.name == name and config.budget == name
+    assert load_config(write(dump_config(config), "again.yaml")) == config
+    assert load_config(write(MINIMAL), ["--name", name, "--budget", f'"{name}"']) == config
+
+
+def test_text_that_is_missing_or_empty(write):
+    assert "should be a valid string" in failure(write(MINIMAL.replace("name: run", "name:")))
+    assert load_config(write(MINIMAL + "budget: x\n"), ["--budget", ""]).budget == ""
+
+
+def test_a_date_that_does_not_exist(write):
+    path = write(MINIMAL + "seed: 2025-13-45\n")
+    assert failure(path).startswith(f"{path}:4: seed: month must be")
+    assert "seed" in failure(write(MINIMAL), "--seed", "2025-13-45")
+
+
 def test_number_in_scientific_notation_without_a_dot_is_a_number(write):
     assert load_config(write(MINIMAL + "optimizer: {lr: 2e-3}\n")).optimizer.lr == 2e-3
 
@@ -127,7 +146,7 @@ def test_world_that_does_not_divide_the_batch(write):
     check_world(config, 3)
     with pytest.raises(
         ConfigError,
-        match=r"96 is not a multiple of 2 data-parallel ranks x batch.micro 32 = 64.*64 or 128; or batch.micro 24",
+        match=r"96 is not a multiple of 2 data-parallel ranks x batch.micro 32 = 64.*64 or 128 .*micro 24; or 1 data",
     ):
         check_world(config, 2)
 

@@ -20,6 +20,7 @@ from exlm_dist.cli import main
 from exlm_dist.config import dump_config
 from exlm_dist.doctor import machine_checks, rank_checks
 from exlm_dist.doctor.findings import FAIL, PASS, WARN, Finding
+from exlm_dist.utils.errors import EXIT_DATA
 
 
 @pytest.fixture
@@ -46,6 +47,19 @@ def test_a_failed_check_fails_the_command(config, tmp_path, capsys, monkeypatch)
     assert main(["doctor", str(file), "--nodes"]) == 1
     text = capsys.readouterr().out
     assert "has no manifest.json" in text and "-> Prepare" in text and "inside salloc" in text
+
+
+def test_a_manifest_that_was_cut_short_is_said_by_every_command(config, tmp_path, capsys, monkeypatch):
+    manifest = tmp_path / "data" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:200])
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_config(config))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert main(["doctor", str(file), "--nodes"]) == 1
+    assert f"shards      FAIL  {manifest}: not readable as JSON" in capsys.readouterr().out
+    for command in (["config", "check", str(file)], ["plan", str(file), "--gpus", "8"]):
+        assert main(command) == EXIT_DATA
+        assert f"error: {manifest}: not readable as JSON" in capsys.readouterr().err
 
 
 def test_shards_that_are_damaged_or_missing(config, tmp_path):

@@ -17,8 +17,8 @@ from packaging.utils import canonicalize_name
 from packed import make_batch
 
 from exlm_dist.checkpoint.reader import read_config
-from exlm_dist.evaluation.masked_lm import load_model
 from exlm_dist.export.hf.hf_folder import export_hf
+from exlm_dist.inference.loading import load_model
 from exlm_dist.model.stream import Stream
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.tokenizers.tokenizer import BOS, EOS, MASK, PAD

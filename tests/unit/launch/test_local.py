@@ -66,7 +66,7 @@ def test_a_rank_that_cannot_import_says_what_where_and_how_to_fix_it(tmp_path, c
     assert (tmp_path / "rank-0.code").read_text() == f"{EXIT_USAGE}\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_signals_reach_every_rank(number, tmp_path):
     code = f"""
 import sys; sys.path.insert(0, r'{ROOT}')

@@ -98,6 +98,16 @@ def test_local_and_deepspeed_say_what_they_would_start(config, capsys):
     assert "deepspeed.launcher.runner" in capsys.readouterr().out
 
 
+def test_the_flag_that_allows_changes_reaches_every_rank(config, capsys, tmp_path):
+    given = [str(config), "--seed", "7", "--allow-changes"]
+    said = f"pretrain {config} --allow-changes --seed 7"
+    assert main(["launch", "local", *given, "--dry-run"]) == 0 and said in capsys.readouterr().out
+    assert main(["launch", "deepspeed", *given, "--dry-run"]) == 0 and said in capsys.readouterr().out
+    slurm = ["launch", "slurm", *given, "--nodes=2", "--gpus-per-node=1", "--dry-run"]
+    assert main(slurm) == 0 and f"pretrain.sh {config} --allow-changes --seed 7" in capsys.readouterr().err
+    assert main(["config", "job", *given]) == 0 and f"{tmp_path}/runs/tiny" in capsys.readouterr().out
+
+
 def test_a_job_file_asks_for_the_run_folder_and_the_restarts(config, capsys, tmp_path):
     assert main(["config", "job", str(config), "--launch.restarts", "5"]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/runs/tiny\n5\n"

@@ -13,11 +13,11 @@ import pytest
 from exlm_dist.data.manifest import MANIFEST
 from exlm_dist.prepare import shard_writer
 from exlm_dist.prepare.folder import PREPARED
-from exlm_dist.prepare.progress import Progress
 from exlm_dist.prepare.smiles import prepare_smiles
-from exlm_dist.prepare.workers import ordered_map
 from exlm_dist.utils.errors import DataError, OutputError
+from exlm_dist.utils.progress import Progress
 from exlm_dist.utils.staging import remove_leftovers, staged_folder
+from exlm_dist.utils.workers import ordered_map
 
 HOLDER = """
 import sys, time
@@ -130,7 +130,7 @@ def test_a_worker_that_dies_is_an_error_not_a_hang() -> None:
 def test_progress_is_plain_lines_without_a_terminal(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exlm_dist.prepare.progress.SECONDS", 0.0)
+    monkeypatch.setattr("exlm_dist.utils.progress.SECONDS", 0.0)
     with caplog.at_level("INFO", logger="exlm_dist"), Progress("shards", "rows", 2000) as progress:
         progress.update(1000)
         progress.update(1000)

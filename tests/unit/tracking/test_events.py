@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import threading
 from pathlib import Path
 
@@ -145,3 +146,65 @@ def test_a_full_disk_costs_points_but_not_the_run(tmp_path, monkeypatch, caplog)
 def test_an_unknown_status_is_refused(tmp_path):
     with pytest.raises(ValueError, match="DONE"):
         EventLog(tmp_path / "events.jsonl").status("DONE")
+
+
+def test_after_going_back_later_points_are_logged_again_and_only_those_stand(tmp_path):
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    for step in (5, 10, 15):
+        log.metrics(step, {"train/loss": step, "valid/nll": step})
+        log.child_run("evaluation", step, {"valid/nll": step}, {})
+    log.metrics(40, {"system/cpu": 1.0})
+    log.close()
+    log = EventLog(path)
+    log.resumed(12)
+    assert log.last_step("train/loss") == 10 and log.last_step("system/cpu") == 40
+    log.metrics(12, {"valid/nll": -12})
+    log.metrics(15, {"train/loss": -15})
+    log.child_run("evaluation", 15, {"valid/nll": -15}, {})
+    stand = [(5, 5), (10, 10), (15, -15)]
+    assert [(step, value) for step, name, value in points(path) if name == "train/loss"] == stand
+    assert [(step, value) for step, name, value in points(path) if name == "valid/nll"] == [(5, 5), (10, 10), (12, -12)]
+    assert (40, "system/cpu", 1.0) in points(path)
+    children = [(e["step"], e["values"]["valid/nll"]) for e in read_events(path) if e["kind"] == "child_run"]
+    assert children == stand
+    size = path.stat().st_size
+    EventLog(path).resumed(15)  # nothing is later
+    assert path.stat().st_size == size
+
+
+def test_what_stands_is_what_the_last_attempt_at_each_step_has_logged(tmp_path):
+    """Random histories of a run that goes back again and again, against a dictionary that forgets what is later."""
+    draw = random.Random(0)
+    for number in range(50):
+        path = tmp_path / f"{number}.jsonl"
+        log, expected, step = EventLog(path), {}, 0
+        for _ in range(40):
+            if draw.random() < 0.2:
+                log.close()
+                log = EventLog(path)
+                if draw.random() < 0.1:
+                    log.begin_again()
+                    step, expected = 0, {}
+                else:
+                    step = draw.randint(0, step)
+                    log.resumed(step)
+                    expected = {key: value for key, value in expected.items() if key[0] <= step}
+            step += draw.randint(1, 3)
+            name, value = draw.choice(["train/loss", "valid/nll"]), draw.random()
+            log.metrics(step, {name: value})
+            expected[step, name] = value
+        assert {(step, name): value for step, name, value in points(path)} == expected
+        assert len(points(path)) == len(expected)
+
+
+def test_a_start_as_another_run_has_another_uid(tmp_path):
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    log.metrics(3, {"train/loss": 1.0})
+    first = next(read_events(path))
+    log.begin_again()
+    log.metrics(1, {"train/loss": 2.0})
+    run, *rest = read_events(path)
+    assert run["kind"] == "run" and run["uid"] != first["uid"] and [event["step"] for event in rest] == [1]
+    assert b"FAILED" in path.read_bytes()

@@ -42,6 +42,45 @@ def test_a_restart_continues_the_same_run(make_run, query):
     assert query("select count(*) from tags where key like 'resumed.%'") == [(1,)]
 
 
+def test_going_back_shows_the_newer_values_and_starting_anew_is_another_run(make_run, query):
+    """Sent as it happens, and once more from the beginning, to the same end."""
+    folder, config = make_run()
+    log = EventLog(folder / "events.jsonl")
+    for step in (10, 20):
+        log.child_run("evaluation", step, {"valid/nll": 1.0}, {"checkpoint.sha256": "old"})
+    first = session(folder, config, [1, 2], "KILLED")
+    log = EventLog(folder / "events.jsonl")
+    log.resumed(1)
+    log.metrics(2, {"train/loss": 7.0})
+    log.child_run("evaluation", 10, {"valid/nll": 2.0}, {"checkpoint.sha256": "new"})
+    names = "select name, status from runs order by name"
+    shown = [
+        ("tiny", "KILLED"),
+        ("tiny evaluation @10", "FINISHED"),
+        ("tiny evaluation @20 (weights given up)", "FINISHED"),
+    ]
+    for _ in range(2):
+        assert sync(folder).run_id == first.run_id
+        assert query(names) == shown
+        assert query("select key, step, value from latest_metrics where key = 'train/loss'") == [("train/loss", 2, 7.0)]
+        values = "select key, value from latest_metrics join runs using (run_uuid) where name like '%@10'"
+        assert query(values) == [("valid/nll", 2.0)]
+        assert query("select value from tags where key = 'checkpoint.sha256' and value = 'new'") == [("new",)]
+        assert "given up" in query("select value from tags where key = 'resumed_after_step_1'")[0][0]
+        (folder / "tracking.json").unlink()
+    log.begin_again()
+    _, config = make_run(optimizer={"lr": 1e-5})
+    second = session(folder, config, [1])
+    assert second and second.run_id != first.run_id
+    (folder / "tracking.json").unlink()
+    assert sync(folder).run_id == second.run_id
+    parents = "select run_uuid, status from runs where name = 'tiny' order by start_time"
+    assert query(parents) == [(first.run_id, "FAILED"), (second.run_id, "FINISHED")]
+    rates = dict(query("select run_uuid, value from params where key = 'optimizer.lr'"))
+    assert rates == {first.run_id: "0.0005", second.run_id: "1e-05"}
+    assert query(f"select key, step, value from metrics where run_uuid = '{second.run_id}'") == [("train/loss", 1, 1.0)]
+
+
 def test_a_lost_position_is_found_again_without_duplicates(make_run, query):
     folder, config = make_run()
     first = session(folder, config, [1, 2])

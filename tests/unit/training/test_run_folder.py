@@ -1,4 +1,4 @@
-"""Who may write a run folder, and what may be continued."""
+"""Who may write a run folder, and what it says of the run when a launch begins."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from made_run import make_config
 
-from exlm_dist.training.run_folder import RunFolder
+from exlm_dist.config import load_config
+from exlm_dist.launch.restart import newest_step
+from exlm_dist.tracking import EVENTS, EventLog, read_events
+from exlm_dist.training.run_folder import RunFolder, record_start
 from exlm_dist.utils.errors import CheckpointError
 
 
@@ -20,25 +23,62 @@ def config(tmp_path):
     return make_config(tmp_path / "runs", "one", tmp_path / "data")
 
 
-def test_the_same_settings_continue_and_where_and_how_fast_may_change(config):
+@pytest.fixture
+def begun(config) -> Path:
+    """A run folder whose log has steps 1 to 6."""
     folder = RunFolder.open(config)
-    assert (folder.path / "checkpoints").is_dir() and "one" in (folder.path / "config.yaml").read_text()
     folder.close()
+    record_start(folder.path, config, 0)
+    log = EventLog(folder.path / EVENTS)
+    for step in range(1, 7):
+        log.metrics(step, {"train/loss": float(step)})
+    log.close()
+    return folder.path
+
+
+def logged(folder: Path) -> list[int]:
+    return [event["step"] for event in read_events(folder / EVENTS) if event["kind"] == "metrics"]
+
+
+def uid(folder: Path) -> str:
+    return next(read_events(folder / EVENTS))["uid"]
+
+
+def test_the_folder_has_the_settings_of_the_newest_launch(config, begun):
+    assert (begun / "checkpoints").is_dir() and load_config(begun / "config.yaml") == config
     changed = config.model_copy(update={"parallel": config.parallel.model_copy(update={"zero": 3})})
-    RunFolder.open(changed).close()
-    assert "zero: 3" in (folder.path / "config.yaml").read_text()
+    record_start(begun, changed, 6)
+    assert load_config(begun / "config.yaml") == changed and logged(begun) == [1, 2, 3, 4, 5, 6]
 
 
-def test_what_is_computed_may_not(config):
-    RunFolder.open(config).close()
+def test_of_the_log_only_the_steps_done_stand(config, begun):
+    before = uid(begun)
+    record_start(begun, config, 4)
+    assert logged(begun) == [1, 2, 3, 4]
+    record_start(begun, config, 0)
+    assert logged(begun) == [] and uid(begun) == before
+
+
+@pytest.mark.parametrize("there", ["other settings", "name: cut sh", None])
+def test_a_start_that_came_to_nothing_binds_nothing(config, begun, there):
+    """Other settings, or none that can be read: another run, in the same folder."""
+    before, file = uid(begun), begun / "config.yaml"
+    if there is None:
+        file.unlink()
+    elif there != "other settings":
+        file.write_text(there)
     changed = config.model_copy(update={"seed": 3, "model": config.model.model_copy(update={"width": 32})})
-    with pytest.raises(CheckpointError) as caught:
-        RunFolder.open(changed)
-    lines = str(caught.value).splitlines()
-    assert any(line.split() == ["seed", "0", "3"] for line in lines) and any(
-        line.split() == ["model.width", "16", "32"] for line in lines
-    )
-    RunFolder.open(config).close()  # the refused launch has let go of the lock
+    record_start(begun, changed, 0)
+    assert load_config(file) == changed and logged(begun) == [] and uid(begun) != before
+
+
+def test_newer_checkpoints_which_were_rejected_are_set_aside(config, begun):
+    for name in ("step-00000002", "step-00000004", "step-00000006", "rejected-step-00000006/old"):
+        (begun / "checkpoints" / name).mkdir(parents=True)
+    record_start(begun, config, 4)
+    names = sorted(path.name for path in (begun / "checkpoints").iterdir())
+    assert names == ["rejected-step-00000006", "step-00000002", "step-00000004"]
+    assert newest_step(begun) == 0 and not (begun / "checkpoints/rejected-step-00000006/old").exists()
 
 
 def test_a_second_writer_is_refused_until_the_first_is_gone(config):

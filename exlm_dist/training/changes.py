@@ -1,0 +1,112 @@
+"""Settings that differ from those that the checkpoint of a run was trained with: which may, and what is said where they
+may not.
+
+Three kinds of difference. Schedules that give every step done so far the same rate: the run is what it would be if it
+had had the new one from its beginning, so it goes on. Settings that decide how the next steps learn, not what was
+learned (`CHANGEABLE`): with `--allow-changes`, and recorded. All others: never, as the state that is saved, or what it
+counts, would mean something else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exlm_dist.config import RunConfig, config_difference
+from exlm_dist.config.schema import CHANGEABLE, is_among
+from exlm_dist.training.advice import ALLOW_CHANGES, new_run_command, same_command
+from exlm_dist.training.schedule import learning_rate, rates_agree
+from exlm_dist.utils.errors import CheckpointError
+
+#: Why a setting, or those of a section, cannot change.
+REASONS = {
+    "seed": "decides order, masks and dropout: samples would come twice in an epoch, or never",
+    "batch.sequences": "decides which samples a step sees: step x batch.sequences is the position in the data",
+    "model.init_std": "the initial weights are made",
+    "model": "decides what the weights are",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that differs. `refused`: why it cannot; empty if it may, with the flag if `needs_flag`."""
+
+    key: str
+    old: Any
+    new: Any
+    needs_flag: bool = False
+    refused: str = ""
+
+    def as_dict(self, step: int) -> dict[str, Any]:
+        """As `state.json` lists it: made after `step` steps."""
+        return {"step": step, "key": self.key, "old": self.old, "new": self.new}
+
+
+def find_changes(step: int, old: RunConfig, new: RunConfig) -> list[Change]:
+    """What differs between the settings of the `step` steps done and those of the steps to come."""
+    same_rates = rates_agree(step, old.optimizer.lr, old.schedule, new.schedule)
+    found = []
+    for key, before, after in config_difference(old, new):
+        if key == "name":  # of a folder that was renamed
+            continue
+        refused, needs_flag = "", not (key.startswith("schedule.") and same_rates)
+        if not is_among(key, CHANGEABLE):
+            refused = next((why for name, why in REASONS.items() if is_among(key, (name,))), "decides what is computed")
+        elif key == "schedule.steps" and after < step:
+            refused = f"{step} steps are done"
+        found.append(Change(key, before, after, needs_flag, refused))
+    return found
+
+
+def accept_changes(step: int, old: RunConfig, new: RunConfig, *, allow: bool) -> list[Change]:
+    """The changes with which a run goes on after `step` steps; CheckpointError, with the commands that work, for those
+    that cannot be or that need `allow`."""
+    changes = find_changes(step, old, new)
+    if any(change.refused or (change.needs_flag and not allow) for change in changes):
+        raise CheckpointError(_refusal(step, old, new, changes))
+    return changes
+
+
+def describe(changes: list[dict[str, Any]]) -> str:
+    """The changes of a run, as `state.json` lists them, in a line."""
+    return "; ".join(f"step {one['step']}: {one['key']} {one['old']} -> {one['new']}" for one in changes) or "none"
+
+
+def _refusal(step: int, old: RunConfig, new: RunConfig, changes: list[Change]) -> str:
+    run = Path(new.runs) / new.name
+    lines = [f"{run} was trained to step {step} with other settings:", _table(changes)]
+    if any(change.key.startswith("schedule.") and change.needs_flag and not change.refused for change in changes):
+        lines.append(_why_not_the_same_curve(step, old, new))
+    if not any(change.refused for change in changes):
+        lines += [f"To go on with these settings from step {step}, recorded in the run:"]
+        lines += [f"  {same_command(allow_changes=True)}"]
+    lines += ["To train a new run from its weights:", f"  {new_run_command(new)}"]
+    lines += [
+        "To start afresh, give the new run another `name`. To continue this one as it was, put the settings back."
+    ]
+    return "\n".join(lines)
+
+
+def _table(changes: list[Change]) -> str:
+    """Aligned lines `setting  there  here  verdict`."""
+    rows = [("setting", "of the run", "given now", ALLOW_CHANGES)]
+    for change in changes:
+        verdict = f"no: {change.refused}" if change.refused else "accepts it" if change.needs_flag else "not needed"
+        rows.append((change.key, str(change.old), str(change.new), verdict))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)] + [0]
+    return "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def _why_not_the_same_curve(step: int, old: RunConfig, new: RunConfig) -> str:
+    """Why the schedule needs the flag: the first step whose rate would have been another."""
+    peak = old.optimizer.lr
+    pairs = [(learning_rate(n, peak, old.schedule), learning_rate(n, peak, new.schedule)) for n in range(step)]
+    first = next(number for number, (had, other) in enumerate(pairs) if had != other)
+    had, other = pairs[first]
+    following = learning_rate(step, new.optimizer.lr, new.schedule)
+    return (
+        f"The rates of the steps done belong to {old.schedule.kind} over {old.schedule.steps} steps: step {first + 1} "
+        f"had {had:.4g}, and would have had {other:.4g}. After step {step} the rate would go from "
+        f"{pairs[-1][0]:.4g} to {following:.4g}."
+    )

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from exlm_dist.checkpoint import rank_files, storage
+from exlm_dist.checkpoint import storage
+from exlm_dist.checkpoint.offline import write_tensor_files
 from exlm_dist.checkpoint.pieces import Piece, overlaps
+from exlm_dist.checkpoint.rank_files import SmallFiles
 from exlm_dist.checkpoint.tensors import Index, model_file, optimizer_file, shape_in_file, tensor_name
 from exlm_dist.utils.checkpoint_names import checkpoint_folder
 
@@ -77,24 +79,14 @@ def write_checkpoint(
     target = checkpoint_folder(run_folder, step)
     size = 4 * sum(array.size for arrays in (model, optimizer) for array in arrays.values())
     temporary = storage.begin(target, size)
-    small = rank_files.SmallFiles.of_run(index.as_text(), state, config, Path(tokenizer))
-    entries = rank_files.write_files(temporary, [], b"", small)
-    for rank in sorted({piece.rank for parts in pieces.values() for piece in parts}):
-        for file, wanted, arrays in (
-            (model_file(rank), (None,), model),
-            (optimizer_file(rank), moments, optimizer),
-        ):
-            parts = [
-                (tensor_name(name, moment), piece, arrays[tensor_name(name, moment)])
-                for moment in wanted
-                for name in model
-                for piece in pieces[name]
-                if piece.rank == rank
-            ]
-            memory = b"".join(elements_of(array, piece).astype(np.float32).tobytes() for _, piece, array in parts)
-            shapes = {name: shape_in_file(array.shape, piece) for name, piece, array in parts}
-            if parts:
-                tensors = [rank_files.TensorFile(file, shapes, 0, len(memory))]
-                entries |= rank_files.write_files(temporary, tensors, memory, rank_files.SmallFiles())
-    storage.publish(temporary, target, step, entries)
+    files: dict[str, dict[str, np.ndarray]] = {}
+    for moment in (None, *moments):
+        for name, parts in pieces.items():
+            array = (model if moment is None else optimizer)[tensor_name(name, moment)]
+            for piece in parts:
+                file = (model_file if moment is None else optimizer_file)(piece.rank)
+                elements = elements_of(array, piece).reshape(shape_in_file(array.shape, piece))
+                files.setdefault(file, {})[tensor_name(name, moment)] = elements
+    small = SmallFiles.of_run(index.as_text(), state, config, Path(tokenizer))
+    storage.publish(temporary, target, step, write_tensor_files(temporary, files, small))
     return target

@@ -1,7 +1,7 @@
 """Reading a checkpoint: verify, weights, state. The one reader of the format, for training (resume), evaluation,
 analysis and export alike; it knows no rank and imports no DeepSpeed.
 
-A checkpoint is a folder `checkpoints/step-00001000/` with the pieces of parameters and moments
+A checkpoint is a folder (of a run: `checkpoints/step-00001000/`) with the pieces of parameters and moments
 (`exlm_dist.checkpoint.tensors`), `state.json`, `config.yaml`, `tokenizer/`, `manifest.json`
 (`{"format": 2, "files": {relative path: {"sha256": hex, "bytes": int}}, ...}`) and `COMPLETE` (the SHA-256 of
 `manifest.json` and a line end). No pickle is read.
@@ -35,18 +35,10 @@ MANIFEST_FILE = "manifest.json"
 logger = get_logger(__name__)
 
 
-def step_of(folder: Path) -> int:
-    """Step in the name `step-00001000`; CheckpointError for any other name."""
-    step = step_in_name(folder)
-    if step is None:
-        raise CheckpointError(f"{folder} is no checkpoint folder: its name is not of the form step-00001000.")
-    return step
-
-
 def checkpoint_folders(run_folder: Path) -> list[Path]:
     """Checkpoint folders of a run, newest first, whole or not."""
     folders = [path for path in (Path(run_folder) / CHECKPOINTS).glob("step-*") if step_in_name(path) is not None]
-    return sorted((path for path in folders if path.is_dir()), key=step_of, reverse=True)
+    return sorted((path for path in folders if path.is_dir()), key=lambda path: step_in_name(path) or 0, reverse=True)
 
 
 def verify(folder: Path, *, hashes: bool = True, split: tuple[int, int] = (0, 1)) -> dict[str, Any]:
@@ -147,6 +139,11 @@ def _load_tensors(
 def read_state(folder: Path) -> dict[str, Any]:
     """`state.json`: step, counters, fingerprints."""
     return json.loads((Path(folder) / STATE_FILE).read_text())
+
+
+def step_of(folder: Path) -> int:
+    """Optimizer steps that made the weights of a checkpoint, whatever its folder is called."""
+    return int(read_state(folder)["step"])
 
 
 def read_config(folder: Path) -> RunConfig:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from exlm_dist.checkpoint import reader
 from exlm_dist.checkpoint.rank_files import REMEDY, Entries, SaveFailed, save_failed, write_file
-from exlm_dist.utils.checkpoint_names import CHECKPOINTS, COMPLETE_FILE
+from exlm_dist.utils.checkpoint_names import CHECKPOINTS, COMPLETE_FILE, step_in_name
 from exlm_dist.utils.errors import CheckpointError
 from exlm_dist.utils.files import sync_path, write_atomic
 
@@ -45,19 +45,24 @@ def begin(target: Path, needed: int) -> Path:
     return temporary
 
 
+def seal(temporary: Path, step: int, files: Entries) -> None:
+    """Make a folder with all `files` of a checkpoint in it a whole one: manifest, then COMPLETE. OSError; SaveFailed."""
+    for name, entry in files.items():
+        if (temporary / name).stat().st_size != entry["bytes"]:
+            raise SaveFailed(f"{temporary / name} is not as long as it was written. {REMEDY}")
+    manifest = {"format": reader.FORMAT, "step": step, "files": files}
+    text = json.dumps(manifest, indent=2, sort_keys=True).encode()
+    entry = write_file(temporary / reader.MANIFEST_FILE, [text])
+    sync_path(temporary / reader.TOKENIZER_FOLDER)
+    sync_path(temporary)
+    write_file(temporary / COMPLETE_FILE, [entry["sha256"].encode() + b"\n"])
+    sync_path(temporary)
+
+
 def publish(temporary: Path, target: Path, step: int, files: Entries) -> None:
     """Turn the folder of `begin`, with all `files` in it, into the checkpoint `target`. SaveFailed."""
     try:
-        for name, entry in files.items():
-            if (temporary / name).stat().st_size != entry["bytes"]:
-                raise SaveFailed(f"{temporary / name} is not as long as it was written. {REMEDY}")
-        manifest = {"format": reader.FORMAT, "step": step, "files": files}
-        text = json.dumps(manifest, indent=2, sort_keys=True).encode()
-        entry = write_file(temporary / reader.MANIFEST_FILE, [text])
-        sync_path(temporary / reader.TOKENIZER_FOLDER)
-        sync_path(temporary)
-        write_file(temporary / COMPLETE_FILE, [entry["sha256"].encode() + b"\n"])
-        sync_path(temporary)
+        seal(temporary, step, files)
         for damaged in (target, _aside(target)):  # training has reached its step again
             if damaged.exists():
                 _discard(damaged)
@@ -89,7 +94,7 @@ def set_aside_newer(run_folder: Path, step: int) -> None:
     """Rename the checkpoints of later steps than `step`, at which training goes on, so that no launch takes one for the
     newest of the run. Call only while holding the lock of the run."""
     for folder in reader.checkpoint_folders(run_folder):
-        if reader.step_of(folder) > step:
+        if (step_in_name(folder) or 0) > step:
             shutil.rmtree(_aside(folder), ignore_errors=True)
             os.rename(folder, _aside(folder))
 

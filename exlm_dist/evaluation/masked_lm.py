@@ -20,6 +20,7 @@ from exlm_dist.model.scoring import score
 from exlm_dist.model.stream import Stream
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tracking import EVENTS, EventLog, sync
+from exlm_dist.utils.checkpoint_names import run_of
 from exlm_dist.utils.errors import ConfigError, DataError
 
 #: Seconds that `evaluate_checkpoint` gives MLflow to take its result; it stays in the run folder anyway.
@@ -144,8 +145,8 @@ def record_evaluation(result: Evaluation) -> None:
 
     Does nothing for a checkpoint outside a run folder.
     """
-    run_folder = Path(result.checkpoint).parent.parent
-    if not (run_folder / EVENTS).is_file():
+    run_folder = run_of(Path(result.checkpoint))
+    if run_folder is None or not (run_folder / EVENTS).is_file():
         return
     log = EventLog(run_folder / EVENTS)
     name = f"evaluate-{result.split}-{result.sequences}-mask{result.mask_ratio:g}-{result.fingerprints['data'][:8]}"

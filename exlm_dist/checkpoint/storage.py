@@ -46,7 +46,7 @@ def begin(target: Path, needed: int) -> Path:
 
 
 def seal(temporary: Path, step: int, files: Entries) -> None:
-    """Make a folder with all `files` of a checkpoint in it a whole one: manifest, then COMPLETE. OSError; SaveFailed."""
+    """Complete a folder with all `files` of a checkpoint in it: manifest, then COMPLETE. OSError, SaveFailed."""
     for name, entry in files.items():
         if (temporary / name).stat().st_size != entry["bytes"]:
             raise SaveFailed(f"{temporary / name} is not as long as it was written. {REMEDY}")

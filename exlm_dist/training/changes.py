@@ -21,6 +21,7 @@ from exlm_dist.utils.errors import CheckpointError
 
 #: Why a setting, or those of a section, cannot change.
 REASONS = {
+    "init": "the initial weights are made",
     "seed": "decides order, masks and dropout: samples would come twice in an epoch, or never",
     "batch.sequences": "decides which samples a step sees: step x batch.sequences is the position in the data",
     "model.init_std": "the initial weights are made",

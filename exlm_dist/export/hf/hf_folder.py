@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from exlm_dist.checkpoint.hf_export import MODEL_TYPE, SETTINGS, hf_name
 from exlm_dist.checkpoint.reader import TOKENIZER_FOLDER, find_checkpoint, load_weights, read_config
 from exlm_dist.config.schema import ModelConfig
 from exlm_dist.export.hf.model_card import model_card
@@ -21,7 +22,6 @@ from exlm_dist.tokenizers.tokenizer import BOS, EOS, MASK, PAD
 from exlm_dist.utils.errors import CheckpointError
 from exlm_dist.utils.files import sync_path, write_atomic, write_json
 
-MODEL_TYPE = "exlm"
 #: Files of this folder that are copied into each export.
 CODE_FILES = ("configuration_exlm.py", "graph_exlm.py", "modeling_exlm.py")
 _AUTO_CLASSES = {
@@ -66,23 +66,8 @@ def hf_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
         "auto_map": {"AutoConfig": "configuration_exlm.ExLMConfig", **auto},
         "dtype": "float32",
         "vocab_size": vocab_size,
-        "hidden_size": model.width,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "intermediate_size": model.ffn,
-        "objective": model.objective,
-        "states": model.states,
-        "transitions": model.transitions,
-        "transition_positions": model.transition_positions,
-        "anchors": model.anchors,
-        "rotary": model.rotary,
-        "norm": model.norm,
-        "hidden_dropout_prob": model.dropout,
-        "attention_probs_dropout_prob": model.attention_dropout,
-        "max_position_embeddings": model.max_positions,
-        "initializer_range": model.init_std,
+        **{key: getattr(model, setting) for key, setting in SETTINGS.items()},
         "layer_norm_eps": NORM_EPS,
-        "tie_word_embeddings": model.tie_head,
         "bos_token_id": BOS,
         "pad_token_id": PAD,
         "eos_token_id": EOS,
@@ -92,11 +77,7 @@ def hf_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
 
 def hf_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our parameters under the names of `ExLMForMaskedLM`; a tied matrix is there once, as the embedding."""
-    renamed = {"output.weight": "output.decoder.weight", "output.bias": "output.decoder.bias"}
-    return {
-        renamed.get(name, name if name.startswith("output.") else f"exlm.{name}"): value.contiguous()
-        for name, value in weights.items()
-    }
+    return {hf_name(name): value.contiguous() for name, value in weights.items()}
 
 
 def _check_target(out: Path) -> None:

@@ -41,6 +41,12 @@ def checkpoint_folders(run_folder: Path) -> list[Path]:
     return sorted((path for path in folders if path.is_dir()), key=lambda path: step_in_name(path) or 0, reverse=True)
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether this is a checkpoint, whole or not, and no run folder or anything else."""
+    files = (COMPLETE_FILE, STATE_FILE)
+    return step_in_name(folder) is not None or any((Path(folder) / name).is_file() for name in files)
+
+
 def verify(folder: Path, *, hashes: bool = True, split: tuple[int, int] = (0, 1)) -> dict[str, Any]:
     """The manifest of a whole checkpoint; CheckpointError naming the first thing that is wrong.
 
@@ -105,7 +111,7 @@ def find_checkpoint(path: Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is no folder. Give a run folder (runs/NAME) or a checkpoint in it.")
-    if (path / MANIFEST_FILE).is_file() or step_in_name(path) is not None:
+    if is_checkpoint(path):
         verify(path)
         return path
     return newest_checkpoint(path)

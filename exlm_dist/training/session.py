@@ -151,7 +151,7 @@ def _take_weights(
     weights = InitialWeights(source, match, shapes, seed=config.seed, std=config.model.init_std)
     engine_state.fill_parameters(engine, weights, weights.names)
     init = {**source.about, **summary(match, shapes)}
-    logger.info("%s starts with other weights:\n%s", config.name, table(init, match.new_tokens))
+    logger.info("%s starts with the weights of a checkpoint:\n%s", config.name, table(init, match.new_tokens))
     return init
 
 

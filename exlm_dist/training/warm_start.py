@@ -20,7 +20,6 @@ from exlm_dist.checkpoint.tensors import TensorReader
 from exlm_dist.config.schema import ModelConfig
 from exlm_dist.model.initialisation import initial_value
 from exlm_dist.tokenizers import load_tokenizer
-from exlm_dist.utils.checkpoint_names import step_in_name
 from exlm_dist.utils.errors import CheckpointError, ConfigError
 from exlm_dist.utils.files import sha256_file
 
@@ -76,7 +75,7 @@ def candidates(init: str) -> list[Path]:
         )
     if not path.is_dir():
         raise ConfigError(f"init: there is no folder {path} (working folder {Path.cwd()}).")
-    if hf_export.is_export(path) or (path / reader.MANIFEST_FILE).is_file() or step_in_name(path) is not None:
+    if hf_export.is_export(path) or reader.is_checkpoint(path):
         return [path]
     folders = reader.checkpoint_folders(path)
     if not folders:

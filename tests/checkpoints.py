@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from exlm_dist.checkpoint import storage
-from exlm_dist.checkpoint.offline import write_tensor_files
+from exlm_dist.checkpoint import rank_files, storage
 from exlm_dist.checkpoint.pieces import Piece, overlaps
-from exlm_dist.checkpoint.rank_files import SmallFiles
 from exlm_dist.checkpoint.tensors import Index, model_file, optimizer_file, shape_in_file, tensor_name
+from exlm_dist.checkpoint.weights_only import write_arrays
 from exlm_dist.utils.checkpoint_names import checkpoint_folder
 
 Arrays = Mapping[str, np.ndarray]
@@ -79,14 +78,14 @@ def write_checkpoint(
     target = checkpoint_folder(run_folder, step)
     size = 4 * sum(array.size for arrays in (model, optimizer) for array in arrays.values())
     temporary = storage.begin(target, size)
+    small = rank_files.SmallFiles.of_run(index.as_text(), state, config, Path(tokenizer))
     files: dict[str, dict[str, np.ndarray]] = {}
-    for moment in (None, *moments):
-        for name, parts in pieces.items():
-            array = (model if moment is None else optimizer)[tensor_name(name, moment)]
-            for piece in parts:
-                file = (model_file if moment is None else optimizer_file)(piece.rank)
-                elements = elements_of(array, piece).reshape(shape_in_file(array.shape, piece))
-                files.setdefault(file, {})[tensor_name(name, moment)] = elements
-    small = SmallFiles.of_run(index.as_text(), state, config, Path(tokenizer))
-    storage.publish(temporary, target, step, write_tensor_files(temporary, files, small))
+    for moment, arrays, file_of in [(None, model, model_file), *((m, optimizer, optimizer_file) for m in moments)]:
+        for name in model:
+            array = arrays[tensor_name(name, moment)]
+            for piece in pieces[name]:
+                part = elements_of(array, piece).reshape(shape_in_file(array.shape, piece))
+                files.setdefault(file_of(piece.rank), {})[tensor_name(name, moment)] = part
+    entries = write_arrays(temporary, files, small)
+    storage.publish(temporary, target, step, entries)
     return target

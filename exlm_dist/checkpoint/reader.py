@@ -1,7 +1,7 @@
 """Reading a checkpoint: verify, weights, state. The one reader of the format, for training (resume), evaluation,
 analysis and export alike; it knows no rank and imports no DeepSpeed.
 
-A checkpoint is a folder (of a run: `checkpoints/step-00001000/`) with the pieces of parameters and moments
+A checkpoint is a folder (those of a run are `checkpoints/step-00001000/`) with the pieces of parameters and moments
 (`exlm_dist.checkpoint.tensors`), `state.json`, `config.yaml`, `tokenizer/`, `manifest.json`
 (`{"format": 2, "files": {relative path: {"sha256": hex, "bytes": int}}, ...}`) and `COMPLETE` (the SHA-256 of
 `manifest.json` and a line end). No pickle is read.
@@ -35,16 +35,37 @@ MANIFEST_FILE = "manifest.json"
 logger = get_logger(__name__)
 
 
-def checkpoint_folders(run_folder: Path) -> list[Path]:
-    """Checkpoint folders of a run, newest first, whole or not."""
-    folders = [path for path in (Path(run_folder) / CHECKPOINTS).glob("step-*") if step_in_name(path) is not None]
-    return sorted((path for path in folders if path.is_dir()), key=lambda path: step_in_name(path) or 0, reverse=True)
+def step_of(folder: Path) -> int:
+    """Step of a checkpoint: that in the name `step-00001000`, else that of its `state.json`; CheckpointError where
+    neither tells it."""
+    step = step_in_name(folder)
+    if step is not None:
+        return step
+    try:
+        return int(read_state(folder)["step"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder} is no checkpoint folder: neither its name (step-00001000) nor its {STATE_FILE} tells the step."
+        ) from error
+
+
+def run_folder_of(folder: Path) -> Path | None:
+    """The run folder whose training wrote a checkpoint, as its place tells; None for one that lies elsewhere."""
+    folder = Path(folder).resolve()
+    inside = folder.parent.name == CHECKPOINTS and step_in_name(folder) is not None
+    return folder.parent.parent if inside else None
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether this is a checkpoint, whole or not, and no run folder or anything else."""
-    files = (COMPLETE_FILE, STATE_FILE)
+    files = (INDEX_FILE, STATE_FILE)
     return step_in_name(folder) is not None or any((Path(folder) / name).is_file() for name in files)
+
+
+def checkpoint_folders(run_folder: Path) -> list[Path]:
+    """Checkpoint folders of a run, newest first, whole or not."""
+    folders = [path for path in (Path(run_folder) / CHECKPOINTS).glob("step-*") if step_in_name(path) is not None]
+    return sorted((path for path in folders if path.is_dir()), key=step_of, reverse=True)
 
 
 def verify(folder: Path, *, hashes: bool = True, split: tuple[int, int] = (0, 1)) -> dict[str, Any]:
@@ -145,11 +166,6 @@ def _load_tensors(
 def read_state(folder: Path) -> dict[str, Any]:
     """`state.json`: step, counters, fingerprints."""
     return json.loads((Path(folder) / STATE_FILE).read_text())
-
-
-def step_of(folder: Path) -> int:
-    """Optimizer steps that made the weights of a checkpoint, whatever its folder is called."""
-    return int(read_state(folder)["step"])
 
 
 def read_config(folder: Path) -> RunConfig:

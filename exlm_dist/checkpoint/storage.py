@@ -15,7 +15,7 @@ from pathlib import Path
 
 from exlm_dist.checkpoint import reader
 from exlm_dist.checkpoint.rank_files import REMEDY, Entries, SaveFailed, save_failed, write_file
-from exlm_dist.utils.checkpoint_names import CHECKPOINTS, COMPLETE_FILE, step_in_name
+from exlm_dist.utils.checkpoint_names import CHECKPOINTS, COMPLETE_FILE
 from exlm_dist.utils.errors import CheckpointError
 from exlm_dist.utils.files import sync_path, write_atomic
 
@@ -45,8 +45,35 @@ def begin(target: Path, needed: int) -> Path:
     return temporary
 
 
-def seal(temporary: Path, step: int, files: Entries) -> None:
-    """Complete a folder with all `files` of a checkpoint in it: manifest, then COMPLETE. OSError, SaveFailed."""
+def publish(temporary: Path, target: Path, step: int, files: Entries) -> None:
+    """Turn the folder of `begin`, with all `files` in it, into the checkpoint `target` of a run. SaveFailed."""
+    try:
+        _seal(temporary, step, files)
+        for damaged in (target, _aside(target)):  # training has reached its step again
+            if damaged.exists():
+                _discard(damaged)
+        os.rename(temporary, target)
+        sync_path(target.parent)
+        write_atomic(target.parent / LATEST, target.name + "\n")
+    except OSError as error:
+        raise save_failed(error, temporary) from error
+
+
+def publish_alone(temporary: Path, target: Path, step: int, files: Entries) -> None:
+    """The same for a checkpoint that belongs to no run: `target`, which is replaced, has no pointer beside it.
+    SaveFailed."""
+    try:
+        _seal(temporary, step, files)
+        if target.exists():
+            _discard(target)
+        os.rename(temporary, target)
+        sync_path(target.parent)
+    except OSError as error:
+        raise save_failed(error, temporary) from error
+
+
+def _seal(temporary: Path, step: int, files: Entries) -> None:
+    """Check the sizes of `files`; write the manifest and, last, COMPLETE."""
     for name, entry in files.items():
         if (temporary / name).stat().st_size != entry["bytes"]:
             raise SaveFailed(f"{temporary / name} is not as long as it was written. {REMEDY}")
@@ -57,20 +84,6 @@ def seal(temporary: Path, step: int, files: Entries) -> None:
     sync_path(temporary)
     write_file(temporary / COMPLETE_FILE, [entry["sha256"].encode() + b"\n"])
     sync_path(temporary)
-
-
-def publish(temporary: Path, target: Path, step: int, files: Entries) -> None:
-    """Turn the folder of `begin`, with all `files` in it, into the checkpoint `target`. SaveFailed."""
-    try:
-        seal(temporary, step, files)
-        for damaged in (target, _aside(target)):  # training has reached its step again
-            if damaged.exists():
-                _discard(damaged)
-        os.rename(temporary, target)
-        sync_path(target.parent)
-        write_atomic(target.parent / LATEST, target.name + "\n")
-    except OSError as error:
-        raise save_failed(error, temporary) from error
 
 
 def _discard(folder: Path) -> None:
@@ -94,7 +107,7 @@ def set_aside_newer(run_folder: Path, step: int) -> None:
     """Rename the checkpoints of later steps than `step`, at which training goes on, so that no launch takes one for the
     newest of the run. Call only while holding the lock of the run."""
     for folder in reader.checkpoint_folders(run_folder):
-        if (step_in_name(folder) or 0) > step:
+        if reader.step_of(folder) > step:
             shutil.rmtree(_aside(folder), ignore_errors=True)
             os.rename(folder, _aside(folder))
 

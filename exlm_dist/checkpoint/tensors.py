@@ -127,7 +127,7 @@ class WholeTensors(TensorReader):
         header = read_header(path)
         for name in names:
             if name not in header or header[name]["dtype"] != "F32":
-                found = f"has dtype {header[name]['dtype']}, not F32" if name in header else "is missing"
+                found = f"is {header[name]['dtype']}: save the model in float32" if name in header else "is missing"
                 raise CheckpointError(f"{path}: tensor {name} {found}.")
         shapes = {ours: tuple(header[name]["shape"]) for name, ours in names.items()}
         self.index = Index(shapes, {name: [Piece(None, 0, math.prod(shape), 0)] for name, shape in shapes.items()}, ())
@@ -165,9 +165,9 @@ def _open(path: Path, header: Mapping[str, Mapping[str, Any]]) -> dict[str, np.n
     return {name: data[slice(*entry["data_offsets"])].view(np.float32) for name, entry in header.items()}
 
 
-def write_header(tensors: Mapping[str, Shape]) -> bytes:
+def write_header(tensors: Mapping[str, Shape], metadata: Mapping[str, str] | None = None) -> bytes:
     """Header of a safetensors file with fp32 `tensors`, whose elements follow in this order."""
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, shape in tensors.items():
         end = offset + math.prod(shape) * 4

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import TypeAlias
 
+from exlm_dist.tables.input_files import FORMATS, InputOptions
+
 #: What `register` of each group adds its commands to.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 #: Runs a command with its parsed options and returns the exit code.
@@ -41,6 +43,31 @@ def add_group(commands: Commands, name: str, summary: str, *, metavar: str, desc
     described = description or f"{summary[0].upper()}{summary[1:]}."
     parser = commands.add_parser(name, help=summary, description=described)
     return parser.add_subparsers(required=True, metavar=metavar)
+
+
+def add_input_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a user may say of input files; `input_options` reads it."""
+    parser.add_argument(
+        "--column",
+        metavar="NAME",
+        help="column or field to read: its name, or its number from 1 where none has that name",
+    )
+    parser.add_argument("--format", choices=FORMATS, help="what all input files are, whatever their names say")
+    parser.add_argument(
+        "--delimiter", metavar="CHARACTER", help="character between the columns of csv or tsv, such as ';', or tab"
+    )
+    parser.add_argument(
+        "--no-header",
+        dest="header",
+        action="store_const",
+        const=False,
+        help="the first row of csv and tsv is data; their columns have numbers from 1",
+    )
+
+
+def input_options(options: argparse.Namespace) -> InputOptions:
+    """What the options of `add_input_options` say. ConfigError if they contradict one another."""
+    return InputOptions(options.column, options.format, options.delimiter, options.header)
 
 
 def positive(text: str) -> int:

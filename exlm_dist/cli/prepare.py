@@ -6,20 +6,20 @@ import argparse
 import os
 from typing import Any
 
-from exlm_dist.cli.command import Commands, add_command, add_group
+from exlm_dist.cli.command import Commands, add_command, add_group, add_input_options
 
 
 def register(commands: Commands) -> None:
     """Add `prepare` and its kinds."""
     kinds = add_group(commands, "prepare", "turn SMILES or text into tokenized shards", metavar="KIND")
     smiles = add_command(
-        kinds, "smiles", _smiles, "molecules as SMILES: .smi .txt .csv .tsv .jsonl .parquet, plain, .gz or .zst"
+        kinds, "smiles", _smiles, "molecules as SMILES: .smi .txt .csv .tsv .jsonl .parquet, also compressed"
     )
     text = add_command(
         kinds,
         "text",
         _text,
-        "text: .txt (documents separated by blank lines) .csv .tsv .jsonl .parquet, plain, .gz or .zst",
+        "text: .txt (documents separated by blank lines) .csv .tsv .jsonl .parquet, also compressed",
     )
     demo_smiles = add_command(kinds, "demo-smiles", _demo_smiles, "the built-in demo corpus of molecules")
     demo_text = add_command(kinds, "demo-text", _demo_text, "the built-in demo corpus of English text")
@@ -48,7 +48,7 @@ def register(commands: Commands) -> None:
 def _add_input(parser: argparse.ArgumentParser) -> None:
     """Add the options for a corpus of the user's own."""
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="input files or glob patterns")
-    parser.add_argument("--column", help="column (csv, tsv, parquet) or field (jsonl) with the SMILES or the text")
+    add_input_options(parser)
     parser.add_argument(
         "--valid-input",
         dest="valid_inputs",

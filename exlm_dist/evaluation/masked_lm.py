@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from exlm_dist.checkpoint.reader import TOKENIZER_FOLDER, find_checkpoint, read_config, reference, step_of
+from exlm_dist.checkpoint.reader import (
+    TOKENIZER_FOLDER,
+    find_checkpoint,
+    read_config,
+    reference,
+    run_folder_of,
+    step_of,
+)
 from exlm_dist.config import RunConfig
 from exlm_dist.data.loader import eval_batches
 from exlm_dist.data.recipe import Recipe
@@ -20,7 +27,6 @@ from exlm_dist.model.scoring import score
 from exlm_dist.model.stream import Stream
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tracking import EVENTS, EventLog, sync
-from exlm_dist.utils.checkpoint_names import run_of
 from exlm_dist.utils.errors import ConfigError, DataError
 
 #: Seconds that `evaluate_checkpoint` gives MLflow to take its result; it stays in the run folder anyway.
@@ -145,7 +151,7 @@ def record_evaluation(result: Evaluation) -> None:
 
     Does nothing for a checkpoint outside a run folder.
     """
-    run_folder = run_of(Path(result.checkpoint))
+    run_folder = run_folder_of(Path(result.checkpoint))
     if run_folder is None or not (run_folder / EVENTS).is_file():
         return
     log = EventLog(run_folder / EVENTS)

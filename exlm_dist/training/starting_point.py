@@ -9,7 +9,7 @@ from typing import Any
 
 from exlm_dist.checkpoint import reader, storage
 from exlm_dist.checkpoint.hf_export import is_export
-from exlm_dist.checkpoint.tensors import TensorReader
+from exlm_dist.checkpoint.weights_only import describe_origin
 from exlm_dist.config import RunConfig, check_vocabulary, check_world
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.parallel.process import Process
@@ -52,8 +52,8 @@ def find_starting_point(
     not change what was learned.
 
     ConfigError for settings that do not fit the ranks, the device or the weights of `init`, DataError for data that
-    cannot be used, CheckpointError where the folder is in use, none of its checkpoints is whole, or the newest has no
-    moments or belongs to another run.
+    cannot be used, CheckpointError where the folder is in use, none of its checkpoints is whole, or they belong to
+    another run.
     """
     process.run_everywhere(lambda: _check_settings(config, process))
     path = Path(process.run_on_first_rank(lambda: _open_folder(config, resources)))
@@ -65,7 +65,6 @@ def find_starting_point(
     folder, state = select_checkpoint(path, process) or (None, {"step": 0, "progress": {}})
     step, changes, source = state["step"], [], None
     if folder is not None:
-        process.run_everywhere(lambda: _check_moments(config, folder))
         changes = process.run_everywhere(lambda: _accept(config, train_data, folder, state, allow_changes))
     elif config.init:
         source = _find_source(config, process)
@@ -129,15 +128,6 @@ def _find_source(config: RunConfig, process: Process) -> Source:
     return source
 
 
-def _check_moments(config: RunConfig, folder: Path) -> None:
-    """CheckpointError for a checkpoint that was put into the run folder and has weights alone."""
-    if not TensorReader(folder).index.moments:
-        raise CheckpointError(
-            f"{folder} has no optimizer states (it was averaged or imported), so a run cannot continue from it. "
-            f"Move it out of the run folder, or train a new run from its weights:\n  {new_run_command(config)}"
-        )
-
-
 def _check_settings(config: RunConfig, process: Process) -> None:
     """What the configuration asks of these ranks and this device. Checked on all ranks before any leaves: one that
     left at once would look lost to those still on their way here."""
@@ -170,8 +160,14 @@ def _rejection(folder: Path, process: Process) -> str | None:
 def _accept(
     config: RunConfig, data: ShardDataset, folder: Path, state: dict[str, Any], allow_changes: bool
 ) -> list[Change]:
-    """Settings that change where training goes on from the checkpoint. CheckpointError when it belongs to other data,
-    another tokenizer or other settings."""
+    """Settings that change where training goes on from the checkpoint. CheckpointError when it was not written by
+    training, or belongs to other data, another tokenizer or other settings."""
+    if origin := describe_origin(state):
+        raise CheckpointError(
+            f"{folder} is an {origin}: it has no moments of the optimizer, so that no run can resume from it. Move it "
+            f"out of {folder.parent} to go on from the run's own checkpoints, or train a new run from its weights:\n"
+            f"  {new_run_command(config)}"
+        )
     for what, here in fingerprints(data).items():
         if state[what] != here:
             raise CheckpointError(

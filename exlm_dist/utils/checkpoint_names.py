@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
 #: The last file to be written: a checkpoint without it is not whole.
 COMPLETE_FILE = "COMPLETE"
-_STEP_FOLDER = re.compile(r"step-(\d+)$")
+_STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
@@ -19,12 +18,5 @@ def checkpoint_folder(run_folder: Path, step: int) -> Path:
 
 def step_in_name(folder: Path) -> int | None:
     """Step in the name `step-00001000`; None for any other name."""
-    match = _STEP_FOLDER.match(Path(folder).name)
+    match = _STEP_FOLDER.fullmatch(Path(folder).name)
     return None if match is None else int(match.group(1))
-
-
-def run_of(checkpoint: Path) -> Path | None:
-    """Folder of the run that saved a checkpoint, told by its place there; None for one that lies elsewhere."""
-    folder = Path(os.path.abspath(checkpoint))
-    saved_there = folder.parent.name == CHECKPOINTS and step_in_name(folder) is not None
-    return folder.parent.parent if saved_there else None

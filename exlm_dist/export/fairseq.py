@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,9 @@ def from_fairseq(
             f"unknown entries in the fairseq state dict: {', '.join(sorted(unknown))}. Is it an ExLM checkpoint?"
         )
     for (layer_index, kind), parts in projections.items():
+        if missing := {"q", "k", "v"} - parts.keys():
+            names = ", ".join(f"{letter}_proj.{kind}" for letter in sorted(missing))
+            raise CheckpointError(f"the fairseq state dict has no {names} of layer {layer_index}. Is it whole?")
         weights[f"blocks.{layer_index}.attention.qkv.{kind}"] = _join(parts, heads)
     if "output.transition.positions.weight" in weights:
         weights["output.transition.positions.weight"] = weights["output.transition.positions.weight"][POSITION_OFFSET:]
@@ -152,20 +156,25 @@ def export_fairseq(checkpoint: Path, out: Path) -> str:
         "tokenizer_fingerprint": load_tokenizer(folder / TOKENIZER_FOLDER).fingerprint,
         "data_fingerprint": about.get("data_fingerprint"),
     }
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # One entry: safetensors writes several in any order.
-        save_file(state, temporary, metadata={METADATA: json.dumps(metadata, sort_keys=True)})
-        temporary.chmod(0o644)
-        sync_path(temporary)
-        temporary.replace(out)
-        sync_path(out.parent)
+        _write(out, state, metadata)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--out {out} cannot be written: {error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return f"{out}: {len(state)} tensors of {folder} in the layout of the authors' code (<mask> is the last id)"
+
+
+def _write(out: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write the file beside `out`, then rename it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        new = Path(scratch, out.name)
+        # One entry: safetensors writes several in any order.
+        save_file(state, new, metadata={METADATA: json.dumps(metadata, sort_keys=True)})
+        new.chmod(0o644)
+        sync_path(new)
+        _check_target(out)
+        os.replace(new, out)
+    sync_path(out.parent)
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:

@@ -209,7 +209,7 @@ def _table_in_lines(path: Path, form: str, lines: list[str], options: InputOptio
 def _delimiter(path: Path, form: str, lines: list[str]) -> str:
     """That of the format. DataError if the header does not have it, but it and nearly all lines have another one."""
     own = "," if form == "csv" else "\t"
-    if not lines or own in lines[0]:
+    if not lines or own in lines[0] or lines[0].lower().startswith("sep="):
         return own
     for other, name in DELIMITERS.items():
         count = lines[0].count(other)
@@ -222,23 +222,11 @@ def _delimiter(path: Path, form: str, lines: list[str]) -> str:
 
 
 def _header(path: Path, options: InputOptions) -> tuple[bool, str]:
-    """(whether the first row is a header, what to say of it). DataError if most rows do not have the columns of the
-    first one, or if it is not certain what that is."""
+    """(whether the first row is a header, what to say of it). DataError if that is not certain."""
     with open_text(path) as file:
         rows = first_rows(file, options.delimiter or ",", options.format == "csv", _SAMPLE)
-    width = len(unique_names(rows[0])) if rows else 0
-    if rows and not width and options.header is not False:
-        raise DataError(
-            f"{path}: its first row is empty, so its columns have no names. If it is data, say --no-header."
-        )
-    ragged = [row for row in rows[1:] if len(row) < width or any(cell.strip() for cell in row[width:])]
-    if len(ragged) > len(rows) / 2:
-        name = DELIMITERS.get(options.delimiter or ",", repr(options.delimiter))
-        raise DataError(
-            f"{path}: its first row has {width} column(s), but {len(ragged)} of the next {len(rows) - 1} rows have not "
-            f"(the first: {len(ragged[0])}, {ragged[0]!r:.80}). If {name} does not separate its columns, say what does "
-            "(--delimiter tab, where each line is one text); a text that contains it must stand in double quotes."
-        )
+    if rows:
+        _refuse_ragged(path, rows, options)
     if options.header is not None or not rows:
         return options.header is not False, ""
     names = [name.strip() for name in rows[0]]
@@ -248,6 +236,29 @@ def _header(path: Path, options: InputOptions) -> tuple[bool, str]:
     if options.column in names and not str(options.column).isdigit():
         return True, ""
     return _header_by_kinds(path, names, rows[1:])
+
+
+def _refuse_ragged(path: Path, rows: list[list[str]], options: InputOptions) -> None:
+    """DataError if the first row names no column, or most of the others do not have its columns."""
+    width = len(unique_names(rows[0]))
+    if not width and options.header is not False:
+        raise DataError(f"{path}: its first row is empty, so its columns have no names. If data, say --no-header.")
+    if rows[0][0].lower().startswith("sep="):
+        raise DataError(f"{path}: its first line is for Excel alone. Take it off: sed -i 1d {shlex.quote(str(path))}")
+    ragged = [row for row in rows[1:] if len(row) < width or any(cell.strip() for cell in row[width:])]
+    if len(ragged) <= len(rows) / 2:
+        return
+    name = DELIMITERS.get(options.delimiter or ",", repr(options.delimiter))
+    advice = "The first row must be a header that names every column, not a comment."
+    if options.format == "csv":
+        advice += (
+            f" Text with {name} in it must stand in double quotes; --delimiter says what else is between the columns "
+            "(--delimiter tab, if each line is one text)."
+        )
+    raise DataError(
+        f"{path}: its first row has {width} column(s), but {len(ragged)} of the next {len(rows) - 1} rows have not "
+        f"(the first: {len(ragged[0])}, {ragged[0]!r:.80}). {advice}"
+    )
 
 
 def _header_by_kinds(path: Path, names: list[str], rows: list[list[str]]) -> tuple[bool, str]:

@@ -56,3 +56,10 @@ def test_unknown_entries_are_named_and_buffers_left_out():
     theirs["encoder.sentence_encoder.embed_positions.weight"] = torch.zeros(3, 2)
     with pytest.raises(CheckpointError, match="embed_positions"):
         from_fairseq(theirs)
+
+
+def test_a_projection_that_is_missing_is_named():
+    theirs = to_fairseq(our_weights())
+    del theirs["encoder.sentence_encoder.layers.1.self_attn.k_proj.bias"]
+    with pytest.raises(CheckpointError, match="no k_proj.bias of layer 1"):
+        from_fairseq(theirs)

@@ -176,6 +176,24 @@ def test_text_with_unquoted_commas(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("excel.csv", "sep=;\nid;smiles\n1;CCO\n", "for Excel alone. Take it off: sed -i 1d .*excel.csv"),
+        ("r.tsv", "smiles\ty\n1\tCCO\t1\n2\tCCN\t0\n", "header that names every column, not a comment.$"),
+        ("comment.csv", "# by hand\nid,smiles\n1,CCO\n2,CCN\n", "not a comment. Text with ',' in it"),
+        ("empty.csv", ",,\n1,CCO,x\n", "its first row is empty.*--no-header"),
+    ],
+)
+def test_what_is_no_header_is_refused(tmp_path: Path, name: str, content: str, words: str) -> None:
+    path = made(tmp_path / name, content)
+    with pytest.raises(DataError, match=words):
+        texts(path)
+    if name == "excel.csv":
+        path.write_text(content.split("\n", 1)[1])
+        assert texts(path, delimiter=";") == ["CCO"]
+
+
+@pytest.mark.parametrize(
     ("content", "header"),
     [
         ("smiles\n" + "\n".join(SMILES), True),

@@ -15,7 +15,12 @@ _JOB_OPTIONS = ("account", "partition", "nodes", "gpus_per_node", "tasks_per_nod
 def register(commands: Commands) -> None:
     """Add `pretrain`, `plan`, `launch` and `doctor`."""
     pretrain = add_command(
-        commands, "pretrain", _pretrain, "train, or continue, the run that a configuration describes", overrides=True
+        commands,
+        "pretrain",
+        _pretrain,
+        "train, or continue, the run that a configuration describes; with --init CHECKPOINT a new run starts with the "
+        "weights of a checkpoint",
+        overrides=True,
     )
     pretrain.add_argument("config", help="YAML file, say configs/pretrain/demo_smiles_exlm.yaml")
     pretrain.add_argument("--local_rank", help=argparse.SUPPRESS)

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import TypeAlias
 
+from exlm_dist.tables.input_files import FORMATS, InputOptions
+
 #: What `register` of each group adds its commands to.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 #: Runs a command with its parsed options and returns the exit code.
@@ -41,6 +43,27 @@ def add_group(commands: Commands, name: str, summary: str, *, metavar: str, desc
     described = description or f"{summary[0].upper()}{summary[1:]}."
     parser = commands.add_parser(name, help=summary, description=described)
     return parser.add_subparsers(required=True, metavar=metavar)
+
+
+def add_input_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a user may say of input files; `input_options` reads it."""
+    parser.add_argument(
+        "--column", metavar="NAME", help="column or field to read: its name, or its number from 1 if it has none"
+    )
+    parser.add_argument("--format", choices=FORMATS, help="what the input files are; default: what their names say")
+    parser.add_argument("--delimiter", metavar="CHARACTER", help="what separates the columns of csv, as in ';' or tab")
+    parser.add_argument(
+        "--no-header",
+        dest="header",
+        action="store_const",
+        const=False,
+        help="the first row of csv or tsv is data; columns then have numbers",
+    )
+
+
+def input_options(options: argparse.Namespace) -> InputOptions:
+    """What the options of `add_input_options` say. ConfigError if they contradict one another."""
+    return InputOptions(options.column, options.format, options.delimiter, options.header)
 
 
 def positive(text: str) -> int:

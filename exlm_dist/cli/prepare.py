@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from exlm_dist.cli.command import Commands, add_command, add_group
+from exlm_dist.cli.command import Commands, add_command, add_group, add_input_options
 
 
 def register(commands: Commands) -> None:
@@ -48,7 +48,7 @@ def register(commands: Commands) -> None:
 def _add_input(parser: argparse.ArgumentParser) -> None:
     """Add the options for a corpus of the user's own."""
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="input files or glob patterns")
-    parser.add_argument("--column", help="column (csv, tsv, parquet) or field (jsonl) with the SMILES or the text")
+    add_input_options(parser)
     parser.add_argument(
         "--valid-input",
         dest="valid_inputs",

@@ -15,10 +15,12 @@ import numpy as np
 
 from exlm_dist.data.manifest import MANIFEST, QUARANTINE, SCHEMA, SPLITS, TOKENIZER, read_manifest, sealed
 from exlm_dist.data.shards import ShardDataset
-from exlm_dist.prepare.readers import Row, expand_inputs, read_rows
 from exlm_dist.prepare.shard_writer import ShardWriter
 from exlm_dist.prepare.staging import staged_folder
 from exlm_dist.prepare.summary import Summary
+from exlm_dist.tables.failed_rows import HEADER, failed_line
+from exlm_dist.tables.input_files import InputOptions, expand_inputs, resolved
+from exlm_dist.tables.records import Row, read_rows, text_column
 from exlm_dist.tokenizers.tokenizer import UNK, Tokenizer
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.files import sha256_file, write_json
@@ -28,7 +30,6 @@ _log = get_logger(__name__)
 Item = TypeVar("Item")
 VALID_FRACTION = 0.02
 VALID_CAP = 10_000
-QUARANTINED_CHARACTERS = 500
 
 
 @dataclass(frozen=True)
@@ -36,23 +37,30 @@ class Source:
     """Input rows and what identifies them: equal identities mean equal rows.
 
     canonical_under: the policy under which the rows are canonical molecules already; None for rows of unknown origin.
+    of_lines: the files whose rows are lines of text, not whole texts.
     """
 
     identity: list[dict[str, Any]]
     rows: Callable[[], Iterable[Row]]
     canonical_under: dict[str, Any] | None = None
+    of_lines: frozenset[str] = frozenset()
 
     @classmethod
-    def of_files(cls, inputs: Sequence[str], column: str | None, default_column: str) -> Source:
-        """All rows of the files that paths and patterns name; name, size and SHA-256 identify a file."""
-        files = expand_inputs(list(inputs))
+    def of_files(cls, inputs: Sequence[str], options: InputOptions, default_column: str) -> Source:
+        """All rows of the files that paths and patterns name; name, size and SHA-256 identify a file. DataError if one
+        of them has not the column."""
+        files = expand_inputs(inputs, options)
+        forms = [resolved(path, options) for path in files]
+        for path, form in zip(files, forms):
+            text_column(path, form, default_column)
         identity = [{"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path)} for path in files]
 
         def rows() -> Iterator[Row]:
-            for path in files:
-                yield from read_rows(path, column, default_column)
+            for path, form in zip(files, forms):
+                yield from read_rows(path, form, default_column)
 
-        return cls(identity, rows)
+        lines = frozenset(str(path) for path, form in zip(files, forms) if form.format == "txt")
+        return cls(identity, rows, of_lines=lines)
 
 
 class Quarantine:
@@ -62,7 +70,7 @@ class Quarantine:
         self.counts: Counter[str] = Counter()
         self.first: dict[str, tuple[Row, str]] = {}
         self._file = open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n")
-        self._file.write("file\trow\treason\ttext\n")
+        self._file.write(HEADER)
 
     def __enter__(self) -> Quarantine:
         return self
@@ -75,14 +83,7 @@ class Quarantine:
         kind = reason.split(":")[0]
         self.counts[kind] += 1
         self.first.setdefault(kind, (row, reason))
-        self._file.write(
-            f"{_escaped(row.file)}\t{row.row}\t{_escaped(reason)}\t{_escaped(row.text[:QUARANTINED_CHARACTERS])}\n"
-        )
-
-
-def is_utf8(text: str) -> bool:
-    """Whether the reader could decode all of the text (it passes undecodable bytes on as surrogates)."""
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+        self._file.write(failed_line(row.file, row.row, reason, row.text))
 
 
 def content_hash(content: bytes | memoryview) -> int:
@@ -233,7 +234,3 @@ def _short(value: Any) -> str:
 def _flush(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")

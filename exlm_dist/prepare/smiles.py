@@ -24,14 +24,14 @@ from exlm_dist.prepare.folder import (
     choose_valid,
     chunked,
     content_hash,
-    is_utf8,
     prepare_folder,
     request_for,
     save_tokenizer,
 )
 from exlm_dist.prepare.progress import Progress
-from exlm_dist.prepare.readers import Row
 from exlm_dist.prepare.summary import Summary
+from exlm_dist.tables.input_files import InputOptions
+from exlm_dist.tables.records import Row
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles, make_policy
 from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer, split_smiles
@@ -52,6 +52,9 @@ def prepare_smiles(
     out: Path | str,
     *,
     column: str | None = None,
+    format: str | None = None,
+    delimiter: str | None = None,
+    header: bool | None = None,
     max_length: int = 512,
     stereo: str | None = None,
     salts: str | None = None,
@@ -64,21 +67,22 @@ def prepare_smiles(
 ) -> Summary:
     """Prepare the molecules of `inputs` (paths and patterns, or any source of rows) as the folder `out`.
 
-    column: of csv, tsv, parquet, jsonl. max_length: of the sequences kept, in tokens, BOS and EOS counted. stereo,
-    salts: see `make_policy`; default 'keep', or the policy of a given tokenizer. valid_inputs: files of the held-out
-    split; default `valid_fraction` of the molecules. min_count: occurrences a token needs to enter the vocabulary.
-    tokenizer: folder of a SMILES tokenizer to use instead of a new one. Raises DataError for input that cannot be used;
-    single such rows go to `quarantine.tsv`.
+    column, format, delimiter, header: see `InputOptions`. max_length: of the sequences kept, in tokens, BOS and EOS
+    counted. stereo, salts: see `make_policy`; default 'keep', or the policy of a given tokenizer. valid_inputs: files
+    of the held-out split; default `valid_fraction` of the molecules. min_count: occurrences a token needs to enter the
+    vocabulary. tokenizer: folder of a SMILES tokenizer to use instead of a new one. Raises DataError for input that
+    cannot be used; single such rows go to `quarantine.tsv`.
     """
-    train = inputs if isinstance(inputs, Source) else Source.of_files(inputs, column, "smiles")
-    valid = Source.of_files(valid_inputs, column, "smiles") if valid_inputs else None
     check_fraction(valid_fraction)
     check_max_length(max_length)
+    asked = InputOptions(column, format, delimiter, header)
+    train = inputs if isinstance(inputs, Source) else Source.of_files(inputs, asked, "smiles")
+    valid = Source.of_files(valid_inputs, asked, "smiles") if valid_inputs else None
     given = None if tokenizer is None else _given_tokenizer(tokenizer)
     policy = _policy_for(given, stereo, salts)
     job = SmilesJob(train, valid, policy, given, max_length, valid_fraction, min_count, workers or default_workers())
     settings = {
-        "column": column,
+        **asked.given(),
         "max_length": max_length,
         "policy": policy,
         "valid_fraction": None if valid else valid_fraction,
@@ -166,9 +170,10 @@ class SmilesJob:
         molecules.refuse_if_hopeless(1)
         if not molecules.hashes:
             row, reason = next(iter(molecules.quarantine.first.values()))
+            advice = "Raise --max-length, or check" if reason.startswith("too long") else "Check"
             raise DataError(
                 f"none of {molecules.rows:,} rows can be used (first: {row.file}, row {row.row}: {reason}). "
-                "Raise --max-length, or check the input."
+                f"{advice} the input."
             )
 
     def _make_tokenizer(self, molecules: _Molecules, is_valid: np.ndarray) -> SmilesTokenizer:
@@ -242,7 +247,8 @@ class _Molecules:
         hint = (
             "it looks like text: use `exlm prepare text`"
             if " " in row.text.strip() or len(row.text) > 200
-            else "is this the right column (--column)? Text is prepared with `exlm prepare text`"
+            else "is this the right column (--column), of a file of this format (--format csv, say)? Text is prepared "
+            "with `exlm prepare text`"
         )
         raise DataError(
             f"{wrong:,} of {filled:,} rows cannot be read as SMILES "
@@ -263,8 +269,6 @@ def clean_rows(policy: Mapping[str, Any] | None, max_length: int, rows: list[Row
         parts = row.text.split()
         if not problem and not parts:
             problem = "empty"
-        elif not problem and not is_utf8(row.text):
-            problem = "not UTF-8"
         elif not problem and len(parts) > 1 and not parts[1].startswith("|"):  # |...| is a CXSMILES extension
             problem = UNPARSABLE
         if not problem:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,14 +23,13 @@ from exlm_dist.prepare.folder import (
     choose_valid,
     chunked,
     content_hash,
-    is_utf8,
     prepare_folder,
     request_for,
     save_tokenizer,
 )
 from exlm_dist.prepare.progress import Progress
-from exlm_dist.prepare.readers import Row, file_format
 from exlm_dist.prepare.summary import Summary
+from exlm_dist.tables.input_files import InputOptions
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from exlm_dist.tokenizers.smiles_tokenizer import split_smiles
@@ -56,6 +55,9 @@ def prepare_text(
     *,
     vocab_size: int = 32_000,
     column: str | None = None,
+    format: str | None = None,
+    delimiter: str | None = None,
+    header: bool | None = None,
     max_length: int = 512,
     valid_inputs: Sequence[str] = (),
     valid_fraction: float = VALID_FRACTION,
@@ -72,17 +74,18 @@ def prepare_text(
     'bpe'), sample_bytes: of the sentencepiece model trained here; or `tokenizer`: a folder with a text tokenizer, or a
     sentencepiece `.model` file. The rest as in `prepare_smiles`.
     """
-    train = inputs if isinstance(inputs, Source) else Source.of_files(inputs, column, "text")
-    valid = Source.of_files(valid_inputs, column, "text") if valid_inputs else None
     check_fraction(valid_fraction)
     check_max_length(max_length)
+    asked = InputOptions(column, format, delimiter, header)
+    train = inputs if isinstance(inputs, Source) else Source.of_files(inputs, asked, "text")
+    valid = Source.of_files(valid_inputs, asked, "text") if valid_inputs else None
     if model_type not in ("unigram", "bpe"):
         raise DataError(f"model_type = {model_type!r}: must be one of unigram, bpe.")
     given = None if tokenizer is None else _given_tokenizer(Path(tokenizer))
     workers = workers or default_workers()
     job = TextJob(train, valid, given, vocab_size, model_type, sample_bytes, max_length, valid_fraction, workers)
     settings = {
-        "column": column,
+        **asked.given(),
         "max_length": max_length,
         "valid_fraction": None if valid else valid_fraction,
         "vocab_size": None if given else vocab_size,
@@ -193,7 +196,7 @@ class _Documents:
             open(self._path, "w", encoding="utf-8", newline="\n") as file,
             Progress("documents", "documents") as progress,
         ):
-            for text in read_documents(source.rows(), quarantine):
+            for text in read_documents(source, quarantine):
                 words = text.split()
                 text = " ".join(words)
                 file.write(text + "\n")
@@ -203,7 +206,12 @@ class _Documents:
                 progress.update(1)
         if not self.words:
             names = ", ".join(str(item["name"]) for item in source.identity[:5])
-            raise DataError(f"no words in {names}: the input is empty, or is this the right column (--column)?")
+            why = "the input is empty, or is this the right column (--column)?"
+            if quarantine.first:
+                row, reason = next(iter(quarantine.first.values()))
+                aside = sum(quarantine.counts.values())
+                why = f"{aside:,} rows cannot be used, first {row.file}, row {row.row}: {reason} ({row.text[:80]!r})."
+            raise DataError(f"no words in {names}: {why}")
 
     def read(self) -> Iterator[str]:
         if not self.count:
@@ -295,23 +303,24 @@ class _Blocks:
                 yield np.fromfile(file, dtype="<i4", count=int(part.sum())), part
 
 
-def read_documents(rows: Iterable[Row], quarantine: Quarantine) -> Iterator[str]:
+def read_documents(source: Source, quarantine: Quarantine) -> Iterator[str]:
     """Documents with at least one word: the lines between blank lines in txt files, single rows elsewhere."""
     lines: list[str] = []
     file = None
-    for row in rows:
+    for row in source.rows():
         if row.file != file:
             if lines:
                 yield "\n".join(lines)
-            lines, file, grouped = [], row.file, _is_lines(row.file)
-        problem = row.problem or ("" if is_utf8(row.text) else "not UTF-8")
-        if problem:
-            quarantine.add(row, problem)
+            lines, file, grouped = [], row.file, row.file in source.of_lines
+        if row.problem:
+            quarantine.add(row, row.problem)
         elif row.text.strip():
             if grouped:
                 lines.append(row.text)
             else:
                 yield row.text
+        elif not grouped:
+            quarantine.add(row, "empty")
         elif lines:
             yield "\n".join(lines)
             lines = []
@@ -322,10 +331,6 @@ def read_documents(rows: Iterable[Row], quarantine: Quarantine) -> Iterator[str]
 def encode_documents(folder: str, documents: list[str]) -> np.ndarray:
     """Ids of the documents by the tokenizer saved in `folder`, joined."""
     return _loaded(folder).encode_batch(documents)[0]
-
-
-def _is_lines(name: str) -> bool:
-    return Path(name).suffix != "" and file_format(Path(name)) == "txt"
 
 
 @lru_cache(maxsize=1)

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     {"utils"},
     {"config"},
-    {"checkpoint", "kernels", "launch", "tokenizers", "tracking"},
+    {"checkpoint", "kernels", "launch", "tables", "tokenizers", "tracking"},
     {"data", "parallel"},
     {"model", "prepare"},
     {"inference"},
@@ -31,11 +31,12 @@ MAY_IMPORT = {
     "checkpoint": BASE,
     "kernels": BASE,
     "launch": BASE,
+    "tables": {"utils"},
     "tokenizers": BASE,
     "tracking": BASE,
     "data": BASE | {"tokenizers"},
     "parallel": BASE | {"checkpoint"},
-    "prepare": BASE | {"data", "tokenizers"},
+    "prepare": BASE | {"data", "tables", "tokenizers"},
     "model": BASE | {"kernels", "data", "parallel"},
     "inference": BASE | {"checkpoint", "data", "kernels", "model", "tokenizers"},
     "planning": BASE | {"data", "model"},
@@ -45,7 +46,7 @@ MAY_IMPORT = {
     "analysis": BASE | {"checkpoint", "data", "evaluation", "inference", "kernels", "model", "tokenizers", "tracking"},
     "doctor": BASE | {"checkpoint", "data", "launch", "model", "parallel", "planning", "tracking"},
     "cli": BASE
-    | {"analysis", "doctor", "evaluation", "export", "inference", "launch", "planning", "prepare", "tracking"}
+    | {"analysis", "doctor", "evaluation", "export", "inference", "launch", "planning", "prepare", "tables", "tracking"}
     | {"training"},
 }
 #: Each outside framework has one seam.
@@ -60,6 +61,8 @@ SEAMS = {
     "matplotlib": ("analysis/",),
     "sentencepiece": ("tokenizers/",),
     "safetensors": ("export/",),
+    "pyarrow": ("tables/",),
+    "zstandard": ("tables/",),
     "torch": ("kernels/", "parallel/", "model/", "training/", "inference/", "evaluation/", "export/", "analysis/")
     + ("checkpoint/reader.py", "doctor/probe.py", "tracking/system.py"),
 }

@@ -21,9 +21,9 @@ from rdkit.Chem import BRICS
 
 from exlm_dist.prepare.demo.drugs import DRUGS
 from exlm_dist.prepare.folder import Source, chunked
-from exlm_dist.prepare.readers import Row
 from exlm_dist.prepare.smiles import prepare_smiles
 from exlm_dist.prepare.summary import Summary
+from exlm_dist.tables.records import Row
 from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles, make_policy
 from exlm_dist.tokenizers.smiles_tokenizer import split_smiles
 from exlm_dist.utils.errors import DataError

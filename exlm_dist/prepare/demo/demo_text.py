@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from exlm_dist.prepare.folder import Source
-from exlm_dist.prepare.readers import Row
 from exlm_dist.prepare.summary import Summary
 from exlm_dist.prepare.text import prepare_text
+from exlm_dist.tables.records import Row
 
 
 def demo_documents() -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from exlm_dist.prepare.readers import expand_inputs, read_rows
+from exlm_dist.tables.records import InputOptions, expand_inputs, read_rows
 from exlm_dist.utils.errors import DataError
 
 TEXTS = ["CCO", "c1ccccc1", "CC(=O)O"]
@@ -20,7 +20,7 @@ PLAIN = {
 
 
 def texts(path: Path, column: str | None = None) -> list[str]:
-    return [row.text for row in read_rows(path, column, "smiles")]
+    return [row.text for row in read_rows(path, InputOptions(column), "smiles")]
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -51,10 +51,12 @@ def test_parquet(tmp_path: Path) -> None:
 def test_rows_carry_their_position(tmp_path: Path) -> None:
     path = tmp_path / "a.smi"
     path.write_text(PLAIN["a.smi"])
-    assert [row.row for row in read_rows(path, None, "smiles")] == [2, 4, 5]
+    assert [row.row for row in read_rows(path, InputOptions(), "smiles")] == [2, 4, 5]
     path = tmp_path / "a.csv"
     path.write_text(PLAIN["a.csv"])
-    assert [(row.file, row.row) for row in read_rows(path, "name", "smiles")] == [(str(path), n) for n in (1, 2, 3)]
+    assert [(row.file, row.row) for row in read_rows(path, InputOptions("name"), "smiles")] == [
+        (str(path), n) for n in (1, 2, 3)
+    ]
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
@@ -79,7 +81,7 @@ def test_columns_without_a_default(tmp_path: Path) -> None:
 def test_odd_rows_are_carried_not_fatal(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"smiles": "CCO"}\n{oops\n[1]\n"CC"\n{"smiles": null}\n')
-    rows = list(read_rows(path, None, "smiles"))
+    rows = list(read_rows(path, InputOptions(), "smiles"))
     assert [(row.text, row.problem) for row in rows] == [
         ("CCO", ""),
         ("{oops", "not JSON"),
@@ -89,7 +91,7 @@ def test_odd_rows_are_carried_not_fatal(tmp_path: Path) -> None:
     ]
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfCC\xff\nCC\n")
-    first, second = read_rows(path, None, "smiles")
+    first, second = read_rows(path, InputOptions(), "smiles")
     assert first.text == "CC\udcff" and second.text == "CC"
 
 

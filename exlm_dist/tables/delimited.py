@@ -1,0 +1,152 @@
+"""Rows of csv and tsv. In csv, fields may stand in double quotes (RFC 4180); in tsv, quotes are ordinary characters.
+
+A row that is not well-formed never changes another one: it is passed on with its problem, and reading goes on with the
+next line.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+from exlm_dist.tables.columns import kind_of_column, unique_names
+from exlm_dist.utils.errors import DataError
+
+#: A quoted field with more characters is taken for one whose closing quote is missing.
+LONGEST_FIELD = 1 << 26
+#: What the rows before tell of a column is looked up in so many, and believed from `ENOUGH` on.
+_RECENT, _ENOUGH = 50, 5
+
+
+class Fields(NamedTuple):
+    """A row of a table, or a line of it that is none."""
+
+    values: list[str]
+    problem: str = ""
+    raw: str = ""  # the line itself, if there is a problem
+
+
+def split_rows(lines: Iterable[str], delimiter: str, quoted: bool) -> Iterator[Fields]:
+    """The rows in `lines` that are not blank. `quoted`: fields may stand in double quotes, and then hold delimiters and
+    line ends."""
+    if quoted:
+        return _split_quoted(iter(lines), delimiter)
+    stripped = (line.rstrip("\r\n") for line in lines)
+    return (Fields(line.split(delimiter)) for line in stripped if line)
+
+
+class DelimitedTable:
+    """A csv or tsv file. names: those of its header; without one, the numbers of its columns from 1."""
+
+    def __init__(self, path: Path, file: TextIO, delimiter: str, quoted: bool, header: bool):
+        self._rows = split_rows(file, delimiter, quoted)
+        self._delimiter = delimiter
+        self._before: list[Fields] = []  # read to find the number of columns
+        first = next(self._rows, None)
+        while not header and first is not None and first.problem:
+            self._before.append(first)
+            first = next(self._rows, None)
+        if first is None:
+            raise DataError(f"{path}: the file is empty (no row in it).")
+        if first.problem:
+            raise DataError(f"{path}: its header cannot be read ({first.problem}): {first.raw[:200]!r}.")
+        if header:
+            self.names = unique_names(first.values)
+        else:
+            self._before.append(first)
+            self.names = [str(number) for number in range(1, len(first.values) + 1)]
+
+    def texts(self, column: str) -> Iterator[tuple[int, str | None, str]]:
+        """(number, text, problem) of each row; with a problem, the text is the row as it stands in the file."""
+        index = self.names.index(column)
+        for number, fields in self._numbered():
+            yield (number, fields.raw, fields.problem) if fields.problem else (number, fields.values[index], "")
+
+    def records(self, text: str | None) -> Iterator[tuple[int, dict[str, str | None], str, str]]:
+        """(number, values, problem, the row as it stands in the file if there is a problem) of each row."""
+        for number, fields in self._numbered():
+            values = {name: value or None for name, value in zip(self.names, fields.values)}
+            yield number, values, fields.problem, fields.raw
+
+    def _numbered(self) -> Iterator[tuple[int, Fields]]:
+        width = len(self.names)
+        for number, fields in enumerate(chain(self._before, self._rows), 1):
+            yield number, fields if len(fields.values) == width else self._fitted(fields, width)
+
+    def _fitted(self, fields: Fields, width: int) -> Fields:
+        values, problem, raw = fields
+        if not problem and (len(values) < width or any(value.strip() for value in values[width:])):
+            problem = f"ragged: {len(values)} columns where {width} are expected"
+            raw = self._delimiter.join(values)
+        return Fields([*values[:width], *[""] * (width - len(values))], problem, raw)
+
+
+def _split_quoted(lines: Iterator[str], delimiter: str) -> Iterator[Fields]:
+    """Each row is read by Python's strict parser. When it fails, or a quoted field has swallowed rows, only the first
+    line is set aside: the others are read again."""
+    again: deque[str] = deque()  # lines given back
+    taken: list[str] = []  # lines of the row that is being read
+    recent: deque[list[str]] = deque(maxlen=_RECENT)
+
+    def pull() -> Iterator[str]:
+        while True:
+            line = again.popleft() if again else next(lines, None)
+            if line is None:
+                return
+            taken.append(line)
+            yield line
+
+    csv.field_size_limit(LONGEST_FIELD)
+    reader = csv.reader(pull(), delimiter=delimiter, strict=True)
+    first = 1  # number of the first line of the row
+    while True:
+        taken.clear()
+        problem = ""
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            problem = str(error)
+        if not problem and len(taken) > 1 and _swallowed_rows(values, taken, recent, delimiter):
+            problem = f"the quoted text up to line {first + len(taken) - 1} looks like rows"
+        if problem:
+            again.extendleft(reversed(taken[1:]))
+            reader = csv.reader(pull(), delimiter=delimiter, strict=True)
+            yield Fields([], f"stray quote: line {first}: {problem}", taken[0].rstrip("\r\n"))
+            first += 1
+            continue
+        first += len(taken)
+        if values:
+            recent.append(values)
+            yield Fields(values)
+
+
+def _swallowed_rows(values: list[str], lines: list[str], recent: Sequence[list[str]], delimiter: str) -> bool:
+    """Whether a field over several lines has rows in it: its column has had nothing but single words so far, or the
+    lines after the first have as many fields as the rows before, with numbers or SMILES in the same columns."""
+    width = len(recent[-1]) if recent else 0
+    before = [[row[index] for row in recent if len(row) == width and row[index]] for index in range(width)]
+    known = [len(column) >= _ENOUGH for column in before]
+    for index, value in enumerate(values[:width]):
+        if ("\n" in value or "\r" in value) and known[index]:
+            if not any(len(word.split(None, 1)) > 1 for word in before[index]):
+                return True
+    inner = [line.rstrip("\r\n").split(delimiter) for line in lines[1:]]
+    if any(len(row) != width for row in inner):
+        return False
+    kinds = {index: kind_of_column(before[index]) for index in range(width) if known[index]}
+    telling = {index: kind for index, kind in kinds.items() if kind in ("number", "molecule")}
+    return bool(telling) and all(
+        kind_of_column([row[index].strip('"') for row in inner]) == kind for index, kind in telling.items()
+    )
+
+
+def first_rows(lines: Iterable[str], delimiter: str, quoted: bool, count: int) -> list[list[str]]:
+    """The first `count` rows that are well-formed."""
+    rows = islice(split_rows(lines, delimiter, quoted), count)
+    return [fields.values for fields in rows if not fields.problem]

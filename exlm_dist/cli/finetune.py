@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from exlm_dist.cli.command import Commands, add_command, add_input_options, positive
-from exlm_dist.finetuning.settings import (
+from exlm_dist.finetuning.finetune_settings import (
     CLASS_WEIGHTS,
     METRICS,
     POOLINGS,

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from exlm_dist.finetuning.finetune_settings import SplitSettings
 from exlm_dist.finetuning.inputs import encode_inputs
-from exlm_dist.finetuning.settings import SplitSettings
 from exlm_dist.finetuning.splits import Parts, column_split, random_split, scaffold_split
 from exlm_dist.finetuning.targets import Target, read_targets
 from exlm_dist.inference.sequences import take_sequences
@@ -18,6 +18,9 @@ from exlm_dist.tables.records import InputOptions, Record, column_names, expand_
 from exlm_dist.tokenizers import Tokenizer
 from exlm_dist.tokenizers.encoding import normalised
 from exlm_dist.utils.errors import ConfigError, DataError
+
+#: Files as their names and contents show them.
+ANY_INPUT = InputOptions()
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def read_dataset(
     tokenizer: Tokenizer,
     *,
     inputs: Sequence[str] = (),
-    options: InputOptions = InputOptions(),
+    options: InputOptions = ANY_INPUT,
     task: str | None = None,
     split_column: str | None = None,
     max_tokens: int,
@@ -81,7 +84,7 @@ def read_dataset(
     """Read files or patterns. `inputs`: the column of texts or the two of pairs; by default `smiles` or `text`, as the
     tokenizer has it. DataError if a column is missing, no row or less than half of them can be used, or labels do not
     fit; rows without a label, or whose text cannot be encoded, are in `failed`."""
-    names, records = _read(data, targets, tokenizer, inputs, options, split_column)
+    names, targets, records = _read(data, targets, tokenizer, inputs, options, split_column)
     failed = [_failed(record, record.problem) for record in records if record.problem]
     good = [record for record in records if not record.problem]
     columns = [[record.values[name] for record in good] for name in names]
@@ -138,13 +141,14 @@ def _read(
     inputs: Sequence[str],
     options: InputOptions,
     split_column: str | None,
-) -> tuple[list[str], list[Record]]:
-    """Names of the columns of texts, and all records of all files."""
+) -> tuple[list[str], list[str], list[Record]]:
+    """Names of the columns of texts and of the targets, and all records of all files."""
     if len(set(targets)) != len(targets) or not targets:
         raise ConfigError(f"--target must name columns, each once: {' '.join(targets) or 'none given'}.")
     if len(inputs) > 2:
         raise ConfigError(f"--column names {len(inputs)} columns; it must be one, or two for pairs of texts.")
     names: list[str] = []
+    labels: list[str] = []
     records: list[Record] = []
     for path in expand_inputs(data, options):
         first = InputOptions(inputs[0] if inputs else None, options.format, options.delimiter, options.header)
@@ -152,12 +156,12 @@ def _read(
         reading = InputOptions(first_name, options.format, options.delimiter, options.header)
         found = column_names(path, reading)
         names = [first_name, *(choose_column(path, found, name) for name in inputs[1:])]
-        for name in [*targets, *([split_column] if split_column is not None else [])]:
-            choose_column(path, found, name)
+        labels = [choose_column(path, found, name) for name in targets]
+        for name in [*labels, *([] if split_column is None else [choose_column(path, found, split_column)])]:
             if name in names:
                 raise ConfigError(f"{path}: the column {name!r} is an input; it cannot be a target or say the split.")
         records += read_records(path, reading)
-    return names, records
+    return names, labels, records
 
 
 def _failed(record: Record, reason: str) -> FailedRow:

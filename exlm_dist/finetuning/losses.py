@@ -28,6 +28,7 @@ def weighted_loss(outputs: Tensor, labels: Tensor, weights: Tensor, targets: Seq
         elif target.kind == "multiclass":
             losses = F.cross_entropy(own, label.long(), reduction="none")
         else:
+            assert target.mean is not None and target.std is not None
             losses = (own[:, 0] - ((label - target.mean) / target.std).to(own.dtype)).square()
         total = total + (losses * weights[rows, column].to(own.dtype)).sum()
     return total

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from exlm_dist.data.counter_rng import hash_of
 from exlm_dist.finetuning.dataset import Examples
+from exlm_dist.finetuning.finetune_settings import ERRORS, TrainingSettings
 from exlm_dist.finetuning.losses import predicted_values, weighted_loss
 from exlm_dist.finetuning.metrics import evaluate_predictions
 from exlm_dist.finetuning.property_model import HEAD, PropertyModel
-from exlm_dist.finetuning.settings import ERRORS, TrainingSettings
 from exlm_dist.finetuning.targets import Target, label_weights, task_of
 from exlm_dist.inference.embed import BATCH_TOKENS
 from exlm_dist.inference.sequences import length_batches, take_sequences, unmasked_stream

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from exlm_dist.finetuning.settings import METRICS
+from exlm_dist.finetuning.finetune_settings import METRICS
 from exlm_dist.finetuning.targets import Target, output_slices, task_of
 
 

@@ -53,7 +53,8 @@ class MemberState:
                 return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])
         except SafetensorError as error:
             raise CheckpointError(
-                f"{self._path}: damaged ({error}). Remove it, and this member begins anew: rm {shlex.quote(str(self._path))}"
+                f"{self._path}: damaged ({error}). Remove it, and this member begins anew: "
+                f"rm {shlex.quote(str(self._path))}"
             ) from error
 
 

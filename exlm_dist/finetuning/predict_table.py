@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+from exlm_dist.finetuning.dataset import ANY_INPUT
 from exlm_dist.finetuning.prediction import FinetunedModel, load_finetuned
 from exlm_dist.finetuning.result_tables import output_names
 from exlm_dist.tables.columns import choose_column
@@ -23,7 +24,7 @@ def predict_table(
     out: Path | str,
     *,
     inputs: Sequence[str] = (),
-    options: InputOptions = InputOptions(),
+    options: InputOptions = ANY_INPUT,
     overwrite: bool = False,
     device: str = "auto",
 ) -> str:

@@ -57,7 +57,7 @@ class Predictions:
         return table
 
     def best(self) -> list[Any]:
-        """For each target the values, float64 [n], or the most probable class of each row as text, None if it failed."""
+        """For each target the values, float64 [n], or the most probable class as text, None for a row that failed."""
         return [
             self.mean[:, where][:, 0] if target.kind == "regression" else self._labels(target, self.mean[:, where])
             for target, where in zip(self.targets, output_slices(self.targets))

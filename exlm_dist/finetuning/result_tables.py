@@ -44,8 +44,13 @@ def write_tables(
 def output_names(targets: Sequence[Target]) -> list[str]:
     """Names of the columns that predictions have."""
     outputs = sum(target.outputs for target in targets)
-    nothing = np.zeros((0, outputs))
-    return list(Predictions(tuple(targets), nothing, nothing, {}).columns())
+    no_rows = np.zeros((0, outputs))
+    return list(Predictions(tuple(targets), no_rows, no_rows, {}).columns())
+
+
+def column_names_of_results(inputs: Sequence[str], targets: Sequence[Target]) -> list[str]:
+    """Names of the columns of predictions.csv."""
+    return ["file", "row", "part", *inputs, *(target.name for target in targets), *output_names(targets)]
 
 
 def _places(dataset: Dataset, rows: np.ndarray, parts: list[str]) -> dict[str, Any]:

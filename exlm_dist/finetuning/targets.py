@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from exlm_dist.finetuning.settings import TASKS
+from exlm_dist.finetuning.finetune_settings import TASKS
 from exlm_dist.tables.columns import kind_of, listed
 from exlm_dist.utils.errors import ConfigError, DataError
 

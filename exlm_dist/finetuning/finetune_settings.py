@@ -102,3 +102,7 @@ class SplitSettings:
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} = {value!r}: must be one of {', '.join(allowed)}.")
+
+
+#: What holds where the user says nothing.
+DEFAULT_TRAINING, DEFAULT_SPLIT = TrainingSettings(), SplitSettings()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -87,16 +87,15 @@ def train_member(
         started, epoch = time.monotonic(), len(progress.history) + 1
         loss = _train_epoch(model, optimizer, targets, train, weights, settings, seed, epoch, watcher)
         values, valid_loss = evaluate(model, targets, valid)
-        scores = evaluate_predictions(values, valid.labels, targets)
         record = {
             "epoch": epoch,
             "lr": _rate(settings, len(train), epoch * steps_of_epoch(len(train), settings)),
             "train_loss": loss,
             "valid_loss": valid_loss,
-            "valid": scores,
+            "valid": evaluate_predictions(values, valid.labels, targets),
             "seconds": time.monotonic() - started,
         }
-        if _better(metric, scores[metric], [one["valid"][metric] for one in progress.history]):
+        if _better(metric, record, progress.history):
             progress.best_epoch = epoch
             progress.best = {name: value.detach().clone() for name, value in model.weights().items()}
         progress.history.append(record)
@@ -225,11 +224,16 @@ def _depth(name: str, layers: int) -> int:
     return layers - int(name.split(".")[1]) if name.startswith("blocks.") else layers + 1
 
 
-def _better(metric: str, value: float, earlier: Sequence[float]) -> bool:
-    """Whether `value` is better than all earlier ones; NaN is worse than everything."""
+def _better(metric: str, record: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether an epoch is better than all earlier ones: by the metric, NaN being the worst, and where it is equal (in a
+    small part ranks often are) by the loss."""
     sign = -1 if metric in ERRORS else 1
-    known = [sign * one for one in earlier if not math.isnan(one)]
-    return not earlier or (not math.isnan(value) and sign * value > max(known, default=-math.inf))
+
+    def key(one: Mapping[str, Any]) -> tuple[float, float]:
+        value = one["valid"][metric]
+        return (-math.inf if math.isnan(value) else sign * value, -one["valid_loss"])
+
+    return key(record) > max(map(key, history), default=(-math.inf, -math.inf))
 
 
 def _tensors(model: PropertyModel, optimizer: torch.optim.Optimizer, progress: Progress) -> dict[str, Tensor]:

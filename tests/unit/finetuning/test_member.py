@@ -183,16 +183,30 @@ def test_an_interrupted_member_goes_on_to_the_same_bits(loaded: LoadedCheckpoint
 
 def test_the_best_epoch_is_kept_and_patience_ends_a_member(loaded: LoadedCheckpoint, examples: Examples) -> None:
     model, progress = train(loaded, examples, TrainingSettings(epochs=30, batch=8, lr=0.05, patience=2))
-    scores = [one["valid"]["roc_auc"] for one in progress.history]
-    assert progress.best_epoch == 1 + scores.index(max(scores)) and len(scores) == min(30, progress.best_epoch + 2)
+    keys = [(one["valid"]["roc_auc"], -one["valid_loss"]) for one in progress.history]
+    scores = [score for score, _ in keys]
+    assert progress.best_epoch == 1 + keys.index(max(keys)) and len(scores) == min(30, progress.best_epoch + 2)
     values, _ = member.evaluate(model, TARGETS, examples.take(np.arange(30, 40)))
     assert evaluate_predictions(values, examples.labels[30:], TARGETS)["roc_auc"] == max(scores)
 
 
-def test_of_errors_the_smallest_is_the_best() -> None:
-    assert member._better("rmse", 1.0, [2.0, 1.5]) and not member._better("rmse", 2.0, [2.0, 1.5])
-    assert member._better("r2", 2.0, [1.5]) and not member._better("r2", 1.5, [1.5])
-    assert member._better("r2", 0.1, [math.nan]) and not member._better("r2", math.nan, [0.1])
+@pytest.mark.parametrize(
+    "metric, value, loss, better",
+    [
+        ("rmse", 1.0, 9, True),
+        ("rmse", 2.0, 0, False),
+        ("r2", 2.0, 9, True),
+        ("r2", 1.0, 0, False),
+        ("r2", 1.5, 0.5, True),
+        ("r2", 1.5, 2, False),
+        ("r2", math.nan, 0, False),
+    ],
+)
+def test_the_metric_decides_and_where_it_is_equal_the_loss(metric, value, loss, better) -> None:
+    history = [{"valid": {metric: earlier}, "valid_loss": 1.0} for earlier in (1.5, math.nan)]
+    record = {"valid": {metric: value}, "valid_loss": loss}
+    assert member._better(metric, record, history) == better
+    assert member._better(metric, record, [])
 
 
 def test_a_frozen_body_does_not_change(loaded: LoadedCheckpoint, examples: Examples) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from dataclasses import fields
 from pathlib import Path
 
 from exlm_dist.cli.command import Commands, add_command, add_input_options, positive
@@ -16,7 +18,7 @@ from exlm_dist.finetuning.finetune_settings import (
     TrainingSettings,
 )
 from exlm_dist.tables.input_files import InputOptions
-from exlm_dist.utils.errors import ConfigError
+from exlm_dist.utils.errors import EXIT_SAVED, ConfigError
 
 _DEVICE = "auto, cpu, cuda or cuda:1"
 _DATA = "files or patterns: .csv .tsv .jsonl .parquet, plain or compressed"
@@ -124,20 +126,24 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 def _finetune(options: argparse.Namespace) -> int:
     from exlm_dist.finetuning.ensemble import finetune
 
-    names = TrainingSettings.__dataclass_fields__
-    finetune(
-        options.data,
-        options.target,
-        options.checkpoint,
-        options.out,
-        inputs=options.column,
-        options=_reading(options),
-        task=options.task,
-        training=TrainingSettings(**{name: getattr(options, name) for name in names}),
-        split=_split(options),
-        truncate=options.truncate,
-        device=options.device,
-    )
+    settings = TrainingSettings(**{one.name: getattr(options, one.name) for one in fields(TrainingSettings)})
+    try:
+        finetune(
+            options.data,
+            options.target,
+            options.checkpoint,
+            options.out,
+            inputs=options.column,
+            options=_reading(options),
+            task=options.task,
+            training=settings,
+            split=_split(options),
+            truncate=options.truncate,
+            device=options.device,
+        )
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on after the last whole epoch", file=sys.stderr)
+        return EXIT_SAVED
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 
 from exlm_dist.finetuning.estimators import ExLMClassifier, ExLMRegressor
+from exlm_dist.finetuning.finetune_settings import DEFAULT_TRAINING
 from exlm_dist.utils.errors import ConfigError, DataError
 
 X = molecules(40)
@@ -29,6 +31,11 @@ def test_a_classifier_fits_predicts_and_scores(checkpoint: Path) -> None:
     assert (classifier.model_.predict(X) == predicted).all()
     again = ExLMClassifier(checkpoint, epochs=12, batch=8, lr=0.01, device="cpu").fit(X, Y)
     assert (again.predict_proba(X) == probabilities).all()
+
+
+def test_defaults_are_those_of_the_command() -> None:
+    parameters = ExLMClassifier("checkpoint").get_params()
+    assert {name: parameters[name] for name in asdict(DEFAULT_TRAINING)} == asdict(DEFAULT_TRAINING)
 
 
 def test_parameters_clone_and_search(checkpoint: Path) -> None:

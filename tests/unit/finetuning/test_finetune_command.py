@@ -227,7 +227,8 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_arguments_say_what_to_do(name: str, checkpoint: Path, table: Path, tmp_path: Path, capsys) -> None:
     options, code, message = BAD[name]
-    assert main(finetune_arguments(checkpoint, table, tmp_path / "model", **options)) == code
+    arguments = {"checkpoint": checkpoint, **options}
+    assert main(finetune_arguments(table=table, out=tmp_path / "model", **arguments)) == code
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -10,9 +10,9 @@ import gc
 import sys
 
 import torch
-from kernels import on_gpu, surroundings, table
+from kernels import on_gpu, table
 from kernels_attention import Batch
-from timing import measure
+from timing import measure, surroundings
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import gc
 import importlib
-import platform
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import torch  # noqa: E402
-from timing import Case, Figure, ceilings, measure  # noqa: E402
+from timing import Case, Figure, ceilings, measure, surroundings  # noqa: E402
 
 COLUMNS = (
     "date", "commit", "device", "torch", "cuda", "triton", "case", "sizes", "side",
@@ -35,24 +32,6 @@ COLUMNS = (
 def operations() -> list[str]:
     """Operations that have cases."""
     return sorted(path.stem.removeprefix("kernels_") for path in HERE.glob("kernels_*.py"))
-
-
-def surroundings(commit: str, device: torch.device) -> dict[str, str]:
-    """Hardware, versions and commit of this run."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    try:
-        triton = importlib.import_module("triton").__version__
-    except ImportError:
-        triton = "none"
-    if not commit:
-        answer = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, timeout=10
-        )
-        commit = answer.stdout.strip() or "unknown"
-    return {
-        "date": datetime.date.today().isoformat(), "commit": commit, "device": name,
-        "torch": torch.__version__, "cuda": torch.version.cuda or "none", "triton": triton,
-    }  # fmt: skip
 
 
 def table(case: Case, figures: list[Figure]) -> str:

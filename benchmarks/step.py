@@ -27,7 +27,6 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import torch  # noqa: E402
-from kernels import surroundings  # noqa: E402
 from step_sides import (  # noqa: E402
     SHAPES,
     Ours,
@@ -40,6 +39,7 @@ from step_sides import (  # noqa: E402
     model_config,
     needed_flops,
 )
+from timing import surroundings  # noqa: E402
 
 from exlm_dist.model.stream import Stream  # noqa: E402
 

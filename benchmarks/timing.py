@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import gc
+import importlib
+import platform
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
@@ -137,3 +142,25 @@ def ceilings(device: torch.device) -> dict[str, float]:
     product = _time(lambda: left @ right, device, 20)
     copy = _time(lambda: target.copy_(block), device, 20)
     return {"matrix_tflops": 2 * 8192**3 / product * 1e-9, "copy_tbs": 4 * len(block) / copy * 1e-9}
+
+
+def surroundings(commit: str, device: torch.device) -> dict[str, str]:
+    """Hardware, versions and commit of this run."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    try:
+        triton = importlib.import_module("triton").__version__
+    except ImportError:
+        triton = "none"
+    if not commit:
+        answer = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+        commit = answer.stdout.strip() or "unknown"
+    return {
+        "date": datetime.date.today().isoformat(), "commit": commit, "device": name,
+        "torch": torch.__version__, "cuda": torch.version.cuda or "none", "triton": triton,
+    }  # fmt: skip

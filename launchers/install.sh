@@ -33,28 +33,32 @@ if [ ! -x "$venv/bin/python" ]; then
         say "error: '$python -m venv' failed (on Debian and Ubuntu: apt-get install python3-venv)"; exit 2; }
 fi
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
+install() { pip install -q --no-compile "$@"; }  # compiled below, on all cores
 
 if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
     if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then
         say "installing torch $torch_version for CUDA"
-        pip install -q "torch==$torch_version"
+        install "torch==$torch_version"
     else
         say "installing torch $torch_version, CPU build"
         cpu_index=https://download.pytorch.org/whl/cpu
         if timeout 8 "$venv/bin/python" -c "import urllib.request as u; u.urlopen('$cpu_index/torch/', timeout=5)" 2>/dev/null; then
-            timeout 600 "$venv/bin/python" -m pip --disable-pip-version-check --no-input install -q \
-                --index-url "$cpu_index" "torch==$torch_version+cpu" || pip install -q "torch==$torch_version"
+            timeout 600 "$venv/bin/python" -m pip --disable-pip-version-check --no-input install -q --no-compile \
+                --index-url "$cpu_index" "torch==$torch_version+cpu" || install "torch==$torch_version"
         else
-            pip install -q "torch==$torch_version"
+            install "torch==$torch_version"
         fi
     fi
 fi
 if [ "$extra" = test ] && ! "$venv/bin/python" -c 'import triton' 2>/dev/null; then
     # CPU builds of torch come without it; the kernels are tested in its interpreter and compiled ahead of time.
-    pip install -q "triton==3.9.0"
+    install "triton==3.9.0"
 fi
 say "installing the other packages"
-pip install -q -c "$constraints" "setuptools>=77" wheel
-DS_BUILD_OPS=0 pip install -q -c "$constraints" --no-build-isolation -e ".${extra:+[$extra]}"
+install -c "$constraints" "setuptools>=77" wheel
+DS_BUILD_OPS=0 install -c "$constraints" --no-build-isolation -e ".${extra:+[$extra]}"
+say "compiling them"
+# Files that do not compile are templates, or for another Python.
+"$venv/bin/python" -m compileall -qq -j 0 -x '/tests?/' "$venv"/lib || true
 printf '%s' "$wanted" >"$stamp"
 say "installed into $venv ($("$venv/bin/python" -c 'import torch; print("torch", torch.__version__)'))"

@@ -2,7 +2,8 @@
 # From scratch to two trained, resumed, evaluated and tracked models, on two CPU cores and without a GPU.
 #   launchers/quickstart.sh
 # Makes .venv, builds the embedded corpus of molecules, trains ExLM (k = 4) and the plain masked language model for the same
-# number of steps under the DeepSpeed launcher, kills one of them half-way and resumes it, evaluates, plots and compares.
+# number of steps under the DeepSpeed launcher, kills one of them half-way and resumes it, evaluates, plots, compares, and asks
+# the model what stands at a mask.
 # A second run reuses what exists.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -60,12 +61,19 @@ exlm evaluate "$mlm_run"
 step "plots and comparison"
 exlm report "$exlm_run" "$mlm_run"
 
+step "what stands at the mask of this molecule?"
+exlm fill "CC(=O)Oc1ccccc1C(=O)<mask>" --checkpoint "$exlm_run"
+
 step "done"
 cat <<EOF
 
 Next:
   look at the runs        $venv/bin/mlflow ui --backend-store-uri sqlite:///$PWD/runs/mlflow.db --port 5000
   resume, or train on     $venv/bin/exlm pretrain $exlm_config      (the same command continues a run; a finished one says so)
+  a vector per molecule   $venv/bin/exlm embed molecules.csv --checkpoint $exlm_run --out vectors.parquet
+  predict a property      $venv/bin/exlm finetune measured.csv --target activity --checkpoint $exlm_run --out activity
+                          $venv/bin/exlm predict activity new.csv --out predicted.csv
+  load it elsewhere       $venv/bin/exlm export hf $exlm_run --out exlm_hf
   your own molecules      $venv/bin/exlm prepare smiles --input molecules.csv --column smiles --out data/mine
                           $venv/bin/exlm pretrain $exlm_config --data.path data/mine --name mine
   your own text           $venv/bin/exlm prepare text --input corpus.txt.gz --out data/text --vocab-size 8000

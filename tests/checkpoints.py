@@ -11,6 +11,7 @@ import numpy as np
 from exlm_dist.checkpoint import rank_files, storage
 from exlm_dist.checkpoint.pieces import Piece, overlaps
 from exlm_dist.checkpoint.tensors import Index, model_file, optimizer_file, shape_in_file, tensor_name
+from exlm_dist.checkpoint.weights_only import write_arrays
 from exlm_dist.utils.checkpoint_names import checkpoint_folder
 
 Arrays = Mapping[str, np.ndarray]
@@ -78,23 +79,13 @@ def write_checkpoint(
     size = 4 * sum(array.size for arrays in (model, optimizer) for array in arrays.values())
     temporary = storage.begin(target, size)
     small = rank_files.SmallFiles.of_run(index.as_text(), state, config, Path(tokenizer))
-    entries = rank_files.write_files(temporary, [], b"", small)
-    for rank in sorted({piece.rank for parts in pieces.values() for piece in parts}):
-        for file, wanted, arrays in (
-            (model_file(rank), (None,), model),
-            (optimizer_file(rank), moments, optimizer),
-        ):
-            parts = [
-                (tensor_name(name, moment), piece, arrays[tensor_name(name, moment)])
-                for moment in wanted
-                for name in model
-                for piece in pieces[name]
-                if piece.rank == rank
-            ]
-            memory = b"".join(elements_of(array, piece).astype(np.float32).tobytes() for _, piece, array in parts)
-            shapes = {name: shape_in_file(array.shape, piece) for name, piece, array in parts}
-            if parts:
-                tensors = [rank_files.TensorFile(file, shapes, 0, len(memory))]
-                entries |= rank_files.write_files(temporary, tensors, memory, rank_files.SmallFiles())
+    files: dict[str, dict[str, np.ndarray]] = {}
+    for moment, arrays, file_of in [(None, model, model_file), *((m, optimizer, optimizer_file) for m in moments)]:
+        for name in model:
+            array = arrays[tensor_name(name, moment)]
+            for piece in pieces[name]:
+                part = elements_of(array, piece).reshape(shape_in_file(array.shape, piece))
+                files.setdefault(file_of(piece.rank), {})[tensor_name(name, moment)] = part
+    entries = write_arrays(temporary, files, small)
     storage.publish(temporary, target, step, entries)
     return target

@@ -8,6 +8,8 @@ In the order in which they build on one another:
 - `reader`: a checkpoint folder as a whole: verified, its weights, its state
 - `rank_files`: writing the files of one rank, hashed on the way
 - `storage`: a folder of such files is there whole or not at all; old ones removed
+- `weights_only`: a checkpoint made by a command, which belongs to no run
+- `average`: one such, of several checkpoints of a run
 - `messages`: the jobs that a rank gives to the process that writes for it, and their outcomes
 - `writer`: that process
 """

@@ -21,7 +21,7 @@ from exlm_dist.utils.files import write_all
 
 #: Bytes hashed and written at a time.
 BLOCK = 4 << 20
-REMEDY = "Older checkpoints are untouched. Free space there, or lower checkpoint.keep."
+REMEDY = "Older checkpoints are untouched. Free space there; with a lower checkpoint.keep a run needs less."
 
 
 class SaveFailed(CheckpointError):

@@ -1,7 +1,7 @@
 """Reading a checkpoint: verify, weights, state. The one reader of the format, for training (resume), evaluation,
 analysis and export alike; it knows no rank and imports no DeepSpeed.
 
-A checkpoint is a folder `checkpoints/step-00001000/` with the pieces of parameters and moments
+A checkpoint is a folder (those of a run are `checkpoints/step-00001000/`) with the pieces of parameters and moments
 (`exlm_dist.checkpoint.tensors`), `state.json`, `config.yaml`, `tokenizer/`, `manifest.json`
 (`{"format": 2, "files": {relative path: {"sha256": hex, "bytes": int}}, ...}`) and `COMPLETE` (the SHA-256 of
 `manifest.json` and a line end). No pickle is read.
@@ -36,11 +36,24 @@ logger = get_logger(__name__)
 
 
 def step_of(folder: Path) -> int:
-    """Step in the name `step-00001000`; CheckpointError for any other name."""
+    """Step of a checkpoint: that in the name `step-00001000`, else that of its `state.json`; CheckpointError where
+    neither tells it."""
     step = step_in_name(folder)
-    if step is None:
-        raise CheckpointError(f"{folder} is no checkpoint folder: its name is not of the form step-00001000.")
-    return step
+    if step is not None:
+        return step
+    try:
+        return int(read_state(folder)["step"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder} is no checkpoint folder: neither its name (step-00001000) nor its {STATE_FILE} tells the step."
+        ) from error
+
+
+def run_folder_of(folder: Path) -> Path | None:
+    """The run folder whose training wrote a checkpoint, as its place tells; None for one that lies elsewhere."""
+    folder = Path(folder).resolve()
+    inside = folder.parent.name == CHECKPOINTS and step_in_name(folder) is not None
+    return folder.parent.parent if inside else None
 
 
 def checkpoint_folders(run_folder: Path) -> list[Path]:
@@ -113,7 +126,7 @@ def find_checkpoint(path: Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is no folder. Give a run folder (runs/NAME) or a checkpoint in it.")
-    if (path / MANIFEST_FILE).is_file() or step_in_name(path) is not None:
+    if step_in_name(path) is not None or any((path / name).is_file() for name in (MANIFEST_FILE, INDEX_FILE)):
         verify(path)
         return path
     return newest_checkpoint(path)

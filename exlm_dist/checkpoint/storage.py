@@ -46,18 +46,9 @@ def begin(target: Path, needed: int) -> Path:
 
 
 def publish(temporary: Path, target: Path, step: int, files: Entries) -> None:
-    """Turn the folder of `begin`, with all `files` in it, into the checkpoint `target`. SaveFailed."""
+    """Turn the folder of `begin`, with all `files` in it, into the checkpoint `target` of a run. SaveFailed."""
     try:
-        for name, entry in files.items():
-            if (temporary / name).stat().st_size != entry["bytes"]:
-                raise SaveFailed(f"{temporary / name} is not as long as it was written. {REMEDY}")
-        manifest = {"format": reader.FORMAT, "step": step, "files": files}
-        text = json.dumps(manifest, indent=2, sort_keys=True).encode()
-        entry = write_file(temporary / reader.MANIFEST_FILE, [text])
-        sync_path(temporary / reader.TOKENIZER_FOLDER)
-        sync_path(temporary)
-        write_file(temporary / COMPLETE_FILE, [entry["sha256"].encode() + b"\n"])
-        sync_path(temporary)
+        _seal(temporary, step, files)
         for damaged in (target, _aside(target)):  # training has reached its step again
             if damaged.exists():
                 _discard(damaged)
@@ -66,6 +57,33 @@ def publish(temporary: Path, target: Path, step: int, files: Entries) -> None:
         write_atomic(target.parent / LATEST, target.name + "\n")
     except OSError as error:
         raise save_failed(error, temporary) from error
+
+
+def publish_alone(temporary: Path, target: Path, step: int, files: Entries) -> None:
+    """The same for a checkpoint that belongs to no run: `target`, which is replaced, has no pointer beside it.
+    SaveFailed."""
+    try:
+        _seal(temporary, step, files)
+        if target.exists():
+            _discard(target)
+        os.rename(temporary, target)
+        sync_path(target.parent)
+    except OSError as error:
+        raise save_failed(error, temporary) from error
+
+
+def _seal(temporary: Path, step: int, files: Entries) -> None:
+    """Check the sizes of `files`; write the manifest and, last, COMPLETE."""
+    for name, entry in files.items():
+        if (temporary / name).stat().st_size != entry["bytes"]:
+            raise SaveFailed(f"{temporary / name} is not as long as it was written. {REMEDY}")
+    manifest = {"format": reader.FORMAT, "step": step, "files": files}
+    text = json.dumps(manifest, indent=2, sort_keys=True).encode()
+    entry = write_file(temporary / reader.MANIFEST_FILE, [text])
+    sync_path(temporary / reader.TOKENIZER_FOLDER)
+    sync_path(temporary)
+    write_file(temporary / COMPLETE_FILE, [entry["sha256"].encode() + b"\n"])
+    sync_path(temporary)
 
 
 def _discard(folder: Path) -> None:

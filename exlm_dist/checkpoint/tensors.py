@@ -127,9 +127,9 @@ def _open(path: Path) -> dict[str, np.ndarray]:
     return {name: data[slice(*entry["data_offsets"])].view(np.float32) for name, entry in header.items()}
 
 
-def write_header(tensors: Mapping[str, Shape]) -> bytes:
+def write_header(tensors: Mapping[str, Shape], metadata: Mapping[str, str] | None = None) -> bytes:
     """Header of a safetensors file with fp32 `tensors`, whose elements follow in this order."""
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, shape in tensors.items():
         end = offset + math.prod(shape) * 4

@@ -45,25 +45,34 @@ def add_group(commands: Commands, name: str, summary: str, *, metavar: str, desc
     return parser.add_subparsers(required=True, metavar=metavar)
 
 
-def add_input_options(parser: argparse.ArgumentParser) -> None:
-    """Add what a user may say of input files; `input_options` reads it."""
+def add_input_options(parser: argparse.ArgumentParser, *, pairs: bool = False) -> None:
+    """Add what a user may say of input files; `input_options` reads it. `pairs`: --column takes a list of columns."""
     parser.add_argument(
-        "--column", metavar="NAME", help="column or field to read: its name, or its number from 1 if it has none"
+        "--column",
+        metavar="NAME",
+        nargs="+" if pairs else None,
+        default=[] if pairs else None,
+        help="column or field to read: its name, or its number from 1 where none has that name"
+        + ("; of pairs of texts both" if pairs else ""),
     )
-    parser.add_argument("--format", choices=FORMATS, help="what the input files are; default: what their names say")
-    parser.add_argument("--delimiter", metavar="CHARACTER", help="what separates the columns of csv, as in ';' or tab")
+    parser.add_argument("--format", choices=FORMATS, help="what all input files are, whatever their names say")
+    parser.add_argument(
+        "--delimiter", metavar="CHARACTER", help="character between the columns of csv or tsv, such as ';', or tab"
+    )
     parser.add_argument(
         "--no-header",
         dest="header",
         action="store_const",
         const=False,
-        help="the first row of csv or tsv is data; columns then have numbers",
+        help="the first row of csv and tsv is data; their columns have numbers from 1",
     )
 
 
 def input_options(options: argparse.Namespace) -> InputOptions:
-    """What the options of `add_input_options` say. ConfigError if they contradict one another."""
-    return InputOptions(options.column, options.format, options.delimiter, options.header)
+    """What the options of `add_input_options` say, of a list of columns the first. ConfigError if they contradict one
+    another."""
+    column = options.column if isinstance(options.column, str) else next(iter(options.column or ()), None)
+    return InputOptions(column, options.format, options.delimiter, options.header)
 
 
 def positive(text: str) -> int:

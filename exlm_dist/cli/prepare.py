@@ -13,13 +13,13 @@ def register(commands: Commands) -> None:
     """Add `prepare` and its kinds."""
     kinds = add_group(commands, "prepare", "turn SMILES or text into tokenized shards", metavar="KIND")
     smiles = add_command(
-        kinds, "smiles", _smiles, "molecules as SMILES: .smi .txt .csv .tsv .jsonl .parquet, plain, .gz or .zst"
+        kinds, "smiles", _smiles, "molecules as SMILES: .smi .txt .csv .tsv .jsonl .parquet, also compressed"
     )
     text = add_command(
         kinds,
         "text",
         _text,
-        "text: .txt (documents separated by blank lines) .csv .tsv .jsonl .parquet, plain, .gz or .zst",
+        "text: .txt (documents separated by blank lines) .csv .tsv .jsonl .parquet, also compressed",
     )
     demo_smiles = add_command(kinds, "demo-smiles", _demo_smiles, "the built-in demo corpus of molecules")
     demo_text = add_command(kinds, "demo-text", _demo_text, "the built-in demo corpus of English text")

@@ -34,6 +34,7 @@ def register(commands: Commands) -> None:
     hf = add_command(formats, "hf", _export_hf, "folder that the transformers library loads")
     hf.add_argument("checkpoint", type=Path, help=_CHECKPOINT)
     hf.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
+    hf.add_argument("--overwrite", action="store_true", help="replace an ExLM model for transformers in --out")
     fairseq = add_command(formats, "fairseq", _export_fairseq, "weights in the layout of the authors' fairseq code")
     fairseq.add_argument("checkpoint", type=Path, help=_CHECKPOINT)
     fairseq.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
@@ -71,12 +72,12 @@ def _sync(options: argparse.Namespace) -> int:
 def _export_hf(options: argparse.Namespace) -> int:
     from exlm_dist.export.hf.hf_folder import export_hf
 
-    print(export_hf(options.checkpoint, options.out))
+    print(export_hf(options.checkpoint, options.out, overwrite=options.overwrite))
     return 0
 
 
 def _export_fairseq(options: argparse.Namespace) -> int:
-    from exlm_dist.export.fairseq import export_checkpoint
+    from exlm_dist.export.fairseq import export_fairseq
 
-    print(export_checkpoint(options.checkpoint, options.out))
+    print(export_fairseq(options.checkpoint, options.out))
     return 0

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from exlm_dist.checkpoint.reader import TOKENIZER_FOLDER, find_checkpoint, read_config, reference, step_of
+from exlm_dist.checkpoint.reader import (
+    TOKENIZER_FOLDER,
+    find_checkpoint,
+    read_config,
+    reference,
+    run_folder_of,
+    step_of,
+)
 from exlm_dist.config import RunConfig
 from exlm_dist.data.loader import eval_batches
 from exlm_dist.data.recipe import Recipe
@@ -144,8 +151,8 @@ def record_evaluation(result: Evaluation) -> None:
 
     Does nothing for a checkpoint outside a run folder.
     """
-    run_folder = Path(result.checkpoint).parent.parent
-    if not (run_folder / EVENTS).is_file():
+    run_folder = run_folder_of(Path(result.checkpoint))
+    if run_folder is None or not (run_folder / EVENTS).is_file():
         return
     log = EventLog(run_folder / EVENTS)
     name = f"evaluate-{result.split}-{result.sequences}-mask{result.mask_ratio:g}-{result.fingerprints['data'][:8]}"

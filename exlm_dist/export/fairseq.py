@@ -8,25 +8,43 @@ vocabulary `<mask>` comes last; in ours it is id 4.
 
 from __future__ import annotations
 
-import argparse
+import json
+import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from exlm_dist.checkpoint.reader import find_checkpoint, load_weights, read_config
+from exlm_dist.checkpoint.reader import (
+    TOKENIZER_FOLDER,
+    find_checkpoint,
+    load_weights,
+    read_config,
+    read_state,
+    step_of,
+)
+from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.tokenizers.tokenizer import MASK
-from exlm_dist.utils.errors import CheckpointError
+from exlm_dist.utils.errors import CheckpointError, ConfigError
+from exlm_dist.utils.files import sync_path
 from exlm_dist.utils.logs import get_logger
 
 logger = get_logger(__name__)
 
+#: Entry of the metadata of a file that `export_fairseq` writes; its value is JSON.
+METADATA = "exlm_dist"
+#: Their parameters with a row per token.
+EMBEDDING = "encoder.sentence_encoder.embed_tokens.weight"
+TIED_COPY = "encoder.lm_head.weight"
 #: Rows of their position table before the one of the first state: padding_idx + 1.
-_POSITION_OFFSET = 2
+POSITION_OFFSET = 2
 _QUARTERS = [0, 2, 1, 3]  # its own inverse
-_TIED_COPY = "encoder.lm_head.weight"
 _MODULES = {
     "embedding": "encoder.sentence_encoder.embed_tokens",
     "norm": "encoder.sentence_encoder.emb_layer_norm_after",
@@ -50,38 +68,6 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)$")
 _PROJECTION = re.compile(r"self_attn\.([qkv])_proj\.(weight|bias)$")
 #: Entries of a fairseq state dict that are not weights of the pretrained model.
 _IGNORED = re.compile(r"(classification_heads\..*|.*\.inv_freq|.*\.version|.*\._float_tensor)$")
-
-
-def load_file(path: Path) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors`, `.npz` or torch file by name; those under "model" in a fairseq checkpoint.
-
-    A torch file is read without running any code in it (weights_only). CheckpointError if nothing usable is found.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} is no file. Give a .safetensors, .npz or .pt file of the authors' code.")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file as load_safetensors
-
-        return load_safetensors(path)
-    if path.suffix == ".npz":
-        import numpy as np
-
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} cannot be read as tensors only ({type(error).__name__}). Save its state dict as safetensors in "
-            "the environment that wrote it."
-        ) from error
-    state = content.get("model", content) if isinstance(content, dict) else {}
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise CheckpointError(f"{path} holds no named tensors. Is it a fairseq checkpoint or a state dict?")
-    return tensors
 
 
 def from_fairseq(
@@ -111,9 +97,12 @@ def from_fairseq(
             f"unknown entries in the fairseq state dict: {', '.join(sorted(unknown))}. Is it an ExLM checkpoint?"
         )
     for (layer_index, kind), parts in projections.items():
+        if missing := {"q", "k", "v"} - parts.keys():
+            names = ", ".join(f"{letter}_proj.{kind}" for letter in sorted(missing))
+            raise CheckpointError(f"the fairseq state dict has no {names} of layer {layer_index}. Is it whole?")
         weights[f"blocks.{layer_index}.attention.qkv.{kind}"] = _join(parts, heads)
     if "output.transition.positions.weight" in weights:
-        weights["output.transition.positions.weight"] = weights["output.transition.positions.weight"][_POSITION_OFFSET:]
+        weights["output.transition.positions.weight"] = weights["output.transition.positions.weight"][POSITION_OFFSET:]
     if "output.weight" in weights and torch.equal(weights["output.weight"], weights["embedding.weight"]):
         del weights["output.weight"]
     if mask_last:
@@ -144,22 +133,65 @@ def to_fairseq(
             state[_their_name(name)] = value
     if "encoder.link_positional.weight" in state:
         table = state["encoder.link_positional.weight"]
-        state["encoder.link_positional.weight"] = torch.cat([table.new_zeros(_POSITION_OFFSET, table.shape[1]), table])
-    state.setdefault(_TIED_COPY, state["encoder.sentence_encoder.embed_tokens.weight"].clone())
+        state["encoder.link_positional.weight"] = torch.cat([table.new_zeros(POSITION_OFFSET, table.shape[1]), table])
+    state.setdefault(TIED_COPY, state[EMBEDDING].clone())
     return {name: value.contiguous() for name, value in state.items()}
 
 
-def export_checkpoint(checkpoint: Path, out: Path) -> str:
-    """Write the weights of a checkpoint (or of a run's newest) for the authors' code to `out`; a line that says so."""
-    from safetensors.torch import save_file
+def export_fairseq(checkpoint: Path, out: Path) -> str:
+    """Write the weights of a checkpoint (or of a run's newest) for the authors' code to `out`; a line that says so.
 
+    Its metadata say what `exlm import fairseq` needs to make a checkpoint of it again. An earlier export at `out` is
+    replaced. ConfigError if `out` is anything else; CheckpointError if the checkpoint is not whole.
+    """
+    out = Path(os.path.abspath(out))
+    _check_target(out)
     folder = find_checkpoint(Path(checkpoint))
-    model = read_config(folder).model
-    state = to_fairseq(load_weights(folder, verified=True), heads=model.heads, mask_last=True)
-    temporary = Path(out).with_name(f".{Path(out).name}.tmp")
-    save_file(state, temporary)
-    temporary.replace(out)
+    config, about = read_config(folder), read_state(folder)
+    state = to_fairseq(load_weights(folder, verified=True), heads=config.model.heads, mask_last=True)
+    metadata = {
+        "name": config.name,
+        "step": step_of(folder),
+        "model": config.model.model_dump(mode="json"),
+        "tokenizer_fingerprint": load_tokenizer(folder / TOKENIZER_FOLDER).fingerprint,
+        "data_fingerprint": about.get("data_fingerprint"),
+    }
+    try:
+        _write(out, state, metadata)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"--out {out} cannot be written: {error}.") from error
     return f"{out}: {len(state)} tensors of {folder} in the layout of the authors' code (<mask> is the last id)"
+
+
+def _write(out: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write the file beside `out`, then rename it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        new = Path(scratch, out.name)
+        # One entry: safetensors writes several in any order.
+        save_file(state, new, metadata={METADATA: json.dumps(metadata, sort_keys=True)})
+        new.chmod(0o644)
+        sync_path(new)
+        _check_target(out)
+        os.replace(new, out)
+    sync_path(out.parent)
+
+
+def read_metadata(path: Path) -> dict[str, Any] | None:
+    """What `export_fairseq` says in a file of the model; None for any other file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {})[METADATA])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+
+
+def _check_target(out: Path) -> None:
+    if out.exists() and read_metadata(out) is None:
+        raise ConfigError(
+            f"--out {out} exists and is no earlier output of `exlm export fairseq`. Choose another, or remove it "
+            "yourself."
+        )
 
 
 def _heads(tensors: Mapping[str, Tensor], gate: str) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,6 @@ import numpy as np
 from exlm_dist.data.manifest import MANIFEST, QUARANTINE, SCHEMA, SPLITS, TOKENIZER, read_manifest, sealed
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.prepare.shard_writer import ShardWriter
-from exlm_dist.prepare.staging import staged_folder
 from exlm_dist.prepare.summary import Summary
 from exlm_dist.tables.failed_rows import HEADER, failed_line
 from exlm_dist.tables.input_files import InputOptions, expand_inputs, resolved
@@ -25,11 +24,13 @@ from exlm_dist.tokenizers.tokenizer import UNK, Tokenizer
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.files import sha256_file, write_json
 from exlm_dist.utils.logs import get_logger
+from exlm_dist.utils.staging import FolderKind, staged_folder
 
 _log = get_logger(__name__)
 Item = TypeVar("Item")
 VALID_FRACTION = 0.02
 VALID_CAP = 10_000
+PREPARED = FolderKind("a folder of prepared data", lambda folder: (folder / MANIFEST).is_file())
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,35 @@ class Source:
     of_lines: frozenset[str] = frozenset()
 
     @classmethod
-    def of_files(cls, inputs: Sequence[str], options: InputOptions, default_column: str) -> Source:
-        """All rows of the files that paths and patterns name; name, size and SHA-256 identify a file. DataError if one
-        of them has not the column."""
-        files = expand_inputs(inputs, options)
-        forms = [resolved(path, options) for path in files]
-        for path, form in zip(files, forms):
-            text_column(path, form, default_column)
+    def of_files(cls, files: Mapping[Path, InputOptions], default_column: str) -> Source:
+        """All rows of the files; name, size and SHA-256 identify a file."""
         identity = [{"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path)} for path in files]
 
         def rows() -> Iterator[Row]:
-            for path, form in zip(files, forms):
+            for path, form in files.items():
                 yield from read_rows(path, form, default_column)
 
-        lines = frozenset(str(path) for path, form in zip(files, forms) if form.format == "txt")
+        lines = frozenset(str(path) for path, form in files.items() if form.format == "txt")
         return cls(identity, rows, of_lines=lines)
+
+
+def find_sources(
+    inputs: Sequence[str] | Source, valid_inputs: Sequence[str], options: InputOptions, default_column: str
+) -> tuple[Source, Source | None]:
+    """Sources of both splits: the files that paths and patterns name. DataError if one of them does not exist, or has
+    no such column, before the first one is read."""
+    train_files = {} if isinstance(inputs, Source) else _forms(inputs, options, default_column)
+    valid_files = _forms(valid_inputs, options, default_column) if valid_inputs else {}
+    train = inputs if isinstance(inputs, Source) else Source.of_files(train_files, default_column)
+    return train, Source.of_files(valid_files, default_column) if valid_files else None
+
+
+def _forms(inputs: Sequence[str], options: InputOptions, default_column: str) -> dict[Path, InputOptions]:
+    """The files, and how each is read."""
+    forms = {path: resolved(path, options) for path in expand_inputs(inputs, options)}
+    for path, form in forms.items():
+        text_column(path, form, default_column)
+    return forms
 
 
 class Quarantine:
@@ -193,7 +208,7 @@ def prepare_folder(
     start = time.monotonic()
     if not overwrite and (out / MANIFEST).is_file():
         return _reuse(out, request)
-    with staged_folder(out, overwrite=overwrite) as folder:
+    with staged_folder(out, PREPARED, overwrite=overwrite) as folder:
         content = work(folder)
         _flush(folder / QUARANTINE)
         manifest = sealed({"schema": SCHEMA, "request": request, **content})

@@ -24,11 +24,11 @@ from exlm_dist.prepare.folder import (
     choose_valid,
     chunked,
     content_hash,
+    find_sources,
     prepare_folder,
     request_for,
     save_tokenizer,
 )
-from exlm_dist.prepare.progress import Progress
 from exlm_dist.prepare.summary import Summary
 from exlm_dist.tables.input_files import InputOptions
 from exlm_dist.tables.records import Row
@@ -36,6 +36,7 @@ from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles, make_policy
 from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer, split_smiles
 from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.progress import Progress
 from exlm_dist.utils.workers import default_workers, ordered_map
 
 ROWS_PER_TASK = 512
@@ -76,8 +77,7 @@ def prepare_smiles(
     check_fraction(valid_fraction)
     check_max_length(max_length)
     asked = InputOptions(column, format, delimiter, header)
-    train = inputs if isinstance(inputs, Source) else Source.of_files(inputs, asked, "smiles")
-    valid = Source.of_files(valid_inputs, asked, "smiles") if valid_inputs else None
+    train, valid = find_sources(inputs, valid_inputs, asked, "smiles")
     given = None if tokenizer is None else _given_tokenizer(tokenizer)
     policy = _policy_for(given, stereo, salts)
     job = SmilesJob(train, valid, policy, given, max_length, valid_fraction, min_count, workers or default_workers())
@@ -247,8 +247,7 @@ class _Molecules:
         hint = (
             "it looks like text: use `exlm prepare text`"
             if " " in row.text.strip() or len(row.text) > 200
-            else "is this the right column (--column), of a file of this format (--format csv, say)? Text is prepared "
-            "with `exlm prepare text`"
+            else "is this the right column (--column) and format (--format)? Text is prepared with `exlm prepare text`"
         )
         raise DataError(
             f"{wrong:,} of {filled:,} rows cannot be read as SMILES "

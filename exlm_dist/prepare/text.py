@@ -23,17 +23,18 @@ from exlm_dist.prepare.folder import (
     choose_valid,
     chunked,
     content_hash,
+    find_sources,
     prepare_folder,
     request_for,
     save_tokenizer,
 )
-from exlm_dist.prepare.progress import Progress
 from exlm_dist.prepare.summary import Summary
 from exlm_dist.tables.input_files import InputOptions
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from exlm_dist.tokenizers.smiles_tokenizer import split_smiles
 from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.progress import Progress
 from exlm_dist.utils.workers import default_workers, ordered_map
 
 CHARACTERS_PER_TASK = 200_000
@@ -77,8 +78,7 @@ def prepare_text(
     check_fraction(valid_fraction)
     check_max_length(max_length)
     asked = InputOptions(column, format, delimiter, header)
-    train = inputs if isinstance(inputs, Source) else Source.of_files(inputs, asked, "text")
-    valid = Source.of_files(valid_inputs, asked, "text") if valid_inputs else None
+    train, valid = find_sources(inputs, valid_inputs, asked, "text")
     if model_type not in ("unigram", "bpe"):
         raise DataError(f"model_type = {model_type!r}: must be one of unigram, bpe.")
     given = None if tokenizer is None else _given_tokenizer(Path(tokenizer))

@@ -15,7 +15,7 @@ from exlm_dist.utils.errors import DataError
 
 #: What tables write where a value is missing.
 _MISSING = {"", "na", "n/a", "nan", "null", "none", "-", "?"}
-_SMILES = re.compile(r"(?=.*[A-Za-z*])(?:\[[^\[\]\s]+\]|Br|Cl|[BCNOPSFIbcnops*]|[=#\-+\\/:~.()$]|%\d\d|\d)+")
+_SMILES = re.compile(r"(?=.*[A-Za-z*])(?:\[[^\[\]\s]+\]|Br|Cl|[BCNOPSFIbcnops*]|[=#\-+\\/:~.()$<>]|%\d\d|\d)+")
 
 
 def unique_names(header: Sequence[str]) -> list[str]:
@@ -63,10 +63,12 @@ def kind_of(value: str) -> str:
     return "text" if len(value.split(None, 1)) > 1 else "word"
 
 
-def kind_of_column(values: Sequence[str]) -> str:
-    """The kind that all `values` have that are not missing, else 'mixed'."""
-    kinds = {kind_of(value) for value in values} - {"missing"}
-    return kinds.pop() if len(kinds) == 1 else "mixed"
+def kind_of_column(values: Sequence[str], least: float = 1.0) -> str:
+    """The kind of those `values` that are not missing, or at least of the fraction `least` of them; else 'mixed'."""
+    kinds = Counter(kind_of(value) for value in values)
+    del kinds["missing"]
+    kind, count = max(kinds.items(), key=lambda item: item[1], default=("mixed", 0))
+    return kind if count >= least * kinds.total() else "mixed"
 
 
 def as_text(value: Any) -> str | None:

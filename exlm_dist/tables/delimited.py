@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
+from statistics import mode
 from typing import NamedTuple, TextIO
 
 from exlm_dist.tables.columns import kind_of_column, unique_names
@@ -45,6 +46,7 @@ class DelimitedTable:
     def __init__(self, path: Path, file: TextIO, delimiter: str, quoted: bool, header: bool):
         self._rows = split_rows(file, delimiter, quoted)
         self._delimiter = delimiter
+        self.not_text: dict[str, str] = {}
         self._before: list[Fields] = []  # read to find the number of columns
         first = next(self._rows, None)
         while not header and first is not None and first.problem:
@@ -91,6 +93,7 @@ def _split_quoted(lines: Iterator[str], delimiter: str) -> Iterator[Fields]:
     again: deque[str] = deque()  # lines given back
     taken: list[str] = []  # lines of the row that is being read
     recent: deque[list[str]] = deque(maxlen=_RECENT)
+    header = True  # what the first row may be
 
     def pull() -> Iterator[str]:
         while True:
@@ -122,28 +125,34 @@ def _split_quoted(lines: Iterator[str], delimiter: str) -> Iterator[Fields]:
             continue
         first += len(taken)
         if values:
-            recent.append(values)
+            if not header:
+                recent.append(values)
+            header = False
             yield Fields(values)
 
 
-def _swallowed_rows(values: list[str], lines: list[str], recent: Sequence[list[str]], delimiter: str) -> bool:
-    """Whether a field over several lines has rows in it: its column has had nothing but single words so far, or the
-    lines after the first have as many fields as the rows before, with numbers or SMILES in the same columns."""
-    width = len(recent[-1]) if recent else 0
-    before = [[row[index] for row in recent if len(row) == width and row[index]] for index in range(width)]
-    known = [len(column) >= _ENOUGH for column in before]
-    for index, value in enumerate(values[:width]):
-        if ("\n" in value or "\r" in value) and known[index]:
-            if not any(len(word.split(None, 1)) > 1 for word in before[index]):
-                return True
-    inner = [line.rstrip("\r\n").split(delimiter) for line in lines[1:]]
-    if any(len(row) != width for row in inner):
+def _swallowed_rows(values: list[str], lines: list[str], before: Sequence[list[str]], delimiter: str) -> bool:
+    """Whether a field over several lines has rows in it: each line of it is one word, like all values of its column in
+    the rows before; or its lines have as many fields as rows have, one of them a number or SMILES in all."""
+    width = mode(map(len, before)) if before else len(values)
+    columns = [[row[index] for row in before if len(row) == width] for index in range(width)]
+    at = next((index for index, value in enumerate(values) if "\n" in value or "\r" in value), 0)
+    texts = [text for text in columns[at] if text] if at < width else []
+    if len(texts) >= _ENOUGH and all(
+        len(line.split()) <= 1 for text in texts + [values[at]] for line in text.split("\n")
+    ):
+        return True
+    *middle, last = (line.rstrip("\r\n").split(delimiter) for line in lines[1:])
+    if any(len(row) != width for row in middle):
         return False
-    kinds = {index: kind_of_column(before[index]) for index in range(width) if known[index]}
-    telling = {index: kind for index, kind in kinds.items() if kind in ("number", "molecule")}
-    return bool(telling) and all(
-        kind_of_column([row[index].strip('"') for row in inner]) == kind for index, kind in telling.items()
-    )
+    for index, column in enumerate(columns):
+        inside = [row[index] for row in middle]
+        if index < at and len(last) == width:  # of the last line, what follows the field may be a row's in any case
+            inside.append(last[index])
+        enough = inside and len(column) + len(inside) >= _ENOUGH
+        if enough and kind_of_column(column + inside) in ("number", "molecule"):
+            return True
+    return False
 
 
 def first_rows(lines: Iterable[str], delimiter: str, quoted: bool, count: int) -> list[list[str]]:

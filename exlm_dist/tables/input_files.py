@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import glob
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from exlm_dist.tables.columns import kind_of, kind_of_column, suggestion
+from exlm_dist.tables.columns import kind_of, kind_of_column, suggestion, unique_names
 from exlm_dist.tables.delimited import first_rows
 from exlm_dist.tables.json_lines import refuse_documents
 from exlm_dist.tables.text_files import COMPRESSED, encoding, open_text
@@ -40,6 +42,8 @@ ENDINGS = {
 DELIMITERS = {",": "','", ";": "';'", "\t": "tab", "|": "'|'"}
 #: Rows and lines from which a file's form is worked out, and the longest part of a line that is looked at.
 _SAMPLE, _LONGEST = 50, 1 << 20
+#: A column is of a kind, for telling a header, if this fraction of its values are: files have bad rows.
+_MOST = 0.9
 
 
 @dataclass(frozen=True)
@@ -97,18 +101,15 @@ def expand_inputs(inputs: Sequence[str], options: InputOptions = InputOptions())
 def file_format(path: Path) -> str:
     """'csv', 'tsv', 'txt', 'smi', 'jsonl' or 'parquet': from the ending of the name without that of a compression, or
     from the content where that is certain. DataError if neither says it."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        suffixes.pop()
-    suffix = suffixes[-1] if suffixes else ""
-    found = ENDINGS.get(suffix) or _format_of_content(path)
-    if found is None:
+    ending = _ending(path)
+    form = ENDINGS.get(ending) or _format_of_content(path)
+    if form is None:
         raise DataError(
-            f"{path}: cannot read '{suffix or path.name}' files; the name must end in one of {', '.join(ENDINGS)}, "
+            f"{path}: cannot read '{ending or path.name}' files; the name must end in one of {', '.join(ENDINGS)}, "
             f"which {' or '.join(COMPRESSED)} may follow, or --format must say what is in it, as in --format txt "
             f"({', '.join(FORMATS)})."
         )
-    return found
+    return form
 
 
 def resolved(path: Path, options: InputOptions) -> InputOptions:
@@ -117,28 +118,26 @@ def resolved(path: Path, options: InputOptions) -> InputOptions:
     DataError names the option that settles what is not certain.
     """
     form = options.format or file_format(path)
-    said = [] if options.format or _named(path) else [f"read as {form}"]
-    if form == "parquet":
-        return _said(path, replace(options, format=form), said)
-    if (kind := encoding(path)) != "utf-8-sig":
-        said.append(f"decoded as {kind.upper()}")
-    lines = head(path)
-    if form in ("txt", "smi") and options.format is None:
-        table = _format_of_lines(path, form, lines, options)
-        said += [f"read as {table}: it has columns"] if table != form else []
-        form = table
+    said = [] if options.format or _ending(path) in ENDINGS else [f"read as {form}"]
+    if form != "parquet":
+        if (code := encoding(path)) != "utf-8-sig":
+            said.append(f"decoded as {code.upper()}")
+        lines = head(path)
+    if form in ("txt", "smi"):
+        table = _table_in_lines(path, form, lines, options)
+        said += [f"read as {table}: it has columns"] if table else []
+        form = table or form
+    options = replace(options, format=form)
     if form == "jsonl":
         refuse_documents(path, lines)
-    if form not in ("csv", "tsv"):
-        return _said(path, replace(options, format=form), said)
-    delimiter = options.delimiter or _delimiter(path, form, lines)
-    header = options.header
-    if header is None:
-        with open_text(path) as file:
-            rows = first_rows(file, delimiter, form == "csv", _SAMPLE)
-        header = _has_header(path, rows, options.column)
-        said += [] if header else [f"no header: {rows[0]!r} are data"]
-    return _said(path, replace(options, format=form, delimiter=delimiter, header=header), said)
+    if form in ("csv", "tsv"):
+        options = replace(options, delimiter=options.delimiter or _delimiter(path, form, lines))
+        header, why = _header(path, options)
+        said += [why] if why else []
+        options = replace(options, header=header)
+    if said:
+        _say_once(f"{path}: {'; '.join(said)}")
+    return options
 
 
 def head(path: Path) -> list[str]:
@@ -148,14 +147,17 @@ def head(path: Path) -> list[str]:
         return list(islice((line.rstrip("\r\n") for line in lines if line.strip()), _SAMPLE))
 
 
-def _said(path: Path, options: InputOptions, said: list[str]) -> InputOptions:
-    if said:
-        _log.info("%s: %s", path, "; ".join(said))
-    return options
+@lru_cache(maxsize=10_000)
+def _say_once(message: str) -> None:
+    _log.info(message)
 
 
-def _named(path: Path) -> bool:
-    return any(suffix.lower() in ENDINGS for suffix in path.suffixes[-2:])
+def _ending(path: Path) -> str:
+    """The ending of the name without that of a compression, in lower case."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
 
 
 def _format_of_content(path: Path) -> str | None:
@@ -182,16 +184,16 @@ def _columns(lines: Sequence[str], delimiter: str) -> int:
     return counts.pop() + 1 if len(counts) == 1 and len(lines) > 1 else 1
 
 
-def _format_of_lines(path: Path, form: str, lines: list[str], options: InputOptions) -> str:
-    """The format of a txt or smi file: tsv if its lines have columns, one of which the user has named."""
+def _table_in_lines(path: Path, form: str, lines: list[str], options: InputOptions) -> str | None:
+    """'tsv' or 'csv' if a txt or smi file is a table: the user has named its delimiter, or a column that it has."""
     if options.delimiter is not None:
         return "tsv" if options.delimiter == "\t" else "csv"
-    column = options.column
+    column, guess = options.column, options.format is None
     count = _columns(lines, "\t")
-    names = lines[0].split("\t") if lines else []
-    if count > 1 and column is not None and column in names:
+    names = lines[0].split("\t") if count > 1 else []
+    if guess and column in (names if form == "txt" else names[1:]):
         return "tsv"
-    if count > 1 and form == "txt":
+    if guess and count > 1 and form == "txt":
         raise DataError(
             f"{path}: each line has {count} columns with a tab between them (first: {lines[0][:80]!r}). For a table "
             "say --format tsv (and --column), for lines of text --format txt."
@@ -199,16 +201,15 @@ def _format_of_lines(path: Path, form: str, lines: list[str], options: InputOpti
     if column is not None and column.isdigit() and column != "1":
         raise DataError(
             f"{path}: {form} files have no column {column}. For a table say --format tsv (a tab between columns) or "
-            f"--format csv with --delimiter; without --column, {'the first word' if form == 'smi' else 'all'} of each "
-            "line is read."
+            f"--format csv (with --delimiter, if it is not a comma)."
         )
-    return form
+    return None
 
 
 def _delimiter(path: Path, form: str, lines: list[str]) -> str:
     """That of the format. DataError if the header does not have it, but it and nearly all lines have another one."""
     own = "," if form == "csv" else "\t"
-    if not lines or own in lines[0]:
+    if not lines or own in lines[0] or lines[0].lower().startswith("sep="):
         return own
     for other, name in DELIMITERS.items():
         count = lines[0].count(other)
@@ -220,39 +221,70 @@ def _delimiter(path: Path, form: str, lines: list[str]) -> str:
     return own
 
 
-def _has_header(path: Path, rows: list[list[str]], column: str | None) -> bool:
-    """Whether the first row holds names: it has that of a column that is looked for, or the values below are numbers,
-    SMILES or sentences where it has none. DataError if that is not certain."""
-    if not rows:
-        return True
+def _header(path: Path, options: InputOptions) -> tuple[bool, str]:
+    """(whether the first row is a header, what to say of it). DataError if that is not certain."""
+    with open_text(path) as file:
+        rows = first_rows(file, options.delimiter or ",", options.format == "csv", _SAMPLE)
+    if rows:
+        _refuse_ragged(path, rows, options)
+    if options.header is not None or not rows:
+        return options.header is not False, ""
     names = [name.strip() for name in rows[0]]
-    lowered = [name.lower() for name in names]
-    if any(name in ("text", "smiles") or name.endswith(("_smiles", " smiles")) for name in lowered):
-        return True
-    if column is not None and not column.isdigit() and column in names:
-        return True
-    names_above, data_above = set(), set()
-    for index, name in enumerate(names):
-        below, own = kind_of_column([row[index] for row in rows[1:] if index < len(row)]), kind_of(name)
-        if own == below and below in ("number", "molecule"):
-            data_above.add(below)
-        elif own != "missing" and (below in ("number", "molecule") or (below, own) == ("text", "word")):
-            names_above.add(below)
-    if "molecule" in data_above and not names_above:
-        return False
-    if names_above and "molecule" not in data_above:
-        return True
-    if len(rows) == 1 and all(kind_of(name) in ("word", "text") for name in names):
-        return True
+    known = [name.lower() for name in names]
+    if any(name in ("text", "smiles") or name.endswith(("_smiles", " smiles")) for name in known):
+        return True, ""
+    if options.column in names and not str(options.column).isdigit():
+        return True, ""
+    return _header_by_kinds(path, names, rows[1:])
+
+
+def _refuse_ragged(path: Path, rows: list[list[str]], options: InputOptions) -> None:
+    """DataError if the first row names no column, or most of the others do not have its columns."""
+    width = len(unique_names(rows[0]))
+    if not width and options.header is not False:
+        raise DataError(f"{path}: its first row is empty, so its columns have no names. If data, say --no-header.")
+    if rows[0][0].lower().startswith("sep="):
+        raise DataError(f"{path}: its first line is for Excel alone. Take it off: sed -i 1d {shlex.quote(str(path))}")
+    ragged = [row for row in rows[1:] if len(row) < width or any(cell.strip() for cell in row[width:])]
+    if len(ragged) <= len(rows) / 2:
+        return
+    name = DELIMITERS.get(options.delimiter or ",", repr(options.delimiter))
+    advice = "The first row must be a header that names every column, not a comment."
+    if options.format == "csv":
+        advice += (
+            f" Text with {name} in it must stand in double quotes; --delimiter says what else is between the columns "
+            "(--delimiter tab, if each line is one text)."
+        )
     raise DataError(
-        f"{path}: does its first row have names of columns, or data? {rows[0][:10]!r}. If data, say --no-header (the "
-        f"columns then have numbers, as in --column 1); if names, the one to read, as in --column {_quoted(names)}."
+        f"{path}: its first row has {width} column(s), but {len(ragged)} of the next {len(rows) - 1} rows have not "
+        f"(the first: {len(ragged[0])}, {ragged[0]!r:.80}). {advice}"
     )
 
 
-def _quoted(names: list[str]) -> str:
-    name = next((name for name in names if name and not name.isdigit()), "NAME")
-    return "'" + name.replace("'", "'\\''") + "'"
+def _header_by_kinds(path: Path, names: list[str], rows: list[list[str]]) -> tuple[bool, str]:
+    """A header has words where the rows below have numbers, SMILES or sentences; data have SMILES where they have."""
+    above, data = set(), set()
+    for index, name in enumerate(names):
+        below, own = kind_of_column([row[index] for row in rows if index < len(row)], _MOST), kind_of(name)
+        if own == below and below in ("number", "molecule"):
+            data.add(below)
+        elif own != "missing" and (below in ("number", "molecule") or (below, own) == ("text", "word")):
+            above.add(below)
+    if above and "molecule" not in data:
+        return True, ""
+    if not above and "molecule" in data:
+        return False, f"it has no header: its first row is data: {names[:10]}"
+    if not rows and all(kind_of(name) in ("word", "text") for name in names):
+        return True, ""
+    raise DataError(
+        f"{path}: does its first row have names of columns, or data? {names[:10]}. If data, say --no-header (the "
+        f"columns then have numbers, as in --column 1); if names, the one to read, as in --column {_shell_word(names)}."
+    )
+
+
+def _shell_word(names: list[str]) -> str:
+    """A name of `names` as it is typed."""
+    return shlex.quote(next((name for name in names if name and not name.isdigit()), "NAME"))
 
 
 def _missing(path: Path, item: str) -> str:

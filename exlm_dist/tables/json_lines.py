@@ -26,6 +26,7 @@ class JsonLines:
         self._rest = items
         objects = [item for _, item, _, _ in self._head if isinstance(item, dict)]
         self.names = list(dict.fromkeys(name for item in objects for name in flattened(item)))
+        self.not_text: dict[str, str] = {}
         self._bare = not self.names
         if self._bare:
             self.names = [BARE]

@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol, TextIO
 
-from exlm_dist.tables.columns import choose_column
+from exlm_dist.tables.columns import choose_column, listed
 from exlm_dist.tables.delimited import DelimitedTable
 from exlm_dist.tables.input_files import InputOptions, expand_inputs, resolved
 from exlm_dist.tables.json_lines import JsonLines
 from exlm_dist.tables.parquet_table import open_parquet
 from exlm_dist.tables.text_files import open_text
+from exlm_dist.utils.errors import DataError
 
 __all__ = [
     "InputOptions",
@@ -54,9 +55,10 @@ class Record(NamedTuple):
 
 
 class Table(Protocol):
-    """An open file: the names of its columns, and its rows, once."""
+    """An open file: the names of its columns, and its rows, once. not_text: what columns hold that have no text."""
 
     names: list[str]
+    not_text: dict[str, str]
 
     def texts(self, column: str) -> Iterator[tuple[int, str | None, str]]:
         """(number, text, problem) of each row; with a problem, the text is the row itself."""
@@ -113,7 +115,14 @@ def text_problem(text: str) -> str:
 
 def _chosen(path: Path, table: Table, asked: str | None, default: str) -> str:
     """The column to read; txt and smi files have but one, which has no name of its own."""
-    return table.names[0] if isinstance(table, _Lines) else choose_column(path, table.names, asked, default)
+    if isinstance(table, _Lines):
+        return table.names[0]
+    column = choose_column(path, table.names, asked, default)
+    if column in table.not_text:
+        raise DataError(
+            f"{path}: column {column!r} holds {table.not_text[column]}, not text. Its columns: {listed(table.names)}."
+        )
+    return column
 
 
 @contextmanager
@@ -139,6 +148,7 @@ class _Lines:
     def __init__(self, file: TextIO, options: InputOptions):
         self._file, self._molecules, self._header = file, options.format == "smi", options.header
         self.names = ["smiles" if self._molecules else "text"]
+        self.not_text: dict[str, str] = {}
 
     def texts(self, column: str) -> Iterator[tuple[int, str | None, str]]:
         """(number, text, "") of each line."""

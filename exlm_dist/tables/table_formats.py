@@ -8,16 +8,18 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeAlias
 
 import numpy as np
 
-from exlm_dist.tables.columns import as_text
+from exlm_dist.tables.columns import as_text, listed
 from exlm_dist.utils.errors import DataError
 
 Column: TypeAlias = "list[str | None] | np.ndarray"
+_ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
 _SPECIAL = re.compile(r'[,"\r\n]')
 #: Limit of a text column in npz, where each text takes the room of the longest one.
 NPZ_TEXT_BYTES = 1 << 31
@@ -36,30 +38,37 @@ class TableFormat(Protocol):
 class DelimitedFormat:
     """csv; or tsv, which has no quotes: in it a tab or line end within a text becomes \\t, \\n or \\r."""
 
-    _ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
-
     def __init__(self, path: Path, tabs: bool):
         self._file = open(path, "w", encoding="utf-8", errors="surrogateescape", newline="")
-        self._tabs, self._begun = tabs, False
+        self._delimiter, self._cell = ("\t", _escaped) if tabs else (",", _quoted)
+        self._begun = False
 
     def write(self, columns: Mapping[str, Column]) -> None:
-        """Append rows; an array [n, d] makes columns NAME_0 to NAME_(d-1)."""
-        cells: dict[str, list[str]] = {}
+        """Append rows; an array [n, d] makes columns NAME_0 to NAME_(d-1). DataError if two would have one name."""
+        names: list[str] = []
+        cells: list[list[str]] = []
         for name, column in columns.items():
-            if isinstance(column, np.ndarray) and column.ndim == 2:
-                cells.update((f"{name}_{index}", _cells(part)) for index, part in enumerate(column.T))
+            if not isinstance(column, np.ndarray):
+                names.append(name)
+                cells.append([self._cell(text or "") for text in column])
+            elif column.ndim == 1:
+                names.append(name)
+                cells.append(_number_cells(column))
             else:
-                cells[name] = _cells(column)
+                names += [f"{name}_{index}" for index in range(column.shape[1])]
+                cells += [_number_cells(part) for part in column.T]
         if not self._begun:
-            self._rows([list(cells)])
-            self._begun = True
-        self._rows(zip(*cells.values()))
+            self._begin(names)
+        if len(cells) == 1 and self._delimiter == ",":
+            cells[0] = [cell or '""' for cell in cells[0]]  # an empty line would be no row
+        self._file.writelines(self._delimiter.join(row) + "\n" for row in zip(*cells))
 
-    def _rows(self, rows: Iterable[Sequence[str]]) -> None:
-        if self._tabs:
-            self._file.writelines("\t".join(cell.translate(self._ESCAPES) for cell in row) + "\n" for row in rows)
-        else:
-            self._file.writelines(",".join(map(_quoted, row)) + "\n" for row in rows)
+    def _begin(self, names: list[str]) -> None:
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
+        if twice:
+            raise DataError(f"two columns would be called {listed(twice)}. Rename those of the input.")
+        self._file.write(self._delimiter.join(map(self._cell, names)) + "\n")
+        self._begun = True
 
     def close(self, complete: bool) -> None:
         """Close the file."""
@@ -74,8 +83,9 @@ class JsonLinesFormat:
 
     def write(self, columns: Mapping[str, Column]) -> None:
         """Append a line for each row."""
-        values = [_json_values(column) for column in columns.values()]
-        self._file.writelines(json.dumps(dict(zip(columns, row)), ensure_ascii=False) + "\n" for row in zip(*values))
+        names = [json.dumps(name, ensure_ascii=False) for name in columns]
+        for row in zip(*map(_json_values, columns.values())):
+            self._file.write("{" + ", ".join(map("{}: {}".format, names, row)) + "}\n")
 
     def close(self, complete: bool) -> None:
         """Close the file."""
@@ -163,15 +173,18 @@ class NpzFormat:
                     np.lib.format.write_array(member, np.array(texts, dtype=str), allow_pickle=False)
 
 
-def _quoted(cell: str) -> str:
+def _quoted(text: str) -> str:
     """A cell of csv. (Python's writer leaves a carriage return without quotes, which ends a line for its reader.)"""
-    return '"' + cell.replace('"', '""') + '"' if not cell or _SPECIAL.search(cell) else cell
+    return '"' + text.replace('"', '""') + '"' if _SPECIAL.search(text) else text
 
 
-def _cells(column: Column) -> list[str]:
-    """A column of texts or an array [n] as cells, missing ones empty; numbers in their shortest form."""
-    if not isinstance(column, np.ndarray):
-        return [text or "" for text in column]
+def _escaped(text: str) -> str:
+    """A cell of tsv."""
+    return text.translate(_ESCAPES)
+
+
+def _number_cells(column: np.ndarray) -> list[str]:
+    """An array [n] as cells, missing ones empty; numbers in their shortest form."""
     if column.dtype.kind != "f":
         return [as_text(value) or "" for value in column.tolist()]
     cells = column.astype(str)
@@ -179,14 +192,20 @@ def _cells(column: Column) -> list[str]:
     return cells.tolist()
 
 
-def _json_values(column: Column) -> list[Any]:
-    """What JSON has for each row, missing ones null; numbers in their shortest form."""
+def _json_values(column: Column) -> list[str]:
+    """The JSON of each row, missing ones null; numbers in their shortest form."""
     if not isinstance(column, np.ndarray) or column.dtype.kind != "f":
-        return list(column) if isinstance(column, list) else column.tolist()
-    values = column.astype(str).astype(np.float64).astype(object)
-    values[~np.isfinite(column)] = None
-    rows = values.tolist()
-    return rows if column.ndim == 1 else [None if all(value is None for value in row) else row for row in rows]
+        return [
+            json.dumps(value, ensure_ascii=False) for value in (column if isinstance(column, list) else column.tolist())
+        ]
+    values = column.astype(str)
+    values[~np.isfinite(column)] = "null"
+    if column.ndim == 1:
+        return values.tolist()
+    rows = [f"[{', '.join(row)}]" for row in values.tolist()]
+    for index in np.flatnonzero(np.isnan(column).all(axis=1)):
+        rows[index] = "null"
+    return rows
 
 
 def _arrow(column: Column) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from exlm_dist.checkpoint import reader, storage
+from exlm_dist.checkpoint.weights_only import describe_origin
 from exlm_dist.config import RunConfig, check_vocabulary, check_world
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.parallel.process import Process
@@ -131,8 +132,14 @@ def _rejection(folder: Path, process: Process) -> str | None:
 def _accept(
     config: RunConfig, data: ShardDataset, folder: Path, state: dict[str, Any], allow_changes: bool
 ) -> list[Change]:
-    """Settings that change where training goes on from the checkpoint. CheckpointError when it belongs to other data,
-    another tokenizer or other settings."""
+    """Settings that change where training goes on from the checkpoint. CheckpointError when it was not written by
+    training, or belongs to other data, another tokenizer or other settings."""
+    if origin := describe_origin(state):
+        raise CheckpointError(
+            f"{folder} is an {origin}: it has no moments of the optimizer, so that no run can resume from it. Move it "
+            f"out of {folder.parent} to go on from the run's own checkpoints, or train a new run from its weights:\n"
+            f"  {new_run_command(config)}"
+        )
     for what, here in fingerprints(data).items():
         if state[what] != here:
             raise CheckpointError(

@@ -8,7 +8,7 @@ from pathlib import Path
 CHECKPOINTS = "checkpoints"
 #: The last file to be written: a checkpoint without it is not whole.
 COMPLETE_FILE = "COMPLETE"
-_STEP_FOLDER = re.compile(r"step-(\d+)$")
+_STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
@@ -18,5 +18,5 @@ def checkpoint_folder(run_folder: Path, step: int) -> Path:
 
 def step_in_name(folder: Path) -> int | None:
     """Step in the name `step-00001000`; None for any other name."""
-    match = _STEP_FOLDER.search(Path(folder).name)
+    match = _STEP_FOLDER.fullmatch(Path(folder).name)
     return None if match is None else int(match.group(1))

@@ -30,6 +30,10 @@ class ConfigError(UserError):
     """A setting that is unknown, of the wrong type, out of range, or at odds with another."""
 
 
+class OutputError(UserError):
+    """An output that may not be replaced, or that cannot be written."""
+
+
 class DataError(UserError):
     """Input, shards or tokenizer that cannot be used."""
 

@@ -20,6 +20,7 @@ from exlm_dist.checkpoint import reader
 from exlm_dist.checkpoint.messages import Published
 from exlm_dist.checkpoint.pieces import Piece, Slice
 from exlm_dist.config import RunConfig
+from exlm_dist.export.hf.hf_folder import export_hf
 from exlm_dist.parallel.sharded import ShardedParameter
 from exlm_dist.utils.errors import EXIT_SAVED
 
@@ -182,12 +183,21 @@ def test_any_layout_loads_any_pieces_and_saves_them_again(world, saved, tmp_path
         shutil.copytree(Path(saved.runs) / "run", tmp_path / str(number) / "run")
     settings = saved.model_dump() | {"runs": str(tmp_path)}
     on_ranks(load_and_save, world, settings, cases, timeout=150)
+    wanted = exported(Path(saved.runs) / "run", tmp_path / "out")
+    wanted["README.md"] = wanted["README.md"].replace(f"step {STEP}".encode(), f"step {STEP + 1}".encode())
     for number, case in enumerate(cases):
         folder = tmp_path / str(number) / "run/checkpoints"
         before, after = (tensors_of(folder / f"step-{step:08d}") for step in (STEP, STEP + 1))
         assert before.keys() == after.keys() and len(before) > 30
         assert [name for name in before if before[name].tobytes() != after[name].tobytes()] == [], case
         assert len(list((folder / f"step-{STEP + 1:08d}").glob("optimizer-*"))) == world
+        assert exported(folder.parent, tmp_path / f"out-{number}") == wanted, case
+
+
+def exported(run: Path, out: Path) -> dict[str, bytes]:
+    """Every file of an export for the transformers library."""
+    export_hf(run, out)
+    return {file.name: file.read_bytes() for file in out.iterdir()}
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:

@@ -10,19 +10,27 @@ With 99999 their gradient is mixed into the recorded one, so gradients are compa
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from golden import Case, Golden, golden_cases, golden_files
+from safetensors.torch import save_file
 
 from exlm_dist.config.schema import ModelConfig
 from exlm_dist.export.fairseq import from_fairseq, to_fairseq
+from exlm_dist.export.import_fairseq import import_fairseq
+from exlm_dist.inference.loading import load_checkpoint
 from exlm_dist.kernels.dag import dag_best_path
 from exlm_dist.model.build import LanguageModel, build_model
 from exlm_dist.model.objective import loss_sum
 from exlm_dist.model.stream import Stream
+from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer
+from exlm_dist.tokenizers.tokenizer import MASK, NUM_SPECIAL
 
 BOS, PAD, EOS = 0, 1, 2
 MAX_POSITIONS = 96
@@ -87,7 +95,18 @@ class Batch:
 def build(
     settings: dict[str, Any], weights: dict[str, np.ndarray], dtype: torch.dtype, train: bool = False
 ) -> LanguageModel:
-    config = ModelConfig(
+    config = model_config(settings)
+    vocabulary = len(weights["encoder.lm_head.bias"])
+    mask = vocabulary - 1
+    model = build_model(config, vocabulary, seed=0, token_dropout=mask if settings.get("token_dropout") else None)
+    ours = from_fairseq({name: torch.from_numpy(value) for name, value in weights.items()})
+    missing, unexpected = model.load_state_dict(ours, strict=False)
+    assert not unexpected and set(missing) <= {"output.weight"}
+    return model.to(dtype).train(train)
+
+
+def model_config(settings: dict[str, Any]) -> ModelConfig:
+    return ModelConfig(
         layers=settings["layers"],
         width=settings["d"],
         heads=settings["heads"],
@@ -99,13 +118,6 @@ def build(
         attention_dropout=0.0,
         max_positions=MAX_POSITIONS,
     )
-    vocabulary = len(weights["encoder.lm_head.bias"])
-    mask = vocabulary - 1
-    model = build_model(config, vocabulary, seed=0, token_dropout=mask if settings.get("token_dropout") else None)
-    ours = from_fairseq({name: torch.from_numpy(value) for name, value in weights.items()})
-    missing, unexpected = model.load_state_dict(ours, strict=False)
-    assert not unexpected and set(missing) <= {"output.weight"}
-    return model.to(dtype).train(train)
 
 
 def model_cases() -> list[tuple[str, str]]:
@@ -200,6 +212,35 @@ def check_scores(case: Case, batch: Batch, stream: Stream) -> None:
         match = logits.log_softmax(-1)[:, row["target_ids"]].T
         compare(stream.match[i, :count, :states], match, LOGITS, f"match of row {b}")
         assert np.array_equal(paths[i, :states].numpy(), case["out/path"][b][places]), f"path of row {b}"
+
+
+@pytest.mark.parametrize("file", golden_files("model_"))
+def test_the_imported_model(file: str, tmp_path: Path) -> None:
+    """Through `exlm import fairseq` and a checkpoint, with our ids: `<mask>` is 4 and the words come after it."""
+    golden = Golden(file)
+    for name, settings in golden.cases.items():
+        case, batch, _ = open_case(file, name, torch.float32)
+        if batch.rows and not settings["train_mode"]:
+            break
+    else:
+        pytest.skip("no case of this file is in evaluation mode and has a clean row")
+    weights = golden.group(f"{name.split('/')[0]}/w/")
+    vocabulary = len(weights["encoder.lm_head.bias"])
+    save_file({key: torch.from_numpy(value) for key, value in weights.items()}, tmp_path / "theirs.safetensors")
+    words = Counter({f"[{number}H]": 1 for number in range(NUM_SPECIAL, vocabulary)})
+    SmilesTokenizer.from_counts(words, {"stereo": "keep", "salts": "keep"}).save(tmp_path / "tokenizer")
+    section = model_config(settings["config"]).model_dump()
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": section}))
+    import_fairseq(
+        tmp_path / "theirs.safetensors",
+        tmp_path / "out",
+        tokenizer=tmp_path / "tokenizer",
+        config=tmp_path / "model.yaml",
+    )
+    ours = torch.tensor([*range(MASK), *range(MASK + 1, vocabulary), MASK])
+    stream = batch.stream.replace(input_ids=ours[batch.stream.input_ids], target_ids=ours[batch.stream.target_ids])
+    with torch.no_grad():
+        check_scores(case, batch, load_checkpoint(tmp_path / "out", device="cpu").model(stream))
 
 
 @pytest.mark.parametrize("file", golden_files("model_"))

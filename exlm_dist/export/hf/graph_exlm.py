@@ -33,7 +33,8 @@ def expand_masks(
     copies = attended.long() + (states - 1) * targets.long()
     after = copies.cumsum(1)
     first = after - copies
-    slots = torch.arange(int(after[:, -1].max()), device=input_ids.device).expand(len(input_ids), -1).contiguous()
+    longest = max(1, int(after[:, -1].max()))
+    slots = torch.arange(longest, device=input_ids.device).expand(len(input_ids), -1).contiguous()
     source = torch.searchsorted(after, slots, right=True).clamp(max=input_ids.shape[1] - 1)
     inside = slots < after[:, -1:]
     clone = (slots - first.gather(1, source) + 1) * targets.gather(1, source)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from exlm_dist.checkpoint.rank_files import write_file
 from exlm_dist.checkpoint.reader import TOKENIZER_FOLDER, find_checkpoint, load_weights, read_config
+from exlm_dist.checkpoint.tensors import write_header
 from exlm_dist.config.schema import ModelConfig
 from exlm_dist.export.hf.model_card import model_card
 from exlm_dist.export.hf.tokenizer_json import tokenizer_config, tokenizer_json
 from exlm_dist.model.block import NORM_EPS
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.tokenizers.tokenizer import BOS, EOS, MASK, PAD
-from exlm_dist.utils.errors import CheckpointError
-from exlm_dist.utils.files import sync_path, write_atomic, write_json
+from exlm_dist.utils.files import write_atomic, write_json
+from exlm_dist.utils.staging import FolderKind, check_target, staged_folder
 
 MODEL_TYPE = "exlm"
 #: Files of this folder that are copied into each export.
@@ -33,14 +33,13 @@ _AUTO_CLASSES = {
 }
 
 
-def export_hf(checkpoint: Path, out: Path) -> str:
+def export_hf(checkpoint: Path, out: Path, *, overwrite: bool = False) -> str:
     """Write a checkpoint (or a run's newest) as a folder for the transformers library; a line that says so.
 
-    An earlier export at `out` is replaced. CheckpointError if `out` is anything else, or the checkpoint is not whole;
-    DataError if its tokenizer cannot be expressed as `tokenizer.json`.
+    OutputError if `out` exists, unless it is such a folder and `overwrite`, or cannot be written; CheckpointError if
+    the checkpoint is not whole; DataError if its tokenizer cannot be expressed as `tokenizer.json`.
     """
-    out = Path(os.path.abspath(out))
-    _check_target(out)
+    check_target(out, TRANSFORMERS_MODEL, overwrite)
     folder = find_checkpoint(Path(checkpoint))
     config = read_config(folder)
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
@@ -53,7 +52,12 @@ def export_hf(checkpoint: Path, out: Path) -> str:
     }
     texts = {name: (Path(__file__).parent / name).read_text(encoding="utf-8") for name in CODE_FILES}
     texts["README.md"] = model_card(folder, config, tokenizer, num_parameters)
-    _write(out, weights, documents, texts)
+    with staged_folder(out, TRANSFORMERS_MODEL, overwrite=overwrite) as staged:
+        _write_weights(staged / "model.safetensors", weights)
+        for name, content in documents.items():
+            write_json(staged / name, content)
+        for name, text in texts.items():
+            write_atomic(staged / name, text)
     return f"{out}: {num_parameters:,} parameters of {folder} for the transformers library (trust_remote_code=True)"
 
 
@@ -99,13 +103,13 @@ def hf_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _check_target(out: Path) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())) or _is_export(out):
-        return
-    raise CheckpointError(f"{out} exists and is no earlier export. Choose another --out, or remove it yourself.")
+def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    header = write_header({name: tuple(tensor.shape) for name, tensor in weights.items()}, {"format": "pt"})
+    elements = (memoryview(tensor.numpy().reshape(-1).view("uint8")) for tensor in weights.values())
+    write_file(path, [header, *elements])
 
 
-def _is_export(out: Path) -> bool:
+def _is_model(out: Path) -> bool:
     try:
         content = json.loads((out / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -113,23 +117,5 @@ def _is_export(out: Path) -> bool:
     return isinstance(content, dict) and content.get("model_type") == MODEL_TYPE
 
 
-def _write(out: Path, weights: dict[str, Tensor], documents: dict[str, Any], texts: dict[str, str]) -> None:
-    """Write all files beside `out`, then rename once."""
-    from safetensors.torch import save_file
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        folder = Path(scratch, "new")
-        folder.mkdir()
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "model.safetensors").chmod(0o644)
-        sync_path(folder / "model.safetensors")
-        for name, content in documents.items():
-            write_json(folder / name, content)
-        for name, text in texts.items():
-            write_atomic(folder / name, text)
-        _check_target(out)
-        if out.exists():
-            os.rename(out, Path(scratch, "old"))
-        os.rename(folder, out)
-    sync_path(out.parent)
+#: What may be replaced: an earlier export, or what `save_pretrained` made of one.
+TRANSFORMERS_MODEL = FolderKind("a folder with an ExLM model for transformers", _is_model)

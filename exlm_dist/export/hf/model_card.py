@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from exlm_dist.checkpoint.reader import read_state, step_of
+from exlm_dist.checkpoint.reader import read_state, run_folder_of, step_of
+from exlm_dist.checkpoint.weights_only import FAIRSEQ, describe_origin
 from exlm_dist.config import RunConfig
 from exlm_dist.tokenizers import Tokenizer
 from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer
@@ -35,6 +36,11 @@ def model_card(checkpoint: Path, config: RunConfig, tokenizer: Tokenizer, num_pa
         "Tokenizer fingerprint": f"`{tokenizer.fingerprint}`",
         "Seed": config.seed,
     }
+    if origin := describe_origin(state):
+        facts["Made by"] = origin
+    if state.get("origin", {}).get("kind") == FAIRSEQ:  # how it was trained is not known
+        for unknown in ("Masking", "Batch", "Learning rate", "Seed"):
+            del facts[unknown]
     if isinstance(tokenizer, SmilesTokenizer):
         facts["Policy for SMILES"] = f"`{json.dumps(tokenizer.policy, sort_keys=True)}`"
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
@@ -50,6 +56,8 @@ def _results(checkpoint: Path) -> str:
         f"| {split} | {masked} | {values['nll']:.4f} | {values['accuracy']:.2%} |"
         for split, masked, values in _evaluations(checkpoint)
     ]
+    if not rows and run_folder_of(checkpoint) is None:
+        return "None: this checkpoint belongs to no run, in whose log its evaluations would be.\n"
     if not rows:
         return "This checkpoint was not evaluated before it was exported (`exlm evaluate`).\n"
     unique = dict.fromkeys(rows)  # an evaluation while training is logged as metrics and with its checkpoint
@@ -59,8 +67,9 @@ def _results(checkpoint: Path) -> str:
 
 def _evaluations(checkpoint: Path) -> list[tuple[str, str, dict[str, float]]]:
     """(split, masked, values by name) of each evaluation of the checkpoint that its run's event log has."""
-    path, step, found = checkpoint.parent.parent / EVENTS, step_of(checkpoint), []
-    for event in read_events(path) if path.is_file() else ():
+    run_folder, step, found = run_folder_of(checkpoint), step_of(checkpoint), []
+    path = None if run_folder is None else run_folder / EVENTS
+    for event in read_events(path) if path is not None and path.is_file() else ():
         if event["kind"] not in ("metrics", "child_run") or event["step"] != step:
             continue
         tags: dict[str, Any] = event.get("tags", {})
@@ -86,9 +95,9 @@ fill = pipeline("fill-mask", model=model, tokenizer=tokenizer)
 fill({_USE[domain]!r})
 ```
 
-Without masks the model is an ordinary encoder. `ExLMForMaskedLM` expands each `<mask>` into its states; the logits
-there are log-probabilities, summed over all paths through the states. Its `loss` is the cross-entropy at each labelled
-position, for fine-tuning; it is not the likelihood that the pretraining maximised.
+Needs transformers 5 or later. Without masks the model is an ordinary encoder. `ExLMForMaskedLM` expands each `<mask>`
+into its states; the logits there are log-probabilities, summed over all paths through the states. Its `loss` is the
+cross-entropy at each labelled position, for fine-tuning; it is not the likelihood that the pretraining maximised.
 """
 
 

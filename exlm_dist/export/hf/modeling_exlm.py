@@ -323,12 +323,19 @@ class ExLMForTokenClassification(ExLMPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> TokenClassifierOutput | tuple:
         """logits [B, L, num_labels]; labels [B, L], -100 is ignored."""
-        out = self.exlm(input_ids, attention_mask, output_hidden_states=output_hidden_states, return_dict=True)
+        out = self.exlm(
+            input_ids,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
         logits = self.classifier(self.dropout(out.last_hidden_state))
         loss = None if labels is None else F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
         return _returned(self.config, TokenClassifierOutput(loss, logits, out.hidden_states), return_dict)
@@ -347,13 +354,20 @@ class ExLMForQuestionAnswering(ExLMPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> QuestionAnsweringModelOutput | tuple:
         """start_logits, end_logits [B, L]; positions [B], those outside the sequence are ignored."""
-        out = self.exlm(input_ids, attention_mask, output_hidden_states=output_hidden_states, return_dict=True)
+        out = self.exlm(
+            input_ids,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
         start, end = self.qa_outputs(out.last_hidden_state).float().unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:

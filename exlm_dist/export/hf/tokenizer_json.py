@@ -116,11 +116,8 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         decoders.append({"type": "Strip", "content": " ", "start": spaces, "stop": 0})
     return {
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": _unigram(pieces, model.byte_fallback)
-        if model.model_type == "unigram"
-        else _bpe(pieces, model.byte_fallback),
+        **(_unigram if model.model_type == "unigram" else _bpe)(pieces, model.byte_fallback),
     }
 
 
@@ -129,12 +126,15 @@ def _replace(pattern: str, content: str) -> dict[str, Any]:
 
 
 def _unigram(pieces: list[tuple[str, float, int]], byte_fallback: bool) -> dict[str, Any]:
-    least = min(score for _, score, _ in pieces)
-    # Sentencepiece never matches "<0x41>" in a text with the byte; here the score makes any other reading better.
-    scores = [10.0 * (least - 10.0) if kind == BYTE else score for _, score, kind in pieces]
+    # Sentencepiece never takes the text "<0x41>" for the byte: its "<" is split off, so that the piece cannot match.
+    splitting = {"type": "Split", "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"}, "behavior": "MergedWithPrevious"}
+    # The least score decides what an unknown character costs; sentencepiece takes it from the ordinary pieces alone.
     vocabulary = [[name, 0.0] for name in SPECIAL_NAMES]
-    vocabulary += [[piece, score] for (piece, _, _), score in zip(pieces, scores)]
-    return {"type": "Unigram", "unk_id": UNK, "vocab": vocabulary, "byte_fallback": byte_fallback}
+    vocabulary += [[piece, 0.0 if kind == BYTE else score] for piece, score, kind in pieces]
+    return {
+        "pre_tokenizer": splitting | {"invert": False} if byte_fallback else None,
+        "model": {"type": "Unigram", "unk_id": UNK, "vocab": vocabulary, "byte_fallback": byte_fallback},
+    }
 
 
 def _bpe(pieces: list[tuple[str, float, int]], byte_fallback: bool) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _bpe(pieces: list[tuple[str, float, int]], byte_fallback: bool) -> dict[str,
         if piece[:cut] in scores and piece[cut:] in scores
     ]
     names = [*SPECIAL_NAMES, *(piece for piece, _, _ in pieces)]
-    return {
+    model = {
         "type": "BPE",
         "dropout": None,
         "unk_token": SPECIAL_NAMES[UNK],
@@ -159,3 +159,4 @@ def _bpe(pieces: list[tuple[str, float, int]], byte_fallback: bool) -> dict[str,
         "vocab": {name: i for i, name in enumerate(names)},
         "merges": [merge for *_, merge in sorted(merges)],
     }
+    return {"pre_tokenizer": None, "model": model}

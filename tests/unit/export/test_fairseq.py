@@ -1,19 +1,15 @@
 from __future__ import annotations
 
-import argparse
-
-import numpy as np
 import pytest
 import torch
 
 from exlm_dist.config.schema import ModelConfig
-from exlm_dist.export.fairseq import from_fairseq, load_file, to_fairseq
+from exlm_dist.export.fairseq import EMBEDDING, from_fairseq, to_fairseq
 from exlm_dist.model.build import build_model
 from exlm_dist.tokenizers.tokenizer import MASK
 from exlm_dist.utils.errors import CheckpointError
 
 VOCABULARY = 12
-EMBEDDING = "encoder.sentence_encoder.embed_tokens.weight"
 
 
 def our_weights(**changes):
@@ -62,35 +58,8 @@ def test_unknown_entries_are_named_and_buffers_left_out():
         from_fairseq(theirs)
 
 
-def test_files(tmp_path):
-    from safetensors.torch import save_file
-
+def test_a_projection_that_is_missing_is_named():
     theirs = to_fairseq(our_weights())
-    save_file(theirs, tmp_path / "w.safetensors")
-    np.savez(tmp_path / "w.npz", **{name: value.numpy() for name, value in theirs.items()})
-    torch.save({"model": theirs, "args": argparse.Namespace(arch="x"), "extra_state": {"epoch": 3}}, tmp_path / "w.pt")
-    torch.save(theirs, tmp_path / "bare.pt")
-    for name in ("w.safetensors", "w.npz", "w.pt", "bare.pt"):
-        loaded = load_file(tmp_path / name)
-        assert loaded.keys() == theirs.keys()
-        assert all(torch.equal(value, theirs[key]) for key, value in loaded.items())
-
-
-class _Runs:
-    def __reduce__(self):
-        return (print, ("code of the file was run",))
-
-
-def test_a_file_with_code_in_it_is_refused(tmp_path, capsys):
-    torch.save({"model": _Runs()}, tmp_path / "bad.pt")
-    with pytest.raises(CheckpointError, match="safetensors"):
-        load_file(tmp_path / "bad.pt")
-    assert "code of the file" not in capsys.readouterr().out
-
-
-def test_missing_and_empty_files(tmp_path):
-    with pytest.raises(CheckpointError, match="is no file"):
-        load_file(tmp_path / "nothing.pt")
-    torch.save({"model": {}}, tmp_path / "empty.pt")
-    with pytest.raises(CheckpointError, match="no named tensors"):
-        load_file(tmp_path / "empty.pt")
+    del theirs["encoder.sentence_encoder.layers.1.self_attn.k_proj.bias"]
+    with pytest.raises(CheckpointError, match="no k_proj.bias of layer 1"):
+        from_fairseq(theirs)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import math
 import random
 from collections import Counter
+from functools import cache
+from pathlib import Path
 
 import pytest
+import tokenizers
 from locations import ROOT
 from made_run import MOLECULES
 
@@ -15,7 +20,7 @@ from exlm_dist.export.hf.tokenizer_json import tokenizer_config, tokenizer_json
 from exlm_dist.tokenizers.sentencepiece_proto import SentencePieceModel
 from exlm_dist.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer, split_smiles
-from exlm_dist.tokenizers.tokenizer import BOS, EOS, MASK, SPECIAL_NAMES, UNK
+from exlm_dist.tokenizers.tokenizer import BOS, EOS, MASK, NUM_SPECIAL, SPECIAL_NAMES, UNK
 from exlm_dist.utils.errors import DataError
 
 SENTENCES = [line for path in sorted(ROOT.glob("docs/*.md")) for line in path.read_text().splitlines() if line.strip()]
@@ -33,17 +38,34 @@ ODD = [
     "\u2581\u2581",
     "literal <0x41> byte",
     "control \x00 \x1f \x7f characters",
+    "ends\r\nof\rlines\n\n\u2028\x85",
+    "\u202eright to left\u202c \u05d0\u0591\u05d1 \u0644\u0651\u0627",
+    "a" + "\u0301\u0323" * 50 + "\u1100\u1161\u11a8",
+    b"lone \xff\xfe\x80 bytes \xed\xa0\x80".decode("utf-8", "replace"),
+    "\ue000 private \U0010ffff last \U000e0001 tag",
+    "unbroken" * 500,
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa !!!!!!!! ........",
 ]
 
 
+@cache
 def text_tokenizer(model_type: str) -> SentencePieceTokenizer:
     return SentencePieceTokenizer.train(SENTENCES, 1200, model_type)
 
 
 def loaded(tokenizer):
-    library = pytest.importorskip("tokenizers", minversion="0.20", reason="the tokenizers library is not installed")
-    return library.Tokenizer.from_str(json.dumps(tokenizer_json(tokenizer)))
+    return tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(tokenizer)))
+
+
+def check_ids(theirs: list[int], ours: list[int], text: str) -> None:
+    """Equal, or the same pieces in another order: an exact tie, which either library may settle as it likes."""
+    assert theirs == ours or sorted(theirs) == sorted(ours), repr(text)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a gzipped file without line feeds; other characters that end lines are kept."""
+    with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
+        return [line.removesuffix("\n") for line in file]
 
 
 def smiles_tokenizer() -> SmilesTokenizer:
@@ -74,8 +96,49 @@ def test_text_has_our_ids(model_type):
     for text in [*ODD, *SENTENCES, *noise]:
         ids = theirs.encode(text, add_special_tokens=False).ids
         if not any(name in text for name in SPECIAL_NAMES):
-            assert ids == ours.encode(text), repr(text)
+            check_ids(ids, ours.encode(text), text)
             assert theirs.decode(ids) == ours.decode(ids), repr(text)
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_wikitext_has_our_ids(shared, tmp_path, model_type):
+    import transformers
+
+    lines = [line.replace("<unk>", "rare") for line in read_lines(shared / "data/text/wikitext2.valid.txt.gz")]
+    ours = SentencePieceTokenizer.train(lines[:1000], 2000, model_type)
+    for name, content in (("", tokenizer_json(ours)), ("_config", tokenizer_config(ours, 128))):
+        (tmp_path / f"tokenizer{name}.json").write_text(json.dumps(content))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    batch = theirs(lines, add_special_tokens=False)["input_ids"]
+    assert [ours.decode(ids) for ids in batch] == [theirs.decode(ids) for ids in batch] and len(lines) > 1000
+    pieces = ours.model().pieces
+    scores = [0.0] * NUM_SPECIAL + [pieces[i][1] for i in ours.model_ids()[NUM_SPECIAL:]]
+    differing = [(ids, wanted) for ids, line in zip(batch, lines) if ids != (wanted := ours.encode(line))]
+    # Sentencepiece adds the scores in fp32: where two readings are equal but for its rounding it may take the other.
+    assert len(differing) <= (2 if model_type == "unigram" else 0)
+    for pair in differing:
+        assert abs(math.fsum(scores[i] for i in pair[0]) - math.fsum(scores[i] for i in pair[1])) < 1e-3
+
+
+def test_text_that_looks_like_a_byte_is_no_byte():
+    """Also where "<" and ">" are no pieces, so that the reading as characters is a poor one."""
+    plain = [line.replace("<", "").replace(">", "") for line in SENTENCES]
+    ours = SentencePieceTokenizer.train(plain, 1200, "unigram")
+    theirs = loaded(ours)
+    assert ours.encode("\n")[-1] == theirs.token_to_id("<0x0A>") and "<" not in ours.tokens()
+    for text in ("<0x41>", "a<0x0A>b", "\n<0x41>", "<<0x00>>", "<0x4>", "<0x41", "<unknown> signs < and >"):
+        assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text), text
+        assert theirs.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize("name", ["zinc250k", "chembl_subset"])
+def test_real_molecules_have_our_ids(shared, name):
+    molecules = read_lines(shared / f"data/smiles/{name}.smi.gz")[::20]
+    ours = SmilesTokenizer.from_counts(Counter(token for smiles in molecules for token in split_smiles(smiles)), {})
+    found = loaded(ours).encode_batch(molecules, add_special_tokens=False)
+    assert [one.ids for one in found] == [ours.encode(smiles) for smiles in molecules]
+    said = "".join(molecules)
+    assert all(sign in said for sign in ("@@", "/", "[nH]", "+")) and ("%1" in said or name == "zinc250k")
 
 
 def test_smiles_have_our_ids_and_come_back():
@@ -131,4 +194,4 @@ def test_foreign_models_keep_their_ids(settings):
     theirs = loaded(ours)
     for text in [*SENTENCES, *ODD[:5], "\ufb01ne \uff21\uff22 \u2460"]:
         if not any(name in text for name in SPECIAL_NAMES):
-            assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text), repr(text)
+            check_ids(theirs.encode(text, add_special_tokens=False).ids, ours.encode(text), text)

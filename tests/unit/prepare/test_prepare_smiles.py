@@ -110,6 +110,41 @@ def test_text_and_wrong_columns_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists() and not list(tmp_path.glob(".*"))
 
 
+def test_how_input_was_read_is_part_of_the_request(tmp_path: Path) -> None:
+    path = tmp_path / "CID-SMILES"
+    path.write_text("".join(f"{number}\tC{'C' * number}O\n" for number in range(50)))
+    said = {"column": "2", "format": "tsv", "header": False}
+    summary = prepare_smiles([str(path)], tmp_path / "o", workers=1, **said)
+    request = summary.manifest["request"]
+    assert summary.manifest["statistics"]["rows"] == 50 and {name: request[name] for name in said} == said
+    assert "delimiter" not in request and prepare_smiles([str(path)], tmp_path / "o", workers=1, **said).reused
+    with pytest.raises(DataError, match="prepared differently .*header: False then, None now"):
+        prepare_smiles([str(path)], tmp_path / "o", workers=1, column="2", format="tsv")
+
+
+def test_rows_that_are_not_well_formed_are_set_aside(tmp_path: Path) -> None:
+    lines = [f"{number},C{'C' * number}O" for number in range(60)]
+    lines[10], lines[20], lines[30] = '10,"CCC', "20,CCN,x", "30"
+    (tmp_path / "a.csv").write_text("id,smiles\n" + "\n".join(lines))
+    summary = prepare_smiles([str(tmp_path / "a.csv")], tmp_path / "o", workers=1)
+    assert summary.manifest["statistics"]["rows"] == 60 and summary.quarantined == {"ragged": 2, "stray quote": 1}
+    assert sum(summary.sequences.values()) == 57
+    listed = [line.split("\t") for line in (tmp_path / "o" / "quarantine.tsv").read_text().splitlines()[1:]]
+    assert [(row, text) for _, row, _, text in listed] == [("11", '10,"CCC'), ("21", "20,CCN,x"), ("31", "30")]
+
+
+def test_all_files_are_looked_at_before_the_first_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.smi").write_text("\n".join(DRUG_LIST))
+    (tmp_path / "b.csv").write_text("id,name\n1,x\n2,y\n")
+    read = []
+    monkeypatch.setattr("exlm_dist.prepare.folder.sha256_file", read.append)
+    for inputs in ({"inputs": ["a.smi", "b.csv"]}, {"inputs": ["a.smi"], "valid_inputs": ["b.csv"]}):
+        paths = {name: [str(tmp_path / file) for file in files] for name, files in inputs.items()}
+        with pytest.raises(DataError, match="b.csv: name the column of the smiles"):
+            prepare_smiles(out=tmp_path / "o", workers=1, **paths)
+    assert not read
+
+
 def test_hopeless_input_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("exlm_dist.prepare.smiles.HOPELESS_ROWS", 600)
     (tmp_path / "t.txt").write_text("some words\n" * 100_000)

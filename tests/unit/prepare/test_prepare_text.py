@@ -115,6 +115,33 @@ def test_bytes_that_are_not_text_are_set_aside(corpus: Path, tmp_path: Path) -> 
     assert "caf\\udce9 line" in (tmp_path / "o" / "quarantine.tsv").read_text()
 
 
+def test_rows_without_text_are_set_aside_and_counted(corpus: Path, tmp_path: Path) -> None:
+    prepare_text([str(corpus)], tmp_path / "a", vocab_size=900, workers=1)
+    rows = [{"id": n, "text": text} for n, text in enumerate(demo_documents()[:9])]
+    rows[2:6] = [{"id": 2}, {"id": 3, "text": ["a", "b"]}, {"id": 4, "text": None}, {"id": 5, "text": "nul\0"}]
+    path = tmp_path / "b.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = prepare_text([str(path)], tmp_path / "b", tokenizer=tmp_path / "a", valid_inputs=[str(corpus)], workers=1)
+    assert summary.quarantined == {"no field": 1, "not text": 1, "empty": 1, "NUL character": 1}
+    tokenizer = load_tokenizer(tmp_path / "b")
+    joined = tokenizer.decode([token for block in blocks(tmp_path / "b", "train") for token in block])
+    assert joined.split() == " ".join(row["text"] for row in [*rows[:2], *rows[6:]]).split()
+
+
+def test_if_no_row_can_be_used_the_first_reason_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": ["a"]}\n{"text": ["b"]}\n')
+    with pytest.raises(DataError, match="no words in a.jsonl: 2 rows cannot be used, first .*row 1: not text: a list"):
+        prepare_text([str(tmp_path / "a.jsonl")], tmp_path / "o", workers=1)
+
+
+def test_the_format_that_is_said_decides_what_a_document_is(tmp_path: Path, corpus: Path) -> None:
+    text = "\n\n".join(demo_documents()[:5])
+    for name, said in (("a.txt", {}), ("wiki_00", {"format": "txt"})):
+        (tmp_path / name).write_text(text)
+        summary = prepare_text([str(tmp_path / name)], tmp_path / f"o{name}", vocab_size=600, workers=1, **said)
+        assert summary.manifest["statistics"]["rows"] == len([part for part in text.split("\n\n") if part.strip()])
+
+
 @pytest.mark.parametrize("payload", [1, 3, 7, 50])
 @pytest.mark.parametrize("chunk", [1, 5, 64])
 def test_cutter_keeps_every_id_and_cuts_at_words(payload: int, chunk: int) -> None:

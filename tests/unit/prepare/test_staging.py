@@ -12,17 +12,19 @@ import pytest
 
 from exlm_dist.data.manifest import MANIFEST
 from exlm_dist.prepare import shard_writer
-from exlm_dist.prepare.progress import Progress
+from exlm_dist.prepare.folder import PREPARED
 from exlm_dist.prepare.smiles import prepare_smiles
-from exlm_dist.prepare.staging import remove_leftovers, staged_folder
-from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.errors import DataError, OutputError
+from exlm_dist.utils.progress import Progress
+from exlm_dist.utils.staging import remove_leftovers, staged_folder
 from exlm_dist.utils.workers import ordered_map
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from exlm_dist.prepare.staging import staged_folder
-with staged_folder(Path(sys.argv[1]), overwrite=False) as folder:
+from exlm_dist.prepare.folder import PREPARED
+from exlm_dist.utils.staging import staged_folder
+with staged_folder(Path(sys.argv[1]), PREPARED, overwrite=False) as folder:
     (folder / "part").write_text("x")
     print(folder, flush=True)
     time.sleep(100)
@@ -37,11 +39,11 @@ def hold(out: Path) -> tuple[subprocess.Popen, Path]:
 
 def test_published_when_the_block_ends_and_only_then(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    with staged_folder(out, overwrite=False) as folder:
+    with staged_folder(out, PREPARED, overwrite=False) as folder:
         (folder / MANIFEST).write_text("{}")
         assert not out.exists() and folder.parent == out.parent
     assert (out / MANIFEST).is_file() and not folder.exists()
-    with pytest.raises(KeyError), staged_folder(tmp_path / "b", overwrite=False) as folder:
+    with pytest.raises(KeyError), staged_folder(tmp_path / "b", PREPARED, overwrite=False) as folder:
         raise KeyError
     assert list(tmp_path.iterdir()) == [tmp_path / "deep"]
 
@@ -54,7 +56,7 @@ def test_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shard_writer._OpenShard, "_put", full)
-    with pytest.raises(DataError, match=r"out: no space left while writing \(.* MB free now\)"):
+    with pytest.raises(OutputError, match=r"out: no space left while writing \(No space .* MB free now\)"):
         prepare_smiles([str(source)], tmp_path / "out", workers=1)
     assert list(tmp_path.iterdir()) == [source]
 
@@ -70,7 +72,7 @@ def test_killed_run_leaves_nothing_that_looks_finished_and_the_next_cleans_up(tm
         process.wait(30)
     other = tmp_path / ".other.abc.partial"
     other.mkdir()
-    with staged_folder(tmp_path / "out", overwrite=False) as fresh:
+    with staged_folder(tmp_path / "out", PREPARED, overwrite=False) as fresh:
         (fresh / MANIFEST).write_text("{}")
     assert not folder.exists() and other.is_dir() and (tmp_path / "out" / MANIFEST).is_file()
 
@@ -81,21 +83,24 @@ def test_what_may_not_be_replaced(tmp_path: Path) -> None:
     (out / "thesis.tex").write_text("x")
     for overwrite in (False, True):
         with (
-            pytest.raises(DataError, match="exists and is not a folder of prepared data"),
-            staged_folder(out, overwrite=overwrite),
+            pytest.raises(OutputError, match="exists and is not a folder of prepared data"),
+            staged_folder(out, PREPARED, overwrite=overwrite),
         ):
             pass
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match=r"file"), staged_folder(tmp_path / "file" / "out", overwrite=False):
+    with pytest.raises(OutputError, match=r"file"), staged_folder(tmp_path / "file" / "out", PREPARED, overwrite=False):
         pass
     assert (out / "thesis.tex").is_file()
 
 
 def test_two_at_once_the_second_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(DataError, match="already holds prepared data"), staged_folder(out, overwrite=False) as late:
+    with (
+        pytest.raises(OutputError, match="is a folder of prepared data already"),
+        staged_folder(out, PREPARED, overwrite=False) as late,
+    ):
         (late / MANIFEST).write_text("late")
-        with staged_folder(out, overwrite=False) as early:
+        with staged_folder(out, PREPARED, overwrite=False) as early:
             (early / MANIFEST).write_text("early")
     assert (out / MANIFEST).read_text() == "early" and list(tmp_path.iterdir()) == [out]
 
@@ -125,7 +130,7 @@ def test_a_worker_that_dies_is_an_error_not_a_hang() -> None:
 def test_progress_is_plain_lines_without_a_terminal(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exlm_dist.prepare.progress.SECONDS", 0.0)
+    monkeypatch.setattr("exlm_dist.utils.progress.SECONDS", 0.0)
     with caplog.at_level("INFO", logger="exlm_dist"), Progress("shards", "rows", 2000) as progress:
         progress.update(1000)
         progress.update(1000)

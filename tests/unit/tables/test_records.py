@@ -2,11 +2,12 @@
 
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from exlm_dist.tables.records import InputOptions, expand_inputs, read_rows
+from exlm_dist.tables.records import InputOptions, column_names, expand_inputs, read_records, read_rows, text_column
 from exlm_dist.utils.errors import DataError
 
 TEXTS = ["CCO", "c1ccccc1", "CC(=O)O"]
@@ -141,3 +142,125 @@ def test_patterns_are_sorted_and_files_come_once(tmp_path: Path) -> None:
         (tmp_path / name).write_text("C\n")
     found = expand_inputs([str(tmp_path / "*.smi"), str(tmp_path / "a.smi"), str(tmp_path / "c.txt")])
     assert [path.name for path in found] == ["a.smi", "b.smi", "c.txt"]
+
+
+def test_a_json_row_without_the_field_changes_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"id": n, **({"text": f"words {n}"} if n not in (0, 5) else {})} for n in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for column in (None, "text", "2"):
+        found = list(read_rows(path, InputOptions(column), "text"))
+        assert [row.text for row in found if not row.problem] == [f"words {n}" for n in (1, 2, 3, 4, 6, 7)]
+        assert [(row.row, row.problem, row.text) for row in found if row.problem] == [
+            (1, "no field: 'text'", '{"id": 0}'),
+            (6, "no field: 'text'", '{"id": 5}'),
+        ]
+    records = list(read_records(path, InputOptions("text")))
+    assert records[5].problem == "no field: 'text'" and records[5].values == {"id": "5", "text": None}
+    assert not any(record.problem for record in read_records(path, InputOptions()))
+
+
+def test_values_of_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    values = ["x", ["a", "b"], {"inner": 1}, 12, 0.5, True, None, float("nan"), "\ud800", "nul\0"]
+    path.write_text("".join(json.dumps({"text": value, "meta": {"url": "u", "n": [1]}}) + "\n" for value in values))
+    assert column_names(path, InputOptions()) == ["text", "meta.url", "meta.n", "text.inner"]
+    assert texts(path, "meta.url") == ["u"] * 10
+    found = [(row.text, row.problem) for row in read_rows(path, InputOptions("text"), "text")]
+    raw = json.dumps({"text": ["a", "b"], "meta": {"url": "u", "n": [1]}})
+    assert found[:2] == [("x", ""), (raw, "not text: a list in 'text'")]
+    assert found[2][1] == "not text: an object in 'text'"
+    assert [text for text, _ in found[3:8]] == ["12", "0.5", "true", "", ""]
+    assert [problem for _, problem in found[3:]] == [""] * 5 + ["not UTF-8", "NUL character"]
+    records = list(read_records(path, InputOptions()))
+    assert records[1].values["text"] == '["a", "b"]' and records[0].values["meta.n"] == "[1]"
+    assert [record.values["text.inner"] for record in records[1:4]] == [None, "1", None]
+
+
+def test_json_lines_of_strings(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('"one"\n"two"\n')
+    assert texts(path) == ["one", "two"] and column_names(path, InputOptions()) == ["text"]
+    assert [record.values for record in read_records(path, InputOptions())] == [{"text": "one"}, {"text": "two"}]
+
+
+def test_fields_that_come_late_are_in_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exlm_dist.tables.json_lines.SAMPLE", 2)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n{"text": "c", "late": 1}\n')
+    assert [record.values for record in read_records(path, InputOptions())][2] == {"text": "c", "late": "1"}
+
+
+def test_kinds_of_parquet_columns(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    words = ["one two", None, "naïve"]
+    table = {
+        "string": words,
+        "large": arrow.array(words, arrow.large_string()),
+        "binary": arrow.array([word and word.encode() for word in words], arrow.binary()),
+        "coded": arrow.array(words).dictionary_encode(),
+        "coded_bytes": arrow.array([word and word.encode() for word in words]).dictionary_encode(),
+        "meta": [{"text": "one two", "inner": {"deep": "x"}}, None, {"text": "naïve", "inner": None}],
+        "dotted.name": words,
+        "list": [["a"], None, []],
+        "number": [1.5, None, float("nan")],
+        "flag": [True, False, None],
+    }
+    path = tmp_path / "a.parquet"
+    parquet.write_table(arrow.table(table), path, row_group_size=2)
+    for column in ("string", "large", "binary", "coded", "coded_bytes", "meta.text", "dotted.name"):
+        assert texts(path, column) == ["one two", "", "naïve"], column
+    assert texts(path, "meta.inner.deep") == ["x", "", ""] and texts(path, "number") == ["1.5", "", ""]
+    with pytest.raises(DataError, match="column 'list' holds list<.*string>, not text. Its columns: 'string'"):
+        text_column(path, InputOptions("list"), "text")
+    records = list(read_records(path, InputOptions("string")))
+    assert list(records[0].values) == column_names(path, InputOptions()) and records[0].values["flag"] == "true"
+    assert records[0].values["list"] == '["a"]' and records[1].values["meta.text"] is None
+    parquet.write_table(arrow.table({"text": [b"caf\xe9", b"fine"]}), path)
+    assert [row.problem for row in read_rows(path, InputOptions(), "text")] == ["not UTF-8", ""]
+    for kind in (arrow.string(), arrow.large_string(), arrow.dictionary(arrow.int32(), arrow.string())):
+        wrong = arrow.array([b"caf\xe9", b"fine"]).view(arrow.string()).cast(kind)  # what other writers let pass
+        parquet.write_table(arrow.table({"text": wrong}), path)
+        assert [row.problem for row in read_rows(path, InputOptions(), "text")] == ["not UTF-8", ""], kind
+
+
+def test_parquet_that_is_damaged_packed_or_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(arrow.table({"text": [str(number) for number in range(10_000)]}), path, compression="gzip")
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], whole[:200] + b"\0" * 2000 + whole[2200:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match="a.parquet: not readable as parquet"):
+            texts(path)
+    packed = tmp_path / "a.parquet.gz"
+    packed.write_bytes(gzip.compress(whole))
+    with pytest.raises(DataError, match="decompress it first"):
+        texts(packed)
+    (tmp_path / "bare").write_bytes(whole)
+    assert len(texts(tmp_path / "bare")) == 10_000
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match="reading parquet needs pyarrow: pip install pyarrow$"):
+        texts(path)
+
+
+def test_records_of_every_format(tmp_path: Path) -> None:
+    for name, content in PLAIN.items():
+        path = tmp_path / name
+        path.write_text(content, newline="")
+        names = column_names(path, InputOptions())
+        records = list(read_records(path, InputOptions()))
+        assert all(list(record.values) == names for record in records)
+        column = text_column(path, InputOptions(), "smiles")
+        assert [record.values[column] for record in records] == TEXTS
+    assert records[0].values == {"n": "1", "smiles": "CCO"} and names == ["n", "smiles"]
+
+
+def test_lines_end_as_in_any_system(tmp_path: Path) -> None:
+    for end in ("\n", "\r\n", "\r"):
+        for name in ("a.txt", "a.smi", "a.csv", "a.tsv"):
+            lines = ["smiles", *TEXTS] if name[2:] in ("csv", "tsv") else TEXTS
+            (tmp_path / name).write_text("".join(line + end for line in lines), newline="")
+            assert texts(tmp_path / name) == TEXTS

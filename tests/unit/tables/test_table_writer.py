@@ -49,6 +49,25 @@ def test_cells_come_back(tmp_path: Path, ending: str) -> None:
     assert [record.values["count"] for record in records] == [str(number) for number in range(10)]
 
 
+def test_missing_cells_are_empty_and_rows_of_them_stay(tmp_path: Path) -> None:
+    with TableWriter(tmp_path / "a.csv") as table:
+        table.write({"a": ["x", None], "b": np.array([[1.0, 2.0], [np.nan, np.nan]])})
+    assert (tmp_path / "a.csv").read_text() == "a,b_0,b_1\nx,1.0,2.0\n,,\n"
+    with TableWriter(tmp_path / "b.csv") as table:
+        table.write({"a": ["x", None, "y"]})
+    assert [record.values["a"] for record in read_records(tmp_path / "b.csv", InputOptions(header=True))] == [
+        "x",
+        None,
+        "y",
+    ]
+
+
+def test_a_column_is_never_written_over_another(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="two columns would be called 'b_1'"), TableWriter(tmp_path / "a.csv") as table:
+        table.write({"b_1": ["x"], "b": np.zeros((1, 2))})
+    assert not list(tmp_path.iterdir())
+
+
 def test_json_lines(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in write(tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["smiles"] for row in rows] == TEXTS and rows[3]["embedding"] is None and rows[1]["score"] is None

@@ -1,4 +1,4 @@
-"""A prepared folder appears as a whole or not at all: written to a hidden folder beside it, flushed, renamed once.
+"""A folder of output appears as a whole or not at all: written to a hidden folder beside it, flushed, renamed once.
 
 The hidden folder `.NAME.XXXXXXXX.partial` is locked (flock) while its writer is alive, so that the next run can tell
 the leftovers of an interrupted run from a folder that is still being written, and delete only the former.
@@ -11,41 +11,54 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from exlm_dist.data.manifest import MANIFEST
-from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.errors import OutputError
 from exlm_dist.utils.files import sync_path
 from exlm_dist.utils.logs import get_logger
 
 _log = get_logger(__name__)
-FULL = (errno.ENOSPC, errno.EDQUOT)
+#: The disk, the quota or the largest allowed file is full.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """A kind of output: what a message calls it ("a folder of prepared data"), and whether a folder is one."""
+
+    name: str
+    matches: Callable[[Path], bool]
 
 
 @contextmanager
-def staged_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+def staged_folder(out: Path, kind: FolderKind, *, overwrite: bool) -> Iterator[Path]:
     """A new folder to write to; renamed to `out` if the block succeeds, deleted if it fails.
 
-    Raises DataError if `out` may not be replaced or cannot be written, and if the disk is full.
+    Only a folder of the same kind is ever replaced. OutputError if `out` may not be replaced or cannot be written, and
+    if the disk is full.
     """
-    out = Path(os.path.abspath(out))
-    _check_target(out, overwrite)
+    out = Path(os.path.realpath(out))
+    check_target(out, kind, overwrite)
     descriptor = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     except OSError as error:
-        raise _explained(error, out) from error
+        raise _cannot_write(error, out) from error
     try:
         folder.chmod(0o755)
         descriptor = _lock(folder)
         yield folder
-        _publish(folder, out, overwrite)
+        _publish(folder, out, kind, overwrite)
     except OSError as error:
-        raise _explained(error, out) from error
+        if error.errno in FULL or error.errno in _FORBIDDEN:
+            raise _cannot_write(error, out) from error
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if descriptor is not None:
@@ -62,23 +75,22 @@ def remove_leftovers(out: Path) -> None:
             os.close(descriptor)
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
+def check_target(out: Path, kind: FolderKind, overwrite: bool) -> None:
+    """OutputError unless `out` may be written: it is not there, or empty, or `overwrite` and of the same kind."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / MANIFEST).is_file():
-        raise DataError(
-            f"{out}: exists and is not a folder of prepared data. Choose another --out, or remove it yourself."
-        )
+    if not kind.matches(out):
+        raise OutputError(f"{out}: exists and is not {kind.name}. Choose another --out, or remove it yourself.")
     if not overwrite:
-        raise DataError(f"{out}: already holds prepared data. Choose another --out, or replace it with --overwrite.")
+        raise OutputError(f"{out}: is {kind.name} already. Choose another --out, or replace it with --overwrite.")
 
 
-def _publish(folder: Path, out: Path, overwrite: bool) -> None:
+def _publish(folder: Path, out: Path, kind: FolderKind, overwrite: bool) -> None:
     for inner in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         sync_path(inner)
-    _check_target(out, overwrite)
+    check_target(out, kind, overwrite)
     old = None
-    if (out / MANIFEST).is_file():
+    if out.exists() and kind.matches(out):
         old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
         os.rename(out, old)
     os.rename(folder, out)
@@ -101,21 +113,16 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _explained(error: OSError, out: Path) -> Exception:
-    """`error` as a DataError if the user can fix the cause, else itself."""
+def _cannot_write(error: OSError, out: Path) -> OutputError:
     if error.errno in FULL:
         parent = next(path for path in (out.parent, *out.parents) if path.exists())
         free = shutil.disk_usage(parent).free / 1e6
-        return DataError(
-            f"{out}: no space left while writing ({free:,.1f} MB free now). Free some, or choose another --out; "
-            "no unfinished folder was left behind."
+        return OutputError(
+            f"{out}: no space left while writing ({error.strerror}; {free:,.1f} MB free now). Free some, or choose "
+            "another --out; no unfinished folder was left behind."
         )
-    if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) or error.errno in (
-        errno.EROFS,
-        errno.ENOTEMPTY,
-    ):
-        return DataError(f"{error.filename or out}: {error.strerror}. Choose an --out that can be written.")
-    return error
+    where = error.filename if error.filename and Path(error.filename).exists() else out.parent
+    return OutputError(f"{where}: {error.strerror}. Choose an --out that can be written.")
 
 
 def _escaped(name: str) -> str:

@@ -11,8 +11,8 @@ from exlm_dist.finetuning.finetune_settings import METRICS
 from exlm_dist.finetuning.splits import PARTS
 from exlm_dist.utils.files import write_atomic
 
-REPORT_FOLDER = "report"
-PAGE = "report.md"
+#: In the folder of the model; the figures are beside it.
+PAGE = "report/report.md"
 #: Of more targets, only the overview is drawn.
 TARGETS_IN_DETAIL = 4
 
@@ -21,14 +21,14 @@ def finetuning_report(model: Path) -> str:
     """Draw the figures of a fine-tuned model into MODEL/report/ and write the page `report.md` beside them; returns
     the text of the page. CheckpointError if MODEL is no fine-tuned model, or lacks one of its files."""
     results = read_results(Path(model))
-    folder = results.folder / REPORT_FOLDER
+    folder = (results.folder / PAGE).parent
     figures = [plot_members(results, folder)]
     if len(results.targets) > 1:
         figures.append(plot_targets(results, folder))
     if len(results.targets) <= TARGETS_IN_DETAIL:
         figures += [plot_target(results, number, folder) for number in range(len(results.targets))]
     page = _page(results, figures)
-    write_atomic(folder / PAGE, page)
+    write_atomic(results.folder / PAGE, page)
     return page
 
 

@@ -99,7 +99,7 @@ def _binary(panels: Sequence[Axes], one: TargetResults) -> None:
     truth, scores = one.labels.astype(int), one.values[:, 0]
     _confusion(confusion, one)
     assert one.target.classes is not None
-    positive, share = _cut(one.target.classes[1]), truth.mean()
+    positive, fraction = _cut(one.target.classes[1]), truth.mean()
     if len(np.unique(truth)) < 2:
         for axes in (roc, precision_recall):
             style.empty(axes, "undefined: all labels are of one class")
@@ -111,7 +111,9 @@ def _binary(panels: Sequence[Axes], one: TargetResults) -> None:
     precision_recall.step(
         recall, precision, where="post", color=style.COLOURS[0], label=f"average precision {one.metric('pr_auc'):.3f}"
     )
-    precision_recall.axhline(share, color=style.MUTED, linestyle="dashed", linewidth=1, label=f"chance {share:.3f}")
+    precision_recall.axhline(
+        fraction, color=style.MUTED, linestyle="dashed", linewidth=1, label=f"chance {fraction:.3f}"
+    )
     style.label(roc, "ROC", "false positive rate", "true positive rate")
     style.label(precision_recall, f"Precision and recall of class {positive}", "recall", "precision")
     for axes in (roc, precision_recall):

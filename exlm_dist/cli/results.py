@@ -26,7 +26,7 @@ def register(commands: Commands) -> None:
     report = add_command(
         commands, "report", _report, "plots, and a table that compares runs at equal steps and equal seconds"
     )
-    report.add_argument("runs", nargs="+", type=Path, help="run folders")
+    report.add_argument("runs", nargs="+", type=Path, help="run folders, and fine-tuned models, each by itself")
     sync = add_command(commands, "sync", _sync, "send what the tracking server has not received yet")
     sync.add_argument("runs", nargs="+", type=Path, help="run folders")
     sync.add_argument("--timeout", type=float, default=60.0, help="seconds to try")
@@ -56,9 +56,16 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from exlm_dist.analysis.finetuning_report import PAGE, finetuning_report
     from exlm_dist.analysis.run_report import run_report
+    from exlm_dist.finetuning.model_folder import FINETUNED_FILE
 
-    print(run_report(options.runs))
+    models = [folder for folder in options.runs if (folder / FINETUNED_FILE).is_file()]
+    for model in models:
+        finetuning_report(model)
+        print(model / PAGE)
+    if runs := [folder for folder in options.runs if folder not in models]:
+        print(run_report(runs))
     return 0
 
 

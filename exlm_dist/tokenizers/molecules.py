@@ -64,3 +64,14 @@ def _why(text: str) -> str:
         return "not SMILES"  # type: ignore[unreachable]  # the stub leaves out that None is returned
     problems = Chem.DetectChemistryProblems(molecule)
     return "chemistry: " + (problems[0].Message() if problems else "RDKit cannot sanitise it")
+
+
+def murcko_scaffold(text: str, *, chirality: bool = True) -> str:
+    """Canonical SMILES of the Bemis-Murcko scaffold (J. Med. Chem. 1996, 39, 2887): the rings and what links them; ''
+    for a molecule without rings. `chirality`: keep stereo centres. MoleculeError if `text` cannot be parsed."""
+    from rdkit.Chem.Scaffolds import MurckoScaffold
+
+    molecule = Chem.MolFromSmiles(text)
+    if molecule is None:
+        raise MoleculeError(_why(text))
+    return MurckoScaffold.MurckoScaffoldSmiles(mol=molecule, includeChirality=chirality)

@@ -20,7 +20,7 @@ FLOORS = (
     {"data", "parallel"},
     {"model", "prepare"},
     {"inference"},
-    {"evaluation", "export", "planning", "training"},
+    {"evaluation", "export", "finetuning", "planning", "training"},
     {"analysis", "doctor"},
     {"cli"},
 )
@@ -42,12 +42,13 @@ MAY_IMPORT = {
     "planning": BASE | {"data", "model"},
     "training": BASE | {"checkpoint", "data", "launch", "model", "parallel", "tokenizers", "tracking"},
     "evaluation": BASE | {"checkpoint", "data", "inference", "model", "tokenizers", "tracking"},
+    "finetuning": BASE | {"checkpoint", "data", "inference", "model", "tables", "tokenizers"},
     "export": BASE | {"checkpoint", "data", "model", "tokenizers", "tracking"},
     "analysis": BASE | {"checkpoint", "data", "evaluation", "inference", "kernels", "model", "tokenizers", "tracking"},
     "doctor": BASE | {"checkpoint", "data", "launch", "model", "parallel", "planning", "tracking"},
     "cli": BASE
-    | {"analysis", "checkpoint", "doctor", "evaluation", "export", "inference", "launch", "planning", "prepare"}
-    | {"tables", "tracking", "training"},
+    | {"analysis", "checkpoint", "doctor", "evaluation", "export", "finetuning", "inference", "launch", "planning"}
+    | {"prepare", "tables", "tracking", "training"},
 }
 #: What `exlm_dist` itself offers in Python comes from the rooms that use checkpoints.
 MAY_IMPORT_AT_THE_TOP = {"finetuning", "inference"}
@@ -62,10 +63,12 @@ SEAMS = {
     "rdkit": ("tokenizers/molecules.py", "prepare/", "evaluation/", "analysis/"),
     "matplotlib": ("analysis/",),
     "sentencepiece": ("tokenizers/",),
-    "safetensors": ("export/",),
+    "safetensors": ("export/", "finetuning/model_folder.py"),
+    "sklearn": ("finetuning/",),
     "pyarrow": ("tables/",),
     "zstandard": ("tables/",),
     "torch": ("kernels/", "parallel/", "model/", "training/", "inference/", "evaluation/", "export/", "analysis/")
+    + ("finetuning/",)
     + ("checkpoint/reader.py", "doctor/probe.py", "tracking/system.py"),
 }
 #: Code that is copied into an exported folder and never imported here; there it imports its neighbours.

@@ -1,0 +1,200 @@
+"""`finetune`: from a table and a checkpoint to the folder of a fine-tuned model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exlm_dist.checkpoint.reader import reference
+from exlm_dist.finetuning.dataset import ANY_INPUT, Dataset, Examples, canonical_keys, read_dataset, split_dataset
+from exlm_dist.finetuning.epoch_progress import EpochProgress
+from exlm_dist.finetuning.finetune_settings import DEFAULT_SPLIT, DEFAULT_TRAINING, SplitSettings, TrainingSettings
+from exlm_dist.finetuning.finetuned_record import described_data, described_results, finetuned_record
+from exlm_dist.finetuning.member import evaluate, train_member
+from exlm_dist.finetuning.metrics import evaluate_predictions
+from exlm_dist.finetuning.model_folder import (
+    MemberState,
+    check_free,
+    copy_checkpoint,
+    open_partial,
+    publish,
+    save_member,
+)
+from exlm_dist.finetuning.prediction import FinetunedModel, Predictions, load_finetuned
+from exlm_dist.finetuning.property_model import PropertyModel, build_property_model
+from exlm_dist.finetuning.result_tables import column_names_of_results, write_tables
+from exlm_dist.finetuning.splits import PARTS, Parts, repeated_rows, split_hash
+from exlm_dist.finetuning.targets import Target, task_of, with_scaling
+from exlm_dist.inference.loading import LoadedCheckpoint, load_checkpoint
+from exlm_dist.tables.records import InputOptions, expand_inputs
+from exlm_dist.utils.errors import ConfigError, DataError
+from exlm_dist.utils.files import sha256_file
+
+
+@dataclass(frozen=True)
+class Member:
+    """A trained member: its scores, and what it predicts for the rows of each part but the training part, float64
+    [m, O]."""
+
+    model: PropertyModel
+    seed: int
+    history: list[dict[str, Any]]
+    best_epoch: int
+    scores: dict[str, dict[str, float]]
+    values: dict[str, np.ndarray]
+
+
+def finetune(
+    data: Sequence[str],
+    targets: Sequence[str],
+    checkpoint: Path | str,
+    out: Path | str,
+    *,
+    inputs: Sequence[str] = (),
+    options: InputOptions = ANY_INPUT,
+    task: str | None = None,
+    training: TrainingSettings = DEFAULT_TRAINING,
+    split: SplitSettings = DEFAULT_SPLIT,
+    truncate: bool = False,
+    device: str = "auto",
+    say: Callable[[str], None] = print,
+) -> FinetunedModel:
+    """Fine-tune a checkpoint (or the newest of a run folder) to predict the columns `targets` of the files `data`, and
+    write the model to the folder `out`. A call that was killed goes on when it is given again.
+
+    inputs: the column of texts or molecules, or the two of pairs. task: 'classification' or 'regression' where the
+    values leave it open. Errors: see `read_dataset`, `split_dataset`, `check_parts`, `open_partial`.
+    """
+    out = Path(out)
+    check_free(out)
+    loaded = load_checkpoint(checkpoint, device=device)
+    dataset = read_dataset(
+        data,
+        targets,
+        loaded.tokenizer,
+        inputs=inputs,
+        options=options,
+        task=task,
+        split_column=split.column,
+        max_tokens=loaded.max_tokens,
+        truncate=truncate,
+    )
+    split = replace(split, kind=split.kind or ("scaffold" if loaded.tokenizer.domain == "smiles" else "random"))
+    training = replace(training, metric=training.metric_of(task_of(dataset.targets)))
+    parts = split_dataset(dataset, split, loaded.tokenizer)
+    check_parts(dataset, parts, test=split.kind != "column" and split.sizes[2] > 0)
+    described = with_scaling(dataset.targets, dataset.examples.labels[parts["train"]], training.scale_targets)
+    _check_names(dataset, described)
+    repeated = repeated_rows(canonical_keys(dataset, loaded.tokenizer), parts)
+    for line in described_data(dataset, described, split, parts, repeated):
+        say(line)
+    settings = {**asdict(training), **_split_settings(split), "truncate": truncate, "device": loaded.device.type}
+    files = [sha256_file(path) for path in expand_inputs(data, options)]
+    with open_partial(out, _request(settings, files, loaded, dataset, parts)) as folder:
+        copy_checkpoint(loaded.folder, folder)
+        examples = {part: dataset.examples.take(rows) for part, rows in parts.items()}
+        members = train_members(loaded, described, examples, training, folder)
+        predictions = {
+            part: Predictions.of_members(described, np.stack([member.values[part] for member in members]), {})
+            for part in members[0].values
+        }
+        write_tables(folder, dataset, described, parts, predictions)
+        hashes = [save_member(folder, n, one.model.weights(), one.history) for n, one in enumerate(members)]
+        results = [
+            {"seed": one.seed, "best_epoch": one.best_epoch, "epochs": len(one.history), **one.scores, "sha256": sha256}
+            for one, sha256 in zip(members, hashes)
+        ]
+        record = finetuned_record(loaded, dataset, described, parts, settings, files, results, predictions)
+        publish(folder, out, record)
+    for line in described_results(record, out):
+        say(line)
+    return load_finetuned(out, device)
+
+
+def train_members(
+    loaded: LoadedCheckpoint,
+    targets: Sequence[Target],
+    examples: Mapping[str, Examples],
+    settings: TrainingSettings,
+    folder: Path | None = None,
+) -> list[Member]:
+    """Train the members of an ensemble, one after another, on the same parts. `folder`: MODEL.partial, where their
+    states are kept."""
+    metric, members = settings.metric_of(task_of(targets)), []
+    for number in range(settings.seeds):
+        seed = settings.seed + number
+        model = build_property_model(
+            loaded.model,
+            loaded.config.model,
+            sum(target.outputs for target in targets),
+            seed=seed,
+            pooling=settings.pooling,
+            dropout=settings.dropout,
+            frozen=settings.frozen,
+        )
+        progress = train_member(
+            model,
+            targets,
+            examples["train"],
+            examples["valid"],
+            settings,
+            seed,
+            store=None if folder is None else MemberState(folder, number),
+            watcher=EpochProgress(f"member {number + 1}/{settings.seeds}", settings.epochs, metric),
+        )
+        scored = [part for part in PARTS[1:] if part in examples and len(examples[part])]
+        values = {part: evaluate(model, targets, examples[part])[0] for part in scored}
+        scores = {part: evaluate_predictions(own, examples[part].labels, targets) for part, own in values.items()}
+        members.append(Member(model, seed, progress.history, progress.best_epoch, scores, values))
+    return members
+
+
+def check_parts(dataset: Dataset, parts: Parts, *, test: bool) -> None:
+    """DataError if a part is empty (the one for `test` only if it is asked for), or if no target has two distinct
+    labels in it."""
+    for part, rows in parts.items():
+        if not len(rows) and (part != "test" or test):
+            raise DataError(
+                f"the {part} part of the split is empty ({len(dataset.places)} rows can be used). Give more rows, or "
+                "choose another --split or --split-sizes."
+            )
+        columns = dataset.examples.labels[rows].T
+        if len(rows) and max(len(np.unique(column[~np.isnan(column)])) for column in columns) < 2:
+            of_one = "of one class" if task_of(dataset.targets) == "classification" else "with one value"
+            raise DataError(
+                f"the {part} part of the split ({len(rows)} rows) has labels {of_one} only: nothing can be "
+                f"{'learned from' if part == 'train' else 'measured on'} it. Choose another --split, --split-seed or "
+                "--split-sizes."
+            )
+
+
+def _check_names(dataset: Dataset, targets: Sequence[Target]) -> None:
+    """ConfigError if two columns of the table of predictions would have the same name."""
+    counts = Counter(column_names_of_results(dataset.inputs, targets))
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ConfigError(f"the table of predictions would have two columns {twice[0]!r}: rename the target or input.")
+
+
+def _split_settings(split: SplitSettings) -> dict[str, Any]:
+    own = {key: value for key, value in asdict(split).items() if key != "kind"}
+    return {"split": split.kind, **{f"split_{key}": value for key, value in own.items()}, "split_sizes": [*split.sizes]}
+
+
+def _request(
+    settings: dict[str, Any], files: Sequence[str], loaded: LoadedCheckpoint, dataset: Dataset, parts: Parts
+) -> dict[str, Any]:
+    """All that determines what is learned, as JSON has it."""
+    return {
+        **settings,
+        "inputs": list(dataset.inputs),
+        "targets": [f"{target.name} ({target.kind})" for target in dataset.targets],
+        "data": list(files),
+        "split_hash": split_hash(parts),
+        "checkpoint": reference(loaded.folder)["checkpoint.sha256"],
+    }

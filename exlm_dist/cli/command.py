@@ -45,12 +45,15 @@ def add_group(commands: Commands, name: str, summary: str, *, metavar: str, desc
     return parser.add_subparsers(required=True, metavar=metavar)
 
 
-def add_input_options(parser: argparse.ArgumentParser) -> None:
-    """Add what a user may say of input files; `input_options` reads it."""
+def add_input_options(parser: argparse.ArgumentParser, *, pairs: bool = False) -> None:
+    """Add what a user may say of input files; `input_options` reads it. `pairs`: --column takes a list of columns."""
     parser.add_argument(
         "--column",
         metavar="NAME",
-        help="column or field to read: its name, or its number from 1 where none has that name",
+        nargs="+" if pairs else None,
+        default=[] if pairs else None,
+        help="column or field to read: its name, or its number from 1 where none has that name"
+        + ("; of pairs of texts both" if pairs else ""),
     )
     parser.add_argument("--format", choices=FORMATS, help="what all input files are, whatever their names say")
     parser.add_argument(
@@ -66,8 +69,10 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
 
 
 def input_options(options: argparse.Namespace) -> InputOptions:
-    """What the options of `add_input_options` say. ConfigError if they contradict one another."""
-    return InputOptions(options.column, options.format, options.delimiter, options.header)
+    """What the options of `add_input_options` say, of a list of columns the first. ConfigError if they contradict one
+    another."""
+    column = options.column if isinstance(options.column, str) else next(iter(options.column or ()), None)
+    return InputOptions(column, options.format, options.delimiter, options.header)
 
 
 def positive(text: str) -> int:

@@ -7,7 +7,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from exlm_dist.cli.command import Commands, add_command, add_input_options, positive
+from exlm_dist.cli.command import Commands, add_command, add_input_options, input_options, positive
 from exlm_dist.finetuning.finetune_settings import (
     CLASS_WEIGHTS,
     METRICS,
@@ -17,7 +17,6 @@ from exlm_dist.finetuning.finetune_settings import (
     SplitSettings,
     TrainingSettings,
 )
-from exlm_dist.tables.input_files import InputOptions
 from exlm_dist.utils.errors import EXIT_SAVED, ConfigError
 
 _DEVICE = "auto, cpu, cuda or cuda:1"
@@ -33,7 +32,7 @@ def register(commands: Commands) -> None:
         "--checkpoint", type=Path, required=True, help="run folder (its newest checkpoint) or checkpoint folder"
     )
     finetune.add_argument("--out", type=Path, required=True, metavar="MODEL", help="folder of the model to write")
-    _add_columns(finetune, "column of the molecules or texts, or the two of pairs; default: smiles or text")
+    add_input_options(finetune, pairs=True)
     finetune.add_argument("--task", choices=TASKS, help="default: what the values of the targets show")
     finetune.add_argument(
         "--truncate", action="store_true", help="cut texts that are too long; by default they are not used"
@@ -47,16 +46,9 @@ def register(commands: Commands) -> None:
     predict.add_argument(
         "--out", type=Path, required=True, metavar="TABLE", help="table to write: .csv .tsv .jsonl .parquet .npz"
     )
-    _add_columns(predict, "column of the molecules or texts, or the two of pairs; default: as in the training data")
+    add_input_options(predict, pairs=True)
     predict.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     predict.add_argument("--device", default="auto", help=_DEVICE)
-
-
-def _add_columns(parser: argparse.ArgumentParser, summary: str) -> None:
-    add_input_options(parser)
-    for action in parser._actions:
-        if action.dest == "column":
-            action.nargs, action.help, action.default = "+", summary, []
 
 
 def _add_split(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +126,7 @@ def _finetune(options: argparse.Namespace) -> int:
             options.checkpoint,
             options.out,
             inputs=options.column,
-            options=_reading(options),
+            options=input_options(options),
             task=options.task,
             training=settings,
             split=_split(options),
@@ -156,16 +148,12 @@ def _predict(options: argparse.Namespace) -> int:
             options.data,
             options.out,
             inputs=options.column,
-            options=_reading(options),
+            options=input_options(options),
             overwrite=options.overwrite,
             device=options.device,
         )
     )
     return 0
-
-
-def _reading(options: argparse.Namespace) -> InputOptions:
-    return InputOptions(None, options.format, options.delimiter, options.header)
 
 
 def _split(options: argparse.Namespace) -> SplitSettings:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -134,6 +135,14 @@ def canonical_keys(dataset: Dataset, tokenizer: Tokenizer) -> list[str]:
     return ["\0".join(normalised(tokenizer, text) for text in row) for row in zip(*dataset.texts)]
 
 
+def input_columns(path: Path, options: InputOptions, inputs: Sequence[str], default: str) -> list[str]:
+    """Names in a file of the columns of texts `inputs`; by default of the one that is called `default`, or the only
+    one. DataError if one is missing."""
+    first = text_column(path, replace(options, column=inputs[0] if inputs else None), default)
+    found = column_names(path, replace(options, column=first))
+    return [first, *(choose_column(path, found, name) for name in inputs[1:])]
+
+
 def _read(
     data: Sequence[str],
     targets: Sequence[str],
@@ -151,11 +160,9 @@ def _read(
     labels: list[str] = []
     records: list[Record] = []
     for path in expand_inputs(data, options):
-        first = InputOptions(inputs[0] if inputs else None, options.format, options.delimiter, options.header)
-        first_name = text_column(path, first, tokenizer.domain)
-        reading = InputOptions(first_name, options.format, options.delimiter, options.header)
+        names = input_columns(path, options, inputs, tokenizer.domain)
+        reading = replace(options, column=names[0])
         found = column_names(path, reading)
-        names = [first_name, *(choose_column(path, found, name) for name in inputs[1:])]
         labels = [choose_column(path, found, name) for name in targets]
         for name in [*labels, *([] if split_column is None else [choose_column(path, found, split_column)])]:
             if name in names:

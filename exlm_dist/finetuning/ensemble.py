@@ -49,6 +49,19 @@ class Member:
     values: dict[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What is to be done. settings: all of them, as JSON has them; repeated: see `repeated_rows`."""
+
+    loaded: LoadedCheckpoint
+    dataset: Dataset
+    parts: Parts
+    targets: list[Target]
+    training: TrainingSettings
+    settings: dict[str, Any]
+    repeated: dict[str, int]
+
+
 def finetune(
     data: Sequence[str],
     targets: Sequence[str],
@@ -84,36 +97,51 @@ def finetune(
         max_tokens=loaded.max_tokens,
         truncate=truncate,
     )
-    split = replace(split, kind=split.kind or ("scaffold" if loaded.tokenizer.domain == "smiles" else "random"))
-    training = replace(training, metric=training.metric_of(task_of(dataset.targets)))
-    parts = split_dataset(dataset, split, loaded.tokenizer)
-    check_parts(dataset, parts, test=split.kind != "column" and split.sizes[2] > 0)
-    described = with_scaling(dataset.targets, dataset.examples.labels[parts["train"]], training.scale_targets)
-    _check_names(dataset, described)
-    repeated = repeated_rows(canonical_keys(dataset, loaded.tokenizer), parts)
-    for line in described_data(dataset, described, split, parts, repeated):
+    job = _prepared(loaded, dataset, training, split, truncate)
+    for line in described_data(dataset, job.targets, job.settings["split"], job.parts, job.repeated):
         say(line)
-    settings = {**asdict(training), **_split_settings(split), "truncate": truncate, "device": loaded.device.type}
     files = [sha256_file(path) for path in expand_inputs(data, options)]
-    with open_partial(out, _request(settings, files, loaded, dataset, parts)) as folder:
-        copy_checkpoint(loaded.folder, folder)
-        examples = {part: dataset.examples.take(rows) for part, rows in parts.items()}
-        members = train_members(loaded, described, examples, training, folder)
-        predictions = {
-            part: Predictions.of_members(described, np.stack([member.values[part] for member in members]), {})
-            for part in members[0].values
-        }
-        write_tables(folder, dataset, described, parts, predictions)
-        hashes = [save_member(folder, n, one.model.weights(), one.history) for n, one in enumerate(members)]
-        results = [
-            {"seed": one.seed, "best_epoch": one.best_epoch, "epochs": len(one.history), **one.scores, "sha256": sha256}
-            for one, sha256 in zip(members, hashes)
-        ]
-        record = finetuned_record(loaded, dataset, described, parts, settings, files, results, predictions)
+    with open_partial(out, _request(job, files)) as folder:
+        record = _trained(job, files, folder)
         publish(folder, out, record)
     for line in described_results(record, out):
         say(line)
     return load_finetuned(out, device)
+
+
+def _prepared(
+    loaded: LoadedCheckpoint, dataset: Dataset, training: TrainingSettings, split: SplitSettings, truncate: bool
+) -> _Job:
+    """What is to be done, checked: split, scaling, metric. Errors: see `finetune`."""
+    split = replace(split, kind=split.kind or ("scaffold" if loaded.tokenizer.domain == "smiles" else "random"))
+    training = replace(training, metric=training.metric_of(task_of(dataset.targets)))
+    parts = split_dataset(dataset, split, loaded.tokenizer)
+    check_parts(dataset, parts, test=split.kind != "column" and split.sizes[2] > 0)
+    targets = with_scaling(dataset.targets, dataset.examples.labels[parts["train"]], training.scale_targets)
+    counts = Counter(column_names_of_results(dataset.inputs, targets))
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ConfigError(f"the table of predictions would have two columns {twice[0]!r}: rename the target or input.")
+    settings = {**asdict(training), **_split_settings(split), "truncate": truncate, "device": loaded.device.type}
+    repeated = repeated_rows(canonical_keys(dataset, loaded.tokenizer), parts)
+    return _Job(loaded, dataset, parts, targets, training, settings, repeated)
+
+
+def _trained(job: _Job, files: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Train all members and write everything but `finetuned.json` to `folder`; the content of that file."""
+    copy_checkpoint(job.loaded.folder, folder)
+    examples = {part: job.dataset.examples.take(rows) for part, rows in job.parts.items()}
+    members = train_members(job.loaded, job.targets, examples, job.training, folder)
+    predictions = {
+        part: Predictions.of_members(job.targets, np.stack([member.values[part] for member in members]), {})
+        for part in members[0].values
+    }
+    write_tables(folder, job.dataset, job.targets, job.parts, predictions)
+    hashes = [save_member(folder, n, one.model.weights(), one.history) for n, one in enumerate(members)]
+    results = [
+        {"seed": one.seed, "best_epoch": one.best_epoch, "epochs": len(one.history), **one.scores, "sha256": sha256}
+        for one, sha256 in zip(members, hashes)
+    ]
+    return finetuned_record(job.loaded, job.dataset, job.targets, job.parts, job.settings, files, results, predictions)
 
 
 def train_members(
@@ -173,28 +201,18 @@ def check_parts(dataset: Dataset, parts: Parts, *, test: bool) -> None:
             )
 
 
-def _check_names(dataset: Dataset, targets: Sequence[Target]) -> None:
-    """ConfigError if two columns of the table of predictions would have the same name."""
-    counts = Counter(column_names_of_results(dataset.inputs, targets))
-    twice = [name for name, count in counts.items() if count > 1]
-    if twice:
-        raise ConfigError(f"the table of predictions would have two columns {twice[0]!r}: rename the target or input.")
-
-
 def _split_settings(split: SplitSettings) -> dict[str, Any]:
     own = {key: value for key, value in asdict(split).items() if key != "kind"}
     return {"split": split.kind, **{f"split_{key}": value for key, value in own.items()}, "split_sizes": [*split.sizes]}
 
 
-def _request(
-    settings: dict[str, Any], files: Sequence[str], loaded: LoadedCheckpoint, dataset: Dataset, parts: Parts
-) -> dict[str, Any]:
+def _request(job: _Job, files: Sequence[str]) -> dict[str, Any]:
     """All that determines what is learned, as JSON has it."""
     return {
-        **settings,
-        "inputs": list(dataset.inputs),
-        "targets": [f"{target.name} ({target.kind})" for target in dataset.targets],
+        **job.settings,
+        "inputs": list(job.dataset.inputs),
+        "targets": [f"{target.name} ({target.kind})" for target in job.targets],
         "data": list(files),
-        "split_hash": split_hash(parts),
-        "checkpoint": reference(loaded.folder)["checkpoint.sha256"],
+        "split_hash": split_hash(job.parts),
+        "checkpoint": reference(job.loaded.folder)["checkpoint.sha256"],
     }

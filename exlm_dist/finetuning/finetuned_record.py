@@ -13,7 +13,6 @@ import numpy as np
 from exlm_dist import __version__
 from exlm_dist.checkpoint.reader import reference
 from exlm_dist.finetuning.dataset import Dataset
-from exlm_dist.finetuning.finetune_settings import SplitSettings
 from exlm_dist.finetuning.metrics import evaluate_predictions
 from exlm_dist.finetuning.model_folder import FORMAT
 from exlm_dist.finetuning.prediction import Predictions
@@ -26,7 +25,7 @@ SHOWN = 20
 
 
 def described_data(
-    dataset: Dataset, targets: Sequence[Target], split: SplitSettings, parts: Parts, repeated: Mapping[str, int]
+    dataset: Dataset, targets: Sequence[Target], split: str, parts: Parts, repeated: Mapping[str, int]
 ) -> list[str]:
     """What is printed before training: rows, task, sizes and class balance of the parts, repeated rows."""
     used, labels = len(dataset.places), dataset.examples.labels
@@ -36,7 +35,7 @@ def described_data(
         lines.append(f"  {dataset.unknown} have a token that the vocabulary lacks, {dataset.truncated} lost their end")
     lines.append(f"task: {task_of(targets)}, {len(targets)} target{'s' if len(targets) > 1 else ''}")
     lines += [f"  {remark}" for remark in dataset.remarks]
-    lines.append(f"split: {split.kind}")
+    lines.append(f"split: {split}")
     for part, rows in parts.items():
         lines.append(f"  {part}: {len(rows)} rows")
         for target, column in list(zip(targets, labels[rows].T))[:SHOWN]:

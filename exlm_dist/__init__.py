@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from exlm_dist.utils.version import VERSION
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from exlm_dist.finetuning.prediction import FinetunedModel
     from exlm_dist.inference.api import PretrainedModel
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 
 def load(path: Path | str, *, device: str = "auto") -> PretrainedModel | FinetunedModel:

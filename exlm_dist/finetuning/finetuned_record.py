@@ -16,7 +16,7 @@ from exlm_dist.finetuning.metrics import evaluate_predictions
 from exlm_dist.finetuning.model_folder import FORMAT
 from exlm_dist.finetuning.prediction import Predictions
 from exlm_dist.finetuning.splits import Parts, split_hash
-from exlm_dist.finetuning.targets import Target, class_counts, most_common, task_of
+from exlm_dist.finetuning.targets import Target, class_counts, labels_as_text, task_of
 from exlm_dist.inference.loading import LoadedCheckpoint
 from exlm_dist.utils.version import VERSION
 
@@ -42,7 +42,7 @@ def described_data(
             missing = int(np.isnan(column).sum())
             absent = _absent_classes(target, labels[parts["train"], targets.index(target)], column)
             lines.append(
-                f"    {target.name} ({target.kind}): {most_common(target, column)}"
+                f"    {target.name} ({target.kind}): {labels_as_text(target, column)}"
                 + (f"; {missing} missing" if missing else "")
                 + (f"; not in the training part: {', '.join(absent)}" if absent else "")
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,6 +17,8 @@ from exlm_dist.utils.errors import ConfigError, DataError
 FEW_CLASSES, ROWS_PER_CLASS = 10, 10
 #: More distinct values than this, and more than half as many as rows, are no classes.
 MANY_VALUES = 20
+#: Classes of which the number of labels is printed.
+SHOWN_CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -200,10 +201,11 @@ def _as_class(number: float) -> str:
     return str(int(number)) if number.is_integer() else repr(number)
 
 
-def most_common(target: Target, labels: np.ndarray) -> str:
-    """The labels of a column as text: how many of each class, or their range."""
-    counts = Counter(class_counts(target, labels))
+def labels_as_text(target: Target, labels: np.ndarray) -> str:
+    """The labels of a column [n] in a few words: how many of each class, or how many values and their range."""
+    counts = class_counts(target, labels)
     if target.classes is None:
         known = labels[~np.isnan(labels)]
         return f"{len(known)} values" + (f", {known.min():.4g} to {known.max():.4g}" if len(known) else "")
-    return ", ".join(f"{label}: {count}" for label, count in counts.most_common(10))
+    more = f" and {len(counts) - SHOWN_CLASSES} classes more" if len(counts) > SHOWN_CLASSES else ""
+    return ", ".join(f"{label}: {count}" for label, count in list(counts.items())[:SHOWN_CLASSES]) + more

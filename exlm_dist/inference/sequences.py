@@ -1,6 +1,6 @@
 """Unmasked token sequences to packed micro-batches of similar lengths, and the encoder's hidden states for them.
 
-A sequence without masks has no states: nothing is expanded, not even BOS and EOS (docs/finetuning.md).
+A sequence without masks has no states: nothing is expanded, not even BOS and EOS (docs/finetuning-protocol.md).
 """
 
 from __future__ import annotations

@@ -213,7 +213,7 @@ BAD = {
     "values as classes": ({"target": "length", "task": "classification"}, 77, "say --task regression"),
     "sizes": ({"split": "random", "split_sizes": [0.8, 0.3, 0.1]}, 2, "sum to 1"),
     "empty part": (
-        {"split": "random", "split_sizes": [0.99, 0.005, 0.005]},
+        {"split": "random", "split_sizes": [0.998, 0.001, 0.001]},
         77,
         "the valid part of the split is empty",
     ),

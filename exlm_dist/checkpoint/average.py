@@ -20,7 +20,7 @@ from exlm_dist.utils.errors import ConfigError
 
 #: What `state.json` of the newest checkpoint says that is true of the average as well.
 _KEPT: tuple[str, ...] = ("step", "seed", "data_fingerprint", "tokenizer_fingerprint", "config_hash", "versions")
-_KEPT += ("git_commit", "parameters", "progress", "changes")
+_KEPT += ("git_commit", "parameters", "progress", "changes", "init")
 
 
 def average_checkpoints(checkpoints: Sequence[Path], out: Path, weights: Sequence[float] | None = None) -> str:

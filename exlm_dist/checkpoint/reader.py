@@ -56,6 +56,12 @@ def run_folder_of(folder: Path) -> Path | None:
     return folder.parent.parent if inside else None
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether this is a checkpoint, whole or not, and no run folder or anything else."""
+    files = (INDEX_FILE, STATE_FILE)
+    return step_in_name(folder) is not None or any((Path(folder) / name).is_file() for name in files)
+
+
 def checkpoint_folders(run_folder: Path) -> list[Path]:
     """Checkpoint folders of a run, newest first, whole or not."""
     folders = [path for path in (Path(run_folder) / CHECKPOINTS).glob("step-*") if step_in_name(path) is not None]
@@ -126,7 +132,7 @@ def find_checkpoint(path: Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is no folder. Give a run folder (runs/NAME) or a checkpoint in it.")
-    if step_in_name(path) is not None or any((path / name).is_file() for name in (MANIFEST_FILE, INDEX_FILE)):
+    if is_checkpoint(path):
         verify(path)
         return path
     return newest_checkpoint(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,21 +110,58 @@ class TensorReader:
     def _piece(self, name: str, moment: str | None, piece: Piece) -> np.ndarray:
         file = (model_file if moment is None else optimizer_file)(piece.rank)
         if file not in self._files:
-            self._files[file] = _open(self.folder / file)
+            self._files[file] = _open(self.folder / file, read_header(self.folder / file))
         found = self._files[file].get(tensor_name(name, moment))
         if found is None or found.size != piece.numel:
             raise CheckpointError(f"{self.folder / file} does not have {piece.numel} elements of {name}.")
         return found
 
 
-def _open(path: Path) -> dict[str, np.ndarray]:
-    """Flat fp32 tensors of a safetensors file by name, mapped into memory: only what is accessed is read."""
+class WholeTensors(TensorReader):
+    """Reads parameters that are whole in a single safetensors file of another origin."""
+
+    def __init__(self, path: Path, names: Mapping[str, str]) -> None:
+        """`names`: canonical name of each wanted tensor by its name in the file. CheckpointError where one is not
+        there in fp32."""
+        self.folder = Path(path).parent
+        header = read_header(path)
+        for name in names:
+            if name not in header or header[name]["dtype"] != "F32":
+                found = f"is {header[name]['dtype']}: save the model in float32" if name in header else "is missing"
+                raise CheckpointError(f"{path}: tensor {name} {found}.")
+        shapes = {ours: tuple(header[name]["shape"]) for name, ours in names.items()}
+        self.index = Index(shapes, {name: [Piece(None, 0, math.prod(shape), 0)] for name, shape in shapes.items()}, ())
+        flat = _open(path, {name: header[name] for name in names})
+        self._files = {model_file(0): {ours: flat[name] for name, ours in names.items()}}
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """`dtype`, `shape` and `data_offsets` of each tensor of a safetensors file. CheckpointError if it is none, or is
+    cut off."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = os.fstat(file.fileno()).st_size - 8 - length
+            if size < 0:
+                raise ValueError("it is too short")
+            header = json.loads(file.read(length))
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read as a safetensors file ({error}).") from error
+    if end != size:
+        raise CheckpointError(f"{path} is damaged: it has {size} bytes of tensors, not {end}.")
+    return tensors
+
+
+def _open(path: Path, header: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Flat tensors, all fp32, of a safetensors file by name, mapped into memory: only what is accessed is read.
+    `header`: of those that are wanted."""
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    if path.stat().st_size == 8 + length:
+        start = 8 + int.from_bytes(file.read(8), "little")
+    if path.stat().st_size == start:
         return {name: np.zeros(0, np.float32) for name in header}
-    data = np.memmap(path, np.uint8, mode="r", offset=8 + length)
+    data = np.memmap(path, np.uint8, mode="r", offset=start)
     return {name: data[slice(*entry["data_offsets"])].view(np.float32) for name, entry in header.items()}
 
 

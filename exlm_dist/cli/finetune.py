@@ -116,7 +116,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> int:
+    from exlm_dist.analysis.finetuning_report import PAGE, finetuning_report
     from exlm_dist.finetuning.ensemble import finetune
+    from exlm_dist.finetuning.finetuning_tracking import record_finetuning
 
     settings = TrainingSettings(**{one.name: getattr(options, one.name) for one in fields(TrainingSettings)})
     try:
@@ -136,6 +138,9 @@ def _finetune(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on after the last whole epoch", file=sys.stderr)
         return EXIT_SAVED
+    finetuning_report(options.out)
+    print(f"report: {options.out / PAGE}", flush=True)
+    record_finetuning(options.out)
     return 0
 
 

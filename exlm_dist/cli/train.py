@@ -15,7 +15,12 @@ _JOB_OPTIONS = ("account", "partition", "nodes", "gpus_per_node", "tasks_per_nod
 def register(commands: Commands) -> None:
     """Add `pretrain`, `plan`, `launch` and `doctor`."""
     pretrain = add_command(
-        commands, "pretrain", _pretrain, "train, or continue, the run that a configuration describes", overrides=True
+        commands,
+        "pretrain",
+        _pretrain,
+        "train, or continue, the run that a configuration describes; with --init CHECKPOINT a new run starts with the "
+        "weights of a checkpoint",
+        overrides=True,
     )
     pretrain.add_argument("config", help="YAML file, say configs/pretrain/demo_smiles_exlm.yaml")
     pretrain.add_argument("--local_rank", help=argparse.SUPPRESS)
@@ -109,9 +114,10 @@ def _register_launch(commands: Commands) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
-    from exlm_dist.config import load_config
+    from exlm_dist.config import check_init, load_config
 
     config = load_config(options.config, options.overrides)
+    check_init(config)
     if "RANK" not in os.environ and (config.local_processes > 1 or config.launch.restarts):
         from exlm_dist.launch.local import rank_arguments, run_local
         from exlm_dist.launch.restart import Restarts

@@ -303,6 +303,10 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
     runs: str = Field("runs", description="Folder of the run folders.")
     seed: int = Field(0, ge=0, lt=2**63, description="Decides initial weights, sample order, masks and dropout.")
+    init: str = Field(
+        "",
+        description="Checkpoint whose weights a new run starts with: a run or checkpoint folder, or a folder of `exlm export hf` (docs/training.md); empty: initial weights that `seed` decides.",
+    )
     budget: str = Field(
         "", description="Label of the compute budget that every printed result carries (say `dinky-23k`)."
     )

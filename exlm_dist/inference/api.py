@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from exlm_dist.inference.embed import embed_texts
+from exlm_dist.inference.fill import BEAM, Filled, FillSettings, fill_text
 from exlm_dist.inference.loading import LoadedCheckpoint, load_checkpoint
 from exlm_dist.utils.logs import get_logger
 
@@ -19,6 +20,7 @@ class PretrainedModel:
 
     model = exlm_dist.load("runs/demo_smiles_exlm")
     vectors = model.embed(["CCO", "c1ccccc1"])
+    model.fill("CC(=O)<mask>c1ccccc1").completions[0].text
     """
 
     def __init__(self, loaded: LoadedCheckpoint):
@@ -45,6 +47,20 @@ class PretrainedModel:
             logger.warning("%d of %d texts cannot be used; the first is number %d: %s", len(result.failures),
                            len(texts), row, reason)  # fmt: skip
         return result.vectors
+
+    def fill(
+        self,
+        text: str,
+        *,
+        top: int = 5,
+        beam: int = BEAM,
+        sample: int = 0,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> Filled:
+        """The most probable completions of all masks (`<mask>` or `[MASK]`) at once, or `sample` draws. See
+        `inference.fill.fill_text`."""
+        return fill_text(self.loaded, text, FillSettings(top, beam, sample, temperature, seed))
 
     def __repr__(self) -> str:
         model, folder = self.loaded.config.model, self.loaded.folder

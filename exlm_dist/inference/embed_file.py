@@ -6,7 +6,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -14,13 +14,14 @@ import numpy as np
 
 from exlm_dist.checkpoint.reader import TOKENIZER_FOLDER
 from exlm_dist.inference.embed import check_pooling, embed_encoded
+from exlm_dist.inference.input_rows import InputRows
 from exlm_dist.inference.loading import LoadedCheckpoint
 from exlm_dist.tables.failed_rows import FailedRows, failed_rows_path
-from exlm_dist.tables.records import InputOptions, Record, column_names, expand_inputs, read_records, text_column
+from exlm_dist.tables.records import InputOptions, Record
 from exlm_dist.tables.table_writer import TableWriter
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tokenizers.encoding import EncodedTexts, encode_texts
-from exlm_dist.utils.errors import ConfigError, DataError
+from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.progress import Progress
 from exlm_dist.utils.workers import default_workers, ordered_map
 
@@ -78,7 +79,7 @@ def embed_file(
     """
     check_pooling(loaded, pooling, layer)
     started = time.perf_counter()
-    source = _Source(expand_inputs(inputs, options), options, loaded.tokenizer.domain)
+    source = InputRows(inputs, options, loaded.tokenizer.domain, added=[EMBEDDING])
     encode = functools.partial(
         encode_chunk, str(loaded.folder / TOKENIZER_FOLDER), max_tokens=loaded.max_tokens, truncate=truncate
     )
@@ -88,19 +89,19 @@ def embed_file(
         FailedRows(failed_rows_path(result.out)) as failed,
         Progress("embedding", "rows") as progress,
     ):
-        for records, encoded in source.encoded(encode, workers or default_workers()):
+        for records, encoded in _encoded_chunks(source, encode, workers or default_workers()):
             vectors = np.full((len(records), loaded.config.model.width), np.nan, np.float32)
             vectors[encoded.rows] = embed_encoded(loaded, encoded, pooling, layer)
             for index, reason in sorted(encoded.failures.items()):
                 record = records[index]
                 result.reason = result.reason or f"{record.file} row {record.row}: {reason}"
-                failed.add(record.file, record.row, reason, record.raw or source.text(record) or "")
+                failed.add(record.file, record.row, reason, source.shown(record))
             table.write({**source.columns(records), EMBEDDING: vectors})
             result.rows, result.failed = result.rows + len(records), failed.count
             result.unknown, result.truncated = result.unknown + encoded.unknown, result.truncated + encoded.truncated
             progress.update(len(records))
         if result.rows == result.failed:
-            raise DataError(_unusable(result, loaded.tokenizer, source))
+            raise DataError(source.none_usable(result.rows, result.reason))
     result.seconds, result.failures = time.perf_counter() - started, failed.path
     return result
 
@@ -115,66 +116,20 @@ def _tokenizer(folder: str) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-@dataclass
-class _Source:
-    """The rows of the input files, and in which column of each file the text is."""
+def _encoded_chunks(
+    source: InputRows, encode: functools.partial[EncodedTexts], workers: int
+) -> Iterator[tuple[list[Record], EncodedTexts]]:
+    """Chunks of rows with their encoding, in order; worker processes encode ahead of what the model does."""
+    chunks = source.chunks(CHUNK)
+    first = list(islice(chunks, FEW_CHUNKS + 1))
+    pending: deque[list[Record]] = deque()
 
-    files: list[Path]
-    options: InputOptions
-    domain: str
-    names: list[str] = field(init=False)
-    chosen: dict[str, str] = field(init=False)  # file -> name of its text column
+    def texts() -> Iterator[list[str | None]]:
+        for records in chain(first, chunks):
+            pending.append(records)
+            yield [source.text(record) for record in records]
 
-    def __post_init__(self) -> None:
-        default = "smiles" if self.domain == "smiles" else "text"
-        self.chosen = {str(file): text_column(file, self.options, default) for file in self.files}
-        self.names = column_names(self.files[0], self.options)
-        for file in self.files[1:]:
-            if (names := column_names(file, self.options)) != self.names:
-                raise ConfigError(
-                    f"{file} has the columns {names}, but {self.files[0]} has {self.names}: embed them one by one."
-                )
-        if EMBEDDING in self.names:
-            raise ConfigError(
-                f"{self.files[0]} has a column {EMBEDDING!r} already, and so will the output. Rename or drop it."
-            )
-
-    def records(self) -> Iterator[Record]:
-        for file in self.files:
-            yield from read_records(file, replace(self.options, column=self.chosen[str(file)]))
-
-    def text(self, record: Record) -> str | None:
-        return record.values.get(self.chosen[record.file])
-
-    def columns(self, records: list[Record]) -> dict[str, list[str | None]]:
-        return {name: [record.values.get(name) for record in records] for name in self.names}
-
-    def encoded(
-        self, encode: functools.partial[EncodedTexts], workers: int
-    ) -> Iterator[tuple[list[Record], EncodedTexts]]:
-        """Chunks of rows with their encoding, in order; worker processes encode ahead of what the model does."""
-        rows = self.records()
-        chunks = iter(lambda: list(islice(rows, CHUNK)), [])
-        first = list(islice(chunks, FEW_CHUNKS + 1))
-        pending: deque[list[Record]] = deque()
-
-        def texts() -> Iterator[list[str | None]]:
-            for records in chain(first, chunks):
-                pending.append(records)
-                yield [None if record.problem else self.text(record) for record in records]
-
-        for encoded in ordered_map(encode, texts(), workers if len(first) > FEW_CHUNKS else 1):
-            records = pending.popleft()
-            problems = {index: record.problem for index, record in enumerate(records) if record.problem}
-            yield records, replace(encoded, failures={**encoded.failures, **problems})
-
-
-def _unusable(result: Embedded, tokenizer: Tokenizer, source: _Source) -> str:
-    files = ", ".join(map(str, source.files[:3])) + (" ..." if len(source.files) > 3 else "")
-    if not result.rows:
-        return f"{files}: there are no rows."
-    what = "molecules (SMILES)" if tokenizer.domain == "smiles" else "texts"
-    return (
-        f"{files}: none of the {result.rows:,} rows can be used (first: {result.reason}). The model reads {what}, "
-        f"looked for in column {source.chosen[str(source.files[0])]!r}; choose another with --column NAME."
-    )
+    for encoded in ordered_map(encode, texts(), workers if len(first) > FEW_CHUNKS else 1):
+        records = pending.popleft()
+        problems = {index: record.problem for index, record in enumerate(records) if record.problem}
+        yield records, replace(encoded, failures={**encoded.failures, **problems})

@@ -115,6 +115,14 @@ class Output(nn.Module):
         self.transition = TransitionHead(config, backend) if learns_transitions(config) else None
         self.backend = backend
 
+    @torch.no_grad()
+    def distributions(self, stream: Stream) -> tuple[Tensor, Tensor | None]:
+        """(log p_u(w) of each state [S, V] fp32, transitions [B, L_max, L_max] or None), of a stream that has passed
+        all layers before this one. For single models without tensor parallelism."""
+        features = stream.hidden if stream.selected else F.embedding(stream.state_index, stream.hidden)
+        logits = linear(self.norm(F.gelu(self.dense(features))), self.weight, self.bias).float()
+        return logits.log_softmax(-1), self._transitions(features, stream, torch.float32)
+
     def forward(self, stream: Stream) -> Stream:
         """Fill `match`, `transitions` (ExLM) and `log_likelihood`; where `predict` is set also `predictions`."""
         hidden = self.region.gather_from(stream.hidden)

@@ -40,7 +40,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
     skipped.
 
     Each has `time` (ms since 1970) and `kind`: run {uid}, metrics {step, values}, params {values}, tags {values},
-    artifact {path, folder}, status {status}, child_run {name, step, values, tags}, resumed {step}.
+    artifact {path, folder}, status {status}, child_run {name, step, values, tags, history}, resumed {step}.
 
     What lies before the last line `run` does not stand: that start of the run came to nothing. Nor do, before a line
     `resumed`, metrics and child runs of later steps: the weights they describe were given up.
@@ -114,16 +114,16 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
         if event["kind"] in ("metrics", "child_run", "resumed"):
             event["step"] = int(event["step"])
         if event["kind"] in ("metrics", "child_run"):
-            event["values"] = {name: float(value) for name, value in event["values"].items()}
+            for point in (event, *event.get("history", ())):
+                point["values"] = {name: float(value) for name, value in point["values"].items()}
         return event
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
-def _to_json(value: float) -> float | str:
+def _to_json(values: Mapping[str, float]) -> dict[str, float | str]:
     """JSON has neither NaN nor infinities: they are written as strings that `float` reads."""
-    value = float(value)
-    return value if math.isfinite(value) else str(value)
+    return {name: float(value) if math.isfinite(value) else str(float(value)) for name, value in values.items()}
 
 
 class EventLog:
@@ -166,7 +166,7 @@ class EventLog:
         fresh = {name: value for name, value in values.items() if step > self._last_step.get(name, -1)}
         if fresh:
             self._last_step.update(dict.fromkeys(fresh, step))
-            self._append("metrics", step=step, values={name: _to_json(value) for name, value in fresh.items()})
+            self._append("metrics", step=step, values=_to_json(fresh))
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Settings of the run by dotted key: `{"model.width": 768}`."""
@@ -186,13 +186,22 @@ class EventLog:
             raise ValueError(f"unknown status {status!r}")
         self._append("status", status=status)
 
-    def child_run(self, name: str, step: int, values: Mapping[str, float], tags: Mapping[str, Any]) -> None:
-        """Result of an evaluation of the checkpoint of `step`; written once per (name, step)."""
+    def child_run(
+        self,
+        name: str,
+        step: int,
+        values: Mapping[str, float],
+        tags: Mapping[str, Any],
+        history: Mapping[int, Mapping[str, float]] | None = None,
+    ) -> None:
+        """Result of an evaluation of the checkpoint of `step`, or of a member of an ensemble, with points of its other
+        steps as `history`; written once per (name, step)."""
         if (name, step) in self._children:
             return
         self._children.add((name, step))
-        written = {key: _to_json(value) for key, value in values.items()}
-        self._append("child_run", name=name, step=step, values=written, tags={k: str(v) for k, v in tags.items()})
+        points = [{"step": other, "values": _to_json(point)} for other, point in (history or {}).items()]
+        labels = {key: str(value) for key, value in tags.items()}
+        self._append("child_run", name=name, step=step, values=_to_json(values), tags=labels, history=points)
 
     def last_step(self, name: str) -> int | None:
         """Last step with a value of the metric `name`; None if there is none."""

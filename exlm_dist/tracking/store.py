@@ -201,7 +201,7 @@ class MlflowRun:
             self._client.set_terminated(self.run_id, event["status"], end_time=event["time"])
 
     def _send_child(self, event: dict[str, Any]) -> None:
-        """The evaluation of a checkpoint as a child of the run, found again by a uid of its own."""
+        """An evaluation or a member as a child of the run, found again by a uid of its own."""
         uid = f"{self._uid}/{event['name']}/{event['step']}"
         name = f"{self._folder.name} {event['name']} @{event['step']}"
         child = self._find(uid)
@@ -210,7 +210,8 @@ class MlflowRun:
         else:
             self._client.update_run(child, name=name)  # without what `_send_resumed` may have appended
         self._log_tags(child, event["tags"])
-        self._log_points(child, [event])
+        history = ({**point, "time": event["time"]} for point in event.get("history", ()))
+        self._log_points(child, [event, *history])
         self._client.set_terminated(child, "FINISHED", end_time=event["time"])
 
     def _send_resumed(self, event: dict[str, Any]) -> None:

@@ -17,10 +17,12 @@ from exlm_dist.config import RunConfig, config_difference
 from exlm_dist.config.schema import CHANGEABLE, is_among
 from exlm_dist.training.advice import ALLOW_CHANGES, new_run_command, same_command
 from exlm_dist.training.schedule import learning_rate, rates_agree
+from exlm_dist.training.warm_start import ARCHITECTURE
 from exlm_dist.utils.errors import CheckpointError
 
 #: Why a setting, or those of a section, cannot change.
 REASONS = {
+    "init": "the initial weights are made",
     "seed": "decides order, masks and dropout: samples would come twice in an epoch, or never",
     "batch.sequences": "decides which samples a step sees: step x batch.sequences is the position in the data",
     "model.init_std": "the initial weights are made",
@@ -81,7 +83,8 @@ def _refusal(step: int, old: RunConfig, new: RunConfig, changes: list[Change]) -
     if not any(change.refused for change in changes):
         lines += [f"To go on with these settings from step {step}, recorded in the run:"]
         lines += [f"  {same_command(allow_changes=True)}"]
-    lines += ["To train a new run from its weights:", f"  {new_run_command(new)}"]
+    if not any(change.key.removeprefix("model.") in ARCHITECTURE for change in changes):
+        lines += ["To train a new run from its weights:", f"  {new_run_command(new)}"]
     lines += [
         "To start afresh, give the new run another `name`. To continue this one as it was, put the settings back."
     ]

@@ -33,13 +33,23 @@ class Checkpointer:
     """The checkpoints of one launch. Every method is a collective but `is_due` and `seconds_to_save`."""
 
     def __init__(
-        self, config: RunConfig, process: Process, start: StartingPoint, engine: Engine, saver: Saver, meter: Meter
+        self,
+        config: RunConfig,
+        process: Process,
+        start: StartingPoint,
+        engine: Engine,
+        saver: Saver,
+        meter: Meter,
+        init: dict[str, Any] | None,
     ) -> None:
+        """`init`: of `state.json`, what the run took its first weights from; None: initial weights."""
         self._config, self._process, self._engine, self.saver, self._meter = config, process, engine, saver, meter
         self._run_folder = start.path
         self._events: EventLog | None = meter.events
         self._slowest_save = 0.0
         self._about = {**_about(config, process, engine, fingerprints(start.train_data)), "changes": start.changes}
+        if init is not None:
+            self._about["init"] = init
 
     @property
     def saving(self) -> bool:

@@ -74,8 +74,9 @@ def _launch(config: RunConfig, interruption: Interruption, resources: Resources,
 def run(session: Session, interruption: Interruption) -> int:
     """The outer loop."""
     config, evaluator, checkpointer = session.config, session.evaluator, session.checkpointer
-    if session.step and session.evaluation is None and evaluator.is_due(session.step):
-        session.evaluate()  # the signal that ended the last launch left no time for it
+    if (session.step or config.init) and session.evaluation is None and evaluator.is_due(session.step):
+        # The signal that ended the last launch left no time for it; or the run begins with weights that are worth it.
+        session.evaluate()
     pace = Pace()
     while session.step < config.schedule.steps:
         with pace.phase("step"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from exlm_dist.checkpoint.tensors import TensorReader
 from exlm_dist.config import RunConfig, dump_config
@@ -10,6 +11,7 @@ from exlm_dist.data.loader import Loader
 from exlm_dist.data.recipe import Recipe
 from exlm_dist.launch import heartbeat
 from exlm_dist.parallel.process import Process
+from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.tracking import CHANGES, EVENTS, EventLog, Tracker
 from exlm_dist.training.changes import describe
 from exlm_dist.training.checkpointer import Checkpointer
@@ -23,6 +25,7 @@ from exlm_dist.training.sample_log import SampleLog
 from exlm_dist.training.saver import Saver
 from exlm_dist.training.starting_point import StartingPoint
 from exlm_dist.training.step import optimizer_step
+from exlm_dist.training.warm_start import InitialWeights, Source, match_parameters, summary, table, tags
 from exlm_dist.utils.logs import get_logger
 
 #: Seconds that sending the last events to MLflow may take at the end of a launch, by how it ended.
@@ -82,15 +85,18 @@ def build_session(config: RunConfig, process: Process, start: StartingPoint, res
         log=start.path / EVENTS,
     )
     resources.callback(saver.close)
+    init = start.state.get("init")
     if start.checkpoint is not None:
         _resume(process, start, loader, engine, saver)
-    events = _track(config, start, resources) if process.is_first else None
+    elif start.source is not None:
+        init = _take_weights(config, start, start.source, engine, saver)
+    events = _track(config, start, init, resources) if process.is_first else None
     samples = None
     if config.tracking.samples and process.grid.reports_metrics:
         samples = SampleLog(start.path, process.grid.data.rank, process.grid.data.size, anew=start.step == 0)
         resources.callback(samples.close)
     meter = Meter(config, process, events, Progress(**start.state["progress"]))
-    checkpointer = Checkpointer(config, process, start, engine, saver, meter)
+    checkpointer = Checkpointer(config, process, start, engine, saver, meter, init)
     evaluation = start.state.get("evaluation")
     if start.checkpoint is not None:
         # The launch that wrote it may have been killed before it could say so.
@@ -136,11 +142,24 @@ def _resume(process: Process, start: StartingPoint, loader: Loader, engine: Engi
     engine_state.restore(engine, tensors, start.state)
 
 
-def _track(config: RunConfig, start: StartingPoint, resources: Resources) -> EventLog:
+def _take_weights(
+    config: RunConfig, start: StartingPoint, source: Source, engine: Engine, saver: Saver
+) -> dict[str, Any]:
+    """Fill the engine of a new run from the source of its weights; what `state.json` says of it."""
+    shapes, theirs = saver.index.shapes, source.tensors.index.shapes
+    match = match_parameters(shapes, theirs, load_tokenizer(start.train_data.tokenizer_path).tokens(), source.tokens)
+    weights = InitialWeights(source, match, shapes, seed=config.seed, std=config.model.init_std)
+    engine_state.fill_parameters(engine, weights, weights.names)
+    init = {**source.about, **summary(match, shapes)}
+    logger.info("%s starts with the weights of a checkpoint:\n%s", config.name, table(init, match.new_tokens))
+    return init
+
+
+def _track(config: RunConfig, start: StartingPoint, init: dict[str, Any] | None, resources: Resources) -> EventLog:
     """The event log, and MLflow fed from it. On rank 0."""
     events = EventLog(start.path / EVENTS)
     resources.callback(events.close)
-    tracker = Tracker.start(start.path, config, events, tags={CHANGES: describe(start.changes)})
+    tracker = Tracker.start(start.path, config, events, tags={CHANGES: describe(start.changes), **tags(init)})
     resources.callback(lambda: tracker.close(resources.status, timeout=SENDING[resources.status]))
     return events
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from exlm_dist.checkpoint import reader, storage
+from exlm_dist.checkpoint.hf_export import is_export
 from exlm_dist.checkpoint.weights_only import describe_origin
 from exlm_dist.config import RunConfig, check_vocabulary, check_world
 from exlm_dist.data.shards import ShardDataset
@@ -18,6 +19,7 @@ from exlm_dist.training.changes import Change, accept_changes
 from exlm_dist.training.engine.deepspeed_config import working_dtype
 from exlm_dist.training.resources import Resources
 from exlm_dist.training.run_folder import LOCK_PATIENCE, RunFolder, record_start
+from exlm_dist.training.warm_start import Source, candidates, check_architecture, identify, open_source
 from exlm_dist.utils.errors import CheckpointError
 from exlm_dist.utils.logs import get_logger
 
@@ -27,7 +29,7 @@ logger = get_logger(__name__)
 @dataclass(frozen=True)
 class StartingPoint:
     """The same on every rank. `checkpoint`: the folder to resume from, None for a new run; `state`: its state.json;
-    `changes`: of the settings during the run, as `state.json` lists them."""
+    `changes`: of the settings during the run, as `state.json` lists them; `source`: of the weights of a new run."""
 
     path: Path
     train_data: ShardDataset
@@ -35,6 +37,7 @@ class StartingPoint:
     checkpoint: Path | None
     state: dict[str, Any]
     changes: list[dict[str, Any]] = field(default_factory=list)
+    source: Source | None = None
 
     @property
     def step(self) -> int:
@@ -48,8 +51,9 @@ def find_starting_point(
     """Lock the run folder, open the data and choose the checkpoint. A collective. `allow_changes`: of settings that do
     not change what was learned.
 
-    ConfigError for settings that do not fit the ranks or the device, DataError for data that cannot be used,
-    CheckpointError where the folder is in use, none of its checkpoints is whole, or they belong to another run.
+    ConfigError for settings that do not fit the ranks, the device or the weights of `init`, DataError for data that
+    cannot be used, CheckpointError where the folder is in use, none of its checkpoints is whole, or they belong to
+    another run.
     """
     process.run_everywhere(lambda: _check_settings(config, process))
     path = Path(process.run_on_first_rank(lambda: _open_folder(config, resources)))
@@ -59,13 +63,15 @@ def find_starting_point(
         valid_data = process.run_everywhere(lambda: _open_split(config, "valid"))
     check_vocabulary(train_data.vocab_size, config.parallel.tensor)
     folder, state = select_checkpoint(path, process) or (None, {"step": 0, "progress": {}})
-    step, changes = state["step"], []
+    step, changes, source = state["step"], [], None
     if folder is not None:
         changes = process.run_everywhere(lambda: _accept(config, train_data, folder, state, allow_changes))
+    elif config.init:
+        source = _find_source(config, process)
     if step < config.schedule.steps or not any(change.needs_flag for change in changes):
         process.run_on_first_rank(lambda: record_start(path, config, step))
     every = [*state.get("changes", []), *(change.as_dict(step) for change in changes)]
-    return StartingPoint(path, train_data, valid_data, folder, state, every)
+    return StartingPoint(path, train_data, valid_data, folder, state, every, source)
 
 
 def fingerprints(data: ShardDataset) -> dict[str, str]:
@@ -80,17 +86,10 @@ def select_checkpoint(run_folder: Path, process: Process) -> tuple[Path, dict[st
     Every rejected one is reported with the reason. CheckpointError, on every rank, when there are some but none is
     whole.
     """
-    candidates = process.broadcast_object([folder.name for folder in reader.checkpoint_folders(run_folder)])
-    rejected = []
-    for name in candidates:
-        folder = Path(run_folder) / reader.CHECKPOINTS / name
-        reasons = process.all_gather_object(_rejection(folder, process))
-        reason = next((reason for reason in reasons if reason), None)
-        if reason is None:
-            return folder, process.run_on_first_rank(functools.partial(reader.read_state, folder))
-        rejected.append(f"{name}: {reason}")
-        if process.is_first:
-            logger.warning("checkpoint rejected: %s", reason)
+    names = process.broadcast_object([folder.name for folder in reader.checkpoint_folders(run_folder)])
+    folder, rejected = _first_whole([Path(run_folder) / reader.CHECKPOINTS / name for name in names], process)
+    if folder is not None:
+        return folder, process.run_on_first_rank(functools.partial(reader.read_state, folder))
     if rejected:
         raise CheckpointError(
             f"none of the {len(rejected)} checkpoints in {run_folder} is whole:\n  "
@@ -98,6 +97,35 @@ def select_checkpoint(run_folder: Path, process: Process) -> tuple[Path, dict[st
             + "\nPut a whole one back, or remove the run folder to start anew."
         )
     return None
+
+
+def _first_whole(folders: list[Path], process: Process) -> tuple[Path | None, list[str]]:
+    """The first of these checkpoints that is whole on every rank, and why each before it was rejected. A collective."""
+    rejected: list[str] = []
+    for folder in folders:
+        reasons = process.all_gather_object(_rejection(folder, process))
+        reason = next((reason for reason in reasons if reason), None)
+        if reason is None:
+            return folder, rejected
+        rejected.append(f"{folder.name}: {reason}")
+        if process.is_first:
+            logger.warning("checkpoint rejected: %s", reason)
+    return None, rejected
+
+
+def _find_source(config: RunConfig, process: Process) -> Source:
+    """The checkpoint that `init` means, opened on every rank. A collective; ConfigError, CheckpointError."""
+    found = process.run_on_first_rank(lambda: [str(folder) for folder in candidates(config.init)])
+    folders = [Path(folder) for folder in found]
+    if not is_export(folders[0]):
+        whole, rejected = _first_whole(folders, process)
+        if whole is None:
+            raise CheckpointError(f"init: no checkpoint of {config.init} is whole:\n  " + "\n  ".join(rejected))
+        folders = [whole]
+    about = process.run_on_first_rank(lambda: identify(folders[0]))
+    source = process.run_everywhere(lambda: open_source(folders[0], about))
+    process.run_everywhere(lambda: check_architecture(source, config.model))
+    return source
 
 
 def _check_settings(config: RunConfig, process: Process) -> None:

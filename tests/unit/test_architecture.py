@@ -42,16 +42,17 @@ MAY_IMPORT = {
     "planning": BASE | {"data", "model"},
     "training": BASE | {"checkpoint", "data", "launch", "model", "parallel", "tokenizers", "tracking"},
     "evaluation": BASE | {"checkpoint", "data", "inference", "model", "tokenizers", "tracking"},
-    "finetuning": BASE | {"checkpoint", "data", "inference", "model", "tables", "tokenizers"},
+    "finetuning": BASE | {"checkpoint", "data", "inference", "model", "tables", "tokenizers", "tracking"},
     "export": BASE | {"checkpoint", "data", "model", "tokenizers", "tracking"},
-    "analysis": BASE | {"checkpoint", "data", "evaluation", "inference", "kernels", "model", "tokenizers", "tracking"},
+    "analysis": BASE
+    | {"checkpoint", "data", "evaluation", "finetuning", "inference", "kernels", "model", "tokenizers", "tracking"},
     "doctor": BASE | {"checkpoint", "data", "launch", "model", "parallel", "planning", "tracking"},
     "cli": BASE
     | {"analysis", "checkpoint", "doctor", "evaluation", "export", "finetuning", "inference", "launch", "planning"}
     | {"prepare", "tables", "tracking", "training"},
 }
 #: What `exlm_dist` itself offers in Python comes from the rooms that use checkpoints.
-MAY_IMPORT_AT_THE_TOP = {"finetuning", "inference"}
+MAY_IMPORT_AT_THE_TOP = {"finetuning", "inference", "utils"}
 #: Each outside framework has one seam.
 SEAMS = {
     "megatron": ("parallel/tensor.py",),
@@ -64,7 +65,7 @@ SEAMS = {
     "matplotlib": ("analysis/",),
     "sentencepiece": ("tokenizers/",),
     "safetensors": ("export/", "finetuning/model_folder.py"),
-    "sklearn": ("finetuning/",),
+    "sklearn": ("finetuning/", "analysis/finetuning_figures.py"),
     "pyarrow": ("tables/",),
     "zstandard": ("tables/",),
     "torch": ("kernels/", "parallel/", "model/", "training/", "inference/", "evaluation/", "export/", "analysis/")

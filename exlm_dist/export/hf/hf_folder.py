@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from exlm_dist.checkpoint.hf_export import MODEL_TYPE, SETTINGS, hf_name, is_export
 from exlm_dist.checkpoint.rank_files import write_file
 from exlm_dist.checkpoint.reader import TOKENIZER_FOLDER, find_checkpoint, load_weights, read_config
 from exlm_dist.checkpoint.tensors import write_header
@@ -21,7 +21,6 @@ from exlm_dist.tokenizers.tokenizer import BOS, EOS, MASK, PAD
 from exlm_dist.utils.files import write_atomic, write_json
 from exlm_dist.utils.staging import FolderKind, check_target, staged_folder
 
-MODEL_TYPE = "exlm"
 #: Files of this folder that are copied into each export.
 CODE_FILES = ("configuration_exlm.py", "graph_exlm.py", "modeling_exlm.py")
 _AUTO_CLASSES = {
@@ -70,23 +69,8 @@ def hf_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
         "auto_map": {"AutoConfig": "configuration_exlm.ExLMConfig", **auto},
         "dtype": "float32",
         "vocab_size": vocab_size,
-        "hidden_size": model.width,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "intermediate_size": model.ffn,
-        "objective": model.objective,
-        "states": model.states,
-        "transitions": model.transitions,
-        "transition_positions": model.transition_positions,
-        "anchors": model.anchors,
-        "rotary": model.rotary,
-        "norm": model.norm,
-        "hidden_dropout_prob": model.dropout,
-        "attention_probs_dropout_prob": model.attention_dropout,
-        "max_position_embeddings": model.max_positions,
-        "initializer_range": model.init_std,
+        **{key: getattr(model, setting) for key, setting in SETTINGS.items()},
         "layer_norm_eps": NORM_EPS,
-        "tie_word_embeddings": model.tie_head,
         "bos_token_id": BOS,
         "pad_token_id": PAD,
         "eos_token_id": EOS,
@@ -96,11 +80,7 @@ def hf_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
 
 def hf_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our parameters under the names of `ExLMForMaskedLM`; a tied matrix is there once, as the embedding."""
-    renamed = {"output.weight": "output.decoder.weight", "output.bias": "output.decoder.bias"}
-    return {
-        renamed.get(name, name if name.startswith("output.") else f"exlm.{name}"): value.contiguous()
-        for name, value in weights.items()
-    }
+    return {hf_name(name): value.contiguous() for name, value in weights.items()}
 
 
 def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -109,13 +89,5 @@ def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     write_file(path, [header, *elements])
 
 
-def _is_model(out: Path) -> bool:
-    try:
-        content = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("model_type") == MODEL_TYPE
-
-
 #: What may be replaced: an earlier export, or what `save_pretrained` made of one.
-TRANSFORMERS_MODEL = FolderKind("a folder with an ExLM model for transformers", _is_model)
+TRANSFORMERS_MODEL = FolderKind("a folder with an ExLM model for transformers", is_export)

@@ -38,6 +38,8 @@ def model_card(checkpoint: Path, config: RunConfig, tokenizer: Tokenizer, num_pa
     }
     if origin := describe_origin(state):
         facts["Made by"] = origin
+    if init := state.get("init"):
+        facts["First weights"] = f"of another checkpoint, SHA-256 `{init['sha256']}`"
     if state.get("origin", {}).get("kind") == FAIRSEQ:  # how it was trained is not known
         for unknown in ("Masking", "Batch", "Learning rate", "Seed"):
             del facts[unknown]

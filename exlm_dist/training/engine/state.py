@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
-from exlm_dist.checkpoint.pieces import Piece
+from exlm_dist.checkpoint.pieces import Piece, Slice
 from exlm_dist.checkpoint.tensors import Index, TensorReader
 from exlm_dist.parallel.sharded import ShardedParameter
 from exlm_dist.training.engine.base import Engine
@@ -23,6 +25,13 @@ from exlm_dist.utils.errors import CheckpointError
 MOMENTS = ("exp_avg", "exp_avg_sq")
 #: State of the dynamic loss scale (fp16), as DeepSpeed names it.
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class Tensors(Protocol):
+    """What an engine is filled from; `exlm_dist.checkpoint.tensors.TensorReader` is one."""
+
+    def read(self, name: str, moment: str | None, part: Slice | None, start: int, stop: int) -> np.ndarray:
+        """Elements `start` to `stop` of the flattened slice `part` (None: all) of a parameter or moment, fp32."""
 
 
 @dataclass(frozen=True)
@@ -134,15 +143,7 @@ def check_index(present: Index, saved: Index) -> None:
 
 def restore(engine: Engine, tensors: TensorReader, state: dict[str, Any]) -> None:
     """Fill the engine from a checkpoint; each rank reads what it needs. The moments must exist: `Engine.prime`."""
-    fragments = fragments_of(engine)
-    with torch.no_grad():
-        for sharded in engine.parameters:
-            start, stop = fragments.bounds(sharded)
-            for moment in (None, *MOMENTS):
-                if stop > start:
-                    fragments.write(sharded, moment, _padded(tensors, sharded, moment, start, stop))
-            if fragments.has_working_copy(sharded):
-                fragments.refresh(sharded, _padded(tensors, sharded, None, 0, fragments.local_numel(sharded)))
+    _fill(engine, engine.parameters, tensors, (None, *MOMENTS))
     for entry in engine.inner_optimizer.state.values():
         entry["step"].fill_(state["optimizer_step"])
     if "loss_scale" in state and engine.dtype == torch.float16:
@@ -150,9 +151,27 @@ def restore(engine: Engine, tensors: TensorReader, state: dict[str, Any]) -> Non
             setattr(engine.deepspeed.optimizer.loss_scaler, name, value)
 
 
-def _padded(
-    tensors: TensorReader, sharded: ShardedParameter, moment: str | None, start: int, stop: int
-) -> torch.Tensor:
+def fill_parameters(engine: Engine, tensors: Tensors, names: Container[str]) -> None:
+    """Replace the parameters `names` of an engine that has not trained yet; there are no moments so far."""
+    _fill(engine, [sharded for sharded in engine.parameters if sharded.name in names], tensors, (None,))
+
+
+@torch.no_grad()
+def _fill(
+    engine: Engine, parameters: Iterable[ShardedParameter], tensors: Tensors, moments: Iterable[str | None]
+) -> None:
+    """This rank's fragments of parameters (None among `moments`) and moments, and its working copy."""
+    fragments = fragments_of(engine)
+    for sharded in parameters:
+        start, stop = fragments.bounds(sharded)
+        for moment in moments:
+            if stop > start:
+                fragments.write(sharded, moment, _padded(tensors, sharded, moment, start, stop))
+        if fragments.has_working_copy(sharded):
+            fragments.refresh(sharded, _padded(tensors, sharded, None, 0, fragments.local_numel(sharded)))
+
+
+def _padded(tensors: Tensors, sharded: ShardedParameter, moment: str | None, start: int, stop: int) -> torch.Tensor:
     """Elements `start` to `stop` of the flattened local tensor, fp32; 0 where that is padding."""
     values = torch.zeros(stop - start)
     low, high = _unpadded(sharded, start, stop)

@@ -161,7 +161,7 @@ def test_nothing_is_written_where_nothing_can_be_used(loaded, table, tmp_path):
     assert sorted(tmp_path.iterdir()) == before
     other = tmp_path / "other.csv"
     other.write_text("smiles\nCC\n")
-    with pytest.raises(ConfigError, match="embed them one by one"):
+    with pytest.raises(ConfigError, match="take them one by one"):
         embed_file(loaded, [str(table), str(other)], tmp_path / "o.csv", options=InputOptions())
     clash = tmp_path / "clash.csv"
     clash.write_text("smiles,embedding\nCC,1\n")

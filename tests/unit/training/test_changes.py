@@ -106,6 +106,13 @@ def test_what_never_changes_is_refused_with_the_reason(change, reason):
     with pytest.raises(CheckpointError, match=reason) as caught:
         accept_changes(7, settings(), settings(**change), allow=True)
     assert "from step 7, recorded" not in str(caught.value)  # the flag would not do
+    assert "--init runs/" in str(caught.value)
+
+
+def test_no_command_is_advised_for_weights_of_another_architecture():
+    with pytest.raises(CheckpointError, match="what the weights are") as caught:
+        accept_changes(7, settings(), settings(model={"width": 32}), allow=True)
+    assert "--init" not in str(caught.value) and "another `name`" in str(caught.value)
 
 
 def test_a_folder_that_was_renamed_goes_on():

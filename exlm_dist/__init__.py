@@ -4,19 +4,35 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from exlm_dist.utils.version import VERSION
+
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from exlm_dist.finetuning.prediction import FinetunedModel
     from exlm_dist.inference.api import PretrainedModel
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 
-def load(path: Path | str, *, device: str = "auto") -> PretrainedModel:
-    """The model in a checkpoint folder, or in the newest whole checkpoint of a run folder, ready to be asked.
+def load(path: Path | str, *, device: str = "auto") -> PretrainedModel | FinetunedModel:
+    """A trained model, ready to be asked: that of a checkpoint folder or of the newest whole checkpoint of a run folder
+    (`embed`, `fill`), or one that `exlm finetune` wrote (`predict`, `predict_proba`).
 
-    device: 'auto' (a GPU if there is one), 'cpu' or 'cuda'. CheckpointError if there is no whole checkpoint.
+    device: 'auto' (a GPU if there is one), 'cpu' or 'cuda'. CheckpointError if there is neither.
     """
-    from exlm_dist.inference.api import PretrainedModel  # not above: the command line starts faster without torch
+    # Not above: the command line starts faster without torch.
+    from exlm_dist.finetuning.model_folder import is_model_folder
+    from exlm_dist.finetuning.prediction import load_finetuned
+    from exlm_dist.inference.api import PretrainedModel
 
-    return PretrainedModel.load(path, device=device)
+    return load_finetuned(path, device) if is_model_folder(path) else PretrainedModel.load(path, device=device)
+
+
+def __getattr__(name: str) -> type:
+    """`ExLMClassifier` and `ExLMRegressor`, imported when they are asked for."""
+    if name in ("ExLMClassifier", "ExLMRegressor"):
+        from exlm_dist.finetuning import estimators
+
+        return getattr(estimators, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -35,10 +35,11 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from exlm_dist.config import load_config
+    from exlm_dist.config import check_init, load_config
     from exlm_dist.planning.report import describe
 
     config = load_config(options.config, options.overrides)
+    check_init(config)
     world = options.world or config.local_processes
     print(describe(config, world=world, length=options.length, vocab_size=options.vocab_size))
     return 0

@@ -114,9 +114,10 @@ def _register_launch(commands: Commands) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
-    from exlm_dist.config import load_config
+    from exlm_dist.config import check_init, load_config
 
     config = load_config(options.config, options.overrides)
+    check_init(config)
     if "RANK" not in os.environ and (config.local_processes > 1 or config.launch.restarts):
         from exlm_dist.launch.local import rank_arguments, run_local
         from exlm_dist.launch.restart import Restarts

@@ -3,6 +3,7 @@
 from exlm_dist.config.check import (
     check_config,
     check_division,
+    check_init,
     check_length,
     check_world,
     largest_num_masks,
@@ -16,6 +17,7 @@ __all__ = [
     "RunConfig",
     "check_config",
     "check_division",
+    "check_init",
     "check_length",
     "check_vocabulary",
     "check_world",

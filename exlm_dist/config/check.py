@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from exlm_dist.config.layouts import data_degree, layout_problems
 from exlm_dist.config.schema import ModelConfig, RunConfig
+from exlm_dist.utils.checkpoint_names import newest_step
 from exlm_dist.utils.errors import ConfigError
 
 
@@ -19,6 +21,15 @@ def check_config(config: RunConfig) -> None:
 def check_world(config: RunConfig, world: int) -> None:
     """Raise ConfigError if the layout does not fit `world` ranks, or its replicas do not divide the global batch."""
     check_division(config.batch.sequences, config.batch.micro, data_degree(config.parallel, world))
+
+
+def check_init(config: RunConfig) -> None:
+    """Raise ConfigError if a run that has no checkpoint yet is to start from weights that are not there."""
+    if config.init and not Path(config.init).is_dir() and not newest_step(Path(config.runs) / config.name):
+        raise ConfigError(
+            f"init = {config.init!r}: there is no such folder (working folder {Path.cwd()}). Give a run folder "
+            "(runs/NAME), a checkpoint in it, or a folder of exlm export hf."
+        )
 
 
 def check_division(sequences: int, micro: int, world: int) -> None:

@@ -50,6 +50,7 @@ def _checks_of_run(config: RunConfig) -> Checks:
         return machine_checks.check_tracking(config, uri, redact(uri))
 
     return [
+        ("weights", lambda: machine_checks.check_initial_weights(config)),
         ("shards", lambda: machine_checks.check_shards(config)),
         ("free space", lambda: machine_checks.check_space(config, parameters)),
         ("disk", lambda: machine_checks.check_disk(config, parameters)),

@@ -17,6 +17,7 @@ import urllib.request
 from pathlib import Path
 
 from exlm_dist.checkpoint.tensors import BYTES_PER_PARAMETER
+from exlm_dist.config import check_init
 from exlm_dist.config.schema import RunConfig
 from exlm_dist.data.manifest import MANIFEST, read_manifest
 from exlm_dist.doctor.findings import Finding, bad, doubtful, good
@@ -69,6 +70,12 @@ def check_limits() -> Finding:
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     text = f"{files} open files, {len(os.sched_getaffinity(0))} cores"
     return good("limits", text) if files >= 1024 else doubtful("limits", text, "Raise it: ulimit -n 4096.")
+
+
+def check_initial_weights(config: RunConfig) -> Finding:
+    """Whether the weights that a new run starts from are there. ConfigError, which says where they may be, if not."""
+    check_init(config)
+    return good("weights", f"from {config.init}" if config.init else "random")
 
 
 def check_shards(config: RunConfig, seed: int = 0) -> list[Finding]:

@@ -14,7 +14,7 @@ from exlm_dist.finetuning.inputs import encode_inputs
 from exlm_dist.finetuning.splits import Parts, column_split, random_split, scaffold_split
 from exlm_dist.finetuning.targets import Target, read_targets
 from exlm_dist.inference.sequences import take_sequences
-from exlm_dist.tables.columns import choose_column
+from exlm_dist.tables.columns import choose_column, listed
 from exlm_dist.tables.records import InputOptions, Record, column_names, expand_inputs, read_records, text_column
 from exlm_dist.tokenizers import Tokenizer
 from exlm_dist.tokenizers.encoding import normalised
@@ -38,6 +38,14 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+
+class Columns(NamedTuple):
+    """Names of the columns that are read: of texts, of labels, and the one that says the part."""
+
+    inputs: list[str]
+    targets: list[str]
+    split: str | None
 
 
 class FailedRow(NamedTuple):
@@ -85,15 +93,16 @@ def read_dataset(
     """Read files or patterns. `inputs`: the column of texts or the two of pairs; by default `smiles` or `text`, as the
     tokenizer has it. DataError if a column is missing, no row or less than half of them can be used, or labels do not
     fit; rows without a label, or whose text cannot be encoded, are in `failed`."""
-    names, targets, records = _read(data, targets, tokenizer, inputs, options, split_column)
+    columns, records = _read(data, targets, tokenizer, inputs, options, split_column)
+    names = columns.inputs
     failed = [_failed(record, record.problem) for record in records if record.problem]
     good = [record for record in records if not record.problem]
-    columns = [[record.values[name] for record in good] for name in names]
-    encoded = encode_inputs(tokenizer, columns, max_tokens=max_tokens, truncate=truncate)
+    texts = [[record.values.get(name) for record in good] for name in names]
+    encoded = encode_inputs(tokenizer, texts, max_tokens=max_tokens, truncate=truncate)
     failed += [_failed(good[row], reason) for row, reason in encoded.failures.items()]
     _check_readable(tokenizer, names, len(records), len(encoded.rows), failed)
     used = [good[row] for row in encoded.rows]
-    values = {target: [record.values[target] for record in used] for target in targets}
+    values = {target: [record.values.get(target) for record in used] for target in columns.targets}
     described, labels, remarks = read_targets(values, [f"{r.file}: row {r.row}" for r in used], task)
     labelled = np.flatnonzero(~np.isnan(labels).all(axis=1))
     failed += [_failed(used[row], "no label") for row in np.flatnonzero(np.isnan(labels).all(axis=1))]
@@ -101,10 +110,10 @@ def read_dataset(
     return Dataset(
         Examples(encoded.tokens, encoded.lengths, labels).take(labelled),
         tuple(names),
-        [[record.values[name] or "" for record in kept] for name in names],
+        [[record.values.get(name) or "" for record in kept] for name in names],
         [(record.file, record.row) for record in kept],
         described,
-        None if split_column is None else [record.values[split_column] for record in kept],
+        None if columns.split is None else [record.values.get(columns.split) for record in kept],
         sorted(failed),
         encoded.unknown,
         encoded.truncated,
@@ -150,25 +159,37 @@ def _read(
     inputs: Sequence[str],
     options: InputOptions,
     split_column: str | None,
-) -> tuple[list[str], list[str], list[Record]]:
-    """Names of the columns of texts and of the targets, and all records of all files."""
+) -> tuple[Columns, list[Record]]:
+    """What is read, and all records of all files."""
     if len(set(targets)) != len(targets) or not targets:
         raise ConfigError(f"--target must name columns, each once: {' '.join(targets) or 'none given'}.")
     if len(inputs) > 2:
         raise ConfigError(f"--column names {len(inputs)} columns; it must be one, or two for pairs of texts.")
-    names: list[str] = []
-    labels: list[str] = []
     records: list[Record] = []
+    columns: Columns | None = None
     for path in expand_inputs(data, options):
         names = input_columns(path, options, inputs, tokenizer.domain)
         reading = replace(options, column=names[0])
         found = column_names(path, reading)
         labels = [choose_column(path, found, name) for name in targets]
-        for name in [*labels, *([] if split_column is None else [choose_column(path, found, split_column)])]:
+        split = None if split_column is None else choose_column(path, found, split_column)
+        for name in [*labels, split]:
             if name in names:
                 raise ConfigError(f"{path}: the column {name!r} is an input; it cannot be a target or say the split.")
+        own = Columns(names, labels, split)
+        if columns is not None and columns != own:
+            raise DataError(
+                f"{path}: its columns are {_listed(own)}, but those of the files before are {_listed(columns)}. Name "
+                "them alike."
+            )
+        columns = own
         records += read_records(path, reading)
-    return names, labels, records
+    assert columns is not None, "there is a file"
+    return columns, records
+
+
+def _listed(columns: Columns) -> str:
+    return listed([*columns.inputs, *columns.targets, *([columns.split] if columns.split else [])])
 
 
 def _failed(record: Record, reason: str) -> FailedRow:

@@ -114,7 +114,7 @@ def _prepared(
 ) -> _Job:
     """What is to be done, checked: split, scaling, metric. Errors: see `finetune`."""
     split = replace(split, kind=split.kind or ("scaffold" if loaded.tokenizer.domain == "smiles" else "random"))
-    training = replace(training, metric=training.metric_of(task_of(dataset.targets)))
+    training = training.for_task(task_of(dataset.targets))
     parts = split_dataset(dataset, split, loaded.tokenizer)
     check_parts(dataset, parts, test=split.kind != "column" and split.sizes[2] > 0)
     targets = with_scaling(dataset.targets, dataset.examples.labels[parts["train"]], training.scale_targets)
@@ -151,9 +151,10 @@ def train_members(
     settings: TrainingSettings,
     folder: Path | None = None,
 ) -> list[Member]:
-    """Train the members of an ensemble, one after another, on the same parts. `folder`: MODEL.partial, where their
-    states are kept."""
-    metric, members = settings.metric_of(task_of(targets)), []
+    """Train the members of an ensemble, one after another, on the same parts. settings: those of
+    `TrainingSettings.for_task`. folder: MODEL.partial, where their states are kept."""
+    assert settings.metric is not None, "settings are those of `for_task`"
+    members = []
     for number in range(settings.seeds):
         seed = settings.seed + number
         model = build_property_model(
@@ -173,7 +174,7 @@ def train_members(
             settings,
             seed,
             store=None if folder is None else MemberState(folder, number),
-            watcher=EpochProgress(f"member {number + 1}/{settings.seeds}", settings.epochs, metric),
+            watcher=EpochProgress(f"member {number + 1}/{settings.seeds}", settings.epochs, settings.metric),
         )
         scored = [part for part in PARTS[1:] if part in examples and len(examples[part])]
         values = {part: evaluate(model, targets, examples[part])[0] for part in scored}

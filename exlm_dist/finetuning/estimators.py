@@ -81,7 +81,8 @@ class _Finetuned(BaseEstimator):
     def fit(self, X: Any, y: Any) -> Any:
         """Fine-tune on texts or molecules (or pairs of texts, or a DataFrame of one or two columns) and their labels,
         [n] or [n, targets] with NaN or None where one is missing. DataError names a row that cannot be read."""
-        settings = TrainingSettings(**{one.name: getattr(self, one.name) for one in fields(TrainingSettings)})
+        given = {one.name: getattr(self, one.name) for one in fields(TrainingSettings)}
+        settings = TrainingSettings(**given).for_task(self._task)
         if not 0 < self.validation_fraction < 1:
             raise ConfigError(f"validation_fraction = {self.validation_fraction}: must be between 0 and 1.")
         loaded = load_checkpoint(self.checkpoint, device=self.device)

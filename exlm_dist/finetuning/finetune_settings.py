@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from exlm_dist.utils.errors import ConfigError
 
@@ -66,13 +66,14 @@ class TrainingSettings:
         if self.metric is not None:
             _one_of("metric", self.metric, METRICS["classification"] + METRICS["regression"])
 
-    def metric_of(self, task: str) -> str:
-        """The metric that decides which epoch is the best; ConfigError if it is not one of the task."""
-        if self.metric is None:
-            return METRICS[task][0]
-        if self.metric not in METRICS[task]:
-            raise ConfigError(f"metric = {self.metric!r} is none of {task}, which has {', '.join(METRICS[task])}.")
-        return self.metric
+    def for_task(self, task: str) -> TrainingSettings:
+        """With the metric that decides which epoch is the best. ConfigError for settings that are none of the task."""
+        metric = self.metric or METRICS[task][0]
+        if metric not in METRICS[task]:
+            raise ConfigError(f"metric = {metric!r} is none of {task}, which has {', '.join(METRICS[task])}.")
+        if task == "regression" and self.class_weights != "none":
+            raise ConfigError(f"class_weights = {self.class_weights!r}: regression has no classes.")
+        return replace(self, metric=metric)
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class SplitSettings:
             _one_of("split", self.kind, SPLITS)
         if (self.kind == "column") != (self.column is not None):
             raise ConfigError("split: `column` needs the name of the column, and no other kind has one.")
+        if self.seed < 0:
+            raise ConfigError(f"split seed = {self.seed}: must be 0 or more.")
         if len(self.sizes) != 3 or min(self.sizes) < 0 or abs(sum(self.sizes) - 1) > 1e-6:
             raise ConfigError(
                 f"split sizes {' '.join(map(str, self.sizes))}: must be three fractions, train, valid and test, that "

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from exlm_dist import __version__
 from exlm_dist.checkpoint.reader import reference
 from exlm_dist.finetuning.dataset import Dataset
 from exlm_dist.finetuning.metrics import evaluate_predictions
@@ -19,6 +18,7 @@ from exlm_dist.finetuning.prediction import Predictions
 from exlm_dist.finetuning.splits import Parts, split_hash
 from exlm_dist.finetuning.targets import Target, class_counts, labels_as_text, task_of
 from exlm_dist.inference.loading import LoadedCheckpoint
+from exlm_dist.utils.version import VERSION
 
 #: Targets of which each part's labels are printed.
 SHOWN = 20
@@ -138,7 +138,7 @@ def _versions() -> dict[str, str]:
     import torch
 
     return {
-        "exlm_dist": __version__,
+        "exlm_dist": VERSION,
         "torch": torch.__version__,
         "scikit-learn": sklearn.__version__,
         "python": platform.python_version(),

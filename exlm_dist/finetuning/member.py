@@ -18,7 +18,7 @@ from exlm_dist.finetuning.finetune_settings import ERRORS, TrainingSettings
 from exlm_dist.finetuning.losses import predicted_values, weighted_loss
 from exlm_dist.finetuning.metrics import evaluate_predictions
 from exlm_dist.finetuning.property_model import HEAD, PropertyModel
-from exlm_dist.finetuning.targets import Target, label_weights, task_of
+from exlm_dist.finetuning.targets import Target, label_weights
 from exlm_dist.inference.embed import BATCH_TOKENS
 from exlm_dist.inference.sequences import length_batches, take_sequences, unmasked_stream
 from exlm_dist.utils.errors import RunStopped
@@ -82,7 +82,8 @@ def train_member(
     optimizer = _optimizer(model, settings)
     progress = _resumed(model, optimizer, store)
     weights = label_weights(targets, train.labels, settings.class_weights)
-    metric = settings.metric_of(task_of(targets))
+    metric = settings.metric
+    assert metric is not None, "settings are those of `for_task`"
     while not progress.finished(settings):
         started, epoch = time.monotonic(), len(progress.history) + 1
         loss = _train_epoch(model, optimizer, targets, train, weights, settings, seed, epoch, watcher)
@@ -204,17 +205,14 @@ def _rate(settings: TrainingSettings, rows: int, step: int) -> float:
 
 
 def _optimizer(model: PropertyModel, settings: TrainingSettings) -> torch.optim.AdamW:
-    """AdamW with a group for each parameter: weight decay for matrices, and the factor of its layer's rate."""
-    groups = [
-        {
-            "params": [parameter],
-            "name": name,
-            "weight_decay": settings.weight_decay if parameter.dim() > 1 else 0.0,
-            "factor": settings.layer_decay ** _depth(name, len(model.body.blocks)),
-        }
-        for name, parameter in model.trainable().items()
-    ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=BETAS, eps=EPS)
+    """AdamW with weight decay for matrices alone, and in each group the `factor` of its layer's rate."""
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.trainable().items():
+        decay = settings.weight_decay if parameter.dim() > 1 else 0.0
+        factor = settings.layer_decay ** _depth(name, len(model.body.blocks))
+        groups.setdefault((decay, factor), []).append(parameter)
+    own = [{"params": values, "weight_decay": decay, "factor": factor} for (decay, factor), values in groups.items()]
+    return torch.optim.AdamW(own, lr=settings.lr, betas=BETAS, eps=EPS)
 
 
 def _depth(name: str, layers: int) -> int:

@@ -128,6 +128,11 @@ def load_member(folder: Path, number: int, sha256: str) -> dict[str, Tensor]:
     return load_file(path)
 
 
+def is_model_folder(path: Path | str) -> bool:
+    """Whether `path` is a folder that `exlm finetune` wrote."""
+    return (Path(path) / FINETUNED_FILE).is_file()
+
+
 def read_finetuned(folder: Path) -> dict[str, Any]:
     """`finetuned.json` of a model. CheckpointError if there is none, or it is of another format."""
     path = folder / FINETUNED_FILE

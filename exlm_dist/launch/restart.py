@@ -9,19 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exlm_dist.config.schema import RunConfig
-from exlm_dist.utils.checkpoint_names import CHECKPOINTS, COMPLETE_FILE, step_in_name
+from exlm_dist.utils.checkpoint_names import newest_step
 from exlm_dist.utils.errors import EXIT_RETRY, EXIT_STOP
 from exlm_dist.utils.logs import get_logger
 
 #: A shell and Slurm report a process killed by a signal as 128 + the signal, DeepSpeed's launcher as 256 - the signal.
 KILLED = 128
 logger = get_logger(__name__)
-
-
-def newest_step(run_folder: Path) -> int:
-    """Step of the newest complete checkpoint of a run; 0 if there is none."""
-    complete = (run_folder / CHECKPOINTS).glob(f"step-*/{COMPLETE_FILE}")
-    return max((step_in_name(path.parent) or 0 for path in complete), default=0)
 
 
 def may_be_retried(code: int) -> bool:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from exlm_dist.config import RunConfig, check_world, load_config
+from exlm_dist.config import RunConfig, check_init, check_world, load_config
 from exlm_dist.launch.deepspeed import deepspeed_command, run_deepspeed
 from exlm_dist.launch.local import RANK_COMMAND, rank_arguments, run_local
 from exlm_dist.launch.restart import Restarts
@@ -18,6 +18,7 @@ from exlm_dist.utils.errors import ConfigError
 def launch_local(path: str, overrides: Sequence[str], *, allow_changes: bool, dry_run: bool) -> int:
     """Train on this machine with `launch.processes` ranks (auto: as the layout needs); the exit code of the run."""
     config = load_config(path, overrides)
+    check_init(config)
     processes = config.local_processes
     check_world(config, processes)
     arguments = rank_arguments(path, overrides, allow_changes=allow_changes)
@@ -33,6 +34,7 @@ def launch_deepspeed(
 ) -> int:
     """Train under the DeepSpeed launcher, here or on the hosts of `hostfile`; the exit code of the run."""
     config = load_config(path, overrides)
+    check_init(config)
     processes, arguments = config.local_processes, rank_arguments(path, overrides, allow_changes=allow_changes)
     if dry_run:
         print(shlex.join(deepspeed_command(arguments, processes=processes, port=0, hostfile=hostfile)))
@@ -46,10 +48,12 @@ def launch_slurm(
 ) -> int:
     """Submit a job (if `job.array` is set, an array with a task per line of `sweep`); the exit code of sbatch.
 
-    ConfigError, before anything is submitted, for wrong settings in any line, or ranks that do not divide the batch.
+    ConfigError, before anything is submitted, for wrong settings in any line, an `init` that is not there, or ranks
+    that do not divide the batch.
     """
     for line in _lines(job, sweep):
         config = load_config(path, [*overrides, *line])
+        check_init(config)
         check_world(config, job.ranks)
     script = _folder(load_config(path, overrides)) / "slurm" / "pretrain.sh"
     arguments = rank_arguments(path, overrides, allow_changes=allow_changes)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from exlm_dist.config import RunConfig
+from exlm_dist.config import RunConfig, check_init
 from exlm_dist.data.manifest import MANIFEST, read_manifest
 from exlm_dist.model.cost import count_parameters, flops_per_sequence
 from exlm_dist.planning.communication import GROUPS
@@ -36,8 +36,10 @@ def plan_text(
 ) -> str:  # fmt: skip
     """Answer of `exlm plan`: the layouts that fit, of each grid the fastest, and the lines to paste into a file.
 
-    `memory` in bytes; `length` and `vocab_size` default to those of the prepared data. ConfigError if nothing fits.
+    `memory` in bytes; `length` and `vocab_size` default to those of the prepared data. ConfigError if nothing fits,
+    or `init` is not there.
     """
+    check_init(config)
     length, vocab_size, assumed = _sizes(config, length, vocab_size)
     request = Request(config, vocab_size, length, gpus, memory, margin, hardware)
     plans = find_plans(request)
@@ -151,7 +153,9 @@ def cost_table(config: RunConfig, vocab_size: int, length: int, world: int) -> l
 
 
 def describe(config: RunConfig, *, world: int = 1, length: int | None = None, vocab_size: int | None = None) -> str:
-    """The cost table as text; `length` and `vocab_size` default to those of the prepared data, else 128 and 32000."""
+    """The cost table as text; `length` and `vocab_size` default to those of the prepared data, else 128 and 32000.
+    ConfigError if `init` is not there."""
+    check_init(config)
     length, vocab_size, _ = _sizes(config, length, vocab_size)
     rows = cost_table(config, vocab_size, length, world)
     left = max(len(name) for name, _ in rows)

@@ -15,7 +15,6 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from exlm_dist import __version__
 from exlm_dist.config import RunConfig, flatten, load_config
 from exlm_dist.tracking.events import EVENTS, EventLog, parse_event, run_line
 from exlm_dist.tracking.store import MlflowRun, RunGone, import_mlflow
@@ -24,6 +23,7 @@ from exlm_dist.tracking.uri import redact, tracking_uri
 from exlm_dist.utils.errors import CheckpointError
 from exlm_dist.utils.files import write_json
 from exlm_dist.utils.logs import get_logger
+from exlm_dist.utils.version import VERSION
 
 POSITION = "tracking.json"
 CHUNK = 1 << 16
@@ -273,7 +273,7 @@ def run_tags(config: RunConfig, run_folder: Path) -> dict[str, str]:
         "budget": config.budget or "not labelled",
         "seed": str(config.seed),
         "host": platform.node(),
-        "exlm_dist": __version__,
+        "exlm_dist": VERSION,
     }
     if job := os.environ.get("SLURM_JOB_ID"):
         tags["slurm_job"] = job

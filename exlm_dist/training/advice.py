@@ -9,7 +9,7 @@ from pathlib import Path
 
 from exlm_dist.config import RunConfig, parse_overrides
 from exlm_dist.config.schema import OptimizerConfig
-from exlm_dist.launch.restart import newest_step
+from exlm_dist.utils.checkpoint_names import newest_step
 
 ALLOW_CHANGES = "--allow-changes"
 

@@ -20,3 +20,9 @@ def step_in_name(folder: Path) -> int | None:
     """Step in the name `step-00001000`; None for any other name."""
     match = _STEP_FOLDER.fullmatch(Path(folder).name)
     return None if match is None else int(match.group(1))
+
+
+def newest_step(run_folder: Path) -> int:
+    """Step of the newest complete checkpoint of a run; 0 if there is none."""
+    complete = (Path(run_folder) / CHECKPOINTS).glob(f"step-*/{COMPLETE_FILE}")
+    return max((step_in_name(path.parent) or 0 for path in complete), default=0)

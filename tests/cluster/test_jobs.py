@@ -20,10 +20,10 @@ from made_run import MOLECULES, make_data
 from tracking_server import free_port, mlflow_server
 
 from exlm_dist.checkpoint import reader
-from exlm_dist.launch.restart import newest_step
 from exlm_dist.prepare.demo.demo_molecules import prepare_demo_smiles
 from exlm_dist.tracking import sync
 from exlm_dist.training.sample_log import samples_of_steps
+from exlm_dist.utils.checkpoint_names import newest_step
 
 PRETRAIN = ROOT / "slurm" / "pretrain.sh"
 DEMONSTRATION = ROOT / "configs" / "pretrain" / "demo_smiles_exlm.yaml"

@@ -18,7 +18,7 @@ from training_runs import _before_step, _train, final_hashes, log_of, tiny, trai
 
 from exlm_dist.checkpoint import reader
 from exlm_dist.config import dump_config
-from exlm_dist.launch.restart import newest_step
+from exlm_dist.utils.checkpoint_names import newest_step
 from exlm_dist.utils.errors import EXIT_DONE, EXIT_SAVED
 
 

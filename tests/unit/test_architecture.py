@@ -52,7 +52,7 @@ MAY_IMPORT = {
     | {"prepare", "tables", "tracking", "training"},
 }
 #: What `exlm_dist` itself offers in Python comes from the rooms that use checkpoints.
-MAY_IMPORT_AT_THE_TOP = {"finetuning", "inference"}
+MAY_IMPORT_AT_THE_TOP = {"finetuning", "inference", "utils"}
 #: Each outside framework has one seam.
 SEAMS = {
     "megatron": ("parallel/tensor.py",),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from exlm_dist.cli import main
 from exlm_dist.config import check_length, check_world, config_difference, dump_config, flatten, load_config, reference
 from exlm_dist.config.load import known_keys
 from exlm_dist.utils.errors import ConfigError
@@ -223,3 +224,17 @@ def test_reading_settings_imports_no_torch():
     heavy = ("torch", "mlflow", "rdkit", "deepspeed")
     code = f"import sys, exlm_dist.cli, exlm_dist.config; sys.exit(any(name in sys.modules for name in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_weights_to_start_from_must_be_there_until_the_run_has_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = ["--init", "runs/none", "--name", "new", "--runs", str(tmp_path)]
+    path = str(ROOT / "configs" / "pretrain" / "demo_smiles_exlm.yaml")
+    for command in (["config", "check"], ["pretrain"], ["launch", "local"], ["launch", "deepspeed"], ["plan"]):
+        extra = ["--gpus", "1"] if command == ["plan"] else []
+        assert main([*command, path, *config, *extra]) == 2
+        assert "init = 'runs/none': there is no such folder" in capsys.readouterr().err
+    checkpoint = tmp_path / "new" / "checkpoints" / "step-00000005"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMPLETE").touch()
+    assert main(["config", "check", path, *config]) == 0

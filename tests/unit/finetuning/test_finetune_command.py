@@ -218,6 +218,8 @@ BAD = {
         "the valid part of the split is empty",
     ),
     "metric": ({"metric": "rmse"}, 2, "metric = 'rmse' is none of classification"),
+    "weights of values": ({"target": "length", "class_weights": "balanced"}, 2, "regression has no classes"),
+    "twice": ({"target": ["active", "active"]}, 2, "each once"),
     "rate": ({"lr": 0}, 2, "lr = 0.0"),
     "dropout": ({"dropout": 2}, 2, "dropout = 2.0: must be 0 or more, 0.95 at most"),
     "no checkpoint": ({"checkpoint": "nowhere"}, 78, "nowhere is no folder"),
@@ -245,6 +247,14 @@ def test_bad_tables_say_what_to_do(column, value, message, checkpoint: Path, tmp
     table = write_table(tmp_path / "t.csv", [{**row, column: value} for row in molecule_rows()])
     assert main(finetune_arguments(checkpoint, table, tmp_path / "model")) == 77
     assert message in capsys.readouterr().err
+
+
+def test_several_files_must_have_the_same_columns(checkpoint: Path, table: Path, tmp_path: Path, capsys) -> None:
+    data = [{"SMILES" if key == "smiles" else key: value for key, value in row.items()} for row in molecule_rows()]
+    arguments = finetune_arguments(checkpoint, table, tmp_path / "model")
+    arguments.insert(2, str(write_table(tmp_path / "t.csv", data)))
+    assert main(arguments) == 77
+    assert "t.csv: its columns are" in capsys.readouterr().err
 
 
 def test_a_part_of_one_class_is_refused(checkpoint: Path, tmp_path: Path, capsys) -> None:

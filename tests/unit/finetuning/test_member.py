@@ -54,7 +54,15 @@ def make_model(loaded: LoadedCheckpoint, frozen: bool = False) -> PropertyModel:
 def train(loaded: LoadedCheckpoint, examples: Examples, settings: TrainingSettings, **options):
     model = make_model(loaded, settings.frozen)
     rows = np.arange(40)
-    progress = train_member(model, TARGETS, examples.take(rows[:30]), examples.take(rows[30:]), settings, 3, **options)
+    progress = train_member(
+        model,
+        TARGETS,
+        examples.take(rows[:30]),
+        examples.take(rows[30:]),
+        settings.for_task("classification"),
+        3,
+        **options,
+    )
     return model, progress
 
 
@@ -218,13 +226,18 @@ def test_a_frozen_body_does_not_change(loaded: LoadedCheckpoint, examples: Examp
 
 def test_rates_fall_from_layer_to_layer(loaded: LoadedCheckpoint) -> None:
     model = make_model(loaded)
-    groups = member._optimizer(model, TrainingSettings(layer_decay=0.5)).param_groups
-    factors = {group["name"]: group["factor"] for group in groups}
-    assert factors["head.out.weight"] == factors["norm.weight"] == 1
-    assert factors[_first(factors, "blocks.1.")] == 0.5
-    assert factors[_first(factors, "blocks.0.")] == 0.25 and factors["embedding.weight"] == 0.125
-    decays = {group["name"]: group["weight_decay"] for group in groups}
-    assert decays["embedding.weight"] == 0.01 and decays["norm.weight"] == decays["head.out.bias"] == 0
+    settings = {
+        parameter: group
+        for group in member._optimizer(model, TrainingSettings(layer_decay=0.5)).param_groups
+        for parameter in group["params"]
+    }
+    of = {name: settings[parameter] for name, parameter in model.weights().items()}
+    assert {group["factor"] for name, group in of.items() if name.startswith(("head.", "norm."))} == {1}
+    assert {group["factor"] for name, group in of.items() if name.startswith("blocks.1.")} == {0.5}
+    assert {group["factor"] for name, group in of.items() if name.startswith("blocks.0.")} == {0.25}
+    assert of["embedding.weight"]["factor"] == 0.125
+    assert of["embedding.weight"]["weight_decay"] == of["head.out.weight"]["weight_decay"] == 0.01
+    assert of["norm.weight"]["weight_decay"] == of["head.out.bias"]["weight_decay"] == 0
 
 
 def test_the_rate_rises_and_falls_to_zero() -> None:
@@ -232,7 +245,3 @@ def test_the_rate_rises_and_falls_to_zero() -> None:
     rates = [member._rate(settings, 100, step) for step in range(101)]
     assert max(rates) == pytest.approx(0.5) and rates.index(max(rates)) in (9, 10)
     assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True) and rates[100] == 0 and rates[0] > 0
-
-
-def _first(names, start: str) -> str:
-    return next(name for name in names if name.startswith(start))

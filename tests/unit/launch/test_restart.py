@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from exlm_dist.launch import local
-from exlm_dist.launch.restart import Restarts, newest_step
+from exlm_dist.launch.restart import Restarts
+from exlm_dist.utils.checkpoint_names import newest_step
 from exlm_dist.utils.errors import EXIT_DATA, EXIT_DONE, EXIT_RETRY, EXIT_SAVED, EXIT_STOP, EXIT_USAGE
 
 

@@ -12,9 +12,9 @@ import pytest
 from made_run import make_config
 
 from exlm_dist.config import load_config
-from exlm_dist.launch.restart import newest_step
 from exlm_dist.tracking import EVENTS, EventLog, read_events
 from exlm_dist.training.run_folder import RunFolder, record_start
+from exlm_dist.utils.checkpoint_names import newest_step
 from exlm_dist.utils.errors import CheckpointError
 
 

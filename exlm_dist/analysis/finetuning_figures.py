@@ -68,7 +68,7 @@ def plot_target(results: FinetuningResults, number: int, folder: Path) -> Path:
 
 def plot_targets(results: FinetuningResults, folder: Path) -> Path:
     """The metric of each target, best first, with its mean; targets on which it is undefined are counted."""
-    found = [(one.metric(results.metric), one.target.name) for one in results.parts[results.shown_part]]
+    found = [(one.metrics[results.metric], one.target.name) for one in results.parts[results.shown_part]]
     defined = sorted((pair for pair in found if not np.isnan(pair[0])), reverse=results.metric not in ERRORS)
     values = [value for value, _ in defined]
     title = f"{results.metric} of each target: {results.shown_part} part"
@@ -106,10 +106,10 @@ def _binary(panels: Sequence[Axes], one: TargetResults) -> None:
         return
     false, true, _ = metrics.roc_curve(truth, scores)
     precision, recall, _ = metrics.precision_recall_curve(truth, scores)
-    roc.plot(false, true, color=style.COLOURS[0], label=f"area {one.metric('roc_auc'):.3f}")
+    roc.plot(false, true, color=style.COLOURS[0], label=f"area {one.metrics['roc_auc']:.3f}")
     roc.plot([0, 1], [0, 1], color=style.MUTED, linestyle="dashed", linewidth=1, label="chance")
     precision_recall.step(
-        recall, precision, where="post", color=style.COLOURS[0], label=f"average precision {one.metric('pr_auc'):.3f}"
+        recall, precision, where="post", color=style.COLOURS[0], label=f"average precision {one.metrics['pr_auc']:.3f}"
     )
     precision_recall.axhline(
         fraction, color=style.MUTED, linestyle="dashed", linewidth=1, label=f"chance {fraction:.3f}"
@@ -143,7 +143,7 @@ def _parity(panels: Sequence[Axes], one: TargetResults) -> None:
     ends = [min(one.labels.min(), one.values.min()), max(one.labels.max(), one.values.max())]
     axes.plot(ends, ends, color=style.MUTED, linestyle="dashed", linewidth=1)
     axes.set_aspect("equal")
-    scores = ", ".join(f"{name} {one.metric(name):.3f}" for name in ("rmse", "mae", "r2"))
+    scores = ", ".join(f"{name} {one.metrics[name]:.3f}" for name in ("rmse", "mae", "r2"))
     beside = " \u00b1 sd over the members" if bars is not None else ""
     style.label(axes, scores, "measured", f"predicted{beside}")
 

@@ -95,7 +95,7 @@ def _targets(results: FinetuningResults) -> list[str]:
     for number, target in enumerate(results.targets):
         counts = results.record["targets"][number]["counts"]
         cells = [_counted(target.kind, target.classes, counts[part]) for part in PARTS]
-        score = _number(results.parts[shown][number].metric(results.metric))
+        score = _number(results.parts[shown][number].metrics[results.metric])
         lines.append(f"| {_cell(target.name)} | {target.kind} | {' | '.join(cells)} | {score} |")
     return lines
 

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ class TargetResults:
     values: np.ndarray
     spread: np.ndarray
 
-    def metric(self, name: str) -> float:
-        """A metric of the ensemble; NaN where it is undefined, as with labels of one class only."""
-        return evaluate_predictions(self.values, self.labels[:, None], [self.target])[name]
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the ensemble; NaN where they are undefined, as with labels of one class only."""
+        return evaluate_predictions(self.values, self.labels[:, None], [self.target])
 
 
 @dataclass(frozen=True)

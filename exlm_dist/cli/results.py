@@ -58,9 +58,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from exlm_dist.analysis.finetuning_report import PAGE, finetuning_report
     from exlm_dist.analysis.run_report import run_report
-    from exlm_dist.finetuning.model_folder import FINETUNED_FILE
+    from exlm_dist.finetuning.model_folder import is_model_folder
 
-    models = [folder for folder in options.runs if (folder / FINETUNED_FILE).is_file()]
+    models = [folder for folder in options.runs if is_model_folder(folder)]
     for model in models:
         finetuning_report(model)
         print(model / PAGE)

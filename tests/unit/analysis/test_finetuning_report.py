@@ -155,7 +155,7 @@ def test_labels_and_values_are_read_as_they_were_written(tmp_path: Path) -> None
     results = read_results(make_model(tmp_path / "kinds", [KIND], rows, members=1))
     (one,) = results.parts["test"]
     assert one.labels.tolist() == [2, 0] and one.values.tolist() == [[0.2, 0.3, 0.5], [0.1, 0.8, 0.1]]
-    assert np.isnan(one.spread).all() and one.metric("accuracy") == 0.5
+    assert np.isnan(one.spread).all() and one.metrics["accuracy"] == 0.5
     finetuning_report(results.folder)
     assert figures(results.folder) == {"epochs", "target_1"}
 

@@ -4,7 +4,8 @@
 
 For held-out molecules, the first of the split: the same tokens are masked for every run, as in `exlm evaluate`. Of the
 best joint completion (beam search) and of the independent argmax it says how many RDKit can read, how many have every
-masked token right, and how many are the molecule that was masked in whatever spelling. Writes a CSV.
+masked token right, and how many are the molecule that was masked in whatever spelling; besides, how
+often the two differ, and the probability of the truth by the joint distribution and by the marginals. Writes a CSV.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ class Result:
     same_molecule: float
     tokens_right: float
     mean_log_probability: float  # of what was chosen, nats
-    truth_log_probability: float  # of what was masked
+    truth_log_probability: float  # of what was masked, jointly
+    truth_by_marginals: float  # the same with each mask by itself: the sum of the logarithms
+    joint_differs: float  # fraction of the molecules for which the joint choice is not the independent one
+    transitions: str
     seconds: float
 
 
@@ -62,17 +66,21 @@ def compare(loaded: LoadedCheckpoint, dataset: ShardDataset, count: int, ratio: 
     rows = masked_rows(dataset, count, ratio)
     start = time.perf_counter()
     picked: dict[str, list[Scored]] = {"joint": [], "independent": []}
-    truths = []
+    truths: list[tuple[float, float]] = []
     for (hidden, whole), chain in zip(rows, state_chains(loaded, [hidden for hidden, _ in rows])):
         picked["joint"] += chain.best(1, beam)
-        single = tuple(chain.marginals().argmax(1).tolist())
+        marginals, truth = chain.marginals(), whole[hidden == MASK]
+        single = tuple(marginals.argmax(1).tolist())
         picked["independent"].append(Scored(single, chain.log_probability(single)))
-        truths.append(chain.log_probability(tuple(whole[hidden == MASK].tolist())))
+        by_marginals = np.log(marginals[np.arange(len(truth)), truth]).sum()
+        truths.append((chain.log_probability(tuple(truth.tolist())), float(by_marginals)))
     seconds = time.perf_counter() - start
-    return [_judged(loaded, rows, chosen, found, truths, ratio, seconds) for chosen, found in picked.items()]
+    differs = np.mean([a.tokens != b.tokens for a, b in zip(*picked.values())])
+    common = [*np.mean(truths, axis=0), differs]
+    return [_judged(loaded, rows, chosen, found, common, ratio, seconds) for chosen, found in picked.items()]
 
 
-def _judged(loaded, rows, chosen, found, truths, ratio, seconds) -> Result:
+def _judged(loaded, rows, chosen, found, common, ratio, seconds) -> Result:
     tokenizer = loaded.tokenizer
     readable, exact, same, right = [], [], [], []
     for (hidden, whole), one in zip(rows, found):
@@ -93,7 +101,8 @@ def _judged(loaded, rows, chosen, found, truths, ratio, seconds) -> Result:
         chosen,
         *(round(float(np.mean(values)), 4) for values in (readable, exact, same, np.concatenate(right))),
         round(float(np.mean([one.log_probability for one in found])), 3),
-        round(float(np.mean(truths)), 3),
+        *(round(float(value), 4) for value in common),
+        loaded.config.model.transitions,
         round(seconds, 1),
     )
 
@@ -125,6 +134,8 @@ def main() -> None:
             "tokens": one.tokens_right,
             "log P": one.mean_log_probability,
             "truth": one.truth_log_probability,
+            "by marginals": one.truth_by_marginals,
+            "differ": one.joint_differs,
             "s": one.seconds,
         }
         print(f"{one.run:12} {one.mask_ratio:.0%} {one.chosen:12}", *(f"{name} {x:.3f}" for name, x in figures.items()))

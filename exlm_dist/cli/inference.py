@@ -71,11 +71,22 @@ def _fill(options: argparse.Namespace) -> int:
 
     if bool(options.texts) == bool(options.input) or bool(options.input) != bool(options.out):
         raise ConfigError("give texts with masks, or a file with --input and --out.")
+    if not options.sample and (options.temperature != 1.0 or options.seed):
+        raise ConfigError("--temperature and --seed are of random completions: say how many with --sample N.")
     settings = FillSettings(options.top, options.beam, options.sample, options.temperature, options.seed)
     loaded = load_checkpoint(options.checkpoint, device=options.device)
     if options.input:
-        about = {"options": input_options(options), "settings": settings, "overwrite": options.overwrite}
-        print(fill_file(loaded, options.input, options.out, **about))
+        print(
+            fill_file(
+                loaded,
+                options.input,
+                options.out,
+                options=input_options(options),
+                settings=settings,
+                marginal=options.marginal,
+                overwrite=options.overwrite,
+            )
+        )
         return 0
     for text in options.texts:
         filled = fill_text(loaded, text, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,20 +24,26 @@ from exlm_dist.utils.errors import ConfigError, DataError
 
 #: Prefixes that the search keeps by default, and tokens that are named for each mask.
 BEAM, LIKELY = 64, 5
-#: Expanded tokens of a micro-batch, by the type of the device.
+#: Expanded tokens of a micro-batch, by the type of the device, and the most logits that it may have.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+BATCH_LOGITS = 1 << 26
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A filled text. `probability`: of all its tokens jointly, given the rest. For molecules: whether RDKit can read
-    it, and its canonical form."""
+    """A filled text; the logarithm of the probability of all its tokens jointly, given the rest. For molecules: whether
+    RDKit can read it, and its canonical form."""
 
     text: str
     tokens: list[str]
-    probability: float
+    log_probability: float
     valid: bool | None = None
     canonical: str | None = None
+
+    @property
+    def probability(self) -> float:
+        """That of all the tokens jointly; 0 below the range of floats."""
+        return math.exp(self.log_probability)
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,8 @@ class Filled:
 @dataclass(frozen=True)
 class FillSettings:
     """How completions are chosen: the `top` most probable ones by a search that keeps `beam` prefixes, or (`sample` >
-    0) so many draws at `temperature`, from `seed`. ConfigError for values out of range."""
+    0) so many draws at `temperature`; those of a text depend on `seed` and its index alone. ConfigError for values out
+    of range."""
 
     top: int = 5
     beam: int = BEAM
@@ -62,7 +70,7 @@ class FillSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("top", 1), ("beam", 1), ("sample", 0)):
+        for name, least in (("top", 1), ("beam", 1), ("sample", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be at least {least}.")
         if not self.temperature > 0:
@@ -78,9 +86,10 @@ def fill_text(loaded: LoadedCheckpoint, text: str, settings: FillSettings = Fill
 
 
 def fill_texts(
-    loaded: LoadedCheckpoint, texts: Sequence[str | None], settings: FillSettings = FillSettings()
+    loaded: LoadedCheckpoint, texts: Sequence[str | None], settings: FillSettings = FillSettings(), *, first: int = 0
 ) -> list[Filled | str]:
-    """Fill the masks of each text, in order; the reason instead for a text that cannot be filled."""
+    """Fill the masks of each text, in order; the reason instead for a text that cannot be filled. `first`: index of the
+    first text, where they are a part of more."""
     rows: list[np.ndarray] = []
     results: list[Filled | str] = ["" for _ in texts]
     chosen = []
@@ -90,8 +99,8 @@ def fill_texts(
             chosen.append(index)
         except DataError as error:
             results[index] = str(error)
-    random = np.random.default_rng(settings.seed)
     for index, ids, chain in zip(chosen, rows, state_chains(loaded, rows)):
+        random = np.random.default_rng((settings.seed, first + index))
         results[index] = _filled(loaded.tokenizer, str(texts[index]), ids, chain, settings, random)
     return results
 
@@ -100,10 +109,11 @@ def state_chains(loaded: LoadedCheckpoint, rows: Sequence[np.ndarray]) -> Iterat
     """The joint distribution at the masks of each sequence of ids (with MASK, without BOS and EOS), in order."""
     model = loaded.config.model
     sizes = [_expanded_length(row, model) for row in rows]
+    room = min(BATCH_TOKENS[loaded.device.type], BATCH_LOGITS // loaded.tokenizer.vocab_size)
     first = 0
     while first < len(rows):
         last, total = first + 1, sizes[first]
-        while last < len(rows) and total + sizes[last] <= BATCH_TOKENS[loaded.device.type]:
+        while last < len(rows) and total + sizes[last] <= room:
             total, last = total + sizes[last], last + 1
         yield from _chains(loaded, rows[first:last])
         first = last
@@ -187,7 +197,7 @@ def _completion(tokenizer: Tokenizer, ids: np.ndarray, scored: Scored) -> Comple
     tokens = [names[token] for token in scored.tokens]
     canonical = canonical_form(tokenizer, text)
     valid = canonical is not None if tokenizer.domain == "smiles" else None
-    return Completion(text, tokens, float(np.exp(scored.log_probability)), valid, canonical)
+    return Completion(text, tokens, scored.log_probability, valid, canonical)
 
 
 def canonical_form(tokenizer: Tokenizer, text: str) -> str | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from exlm_dist.inference.fill import Completion, Filled, FillSettings, fill_texts
 from exlm_dist.inference.input_rows import InputRows
@@ -14,8 +17,16 @@ from exlm_dist.tables.table_writer import TableWriter
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.progress import Progress
 
-#: Columns that the table has beside those of the input.
-COLUMNS = ("rank", "completion", "probability", "valid", "canonical")
+#: Columns that the table has beside those of the input: of every model, of molecules, and with `marginal`.
+COLUMNS = ("rank", "completion", "probability", "log_probability")
+OF_MOLECULES = ("valid", "canonical")
+OF_MARGINALS = ("independent", "independent_log_probability", "marginals")
+#: What they hold for a row that cannot be filled.
+_EMPTY: dict[str, Any] = {
+    **dict.fromkeys((*COLUMNS, *OF_MOLECULES, *OF_MARGINALS)),
+    **dict.fromkeys(("probability", "log_probability", "independent_log_probability"), math.nan),
+    "rank": 1,
+}
 #: Rows that are filled and written at a time.
 CHUNK = 256
 
@@ -49,15 +60,19 @@ def fill_file(
     *,
     options: InputOptions,
     settings: FillSettings,
+    marginal: bool = False,
     overwrite: bool = False,
 ) -> str:
     """Fill the rows of `inputs` (paths and patterns) into the table `out`; a line that says what was done.
 
-    A row of the output for each completion: the columns of the input, then `COLUMNS`. A row that cannot be filled has
-    one, with nulls, and is listed beside `out` with the reason. ConfigError for options or columns that do not fit,
-    DataError if no row can be filled; nothing is written then.
+    A row of the output for each completion: the columns of the input, then `COLUMNS`, for molecules `OF_MOLECULES`, and
+    with `marginal` `OF_MARGINALS`. A row that cannot be filled has one, with nulls, and is listed beside `out` with the
+    reason. ConfigError for options or columns that do not fit, DataError if no row can be filled; nothing is written
+    then.
     """
-    source = InputRows(inputs, options, loaded.tokenizer.domain, added=COLUMNS)
+    domain = loaded.tokenizer.domain
+    names = COLUMNS + OF_MOLECULES * (domain == "smiles") + OF_MARGINALS * marginal
+    source = InputRows(inputs, options, domain, added=names)
     rows, reason = 0, ""
     with (
         TableWriter(Path(out), overwrite) as table,
@@ -65,17 +80,17 @@ def fill_file(
         Progress("filling", "rows") as progress,
     ):
         for records in source.chunks(CHUNK):
-            results = fill_texts(loaded, [source.text(record) for record in records], settings)
+            results = fill_texts(loaded, [source.text(record) for record in records], settings, first=rows)
             owners, found = [], []
             for record, result in zip(records, results):
                 if isinstance(result, str):
                     why = record.problem or result
                     reason = reason or f"{record.file} row {record.row}: {why}"
                     failed.add(record.file, record.row, why, source.shown(record))
-                ranked = [None] if isinstance(result, str) else result.completions
-                owners += [record] * len(ranked)
-                found += [_row(rank, one) for rank, one in enumerate(ranked, 1)]
-            table.write({**source.columns(owners), **{name: list(cells) for name, cells in zip(COLUMNS, zip(*found))}})
+                lines = [_EMPTY] if isinstance(result, str) else _lines(result)
+                owners += [record] * len(lines)
+                found += lines
+            table.write({**source.columns(owners), **{name: [line[name] for line in found] for name in names}})
             rows += len(records)
             progress.update(len(records))
         if rows == failed.count:
@@ -84,8 +99,23 @@ def fill_file(
     return f"{out}: {rows - failed.count:,} of {rows:,} rows filled{listed}"
 
 
-def _row(rank: int, one: Completion | None) -> tuple[int | str | float | None, ...]:
-    if one is None:
-        return rank, None, float("nan"), None, None
-    valid = None if one.valid is None else "yes" if one.valid else "no"
-    return rank, one.text, one.probability, valid, one.canonical
+def _lines(filled: Filled) -> list[dict[str, Any]]:
+    """The columns of each completion, by name."""
+    single = filled.independent
+    by_mask = {
+        "independent": single.text,
+        "independent_log_probability": single.log_probability,
+        "marginals": json.dumps(filled.marginals, ensure_ascii=False),
+    }
+    return [
+        {
+            "rank": rank,
+            "completion": one.text,
+            "probability": one.probability,
+            "log_probability": one.log_probability,
+            "valid": None if one.valid is None else "yes" if one.valid else "no",
+            "canonical": one.canonical,
+            **by_mask,
+        }
+        for rank, one in enumerate(filled.completions, 1)
+    ]

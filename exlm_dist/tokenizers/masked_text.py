@@ -39,9 +39,19 @@ def _smiles(tokenizer: SmilesTokenizer, text: str) -> list[int]:
         found = tokenizer.encode(part)
         if UNK in found:
             unknown = [token for token, i in zip(split_smiles(part) or [], found) if i == UNK]
-            raise DataError(f"the vocabulary of the model lacks {', '.join(map(repr, dict.fromkeys(unknown)))}")
+            raise DataError(_lacking(tokenizer, list(dict.fromkeys(unknown))))
         ids += found
     return ids
+
+
+def _lacking(tokenizer: SmilesTokenizer, unknown: list[str]) -> str:
+    """Why a molecule with tokens that the vocabulary lacks cannot be read, and what else to write."""
+    hint = ""
+    if tokenizer.policy["stereo"] == "drop" and any(set(token) & set("@/\\") for token in unknown):
+        hint = "; the model was trained without stereo marks: leave out @, / and \\"
+    elif tokenizer.policy["salts"] == "largest_fragment" and "." in unknown:
+        hint = "; the model was trained on molecules of one fragment: give the largest alone"
+    return f"the vocabulary of the model lacks {', '.join(map(repr, unknown))}{hint}"
 
 
 def _pieces(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -13,14 +16,18 @@ from scipy.stats import chisquare
 
 import exlm_dist
 from exlm_dist.cli import main
+from exlm_dist.data.expansion import expand, wrap
 from exlm_dist.data.masking import Masks
+from exlm_dist.data.packing import pack
 from exlm_dist.inference.completions import StateChain
 from exlm_dist.inference.fill import FillSettings, fill_text, fill_texts, state_chains
 from exlm_dist.inference.loading import load_checkpoint
+from exlm_dist.kernels.dag import dag_log_likelihood
 from exlm_dist.model.objective import prior_marginals
 from exlm_dist.model.stream import Stream
 from exlm_dist.tokenizers.masked_text import encode_masked
 from exlm_dist.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer
 from exlm_dist.tokenizers.tokenizer import MASK, NUM_SPECIAL
 from exlm_dist.utils.errors import ConfigError, DataError
 
@@ -113,17 +120,14 @@ def loaded(request, tmp_path_factory):
     return load_checkpoint(make_run(make_config(folder, "run", make_data(folder / "data"), request.param)))
 
 
-def test_marginals_are_the_distribution_of_the_metric(loaded):
-    """docs/metric.md, by the model's own forward pass, but for the special tokens."""
-    from exlm_dist.data.expansion import expand, wrap
-    from exlm_dist.data.packing import pack
-
-    ids = np.array(encode_masked(loaded.tokenizer, "CC(=O)<mask>c1cc<mask>cc1C"))
-    at = np.flatnonzero(ids == MASK)
-    settings = loaded.config.model
-    marked = wrap(ids, np.array([len(ids)]), Masks(at, np.array([2]), np.full(2, MASK)), settings.anchors)
-    row = np.zeros(1, np.int64)
-    expanded = expand(marked, settings.states)
+def forward(loaded, ids, tokens):
+    """(result of the model's own forward pass, which targets are masked, logits [S, V]) of `ids`, whose masks hide
+    `tokens`."""
+    at, settings, row = np.flatnonzero(ids == MASK), loaded.config.model, np.zeros(1, np.int64)
+    whole = ids.copy()
+    whole[at] = tokens
+    masks = Masks(at, np.array([len(at)]), np.full(len(at), MASK))
+    expanded = expand(wrap(whole, np.array([len(ids)]), masks, settings.anchors), settings.states)
     batch = pack(expanded, 0, 1, states=settings.states, bucket=1, sample_ids=row, epochs=row, step=0, index=0)
     features = []
     hook = loaded.model.output.norm.register_forward_hook(lambda *call: features.append(call[2]))
@@ -131,10 +135,42 @@ def test_marginals_are_the_distribution_of_the_metric(loaded):
         stream = loaded.model(Stream.from_batch(batch))
         logits = features[0] @ loaded.model.output.weight.T + loaded.model.output.bias
     hook.remove()
+    return stream, torch.from_numpy(batch.is_masked), logits
+
+
+def test_marginals_are_the_distribution_of_the_metric(loaded):
+    """docs/metric.md, by the model's own forward pass, but for the special tokens."""
+    ids = np.array(encode_masked(loaded.tokenizer, "CC(=O)<mask>c1cc<mask>cc1C"))
+    stream, is_masked, logits = forward(loaded, ids, NUM_SPECIAL)
     logits[:, :NUM_SPECIAL] = -torch.inf
-    expected = (prior_marginals(stream)[0] @ logits.softmax(-1))[torch.from_numpy(batch.is_masked)]
+    expected = (prior_marginals(stream)[0] @ logits.softmax(-1))[is_masked]
     (chain,) = state_chains(loaded, [ids])
     np.testing.assert_allclose(chain.marginals(), expected.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("loaded", ["exlm"], indirect=True)
+def test_the_joint_probability_is_the_likelihood_of_training(loaded):
+    """log P(completion) = log P(targets) - log of the prior mass of all paths of so many targets, by the kernel that
+    training uses, on what the model gives it (less the special tokens); with weights so rough that states differ."""
+    rough = dataclasses.replace(loaded, model=copy.deepcopy(loaded.model))
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in rough.model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=random))
+    ids = np.array(encode_masked(loaded.tokenizer, "CC(<mask>)<mask>c1cc<mask>cc1C"))
+    (chain,) = state_chains(rough, [ids])
+    marginals, gains = chain.marginals(), []
+    for one in chain.best(3, beam=20):
+        stream, is_masked, logits = forward(rough, ids, one.tokens)
+        ordinary = logits.log_softmax(-1)[:, NUM_SPECIAL:].logsumexp(-1)
+        match = torch.where(is_masked[:, None], stream.match - ordinary, 0.0)
+        likelihood, prior = (
+            dag_log_likelihood(m, stream.transitions, stream.num_targets, stream.num_states, ends=stream.ends)
+            for m in (match, torch.zeros_like(match))
+        )
+        assert one.log_probability == pytest.approx(float(likelihood - prior), abs=1e-4)
+        gains.append(one.log_probability - np.log(marginals[range(3), list(one.tokens)]).sum())
+    assert max(map(abs, gains)) > 1e-2  # else no path would matter
 
 
 def test_texts_in_one_call_are_filled_as_each_alone(loaded, monkeypatch):
@@ -199,9 +235,40 @@ def test_the_command(loaded, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert [(row["id"], row["rank"]) for row in rows] == [("a", "1"), ("a", "2"), ("b", "1"), ("c", "1"), ("c", "2")]
     assert rows[2]["completion"] == rows[2]["probability"] == "" and float(rows[0]["probability"]) > 0
+    assert float(rows[0]["log_probability"]) == pytest.approx(np.log(float(rows[0]["probability"])))
     assert "no mask in it" in (tmp_path / "out.csv.failed.tsv").read_text()
+    again = ["--input", str(source), "--out", str(table), *checkpoint, "--overwrite", "--marginal", "--top", "1"]
+    assert main(["fill", *again]) == 0
+    with open(table, newline="") as file:
+        first, failed, _ = csv.DictReader(file)
+    likely = json.loads(first["marginals"])
+    assert first["independent"] == "CC" + likely[0][0][0] and len(likely) == 1 and failed["marginals"] == ""
+    assert main(["fill", "C<mask>", *checkpoint, "--temperature", "0.5"]) == 2
+    assert "say how many with --sample N" in capsys.readouterr().err
     assert main(["fill", *checkpoint]) == 2
     assert "give texts with masks, or a file with --input and --out" in capsys.readouterr().err
+
+
+def test_draws_of_a_row_depend_on_its_number_alone(loaded):
+    texts, settings = ["c1cc<mask>c<mask>c1"] * 4, FillSettings(sample=8, seed=3)
+    whole = fill_texts(loaded, texts, settings)
+    parts = fill_texts(loaded, texts[:2], settings) + fill_texts(loaded, texts[2:], settings, first=2)
+    drawn = [[one.text for one in result.completions] for result in whole]
+    assert drawn == [[one.text for one in result.completions] for result in parts]
+    assert drawn[0] != drawn[2]
+
+
+def test_tokens_that_the_policy_leaves_out_are_explained():
+    tokenizer = SmilesTokenizer(["C", "O", "[C@H]"], {"stereo": "keep", "salts": "keep"})
+    assert encode_masked(tokenizer, "C[C@H]<mask>O") == [5, 7, MASK, 6]
+    dropped = SmilesTokenizer(["C", "O"], {"stereo": "drop", "salts": "largest_fragment"})
+    for text, reason in (
+        ("C[C@H]<mask>O", r"lacks '\[C@H\]'; the model was trained without stereo marks: leave out @, / and"),
+        ("C<mask>.O", r"lacks '\.'; the model was trained on molecules of one fragment: give the largest alone"),
+        ("C<mask>N", r"lacks 'N'$"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            encode_masked(dropped, text)
 
 
 def test_from_python(loaded):

@@ -18,9 +18,9 @@ _PLACEHOLDER = "\ue5ff"
 def encode_masked(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of `text`, MASK where it says `<mask>` or `[MASK]`; without BOS and EOS.
 
-    SMILES are taken as they are written, as what is incomplete has no canonical form. In text the space before a mask is
-    part of the token that is looked for, which may begin a word or continue one. DataError, whose message is the reason
-    alone: no mask, or parts that are no tokens.
+    SMILES are taken as they are written, as what is incomplete has no canonical form. In text the space before a mask
+    is part of the token that is looked for, which may begin a word or continue one. DataError, whose message is the
+    reason alone: no mask, or parts that are no tokens.
     """
     if not MASK_SIGNS.search(text):
         raise DataError("no mask in it: write <mask> or [MASK] for each token to fill")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("WDS_SECURE", "1")
+# Under nohup the tests, and all that they start, would ignore a closed terminal.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if not Path("/dev/nvidiactl").exists():
     # Read when triton is first imported, by whichever test that is.
     os.environ.setdefault("TRITON_INTERPRET", "0" if "EXLM_EMULATE" in os.environ else "1")

@@ -15,6 +15,8 @@ from exlm_dist.utils.files import write_atomic
 PAGE = "report/report.md"
 #: Of more targets, only the overview is drawn.
 TARGETS_IN_DETAIL = 4
+#: With fewer labels in a part its metrics are called noisy; so many targets are named.
+FEW_LABELS, NAMED = 10, 10
 
 
 def finetuning_report(model: Path) -> str:
@@ -97,7 +99,22 @@ def _targets(results: FinetuningResults) -> list[str]:
         cells = [_counted(target.kind, target.classes, counts[part]) for part in PARTS]
         score = _number(results.parts[shown][number].metrics[results.metric])
         lines.append(f"| {_cell(target.name)} | {target.kind} | {' | '.join(cells)} | {score} |")
-    return lines
+    return [*lines, *_few_labels(results)]
+
+
+def _few_labels(results: FinetuningResults) -> list[str]:
+    """A line that says of which targets the metrics are noisy; none if there are none."""
+    counts = [[one["counts"][part] for part in results.parts] for one in results.record["targets"]]
+    few = [
+        _cell(target.name)
+        for target, of_parts in zip(results.targets, counts)
+        if any(min(own.values()) < FEW_LABELS for own in of_parts)
+    ]
+    if not few:
+        return []
+    what = "labels" if results.task == "regression" else "labels of a class"
+    names = ", ".join(few[:NAMED]) + (f" and {len(few) - NAMED} more" if len(few) > NAMED else "")
+    return [f"\nFewer than {FEW_LABELS} {what} in the {' or '.join(results.parts)} part, so noisy metrics: {names}."]
 
 
 def _counted(kind: str, classes: Sequence[str] | None, counts: dict[str, int]) -> str:

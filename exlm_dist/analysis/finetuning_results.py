@@ -75,12 +75,12 @@ def read_results(folder: Path) -> FinetuningResults:
             json.loads((member_folder(folder, number) / HISTORY_FILE).read_text(encoding="utf-8"))
             for number in range(len(record["members"]))
         ]
-        with open(folder / PREDICTIONS_FILE, newline="", encoding="utf-8") as file:
+        with open(folder / PREDICTIONS_FILE, newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = list(csv.DictReader(file))
         names = [part for part in ("valid", "test") if part in record["metrics"]]
         chosen = {part: [row for row in rows if row["part"] == part] for part in names}
         parts = {part: [_of_target(target, own) for target in targets] for part, own in chosen.items()}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, csv.Error) as error:
         raise CheckpointError(
             f"{folder}: its results cannot be read ({type(error).__name__}: {error}). Copy the model again, or "
             "fine-tune once more."

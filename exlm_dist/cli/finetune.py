@@ -38,6 +38,12 @@ def register(commands: Commands) -> None:
         "--truncate", action="store_true", help="cut texts that are too long; by default they are not used"
     )
     finetune.add_argument("--device", default="auto", help=_DEVICE)
+    finetune.add_argument(
+        "--no-mlflow",
+        dest="mlflow",
+        action="store_false",
+        help="send nothing to MLflow; later: `exlm sync MODEL`",
+    )
     _add_split(finetune)
     _add_training(finetune)
     predict = add_command(commands, "predict", _predict, "predictions of a fine-tuned model for the rows of a table")
@@ -140,7 +146,7 @@ def _finetune(options: argparse.Namespace) -> int:
         return EXIT_SAVED
     finetuning_report(options.out)
     print(f"report: {options.out / PAGE}", flush=True)
-    record_finetuning(options.out)
+    record_finetuning(options.out, send=options.mlflow)
     return 0
 
 

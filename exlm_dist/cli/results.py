@@ -28,7 +28,7 @@ def register(commands: Commands) -> None:
     )
     report.add_argument("runs", nargs="+", type=Path, help="run folders, and fine-tuned models, each by itself")
     sync = add_command(commands, "sync", _sync, "send what the tracking server has not received yet")
-    sync.add_argument("runs", nargs="+", type=Path, help="run folders")
+    sync.add_argument("runs", nargs="+", type=Path, help="run folders, or fine-tuned models")
     sync.add_argument("--timeout", type=float, default=60.0, help="seconds to try")
     formats = add_group(commands, "export", "write a checkpoint for other libraries", metavar="FORMAT")
     hf = add_command(formats, "hf", _export_hf, "folder that the transformers library loads")

@@ -18,7 +18,7 @@ from exlm_dist.finetuning.prediction import Predictions
 from exlm_dist.finetuning.splits import Parts, split_hash
 from exlm_dist.finetuning.targets import Target, class_counts, labels_as_text, task_of
 from exlm_dist.inference.loading import LoadedCheckpoint
-from exlm_dist.utils.version import VERSION
+from exlm_dist.utils.version import VERSION, git_commit
 
 #: Targets of which each part's labels are printed.
 SHOWN = 20
@@ -139,6 +139,7 @@ def _versions() -> dict[str, str]:
 
     return {
         "exlm_dist": VERSION,
+        "git": git_commit(),
         "torch": torch.__version__,
         "scikit-learn": sklearn.__version__,
         "python": platform.python_version(),

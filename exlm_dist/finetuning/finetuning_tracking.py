@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from exlm_dist.checkpoint.reader import read_config
+from exlm_dist.checkpoint.reader import read_config, run_folder_of
 from exlm_dist.finetuning.model_folder import HISTORY_FILE, member_folder, read_finetuned
 from exlm_dist.finetuning.targets import Target, task_of
 from exlm_dist.tracking import EVENTS, EventLog, redact, sync
@@ -22,21 +22,22 @@ FIGURES = "report"
 logger = get_logger(__name__)
 
 
-def record_finetuning(model: Path) -> None:
-    """Write settings, metrics, members and figures of a fine-tuned model to MODEL/events.jsonl and, if the settings of
-    the checkpoint say so (`tracking.mlflow`), send them to MLflow; `exlm sync MODEL` sends what could not be sent. A
-    failure is a warning, as the model is whole already. CheckpointError if MODEL is no fine-tuned model."""
+def record_finetuning(model: Path, *, send: bool = True) -> None:
+    """Write settings, metrics, members and figures of a fine-tuned model to MODEL/events.jsonl and, with `send` and if
+    the settings of the checkpoint say so (`tracking.mlflow`), send them to MLflow, to be shown below the run of the
+    checkpoint where that is there; `exlm sync MODEL` sends what was not sent. A failure is a warning, as the model is
+    whole already. CheckpointError if MODEL is no fine-tuned model."""
     record = read_finetuned(model)
     try:
         _write_events(model, record)
-        if read_config(model).tracking.mlflow:
+        if send and read_config(model).tracking.mlflow:
             sync(model, timeout=TRACKING_PATIENCE)
     except (UserError, OSError) as error:
         logger.warning("the fine-tuning is not recorded in MLflow (%s); the model is whole", redact(str(error)))
 
 
 def _write_events(model: Path, record: Mapping[str, Any]) -> None:
-    log = EventLog(model / EVENTS)
+    log = EventLog(model / EVENTS, parent=run_folder_of(Path(record["checkpoint"]["path"])))
     try:
         log.params(
             {
@@ -57,7 +58,7 @@ def _write_events(model: Path, record: Mapping[str, Any]) -> None:
                 {epoch["epoch"]: _of_epoch(epoch) for epoch in history},
             )
         log.metrics(0, _summary(record))
-        for path in sorted((model / FIGURES).iterdir()):
+        for path in sorted(path for path in (model / FIGURES).iterdir() if path.suffix in (".md", ".png")):
             log.artifact(path, FIGURES)
         log.status("FINISHED")
     finally:
@@ -73,7 +74,7 @@ def _tags(record: Mapping[str, Any]) -> dict[str, Any]:
         "split.hash": record["split"]["hash"],
         "budget": record["budget"] or "not labelled",
         **{f"checkpoint.{name}": value for name, value in record["checkpoint"].items()},
-        "exlm_dist": record["versions"]["exlm_dist"],
+        **{name: record["versions"][name] for name in ("exlm_dist", "git") if name in record["versions"]},
     }
 
 

@@ -39,8 +39,8 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
     """Events of the complete lines of `path` that stand, in order; `values` are floats. Damaged lines are logged and
     skipped.
 
-    Each has `time` (ms since 1970) and `kind`: run {uid}, metrics {step, values}, params {values}, tags {values},
-    artifact {path, folder}, status {status}, child_run {name, step, values, tags, history}, resumed {step}.
+    Each has `time` (ms since 1970) and `kind`: run {uid, parent}, metrics {step, values}, params {values}, tags
+    {values}, artifact {path, folder}, status {status}, child_run {name, step, values, tags, history}, resumed {step}.
 
     What lies before the last line `run` does not stand: that start of the run came to nothing. Nor do, before a line
     `resumed`, metrics and child runs of later steps: the weights they describe were given up.
@@ -133,9 +133,11 @@ class EventLog:
     file is not written again, unless `resumed` has said that it stands no longer: no point stands twice. Safe to use
     from several threads; other processes may append too (`exlm evaluate` during training). A line that cannot be
     written (disk full) is logged and lost; training continues.
+
+    parent: folder of the run below which MLflow is to show this one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, parent: Path | None = None) -> None:
         self.path = Path(path)
         self._lock = Lock()
         self._failing = False
@@ -144,7 +146,7 @@ class EventLog:
             self._cut_torn_line()
             empty = os.fstat(self._handle).st_size == 0
         if empty:
-            self._append("run", uid=uuid.uuid4().hex)
+            self._append("run", uid=uuid.uuid4().hex, **({"parent": str(parent)} if parent is not None else {}))
         self._read()
 
     def resumed(self, step: int) -> None:

@@ -176,8 +176,9 @@ class Shipper:
 
     def _switch(self, begun: dict[str, Any], known: str | None, position: dict[str, Any]) -> None:
         """Send what follows to the MLflow run of the line `run` that is `begun`; `known`: its id."""
-        runs, uid, start = self.folder.parent, begun["uid"], begun["time"]
-        self._run = MlflowRun(self.uri, self.experiment, runs, self.folder, uid, known, start)
+        runs, uid, start = runs_folder(self.folder), begun["uid"], begun["time"]
+        parent = _uid_of(_parent_of(self.folder))
+        self._run = MlflowRun(self.uri, self.experiment, runs, self.folder, uid, known, start, parent)
         position["run_id"] = self._run.run_id
         self._save(position)
 
@@ -248,10 +249,16 @@ def sync(run_folder: Path, timeout: float = 60.0) -> SyncReport:
                 f"{run_folder} is no run folder: it has no {name}. Give the folder of a run, say runs/NAME."
             )
     config = load_config(run_folder / "config.yaml")
-    shipper = Shipper(run_folder, tracking_uri(config.tracking.uri, run_folder.parent), config.tracking.experiment)
+    uri = tracking_uri(config.tracking.uri, runs_folder(run_folder))
+    shipper = Shipper(run_folder, uri, config.tracking.experiment)
     report = shipper.start().finish(timeout)
     print(report, flush=True)
     return report
+
+
+def runs_folder(run_folder: Path) -> Path:
+    """The folder of runs whose `mlflow.db` has this one: that of the run below which it is shown, or its own."""
+    return (_parent_of(run_folder) or run_folder).parent
 
 
 def run_tags(config: RunConfig, run_folder: Path) -> dict[str, str]:
@@ -278,6 +285,21 @@ def run_tags(config: RunConfig, run_folder: Path) -> dict[str, str]:
     if job := os.environ.get("SLURM_JOB_ID"):
         tags["slurm_job"] = job
     return tags
+
+
+def _parent_of(run_folder: Path) -> Path | None:
+    """Folder of the run below which this one is shown; None if there is none, or it is gone."""
+    begun = run_line(run_folder / EVENTS, 0)
+    parent = None if begun is None or "parent" not in begun else Path(begun["parent"])
+    return parent if parent is not None and (parent / EVENTS).is_file() else None
+
+
+def _uid_of(run_folder: Path | None) -> str | None:
+    """Uid of the run that a folder has now; None if there is no folder."""
+    if run_folder is None:
+        return None
+    begun = run_line(run_folder / EVENTS, (run_folder / EVENTS).stat().st_size)
+    return None if begun is None else begun["uid"]
 
 
 def _shipper(run_folder: Path, uri: str, config: RunConfig) -> Shipper | None:

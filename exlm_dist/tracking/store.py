@@ -63,10 +63,19 @@ class MlflowRun:
     Args:
         uri: tracking URI. runs: folder of the run folders. uid: from the first line of `events.jsonl`.
         known: run id of an earlier session at the same URI, or None. start: its time of creation, ms since 1970.
+        parent: uid of the run below which it is shown, if that one is there.
     """
 
     def __init__(
-        self, uri: str, experiment: str, runs: Path, run_folder: Path, uid: str, known: str | None, start: int
+        self,
+        uri: str,
+        experiment: str,
+        runs: Path,
+        run_folder: Path,
+        uid: str,
+        known: str | None,
+        start: int,
+        parent: str | None,
     ) -> None:
         mlflow = import_mlflow()
         self._entities = mlflow.entities
@@ -78,6 +87,8 @@ class MlflowRun:
             self._experiment = self._experiment_id(experiment, artifacts)
         self.run_id = known or self._find(uid) or self._create(run_folder.name, uid, start, {})
         self._check_active()
+        if parent is not None and (above := self._find(parent)) is not None:
+            self._log_tags(self.run_id, {"mlflow.parentRunId": above})
 
     def send(self, events: list[dict[str, Any]]) -> None:
         """Send events in order; sending them again changes nothing. What MLflow rejects is logged and skipped."""

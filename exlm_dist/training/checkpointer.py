@@ -21,6 +21,7 @@ from exlm_dist.training.saver import Saved, Saver, WriterLost
 from exlm_dist.training.starting_point import StartingPoint, fingerprints
 from exlm_dist.utils.errors import RunStopped
 from exlm_dist.utils.logs import get_logger
+from exlm_dist.utils.version import git_commit
 
 #: What is raised for a save that failed where the run cannot go on without it.
 SAVE_ERRORS = {Failure.DISK: rank_files.SaveFailed, Failure.LOST: WriterLost, Failure.VALUES: RunStopped}
@@ -129,7 +130,7 @@ def _about(config: RunConfig, process: Process, engine: Engine, data: dict[str, 
         **data,
         "config_hash": provenance.config_hash(dump_config(config)),
         "versions": provenance.versions(),
-        "git_commit": provenance.git_commit(),
+        "git_commit": git_commit(),
         "parameters": engine.num_parameters,
         "layout": {
             "world": process.world,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from exlm_dist.analysis.finetuning_figures import errors_by_spread
 from exlm_dist.analysis.finetuning_report import finetuning_report
 from exlm_dist.analysis.finetuning_results import read_results
 from exlm_dist.cli import main
@@ -20,7 +21,7 @@ from exlm_dist.config import RunConfig, dump_config
 from exlm_dist.finetuning import finetuning_tracking
 from exlm_dist.finetuning.finetune_settings import METRICS
 from exlm_dist.finetuning.finetuning_tracking import record_finetuning
-from exlm_dist.tracking import read_events
+from exlm_dist.tracking import EventLog, read_events, sync
 from exlm_dist.utils.errors import CheckpointError
 
 ACTIVE = {"name": "active", "kind": "binary", "classes": ["0", "1"]}
@@ -37,6 +38,7 @@ def make_model(
     *,
     members: int = 2,
     tracking: dict[str, Any] | None = None,
+    checkpoint: str = "/runs/zinc/checkpoints/step-00000009",
 ) -> Path:
     """A folder as `exlm finetune` writes it, without weights. `rows`: of predictions.csv, with their `part`."""
     task = "regression" if targets[0]["kind"] == "regression" else "classification"
@@ -64,7 +66,7 @@ def make_model(
         ],
         "settings": {"metric": names[0], "epochs": 3, "lr": 5e-4, "split_sizes": [0.8, 0.1, 0.1]},
         "split": {"kind": "scaffold", "hash": "ab" * 32, "sizes": {"test": 5, "train": 30, "valid": 7}},
-        "checkpoint": {"path": "/runs/zinc/checkpoints/step-00000009", "step": 9, "sha256": "cd" * 32},
+        "checkpoint": {"path": checkpoint, "step": 9, "sha256": "cd" * 32},
         "budget": "unit-test",
         "rows": {"read": 45, "used": 42, "failed": 3},
         "metrics": {part: summary for part in parts},
@@ -144,6 +146,7 @@ def test_a_binary_target(tmp_path: Path) -> None:
     # (0.1, 0.6) of class 0 against (0.4, 0.9) of class 1: three of four pairs are in order.
     assert "| active | binary | 7, positive (1): 4 | 7, positive (1): 4 | 7, positive (1): 4 | 0.7500 |" in page
     assert "| 5 | 3 | 2 | 0.6250 | 0.6250 |" in page
+    assert "Fewer than 10 labels of a class in the valid or test part, so noisy metrics: active." in page
 
 
 def test_labels_and_values_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -204,6 +207,29 @@ def test_a_single_class_or_no_label_is_drawn_as_such(tmp_path: Path) -> None:
         assert figures(model) == {"epochs", "target_1"}
 
 
+def test_long_names_and_formulas_are_drawn_as_text(tmp_path: Path) -> None:
+    classes = [f"$\\frac{{{number}" + "x" * 30 for number in range(14)]
+    target = {"name": "$\n_" + "y" * 90, "kind": "multiclass", "classes": classes}
+    chances = {f"{target['name']}_probability_{label}": 1 / 14 for label in classes}
+    rows = [
+        {"part": "test", target["name"]: label, **chances, f"{target['name']}_spread": 0.1}
+        for label in classes
+        for _ in range(2)
+    ]
+    finetuning_report(make_model(tmp_path / "kinds", [target], rows))
+    assert figures(tmp_path / "kinds") == {"epochs", "target_1"}
+
+
+def test_errors_as_large_as_the_spread_are_on_the_diagonal() -> None:
+    rng = np.random.default_rng(1)
+    spread = rng.uniform(0.1, 3, 5000)
+    spreads, errors = errors_by_spread(spread, np.abs(rng.normal(size=5000)) * spread)
+    assert len(spreads) == 10 and (np.diff(spreads) > 0).all()
+    np.testing.assert_allclose(errors, spreads, rtol=0.12)
+    spreads, errors = errors_by_spread(np.array([3.0, 4]), np.array([1.0, 1]))
+    assert spreads.tolist() == [np.sqrt(12.5)] and errors.tolist() == [1]
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no finetuned\.json"):
         finetuning_report(tmp_path)
@@ -244,6 +270,28 @@ def test_mlflow_has_a_run_with_a_child_for_each_member(tmp_path: Path, monkeypat
     assert params["finetuning.lr"] == "0.0005" and params["targets"] == "active"
     sent = {path.name for path in (tmp_path / "runs" / "mlartifacts").rglob("report/*")}
     assert sent == {"report.md", "epochs.png"}
+    _is_shown_below_the_run_of_its_checkpoint(tmp_path / "runs" / "mlflow.db", tmp_path / "models")
+
+
+def _is_shown_below_the_run_of_its_checkpoint(database: Path, models: Path) -> None:
+    """A model that lies elsewhere goes to the database of that run, as soon as it is there."""
+    run = database.with_name("zinc")
+    checkpoint = run / "checkpoints" / "step-00000009"
+    checkpoint.mkdir(parents=True)
+    EventLog(run / "events.jsonl").close()
+    model = make_model(models / "esol", [ACTIVE], BINARY, members=1, checkpoint=str(checkpoint))
+    (run / "config.yaml").write_text((model / "config.yaml").read_text())
+    (model / "report").mkdir()
+    record_finetuning(model)
+    above = (
+        "select above.name from runs join tags using (run_uuid) join runs as above on above.run_uuid = tags.value "
+        "where key = 'mlflow.parentRunId' and runs.name = 'esol'"
+    )
+    with sqlite3.connect(database) as connection:
+        assert connection.execute(above).fetchall() == []
+        assert sync(run) and sync(model)
+        assert connection.execute(above).fetchall() == [("zinc",)]
+    assert not (models / "mlflow.db").exists()
 
 
 def test_a_failure_of_tracking_is_a_warning_and_none_is_asked_where_it_is_off(tmp_path: Path, caplog) -> None:
@@ -252,11 +300,9 @@ def test_a_failure_of_tracking_is_a_warning_and_none_is_asked_where_it_is_off(tm
     with caplog.at_level(logging.WARNING):
         record_finetuning(bad)
     assert "not recorded in MLflow" in caplog.text and "the model is whole" in caplog.text
-    off = make_model(tmp_path / "off", [ACTIVE], BINARY, tracking={"mlflow": False})
-    (off / "report").mkdir()
-    record_finetuning(off)
-    assert [event["name"] for event in read_events(off / "events.jsonl") if event["kind"] == "child_run"] == [
-        "member-0",
-        "member-1",
-    ]
+    for off, tracking in ((tmp_path / "off", {"mlflow": False}), (tmp_path / "not now", None)):
+        (make_model(off, [ACTIVE], BINARY, tracking=tracking) / "report").mkdir()
+        record_finetuning(off, send=tracking is not None)
+        children = [event["name"] for event in read_events(off / "events.jsonl") if event["kind"] == "child_run"]
+        assert children == ["member-0", "member-1"]
     assert not (tmp_path / "mlflow.db").exists()

@@ -23,6 +23,7 @@ from exlm_dist.finetuning.model_folder import (
     copy_checkpoint,
     open_partial,
     publish,
+    refuse_model,
     save_member,
 )
 from exlm_dist.finetuning.prediction import FinetunedModel, Predictions, load_finetuned
@@ -85,6 +86,7 @@ def finetune(
     """
     out = Path(out)
     check_free(out)
+    refuse_model(checkpoint)
     loaded = load_checkpoint(checkpoint, device=device)
     dataset = read_dataset(
         data,

@@ -21,6 +21,7 @@ from exlm_dist.finetuning.dataset import Examples
 from exlm_dist.finetuning.ensemble import train_members
 from exlm_dist.finetuning.finetune_settings import TrainingSettings
 from exlm_dist.finetuning.inputs import as_columns, encode_inputs
+from exlm_dist.finetuning.model_folder import refuse_model
 from exlm_dist.finetuning.prediction import FinetunedModel, Predictions
 from exlm_dist.finetuning.targets import Target, read_targets, with_scaling
 from exlm_dist.inference.loading import load_checkpoint
@@ -85,6 +86,7 @@ class _Finetuned(BaseEstimator):
         settings = TrainingSettings(**given).for_task(self._task)
         if not 0 < self.validation_fraction < 1:
             raise ConfigError(f"validation_fraction = {self.validation_fraction}: must be between 0 and 1.")
+        refuse_model(self.checkpoint)
         loaded = load_checkpoint(self.checkpoint, device=self.device)
         names = _input_names(X)
         columns = as_columns(X, names)

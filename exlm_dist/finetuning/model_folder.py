@@ -64,9 +64,14 @@ def partial_folder(out: Path) -> Path:
 
 
 def check_free(out: Path) -> None:
-    """ConfigError if something is at `out` already."""
+    """ConfigError if something is at `out` already, or the folder it would be in is not there."""
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out}: exists. Choose another --out, or remove it: rm -r {shlex.quote(str(out))}")
+    if not out.parent.is_dir():
+        where = shlex.quote(str(out.parent))
+        raise ConfigError(
+            f"{out}: there is no folder {out.parent}. Make it (mkdir -p {where}), or choose another --out."
+        )
 
 
 @contextmanager
@@ -131,6 +136,16 @@ def load_member(folder: Path, number: int, sha256: str) -> dict[str, Tensor]:
 def is_model_folder(path: Path | str) -> bool:
     """Whether `path` is a folder that `exlm finetune` wrote."""
     return (Path(path) / FINETUNED_FILE).is_file()
+
+
+def refuse_model(checkpoint: Path | str) -> None:
+    """CheckpointError for a fine-tuned model where a checkpoint is wanted."""
+    if is_model_folder(checkpoint):
+        origin = read_finetuned(Path(checkpoint))["checkpoint"]["path"]
+        raise CheckpointError(
+            f"{checkpoint} is a fine-tuned model, not a checkpoint to start from. Give that of the pretraining; this "
+            f"one was made from {origin}."
+        )
 
 
 def read_finetuned(folder: Path) -> dict[str, Any]:

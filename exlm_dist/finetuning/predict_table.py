@@ -56,6 +56,8 @@ def predict_table(
             table.write({**columns, **predictions.columns()})
             count += len(chunk)
             progress.update(len(chunk))
+        if not count:
+            raise DataError("there is no row in the data.")
         if failed.count == count:
             raise DataError(
                 f"none of the {count} rows can be read in the column {' and '.join(map(repr, chosen[str(paths[0])]))}: "

@@ -263,6 +263,16 @@ def test_a_part_of_one_class_is_refused(checkpoint: Path, tmp_path: Path, capsys
     assert "the valid part of the split (12 rows) has labels of one class only" in capsys.readouterr().err
 
 
+def test_a_model_is_no_checkpoint_and_its_folder_must_be_there(
+    finetuned: Path, checkpoint: Path, table: Path, tmp_path: Path, capsys
+) -> None:
+    assert main(finetune_arguments(finetuned, table, tmp_path / "model")) == 78
+    assert f"this one was made from {checkpoint}" in capsys.readouterr().err
+    assert main(finetune_arguments(checkpoint, table, tmp_path / "modles" / "model")) == 2
+    assert f"mkdir -p {tmp_path / 'modles'}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_damaged_checkpoint_is_refused(checkpoint: Path, table: Path, tmp_path: Path, capsys) -> None:
     damaged = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     weights = next(damaged.glob("model-*.safetensors"))
@@ -284,6 +294,8 @@ def test_bad_predictions_say_what_to_do(finetuned: Path, table: Path, tmp_path: 
     assert "none of the 60 rows can be read in the column 'id'" in fails(finetuned, table, "--column", "id")
     clash = write_table(tmp_path / "t.csv", [{"smiles": "CCO", "active_probability": "1"}])
     assert "has a column 'active_probability' already" in fails(finetuned, clash)
+    (tmp_path / "t.csv").write_text("smiles,id\n")
+    assert "there is no row in the data" in fails(finetuned, tmp_path / "t.csv")
 
 
 @pytest.mark.parametrize(

@@ -76,9 +76,12 @@ rank = ("import signal, sys, time, os; signal.signal({int(number)}, lambda *_: s
         "open(os.environ['RANK'], 'w').close(); time.sleep(60)")
 sys.exit(supervise([sys.executable, '-c', rank], rank_environments(2, Path('.'))))"""
     supervisor = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
-    wait_for(lambda: all((tmp_path / name).exists() for name in "01"))
-    supervisor.send_signal(number)
-    assert supervisor.wait(20) == EXIT_SAVED
+    try:
+        wait_for(lambda: all((tmp_path / name).exists() for name in "01"))
+        supervisor.send_signal(number)
+        assert supervisor.wait(20) == EXIT_SAVED
+    finally:
+        supervisor.kill()  # its ranks die with it
 
 
 def test_a_killed_supervisor_leaves_no_orphans(tmp_path):

@@ -90,7 +90,15 @@ class Slurm:
         run([str(TESTBED / "down.sh"), str(self.bed)], self.environment, timeout=120)
 
     def ask(self, *command: str) -> str:
-        """Output of a Slurm command."""
+        """Output of a Slurm command that changes nothing. One that SIGPIPE ends has lost its connection to a busy
+        controller before it had the answer: it is asked again, a few times."""
+        for _ in range(4):
+            try:
+                return run(list(command), self.environment)
+            except AssertionError as error:
+                if f"ended with {-signal.SIGPIPE}:" not in str(error):
+                    raise
+            time.sleep(1)
         return run(list(command), self.environment)
 
     def lose(self, job: Job, node: str) -> None:

@@ -105,7 +105,7 @@ class Case:
 
 
 #: What a rank runs before it is measured; recomputation loads more of torch.
-TINY = Case(layers=2, width=32, heads=2, length=16, vocabulary=64, micro=2, recompute=True)
+TINY = Case(layers=2, width=64, heads=2, length=16, vocabulary=64, micro=2, recompute=True)
 CASES = [
     *(Case(zero=zero, recompute=recompute) for zero in (0, 1, 2) for recompute in (False, True)),
     Case(transitions="sparse"),

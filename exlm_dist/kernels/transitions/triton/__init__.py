@@ -34,7 +34,7 @@ def transition_log_probs(
         return torch_form.transition_log_probs(
             query, key, gate, cu_states, max_states, states_per_target=states_per_target, sparse=sparse, prior=prior
         )
-    return _Transitions.apply(query, key, gate, cu_states, max_states, _Moves(states_per_target, sparse, prior))
+    return _Transitions.apply(query, key, gate, cu_states, max_states, _Rule(states_per_target, sparse, prior))
 
 
 def uniform_log_probs(cu_states: Tensor, max_states: int) -> Tensor:
@@ -43,7 +43,7 @@ def uniform_log_probs(cu_states: Tensor, max_states: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Moves:
+class _Rule:
     """Which transitions are allowed, and the prior over them."""
 
     states_per_target: int
@@ -69,16 +69,16 @@ class _Moves:
 
 class _Transitions(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, gate, cu_states, max_states, moves):
+    def forward(ctx, query, key, gate, cu_states, max_states, rule):
         query, key, gate = query.contiguous(), key.contiguous(), gate.contiguous()
         rows, heads, width = query.shape
         count = len(cu_states) - 1
         lse = torch.empty((heads, rows), dtype=torch.float32, device=gate.device)
         base = torch.empty_like(lse)
         out = torch.empty((count, max_states, max_states), dtype=torch.float32, device=gate.device)
-        settings, align, warps = _settings(query, max_states, moves)
+        settings, align, warps = _settings(query, max_states, rule)
         packed = {
-            "query": query, "key": key, "cu_states": cu_states, "base": base, "rows": rows, **moves.numbers(width),
+            "query": query, "key": key, "cu_states": cu_states, "base": base, "rows": rows, **rule.numbers(width),
         }  # fmt: skip
         grid = (cdiv(max_states, settings["ROWS"]), heads, count)
         states = {**packed, "gate": gate, "lse": lse}
@@ -87,17 +87,17 @@ class _Transitions(torch.autograd.Function):
         mixed = {**packed, "out": out, "side": max_states // align}
         launch(mixture_kernel, grid, mixed, {**settings, "ALIGN": align}, warps=warps)
         ctx.save_for_backward(query, key, gate, cu_states, lse, base, out)
-        ctx.settings = (max_states, moves)
+        ctx.settings = (max_states, rule)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
         query, key, gate, cu_states, lse, base, out = ctx.saved_tensors
-        max_states, moves = ctx.settings
+        max_states, rule = ctx.settings
         rows, heads, width = query.shape
         count = len(cu_states) - 1
-        settings, align, warps = _settings(query, max_states, moves)
+        settings, align, warps = _settings(query, max_states, rule)
         constants = {**settings, "ALIGN": align}
         down, across = (cdiv(max_states, settings[side]) for side in ("ROWS", "COLUMNS"))
         tile_sums = torch.empty((across, heads, rows), dtype=torch.float32, device=query.device)
@@ -105,7 +105,7 @@ class _Transitions(torch.autograd.Function):
         grad_query, grad_key, grad_gate = (torch.empty_like(tensor) for tensor in (query, key, gate))
         arguments = {
             "query": query, "key": key, "cu_states": cu_states, "base": base, "out": out,
-            "grad_out": grad_out.contiguous(), "side": max_states // align, "rows": rows, **moves.numbers(width),
+            "grad_out": grad_out.contiguous(), "side": max_states // align, "rows": rows, **rule.numbers(width),
         }  # fmt: skip
         launch(row_sum_kernel, (across, down, count), {**arguments, "tile_sums": tile_sums}, constants, warps=warps)
         arguments |= {"lse": lse, "row_sums": row_sums, "grad_query": grad_query, "root": width**-0.5}
@@ -129,7 +129,7 @@ def _heads_per_program(settings: dict[str, Any], warps: int) -> dict[str, int]:
     return {"EACH": 2, "ROWS": 32} if pairs else {"EACH": 1, "ROWS": settings["ROWS"]}
 
 
-def _settings(query: Tensor, max_states: int, moves: _Moves) -> tuple[dict[str, Any], int, int]:
+def _settings(query: Tensor, max_states: int, rule: _Rule) -> tuple[dict[str, Any], int, int]:
     """Compile-time constants of the tiled kernels, how many words of a row of log E can be read at once, and warps. The
     tiles were the fastest measured of kernels that executed more (docs/lab-log.md); not measured since.
     """
@@ -147,6 +147,6 @@ def _settings(query: Tensor, max_states: int, moves: _Moves) -> tuple[dict[str, 
         "ROWS": rows,
         "COLUMNS": columns,
         "PRECISION": "ieee" if precise else "tf32",
-        **moves.constants(),
+        **rule.constants(),
     }
     return settings, math.gcd(max_states, 4), 8 if precise or block > 64 else 4

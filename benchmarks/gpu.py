@@ -54,7 +54,7 @@ class Row:
 
 @dataclass
 class Workbench:
-    """What the parts share: options, the folder of the part that runs, and when it must be done."""
+    """What the parts have in common: options, the folder of the part that runs, and when it must be done."""
 
     options: argparse.Namespace
     folder: Path
@@ -263,7 +263,7 @@ PARTS = {
     "trainer": Part(
         trainer, 240, "`exlm pretrain`, one rank: speed, held-out nll, a resumed run against an undisturbed one."
     ),
-    "memory": Part(memory, 180, "Peak memory of a step beside the planner's prediction."),
+    "memory": Part(memory, 240, "Peak memory of a step beside the planner's prediction."),
     "tiles": Part(tiles, 300, "Attention by other tiles than those that ship; below 1 others are faster."),
 }
 

@@ -12,7 +12,7 @@ def compute_repeatably() -> None:
     """From here on every operation of this process on a GPU repeats to the bit, as those of a CPU do anyway.
 
     Resuming a run exactly rests on this. By default torch sums the gradient of an embedding in an order that changes
-    from call to call (measured: docs/lab-log.md), and cuBLAS may where several streams share its workspace. An
+    from call to call (measured: docs/lab-log.md), and cuBLAS may where several streams have one workspace. An
     operation without a form that repeats warns, once, and runs. Call it before the first product on a GPU.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -23,6 +23,13 @@ def register(commands: Commands) -> None:
     evaluate.add_argument(
         "--mask-ratio", type=float, help="fraction of masked tokens; default: masking.eval_ratio of the run"
     )
+    evaluate.add_argument(
+        "--complete",
+        type=int,
+        metavar="N",
+        default=1000,
+        help="first sequences of which the most probable completion is searched, for `exact`; default: %(default)s",
+    )
     report = add_command(
         commands, "report", _report, "plots, and a table that compares runs at equal steps and equal seconds"
     )
@@ -50,6 +57,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             split=options.split,
             sequences=options.sequences,
             mask_ratio=options.mask_ratio,
+            complete=options.complete,
         )
     )
     return 0

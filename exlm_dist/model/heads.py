@@ -124,7 +124,8 @@ class Output(nn.Module):
         return logits.log_softmax(-1), self._transitions(features, stream, torch.float32)
 
     def forward(self, stream: Stream) -> Stream:
-        """Fill `match`, `transitions` (ExLM) and `log_likelihood`; where `predict` is set also `predictions`."""
+        """Fill `match`, `transitions` (ExLM) and `log_likelihood`; where `predict` is set also `prior` and
+        `predictions`."""
         hidden = self.region.gather_from(stream.hidden)
         features = hidden if stream.selected else F.embedding(stream.state_index, hidden)
         tokens = self.region.copy_to(self.norm(F.gelu(self.dense(features))))
@@ -144,7 +145,10 @@ class Output(nn.Module):
         transitions = self._transitions(features, stream, match.dtype)
         likelihood = self._likelihood(match, transitions, stream)
         stream = stream.replace(match=match, transitions=transitions, ends=self.ends, log_likelihood=likelihood)
-        return stream.replace(predictions=self._predict(tokens, stream)) if stream.predict else stream
+        if not stream.predict:
+            return stream
+        prior = prior_marginals(stream, backend=self.backend)
+        return stream.replace(prior=prior, predictions=self._predict(prior, tokens, stream))
 
     def _vocabulary(self) -> tuple[Tensor, Tensor, VocabShard | None]:
         """Local rows of the vocabulary matrix and their biases, without the padding rows."""
@@ -185,9 +189,8 @@ class Output(nn.Module):
         )
 
     @torch.no_grad()
-    def _predict(self, tokens: Tensor, stream: Stream) -> Tensor:
+    def _predict(self, prior: Tensor, tokens: Tensor, stream: Stream) -> Tensor:
         """argmax_w sum_u q_i(u) p_u(w) of each target i, [B, N_max]; a few sequences at a time."""
-        prior = prior_marginals(stream, backend=self.backend)
         padded = stream.padded(tokens, stream.cu_states, stream.max_states, 0.0)
         # By the rows of the largest shard, so that all ranks loop equally often.
         chunk = max(1, _PREDICTION_LOGITS // (stream.max_states * len(self.bias)))

@@ -1,15 +1,13 @@
-"""The training loss, and the metric by which ExLM and the plain masked language model are compared (docs/metric.md)."""
+"""The training loss, and what ExLM and the plain masked language model are compared by (docs/metric.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from exlm_dist.kernels.dag import dag_posteriors
+from exlm_dist.kernels.dag import dag_log_likelihood, dag_posteriors
 from exlm_dist.model.stream import Stream
 
 
@@ -54,43 +52,39 @@ def prior_marginals(stream: Stream, *, backend: str = "auto") -> Tensor:
 
 
 @torch.no_grad()
-def masked_token_scores(stream: Stream, is_masked: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p_i(y_i) summed over the masked targets, and their number; is_masked [N] bool (False for anchors).
+def single_log_probs(result: Stream) -> Tensor:
+    """log p_i(y_i) of each target by itself, [B, N_max], of a stream that has passed all layers.
 
-    p_i(y_i) = sum_u q_i(u) p_u(y_i): the model's own predictive distribution of masked position i.
+    p_i(y_i) = sum_u q_i(u) p_u(y_i): the model's own predictive distribution of position i.
     """
-    prior = prior_marginals(stream)
-    scores = torch.logsumexp(prior.log() + stream.match, dim=-1)
-    chosen = stream.padded(is_masked, stream.cu_targets, stream.max_targets, False)
-    return -torch.where(chosen, scores, 0.0).sum(), chosen.sum()
-
-
-@dataclass(frozen=True)
-class MaskedScores:
-    """Sums over masked tokens: negative log-likelihood in nats, correct predictions, tokens (0-dim tensors)."""
-
-    nll: Tensor
-    correct: Tensor
-    count: Tensor
-
-    def stacked(self) -> Tensor:
-        """The three as one tensor, [3] fp64."""
-        return torch.stack([self.nll.double(), self.correct.double(), self.count.double()])
+    prior = prior_marginals(result) if result.prior is None else result.prior
+    return torch.logsumexp(prior.log() + result.match, dim=-1)
 
 
 @torch.no_grad()
-def masked_scores(result: Stream, is_masked: Tensor) -> MaskedScores:
-    """Scores of the masked targets of a stream that has passed all layers with `predict`; is_masked [N] bool.
+def joint_log_probs(result: Stream, is_masked: Tensor) -> Tensor:
+    """log P of all masked tokens of each sequence at once, [B], of a stream that has passed all layers; is_masked
+    [B, N_max] bool.
 
-    The accuracy is that of the full distribution.
+    Given the number of targets and the anchors: the likelihood of the targets, divided by the same sum over paths in
+    which the masked targets may be any token. Of the plain masked language model the product of its distributions.
     """
-    nll, count = masked_token_scores(result, is_masked)
-    wanted = result.padded(result.target_ids, result.cu_targets, result.max_targets, -1)
-    chosen = result.padded(is_masked, result.cu_targets, result.max_targets, False)
-    return MaskedScores(nll, ((result.predictions == wanted) & chosen).sum(), count)
+    anything = result.match.masked_fill(is_masked[:, :, None], 0.0)
+    if result.transitions is None:
+        return result.log_likelihood - diagonal_log_likelihood(anything, result.num_targets)
+    return result.log_likelihood - dag_log_likelihood(
+        anything, result.transitions, result.num_targets, result.num_states, ends=result.ends
+    )
 
 
 @torch.no_grad()
-def evaluate_masked(model: Callable[[Stream], Stream], stream: Stream, is_masked: Tensor) -> MaskedScores:
-    """Run `model` on `stream` and score its masked targets."""
-    return masked_scores(model(stream.replace(predict=True)), is_masked)
+def masked_scores(result: Stream, is_masked: Tensor) -> Tensor:
+    """Sums over the masked targets of a stream that has passed all layers with `predict`, [3] fp64: -log p_i(y_i) in
+    nats, correct predictions, tokens; is_masked [N] bool (False for anchors).
+
+    A prediction is the most probable token of the full distribution.
+    """
+    chosen = result.by_target(is_masked, False)
+    wanted = result.by_target(result.target_ids, -1)
+    nll = -torch.where(chosen, single_log_probs(result), 0.0).sum()
+    return torch.stack([nll.double(), ((result.predictions == wanted) & chosen).sum().double(), chosen.sum().double()])

@@ -81,7 +81,7 @@ def trajectory(process, settings):
             first = pieces(engine, "exp_avg")
     asked = Recipe.for_evaluation(config, vocab_size)
     sums = engine.evaluate(eval_batches(datasets["valid"], asked, sequences=10, rank=data.rank, world=data.size))
-    evaluation = process.all_gather([sums.nll, sums.correct, sums.count]).sum(0).tolist()
+    evaluation = process.all_gather(sums.vector()).sum(0).tolist()
     after = optimizer_step(engine, loader.step(STEPS), config, scored=False)
     rows.append([float(process.all_gather([float(after.result.loss)]).sum())])
     final = pieces(engine, None)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from exlm_dist.kernels.dag import dag_log_likelihood, dag_posteriors
+from exlm_dist.kernels.dag import dag_log_likelihood
 from exlm_dist.model.stream import Stream
 
 
@@ -31,50 +31,51 @@ def loss_sum(stream: Stream, reduction: Literal["sequence", "token"]) -> tuple[T
     return loss.sum(), ~valid
 
 
-def prior_marginals(stream: Stream, *, backend: str = "auto") -> Tensor:
-    """q_i(u): probability by the transitions alone that state u emits target i, [B, N_max, L_max]; rows sum to 1.
+def prior_paths(stream: Stream, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """q_i(u) [B, N_max, L_max] and log W [B]: of all paths, given the number of targets, the fraction by weight that
+    emits target i at state u, and the logarithm of their weight.
 
-    Paths are weighted by their transitions, given the number of targets; no target token is used.
-    The plain masked language model has q_i(u) = [u = i].
+    Paths are weighted by their transitions; no target token is used. Rows of q sum to 1. The plain masked language
+    model has a single path, q_i(u) = [u = i].
     """
     if stream.transitions is None:
         targets, states = stream.match.shape[1:]
         inside = torch.arange(targets, device=stream.match.device) < stream.num_targets[:, None]
-        return torch.eye(targets, states, device=stream.match.device) * inside[:, :, None]
-    return dag_posteriors(
-        torch.zeros_like(stream.match),
-        stream.transitions,
-        stream.num_targets,
-        stream.num_states,
-        ends=stream.ends,
-        backend=backend,
-    )
+        identity = torch.eye(targets, states, device=stream.match.device) * inside[:, :, None]
+        return identity, torch.zeros_like(stream.log_likelihood)
+    with torch.enable_grad():  # q is the gradient of log W: one recursion gives both
+        match = torch.zeros_like(stream.match).requires_grad_()
+        log_weight = dag_log_likelihood(
+            match,
+            stream.transitions.detach(),
+            stream.num_targets,
+            stream.num_states,
+            ends=stream.ends,
+            backend=backend,
+        )
+        (prior,) = torch.autograd.grad(log_weight.sum(), match)
+    return prior, log_weight.detach()
 
 
 @torch.no_grad()
 def single_log_probs(result: Stream) -> Tensor:
-    """log p_i(y_i) of each target by itself, [B, N_max], of a stream that has passed all layers.
+    """log p_i(y_i) of each target by itself, [B, N_max], of a stream that has passed all layers with `predict`.
 
     p_i(y_i) = sum_u q_i(u) p_u(y_i): the model's own predictive distribution of position i.
     """
-    prior = prior_marginals(result) if result.prior is None else result.prior
-    return torch.logsumexp(prior.log() + result.match, dim=-1)
+    return torch.logsumexp(result.prior.log() + result.match, dim=-1)
 
 
 @torch.no_grad()
 def joint_log_probs(result: Stream, is_masked: Tensor) -> Tensor:
-    """log P of all masked tokens of each sequence at once, [B], of a stream that has passed all layers; is_masked
-    [B, N_max] bool.
+    """log P of all masked tokens of each sequence at once, [B], of a stream that has passed all layers with `predict`;
+    is_masked [B, N_max] bool, False for anchors alone.
 
-    Given the number of targets and the anchors: the likelihood of the targets, divided by the same sum over paths in
-    which the masked targets may be any token. Of the plain masked language model the product of its distributions.
+    Given the number of targets and the anchors: log P(targets) - log W - log P(anchors). Anchors lie at one state
+    each, whatever the path. Of the plain masked language model the product of its distributions.
     """
-    anything = result.match.masked_fill(is_masked[:, :, None], 0.0)
-    if result.transitions is None:
-        return result.log_likelihood - diagonal_log_likelihood(anything, result.num_targets)
-    return result.log_likelihood - dag_log_likelihood(
-        anything, result.transitions, result.num_targets, result.num_states, ends=result.ends
-    )
+    at_anchors = torch.where((result.prior > 0) & ~is_masked[:, :, None], result.prior * result.match, 0.0)
+    return result.log_likelihood - result.log_weight - at_anchors.sum((1, 2))
 
 
 @torch.no_grad()

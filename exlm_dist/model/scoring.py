@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from exlm_dist.data.batch import PackedBatch
+from exlm_dist.model.alignment import AlignmentTotals, alignment_sums
 from exlm_dist.model.build import LanguageModel
 from exlm_dist.model.objective import joint_log_probs, masked_scores
 from exlm_dist.model.stream import Stream
@@ -27,20 +28,26 @@ class Totals:
     targets: float  # of the same sequences
     invalid: float  # the other sequences
     sequences: float
+    alignment: tuple[float, ...]  # values of `AlignmentTotals`
 
     @classmethod
-    def zeros(cls) -> Totals:
-        """Those of no sequence."""
-        return cls(*[0.0] * len(fields(cls)))
+    def of(cls, values: Sequence[float]) -> Totals:
+        """From all values in one row, those of the alignment last."""
+        single = len(fields(cls)) - 1
+        return cls(*values[:single], alignment=tuple(values[single:]))
+
+    @classmethod
+    def zeros(cls, states: int) -> Totals:
+        """Those of no sequence, for a model with `states` per masked token."""
+        return cls.of([0.0] * (len(fields(cls)) - 1 + AlignmentTotals.size(states)))
 
     def vector(self) -> list[float]:
-        """All fields, in their order."""
-        return list(astuple(self))
+        """All values in one row, the inverse of `of`."""
+        *single, alignment = (getattr(self, field.name) for field in fields(self))
+        return [*single, *alignment]
 
     def means(self) -> dict[str, float]:
-        """The metrics of docs/metric.md: `nll`, `joint_nll` and `coupling` in nats per masked token, `accuracy`,
-        `perplexity`, `objective_nll` in nats per target, `invalid` sequences as a fraction; and the number of
-        `tokens`."""
+        """The metrics of docs/evaluation.md but `exact`, and the number of masked `tokens`."""
         nll, joint = self.nll / self.count, self.joint_nll / self.count
         return {
             "nll": nll,
@@ -51,12 +58,13 @@ class Totals:
             "objective_nll": self.objective_nll / self.targets if self.targets else math.nan,
             "invalid": self.invalid / self.sequences,
             "tokens": self.count,
+            **AlignmentTotals.of(self.alignment).means(),
         }
 
 
 @torch.no_grad()
 def evaluation_sums(result: Stream, is_masked: Tensor) -> Tensor:
-    """The fields of `Totals` of a stream that has passed all layers with `predict`, [8] fp64; is_masked [N] bool.
+    """The values of `Totals` of a stream that has passed all layers with `predict`, fp64; is_masked [N] bool.
 
     A sequence without a masked token, such as those of a filler batch, adds nothing.
     """
@@ -71,7 +79,8 @@ def evaluation_sums(result: Stream, is_masked: Tensor) -> Tensor:
         real & ~finite,
         real,
     ]
-    return torch.cat([masked_scores(result, is_masked), torch.stack([rows.double().sum() for rows in sums])])
+    summed = torch.stack([rows.double().sum() for rows in sums])
+    return torch.cat([masked_scores(result, is_masked), summed, alignment_sums(result, chosen)])
 
 
 @torch.no_grad()
@@ -80,13 +89,13 @@ def score(model: LanguageModel, batches: Iterable[PackedBatch], device: torch.de
 
     A filler batch is run, to keep the ranks in step, but has no masked token and so adds nothing.
     """
-    sums = torch.tensor(Totals.zeros().vector(), dtype=torch.float64, device=device)
+    sums = []
     training = model.training
     model.eval()
     try:
         for batch in batches:
             result = model(Stream.from_batch(batch, device).replace(predict=True))
-            sums += evaluation_sums(result, torch.from_numpy(batch.is_masked).to(device))
+            sums.append(evaluation_sums(result, torch.from_numpy(batch.is_masked).to(device)))
     finally:
         model.train(training)
-    return Totals(*sums.tolist())
+    return Totals.of(torch.stack(sums).sum(0).tolist())

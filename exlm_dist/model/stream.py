@@ -36,7 +36,7 @@ class Stream:
     max_states: int
     max_targets: int
     states: int  # k
-    predict: bool = False  # ask the output layer for `prior` and `predictions`
+    predict: bool = False  # ask the output layer for `prior` and all that is below it
     select: bool = True  # the last block drops all but the states, which are all that the output layer reads
     hidden: Tensor | None = None  # [T, D]; [S, D] once only the states are left
     selected: bool = False  # whether `hidden` is [S, D]
@@ -46,7 +46,9 @@ class Stream:
     ends: int = 1  # a path starts at one of the first and ends at one of the last `ends` states
     log_likelihood: Tensor | None = None  # [B]
     prior: Tensor | None = None  # [B, N_max, L_max] probability by the transitions that a state emits a target
+    log_weight: Tensor | None = None  # [B] log of the weight of all paths by the transitions
     predictions: Tensor | None = None  # [B, N_max] most probable token of each target
+    token_spread: Tensor | None = None  # [B, N_max] how much the tokens of a target's own k states differ
 
     @staticmethod
     def from_batch(batch: Any, device: torch.device | str = "cpu", dropout_seed: int = 0) -> Stream:

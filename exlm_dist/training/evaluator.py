@@ -40,7 +40,7 @@ class Evaluator:
         )
         local = self._engine.evaluate(heartbeat.keep_alive(batches))
         sums = self._process.all_gather(local.vector()).sum(0).tolist()
-        evaluation = Totals(*sums).means()
+        evaluation = Totals.of(sums).means()
         if self._events is not None:
             values = valid_metrics(evaluation)
             self._events.metrics(step, values)

@@ -122,9 +122,9 @@ class PipelineEngine(Engine):
             self._load(every, masked), reduce_output=None, bcast_loss=False, num_micro_batches=len(every)
         )
         if not self.process.grid.reports_metrics:
-            return Totals.zeros()
+            return Totals.zeros(self.config.model.states)
         scores = [result.scores for result in self._work.results if result.scores is not None]
-        return Totals(*torch.stack(scores).double().sum(0).tolist())
+        return Totals.of(torch.stack(scores).sum(0).tolist())
 
     def _masked_positions(self, batches: Sequence[PackedBatch], wanted: Sequence[bool]) -> list[Tensor | None]:
         """`is_masked` of the micro-batches to be scored, on the device of the last stage."""

@@ -23,7 +23,7 @@ from exlm_dist.inference.completions import StateChain
 from exlm_dist.inference.fill import FillSettings, fill_text, fill_texts, state_chains
 from exlm_dist.inference.loading import load_checkpoint
 from exlm_dist.kernels.dag import dag_log_likelihood
-from exlm_dist.model.objective import prior_marginals
+from exlm_dist.model.objective import prior_paths
 from exlm_dist.model.stream import Stream
 from exlm_dist.tokenizers.masked_text import encode_masked
 from exlm_dist.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -143,7 +143,7 @@ def test_marginals_are_the_distribution_of_the_metric(loaded):
     ids = np.array(encode_masked(loaded.tokenizer, "CC(=O)<mask>c1cc<mask>cc1C"))
     stream, is_masked, logits = forward(loaded, ids, NUM_SPECIAL)
     logits[:, :NUM_SPECIAL] = -torch.inf
-    expected = (prior_marginals(stream)[0] @ logits.softmax(-1))[is_masked]
+    expected = (prior_paths(stream)[0][0] @ logits.softmax(-1))[is_masked]
     (chain,) = state_chains(loaded, [ids])
     np.testing.assert_allclose(chain.marginals(), expected.numpy(), atol=1e-6)
 

@@ -45,7 +45,7 @@ def test_sums_add_up_over_batches_and_a_filler_adds_nothing(config):
     totals = score(model, [whole], "cpu").vector()
     assert score(model, [padded], "cpu").vector() == pytest.approx(totals, rel=1e-5)
     assert score(model, [whole, filler], "cpu").vector() == pytest.approx(totals, rel=1e-9)
-    assert score(model, [filler], "cpu") == Totals.zeros()
+    assert score(model, [filler], "cpu") == Totals.zeros(config.states)
     assert score(model, [whole, padded], "cpu").vector() == pytest.approx([2 * one for one in totals], rel=1e-5)
 
 
@@ -56,7 +56,7 @@ def test_means_are_those_of_the_log_probabilities(config):
     is_masked = torch.from_numpy(batch.is_masked)
     result = model(Stream.from_batch(batch).replace(predict=True))
     masks = result.by_target(is_masked, False)
-    values = Totals(*evaluation_sums(result, is_masked).tolist()).means()
+    values = Totals.of(evaluation_sums(result, is_masked).tolist()).means()
     tokens = int(is_masked.sum())
     single, joint = float(single_log_probs(result)[masks].sum()), float(joint_log_probs(result, masks).sum())
     assert values["tokens"] == tokens and values["invalid"] == 0
@@ -79,7 +79,7 @@ def test_a_sequence_without_a_likelihood_is_counted_and_spoils_the_joint(config)
     broken = result.log_likelihood.clone()
     broken[0] = -math.inf
     sums = evaluation_sums(result.replace(log_likelihood=broken), torch.from_numpy(batch.is_masked))
-    values = Totals(*sums.tolist()).means()
+    values = Totals.of(sums.tolist()).means()
     assert values["invalid"] == 0.5 and values["joint_nll"] == math.inf and values["coupling"] == -math.inf
     of_the_other = -float(result.log_likelihood[1]) / int(result.num_targets[1])
     assert values["objective_nll"] == pytest.approx(of_the_other)

@@ -1,7 +1,8 @@
-"""Measured peak memory of training steps on a CPU beside the prediction of `exlm_dist/planning/memory.py`.
+"""Measured peak memory of training steps beside the prediction of `exlm_dist/planning/memory.py`.
 
     python benchmarks/memory.py                    # every case, about five minutes; writes a CSV to results/
     python benchmarks/memory.py --select ranks=2   # the cases whose name contains this
+    python benchmarks/memory.py --device cuda      # on one GPU, other cases: what torch allocates at the peak
 
 Measured is how far the resident size grows at its peak beyond that of the process before the model is built; a tiny
 model has done a step by then, so that libraries and their buffers are loaded. MALLOC_MMAP_THRESHOLD_ is set so that the
@@ -104,7 +105,7 @@ class Case:
 
 
 #: What a rank runs before it is measured; recomputation loads more of torch.
-TINY = Case(layers=2, width=32, heads=2, length=16, vocabulary=64, micro=2, recompute=True)
+TINY = Case(layers=2, width=64, heads=2, length=16, vocabulary=64, micro=2, recompute=True)
 CASES = [
     *(Case(zero=zero, recompute=recompute) for zero in (0, 1, 2) for recompute in (False, True)),
     Case(transitions="sparse"),
@@ -132,9 +133,21 @@ CASES = [
     Case(ranks=2, pipeline=2, accumulation=4, micro=8, recompute=True),
     Case(ranks=2, pipeline=2, width=384, heads=6, micro=2),
 ]
+#: One rank in bf16, at sizes where a step's memory matters.
+_BASE = {"layers": 12, "width": 768, "heads": 12, "vocabulary": 50304, "dtype": "bf16"}
+GPU_CASES = [
+    *(Case(**_BASE, zero=zero, micro=128) for zero in (1, 2, 3)),
+    Case(**_BASE, micro=128, recompute=True),
+    Case(**_BASE, micro=32, length=512),
+    Case(**_BASE, micro=128, objective="mlm"),
+    Case(**_BASE, micro=128, transitions="sparse"),
+    Case(**{**_BASE, "layers": 24, "width": 1024, "heads": 16}, micro=64),
+]
 
 
-def measure(cases: list[Case], *, default_malloc: bool = False, timeout: float = 600.0) -> list[float]:
+def measure(
+    cases: list[Case], *, device: str = "cpu", default_malloc: bool = False, timeout: float = 600.0
+) -> list[float]:
     """Bytes at the peak of the worst rank of each case, measured one after the other in `ranks` processes.
 
     All cases must have the same ranks and degrees of parallelism.
@@ -151,8 +164,8 @@ def measure(cases: list[Case], *, default_malloc: bool = False, timeout: float =
             "LOCAL_WORLD_SIZE": str(world),
         }
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-        quiet = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **({} if default_malloc else THRESHOLD)}
-        command = [sys.executable, __file__, "--run", json.dumps([asdict(case) for case in cases])]
+        quiet = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device, **({} if default_malloc else THRESHOLD)}
+        command = [sys.executable, __file__, "--device", device, "--run", json.dumps([asdict(case) for case in cases])]
         environment = {**os.environ, **identity, **rendezvous, **quiet}
         started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     try:
@@ -167,17 +180,26 @@ def measure(cases: list[Case], *, default_malloc: bool = False, timeout: float =
     return [max(peaks) for peaks in zip(*ranks)]
 
 
-def run_rank(cases: list[Case]) -> list[int]:
+def run_rank(cases: list[Case], device: str) -> list[int]:
     """Peaks of this rank, in bytes."""
+    import torch
+
     from exlm_dist.config.schema import LaunchConfig, ParallelConfig
     from exlm_dist.parallel import process as processes
 
     layout = {"ranks": cases[0].ranks, **cases[0].layout()}
-    process = processes.start(LaunchConfig(timeout=120, device="cpu", threads=1), ParallelConfig(**cases[0].layout()))
+    process = processes.start(LaunchConfig(timeout=120, device=device, threads=1), ParallelConfig(**cases[0].layout()))
     train(replace(TINY, **layout), process)
     peaks = []
     for case in cases:
         gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            train(case, process)
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+            continue
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident size
         before = resident("VmRSS")
         train(case, process)
@@ -230,11 +252,11 @@ def resident(what: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
 
 
-def rows_of(cases: list[Case], also_default: bool) -> list[dict[str, str | float]]:
+def rows_of(cases: list[Case], device: str, also_default: bool) -> list[dict[str, str | float]]:
     """A row of the table for each case."""
     rows = []
     for case in cases:
-        peak, predicted = measure([case])[0], case.predicted()
+        peak, predicted = measure([case], device=device)[0], case.predicted()
         row = {"case": case.name, "measured": peak / MIB, "predicted": predicted.total / MIB}
         row |= {"ratio": predicted.total / peak, "moment": predicted.moment}
         row |= {kind: predicted.parts[kind] / MIB if kind in predicted.parts else 0.0 for kind in KINDS}
@@ -246,12 +268,14 @@ def rows_of(cases: list[Case], also_default: bool) -> list[dict[str, str | float
     return rows
 
 
-def write(rows: list[dict[str, str | float]], folder: Path) -> Path:
+def write(rows: list[dict[str, str | float]], folder: Path, commit: str = "") -> Path:
     """Write the table, with hardware, versions and commit."""
     import torch
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
-    shared = {"date": date.today().isoformat(), "commit": commit.strip(), "machine": platform.machine(),
+    if not commit:
+        asked = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    shared = {"date": date.today().isoformat(), "commit": commit, "machine": platform.machine(),
               "torch": torch.__version__, "python": platform.python_version()}  # fmt: skip
     path = folder / f"memory_{shared['date']}.csv"
     with open(path, "w", newline="") as file:
@@ -267,16 +291,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--select", default="", help="only cases whose name contains one of these")
     parser.add_argument("--default", action="store_true", help="also measure with the default settings of malloc")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the CSV")
+    parser.add_argument("--commit", default="", help="of the code, where there is no git folder")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
-        print(json.dumps(run_rank([Case(**case) for case in json.loads(options.run)])), flush=True)
+        peaks = run_rank([Case(**case) for case in json.loads(options.run)], options.device)
+        print(json.dumps(peaks), flush=True)
         return
     words = options.select.split(",")
-    rows = rows_of([case for case in CASES if any(word in case.name for word in words)], options.default)
+    cases = GPU_CASES if options.device == "cuda" else CASES
+    rows = rows_of(
+        [case for case in cases if any(word in case.name for word in words)], options.device, options.default
+    )
     worst = max(abs(row["ratio"] - 1) for row in rows)
-    print(f"largest difference {worst:.1%}; {write(rows, options.out)}")
+    print(f"largest difference {worst:.1%}; {write(rows, options.out, options.commit)}")
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def build_sides(shape: Shape, length: int, device: torch.device) -> dict[str, Si
         "mlm": (lambda: ours(mlm), lambda: batches(mlm, sequences)),
         "exlm-small": (lambda: sides["exlm"].step, lambda: batches(exlm, few)),
         "straightforward": (
-            lambda: Straightforward(shape, DROPOUT, exlm.max_positions, device).step,
+            lambda: Straightforward(exlm, shape, device).step,
             lambda: [PaddedBatch.from_packed(batch).to(device) for batch in batches(exlm, few)],
         ),
     }

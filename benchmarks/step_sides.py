@@ -136,10 +136,9 @@ class Ours:
 class Straightforward:
     """The baseline: fp32 parameters under autocast, fused AdamW."""
 
-    def __init__(self, shape: Shape, dropout: float, max_positions: int, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, shape: Shape, device: torch.device) -> None:
         self.device = device
-        sizes = (shape.layers, shape.width, shape.heads, 4 * shape.width, shape.vocabulary, max_positions)
-        self.model = StraightforwardExLM(*sizes, dropout).to(device).train()
+        self.model = StraightforwardExLM.of(config, shape.vocabulary, config.dropout).to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), **ADAMW, fused=True)
 
     def step(self, batch: PaddedBatch) -> torch.Tensor:
@@ -157,14 +156,15 @@ def working_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def check_equal(device: torch.device) -> float:
-    """Relative difference of the two losses at toy size in fp32 without dropout, from the same weights."""
+def check_equal(device: torch.device, **changes: object) -> float:
+    """Relative difference of the two losses at toy size in fp32 without dropout, from the same weights; `changes` of
+    the model's settings.
+    """
     shape = SHAPES["toy"]
-    config = model_config(shape, "exlm", 0.0)
+    config = model_config(shape, "exlm", 0.0).model_copy(update=changes)
     batch = make_batch(config, shape, 40, 5, seed=0)
     ours = build_model(config, shape.vocabulary, seed=0)
-    sizes = (shape.layers, shape.width, shape.heads, 4 * shape.width, shape.vocabulary, config.max_positions)
-    other = StraightforwardExLM(*sizes, 0.0)
+    other = StraightforwardExLM.of(config, shape.vocabulary, 0.0)
     other.load_state_dict(ours.state_dict())
     with torch.no_grad():
         result = ours.to(device)(Stream.from_batch(batch, device))

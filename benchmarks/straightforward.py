@@ -109,12 +109,12 @@ class Block(nn.Module):
 
 
 class TransitionHead(nn.Module):
-    def __init__(self, width: int, heads: int, max_positions: int) -> None:
+    def __init__(self, width: int, heads: int, max_positions: int, prior: tuple[float, float] | None) -> None:
         super().__init__()
         self.positions = nn.Embedding(max_positions, width)
         self.query, self.key = nn.Linear(2 * width, width), nn.Linear(2 * width, width)
         self.gate = nn.Linear(2 * width, heads)
-        self.heads = heads
+        self.heads, self.prior = heads, prior
 
     def forward(self, features: Tensor, batch: PaddedBatch) -> Tensor:
         """Log-probabilities [B, n, n] from every state to every later one."""
@@ -124,6 +124,10 @@ class TransitionHead(nn.Module):
         query = self.query(x).view(count, length, self.heads, -1)
         key = self.key(x).view(count, length, self.heads, -1)
         scores = torch.einsum("bihp,bjhp->bijh", query, key) / math.sqrt(width // self.heads)  # [B, n, n, H]
+        if self.prior is not None:
+            group, (scale, floor) = (batch.clone == 1).cumsum(1), self.prior
+            excess = (group[:, None, :] - group[:, :, None] - 1).abs()
+            scores = scores - (excess / scale).clamp(max=floor)[..., None]
         later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         allowed = later & batch.is_state[:, :, None] & batch.is_state[:, None, :]
         scores = scores.masked_fill(~allowed[..., None], IMPOSSIBLE).log_softmax(dim=2)
@@ -132,11 +136,19 @@ class TransitionHead(nn.Module):
 
 
 class Output(nn.Module):
-    def __init__(self, width: int, heads: int, vocabulary: int, max_positions: int, weight: nn.Parameter) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        vocabulary: int,
+        max_positions: int,
+        prior: tuple[float, float] | None,
+        weight: nn.Parameter,
+    ) -> None:
         super().__init__()
         self.dense, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
         self.weight, self.bias = weight, nn.Parameter(torch.zeros(vocabulary))
-        self.transition = TransitionHead(width, heads, max_positions)
+        self.transition = TransitionHead(width, heads, max_positions, prior)
 
     def forward(self, features: Tensor, batch: PaddedBatch) -> Tensor:
         """log P of the targets of each row, [B]."""
@@ -158,17 +170,35 @@ def path_sum(match: Tensor, transitions: Tensor, batch: PaddedBatch) -> Tensor:
 
 
 class StraightforwardExLM(nn.Module):
-    """Pre-norm ExLM with dense transitions, anchors and a tied token head; parameters as in the package."""
+    """Pre-norm ExLM with dense transitions, anchors and a tied token head; parameters as in the package.
+
+    `prior`: width and floor of the prior over jumps in groups of states, if there is one.
+    """
 
     def __init__(
-        self, layers: int, width: int, heads: int, ffn: int, vocabulary: int, max_positions: int, dropout: float
+        self,
+        layers: int,
+        width: int,
+        heads: int,
+        ffn: int,
+        vocabulary: int,
+        max_positions: int,
+        prior: tuple[float, float] | None,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(Block(width, heads, ffn, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.output = Output(width, heads, vocabulary, max_positions, self.embedding.weight)
+        self.output = Output(width, heads, vocabulary, max_positions, prior, self.embedding.weight)
         self.dropout = dropout
+
+    @classmethod
+    def of(cls, config, vocabulary: int, dropout: float) -> StraightforwardExLM:
+        """The twin of the package's model with these settings."""
+        priors = {"none": None, "group": config.jump_shape}
+        sizes = (config.layers, config.width, config.heads, config.ffn, vocabulary, config.max_positions)
+        return cls(*sizes, priors[config.jump_prior], dropout)
 
     def forward(self, batch: PaddedBatch) -> Tensor:
         """Mean over the sequences of -log P / number of targets."""

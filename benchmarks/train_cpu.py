@@ -92,10 +92,7 @@ def build_ours(args: argparse.Namespace, dropout: float) -> torch.nn.Module:
 
 
 def build_straightforward(args: argparse.Namespace, dropout: float) -> torch.nn.Module:
-    config = model_config(args, dropout)
-    model = StraightforwardExLM(
-        config.layers, config.width, config.heads, config.ffn, args.vocabulary, config.max_positions, dropout
-    )
+    model = StraightforwardExLM.of(model_config(args, dropout), args.vocabulary, dropout)
     model.load_state_dict(build_ours(args, dropout).state_dict())
     return model
 

@@ -18,10 +18,16 @@ from exlm_dist.tokenizers.tokenizer import PAD
 
 VARIANTS = {
     "exlm": {},
-    "untied post": {"tie_head": False, "norm": "post", "layers": 2},
-    "sparse": {"transitions": "sparse", "states": 3},
+    "untied post": {"tie_head": False, "norm": "post", "layers": 2, "jump_prior": "group"},
+    "sparse": {"transitions": "sparse", "states": 3, "jump_prior": "laplace"},
     "uniform 1d": {"transitions": "uniform", "rotary": "1d"},
-    "no anchors": {"anchors": False, "states": 2, "transition_positions": False},
+    "no anchors": {
+        "anchors": False,
+        "states": 2,
+        "transition_positions": False,
+        "jump_prior": "gaussian",
+        "jump_width": 0.7,
+    },
     "mlm": {"objective": "mlm", "states": 1, "anchors": False},
 }
 LENGTHS = [9, 4, 14, 1]

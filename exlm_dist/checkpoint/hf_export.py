@@ -25,6 +25,9 @@ SETTINGS = {
     "objective": "objective",
     "states": "states",
     "transitions": "transitions",
+    "jump_prior": "jump_prior",
+    "jump_width": "jump_width",
+    "jump_floor": "jump_floor",
     "transition_positions": "transition_positions",
     "anchors": "anchors",
     "rotary": "rotary",
@@ -52,12 +55,14 @@ def is_export(folder: Path) -> bool:
 
 
 def read_model(folder: Path) -> ModelConfig:
-    """Section `model` of the run. What is not in `config.json` has its default, as transformers leaves that out."""
+    """Section `model` of the run. What is not in `config.json` has the default of the exported code, as transformers
+    leaves that out."""
     from exlm_dist.config.schema import ModelConfig  # not above: what writes checkpoints starts faster without
 
     content = _read_json(Path(folder) / CONFIG_JSON)
     try:
-        return ModelConfig.model_validate({ours: content[key] for key, ours in SETTINGS.items() if key in content})
+        given = {ours: content[key] for key, ours in SETTINGS.items() if key in content}
+        return ModelConfig.model_validate({"jump_prior": "none", **given})
     except ValueError as error:
         raise CheckpointError(f"{Path(folder) / CONFIG_JSON}: {error}") from error
 

@@ -170,9 +170,9 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def read_config(folder: Path) -> RunConfig:
     """The resolved config that the checkpoint (or run folder) was written with."""
-    from exlm_dist.config import load_config  # not above: the process that writes checkpoints starts faster without
+    from exlm_dist.config import load_stored  # not above: the process that writes checkpoints starts faster without
 
-    return load_config(Path(folder) / CONFIG_FILE, [])
+    return load_stored(Path(folder) / CONFIG_FILE)
 
 
 def reference(folder: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from exlm_dist.config.check import (
     longest_expansion,
 )
 from exlm_dist.config.layouts import check_vocabulary, data_degree
-from exlm_dist.config.load import config_difference, dump_config, flatten, load_config, parse_overrides
+from exlm_dist.config.load import config_difference, dump_config, flatten, load_config, load_stored, parse_overrides
 from exlm_dist.config.schema import RunConfig
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "flatten",
     "largest_num_masks",
     "load_config",
+    "load_stored",
     "longest_expansion",
     "parse_overrides",
 ]

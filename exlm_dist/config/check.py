@@ -94,6 +94,12 @@ def _model(model: ModelConfig) -> list[str]:
             f"model.objective mlm has one state per mask and no anchors, but model.states is {model.states} and "
             f"model.anchors {str(model.anchors).lower()}. Set model.states 1 and model.anchors false."
         )
+    if model.jump_prior != "none" and (model.objective == "mlm" or model.transitions == "uniform"):
+        without = "model.objective mlm" if model.objective == "mlm" else "model.transitions uniform"
+        problems.append(
+            f"model.jump_prior {model.jump_prior} is added to the scores of learned transitions, and {without} has "
+            "none. Set model.jump_prior none."
+        )
     return problems
 
 

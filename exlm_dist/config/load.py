@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from exlm_dist.config.check import check_config
-from exlm_dist.config.schema import RESUMABLE, RunConfig, is_among
+from exlm_dist.config.schema import FORMER, RESUMABLE, RunConfig, is_among
 from exlm_dist.utils.errors import ConfigError
 
 _NULL = "tag:yaml.org,2002:null"
@@ -36,6 +36,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         parts = key.split(".")
         for depth in range(1, len(parts) + 1):
             origins[".".join(parts[:depth])] = "command line"
+    return _checked(tree, origins, path)
+
+
+def load_stored(path: str | Path) -> RunConfig:
+    """The settings that a run or checkpoint was written with, from its `config.yaml`.
+
+    A setting that is younger than the file has the value that the run was trained with (`FORMER`), whatever its
+    default is now. Raises as `load_config`.
+    """
+    tree, origins = read_yaml(Path(path))
+    for key, value in FORMER.items():
+        if key not in origins:
+            _set(tree, key, value, key)
+    return _checked(tree, origins, path)
+
+
+def _checked(tree: dict[str, Any], origins: Origins, path: str | Path) -> RunConfig:
     config = validate(tree, origins, str(path))
     check_config(config)
     return config

@@ -29,6 +29,9 @@ def _renamed_backend(value: object) -> object:
     return "torch" if value == "reference" else value
 
 
+#: Width and floor of each prior over jumps where a run gives none.
+JUMP_SHAPES = {"gaussian": (1.0, 8.0), "laplace": (1.0, 8.0), "group": (0.125, 12.0)}
+
 AutoCount = Annotated[Literal["auto"] | int, PlainValidator(_auto_count)]
 
 
@@ -95,6 +98,20 @@ class ModelConfig(Section):
         "dense",
         description="dense: learned, to any later state; sparse: learned, only to the states of the next expanded position; uniform: not learned (ablation without transitions).",
     )
+    jump_prior: Literal["none", "gaussian", "laplace", "group"] = Field(
+        "none",
+        description="Fixed prior of the learned transitions over the length of a jump. It favours jumps of k states (gaussian, laplace), or to the next group of k (group); none: the authors' form, with which paths run to the last states early.",
+    )
+    jump_width: float = Field(
+        0.0,
+        ge=0,
+        description="Standard deviation of gaussian and scale of laplace, in states; scale of group, in groups; 0: 1 (gaussian, laplace) or 0.125 (group).",
+    )
+    jump_floor: float = Field(
+        0.0,
+        ge=0,
+        description="The most that the prior takes from the score of a jump, in nats; 0: 8 (gaussian, laplace) or 12 (group).",
+    )
     transition_positions: bool = Field(
         True,
         description="Give the transition head a learned embedding of the position in the expanded sequence beside the features.",
@@ -119,6 +136,12 @@ class ModelConfig(Section):
         2048, ge=8, description="Largest expanded length; rows of the learned position table of the transition head."
     )
     init_std: float = Field(0.02, gt=0, description="Standard deviation of the initial linear and embedding weights.")
+
+    @property
+    def jump_shape(self) -> tuple[float, float]:
+        """Width and floor of the prior over jumps, those of its kind where they are 0."""
+        width, floor = JUMP_SHAPES.get(self.jump_prior, (0.0, 0.0))
+        return self.jump_width or width, self.jump_floor or floor
 
 
 class BatchConfig(Section):
@@ -362,6 +385,8 @@ CHANGEABLE = (
     "optimizer",
     "schedule",
 )
+#: Settings younger than the first checkpoints, and what runs that do not have them were trained with.
+FORMER = {"model.jump_prior": "none"}
 
 
 def is_among(key: str, names: Iterable[str]) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from exlm_dist.config import RunConfig, load_config
+from exlm_dist.config import RunConfig, load_stored
 from exlm_dist.tracking import EVENTS, read_events
 from exlm_dist.utils.errors import CheckpointError
 
@@ -85,7 +85,7 @@ def read_history(run_folder: Path) -> History:
             for name, value in event["values"].items():
                 points.setdefault(name, []).append((event["step"], value, event["time"] / 1000))
     return History(
-        run_folder, load_config(run_folder / "config.yaml"), {name: _series(rows) for name, rows in points.items()}
+        run_folder, load_stored(run_folder / "config.yaml"), {name: _series(rows) for name, rows in points.items()}
     )
 
 

@@ -142,12 +142,18 @@ def export_fairseq(checkpoint: Path, out: Path) -> str:
     """Write the weights of a checkpoint (or of a run's newest) for the authors' code to `out`; a line that says so.
 
     Its metadata say what `exlm import fairseq` needs to make a checkpoint of it again. An earlier export at `out` is
-    replaced. ConfigError if `out` is anything else; CheckpointError if the checkpoint is not whole.
+    replaced. ConfigError if `out` is anything else, or if their code cannot compute what the model does;
+    CheckpointError if the checkpoint is not whole.
     """
     out = Path(os.path.abspath(out))
     _check_target(out)
     folder = find_checkpoint(Path(checkpoint))
     config, about = read_config(folder), read_state(folder)
+    if config.model.jump_prior != "none":
+        raise ConfigError(
+            f"{folder} was trained with model.jump_prior {config.model.jump_prior}, which the authors' code does not "
+            "have: it would compute other transitions with these weights. `exlm export hf` can export it."
+        )
     state = to_fairseq(load_weights(folder, verified=True), heads=config.model.heads, mask_last=True)
     metadata = {
         "name": config.name,

@@ -143,10 +143,15 @@ def _settings(file: Path, about: Mapping[str, Any] | None, config: Path | None) 
         "name": name,
         "data": {"path": "unknown data (imported weights; give --data)"},
         "schedule": {"steps": max(step, 1)},
-        "model": model,
+        "model": {"jump_prior": "none", **model} if isinstance(model, dict) else model,
     }
     settings = validate(tree, origins, str(config or file))
     check_config(settings)
+    if settings.model.jump_prior != "none":
+        raise ConfigError(
+            f"{origins.get('model.jump_prior', file)}: model.jump_prior {settings.model.jump_prior}, but the authors' "
+            "code has no prior over jumps. Set it to none, or leave it out."
+        )
     return settings
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from exlm_dist.config.schema import ModelConfig
 from exlm_dist.kernels.dag import dag_log_likelihood
 from exlm_dist.kernels.linear import Linear, linear
-from exlm_dist.kernels.transitions import transition_log_probs
+from exlm_dist.kernels.transitions import JumpPrior, transition_log_probs
 from exlm_dist.kernels.vocab import VocabShard, match_scores
 from exlm_dist.model.block import NORM_EPS
 from exlm_dist.model.cost import learns_transitions
@@ -57,7 +57,7 @@ class TransitionHead(nn.Module):
 
     A rank with some of the heads computes their mixture as if there were no others; the mixtures of the ranks are mixed
     by the probability that the gate gives each: log E = lse(g + log E_rank) - lse(g), with g the log-sum-exp of the
-    local raw gates and lse over the ranks.
+    local raw gates and lse over the ranks. All heads have the same prior over jumps.
     """
 
     tensor_sharding: ClassVar[dict[str, Sharding]] = {"query": "head", "key": "head", "gate": "head"}
@@ -71,6 +71,7 @@ class TransitionHead(nn.Module):
         self.key = StateProjection(inputs, config.width)
         self.gate = StateProjection(inputs, config.heads)
         self.kind = config.transitions
+        self.prior = None if config.jump_prior == "none" else JumpPrior(config.jump_prior, *config.jump_shape)
         self.backend = backend
 
     def forward(self, features: Tensor, stream: Stream) -> Tensor:
@@ -88,6 +89,7 @@ class TransitionHead(nn.Module):
             stream.max_states,
             states_per_target=stream.states,
             kind=self.kind,
+            prior=self.prior,
             backend=self.backend,
         )
         if not self.region.is_sharded:

@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from exlm_dist.config import RunConfig, flatten, load_config
+from exlm_dist.config import RunConfig, flatten, load_stored
 from exlm_dist.tracking.events import EVENTS, EventLog, parse_event, run_line
 from exlm_dist.tracking.store import MlflowRun, RunGone, import_mlflow
 from exlm_dist.tracking.system import SystemSampler
@@ -248,7 +248,7 @@ def sync(run_folder: Path, timeout: float = 60.0) -> SyncReport:
             raise CheckpointError(
                 f"{run_folder} is no run folder: it has no {name}. Give the folder of a run, say runs/NAME."
             )
-    config = load_config(run_folder / "config.yaml")
+    config = load_stored(run_folder / "config.yaml")
     uri = tracking_uri(config.tracking.uri, runs_folder(run_folder))
     shipper = Shipper(run_folder, uri, config.tracking.experiment)
     report = shipper.start().finish(timeout)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from exlm_dist.checkpoint import storage
-from exlm_dist.config import RunConfig, config_difference, dump_config, load_config
+from exlm_dist.config import RunConfig, config_difference, dump_config, load_stored
 from exlm_dist.tracking import EVENTS, EventLog
 from exlm_dist.utils.checkpoint_names import CHECKPOINTS
 from exlm_dist.utils.errors import CheckpointError, ConfigError
@@ -70,7 +70,7 @@ def record_start(path: Path, config: RunConfig, step: int) -> None:
 
 def _is_another_run(file: Path, config: RunConfig) -> bool:
     try:
-        return bool(config_difference(load_config(file), config))
+        return bool(config_difference(load_stored(file), config))
     except ConfigError:  # missing, cut short, or of another version
         return True
 

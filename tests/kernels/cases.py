@@ -8,17 +8,33 @@ import math
 import torch
 from torch import Tensor
 
+from exlm_dist.kernels.transitions import JumpPrior
+
 
 def starts_of(lengths: list[int]) -> Tensor:
     """Cumulative lengths [B+1]."""
     return torch.tensor([0, *itertools.accumulate(lengths)])
 
 
-def transition_probability(query: Tensor, key: Tensor, gate: Tensor, v: int, u: int, allowed: list[int]) -> float:
-    """E[v, u] of one sequence, number by number; `allowed` are the states that may follow v."""
+def prior_score(prior: JumpPrior | None, v: int, u: int, k: int) -> float:
+    """What a prior over jumps adds to the score of going from v to u, number by number."""
+    if prior is None:
+        return 0.0
+    if prior.kind == "gaussian":
+        return max(-prior.floor, -((u - v - k) ** 2) / (2 * prior.width**2))
+    distance = abs(u // k - v // k - 1) if prior.kind == "group" else abs(u - v - k)
+    return max(-prior.floor, -distance / prior.width)
+
+
+def transition_probability(
+    query: Tensor, key: Tensor, gate: Tensor, v: int, u: int, allowed: list[int], bias: list[float]
+) -> float:
+    """E[v, u] of one sequence, number by number; `allowed` are the states that may follow v, `bias` is added to the
+    score of each state."""
     total = 0.0
     for q, keys, own_gate in zip(query[v].tolist(), key.transpose(0, 1).tolist(), gate[v].tolist()):
-        weights = [math.exp(sum(a * b for a, b in zip(q, k)) / math.sqrt(len(q))) for k in keys]
+        scores = [sum(a * b for a, b in zip(q, k)) / math.sqrt(len(q)) for k in keys]
+        weights = [math.exp(score + extra) for score, extra in zip(scores, bias)]
         gates = sum(math.exp(other) for other in gate[v].tolist())
         total += math.exp(own_gate) / gates * weights[u] / sum(weights[w] for w in allowed)
     return total

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
-from cases import starts_of, transition_probability
+from cases import prior_score, starts_of, transition_probability
 from golden import Golden, golden_cases
 
 from exlm_dist.kernels import transition_log_probs
-from exlm_dist.kernels.transitions import naive
+from exlm_dist.kernels.transitions import JumpPrior, naive
 from exlm_dist.kernels.transitions import torch as torch_form
 
 BATCHES = [[4], [2, 6, 4], [1, 8], [2]]
+#: Each with jumps at the floor and above it.
+PRIORS = {
+    "none": None,
+    "gaussian": JumpPrior("gaussian", 1.0, 3.0),
+    "laplace": JumpPrior("laplace", 1.0, 1.5),
+    "group": JumpPrior("group", 0.5, 3.0),
+}
 
 
 def example(lengths, heads=3, width=4, extra=2, dtype=torch.float64, seed=0, scale=1.0):
@@ -28,29 +36,33 @@ def finite_sum(logs, cotangent):
     return torch.where(logs > -math.inf, logs * cotangent, 0).sum()
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse", "uniform"])
-def test_definition_number_by_number(kind):
+@pytest.mark.parametrize(
+    ("kind", "prior"), [*itertools.product(["dense", "sparse"], PRIORS), ("uniform", "none")], ids="-".join
+)
+def test_definition_number_by_number(kind, prior):
     lengths = [2, 6, 4]
     tensors, starts, longest = example(lengths)
-    found = naive.transition_log_probs(*tensors, starts, longest, states_per_target=2, kind=kind)
+    found = naive.transition_log_probs(*tensors, starts, longest, states_per_target=2, kind=kind, prior=PRIORS[prior])
     expected = torch.full_like(found, -math.inf)
     for b, length in enumerate(lengths):
         own = [tensor[starts[b] : starts[b + 1]] for tensor in tensors]
         for v in range(length):
             allowed = [u for u in range(v + 1, length) if kind != "sparse" or u // 2 == v // 2 + 1]
             for u in allowed:
-                value = 1 / len(allowed) if kind == "uniform" else transition_probability(*own, v, u, allowed)
+                bias = [prior_score(PRIORS[prior], v, w, 2) for w in range(length)]
+                value = 1 / len(allowed) if kind == "uniform" else transition_probability(*own, v, u, allowed, bias)
                 expected[b, v, u] = math.log(value)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 if kind == "uniform" else 1e-13)
 
 
+@pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 @pytest.mark.parametrize("lengths", BATCHES)
-def test_equals_the_definition(kind, lengths, monkeypatch):
+def test_equals_the_definition(kind, lengths, prior, monkeypatch):
     monkeypatch.setattr(torch_form, "BLOCK_ELEMENTS", 200)  # several parts even here
     tensors, starts, longest = example(lengths)
     out, expected = (
-        run(*tensors, starts, longest, states_per_target=2, kind=kind)
+        run(*tensors, starts, longest, states_per_target=2, kind=kind, prior=PRIORS[prior])
         for run in (transition_log_probs, naive.transition_log_probs)
     )
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
@@ -70,12 +82,12 @@ def test_uniform_equals_the_definition():
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse"])
-def test_gradcheck(kind):
+@pytest.mark.parametrize(("kind", "prior"), [("dense", "none"), ("sparse", "none"), ("dense", "gaussian")])
+def test_gradcheck(kind, prior):
     tensors, starts, longest = example([2, 6, 4])
 
     def finite(*x):
-        out = transition_log_probs(*x, starts, longest, states_per_target=2, kind=kind)
+        out = transition_log_probs(*x, starts, longest, states_per_target=2, kind=kind, prior=PRIORS[prior])
         return out[out > -math.inf]
 
     assert torch.autograd.gradcheck(finite, tensors)
@@ -170,6 +182,24 @@ def test_golden(case, dtype, tolerance):
         torch.testing.assert_close(ours[name].double(), expected, rtol=0, atol=tolerance * size)
 
 
+def test_the_prior_of_groups_changes_nothing_where_only_the_next_group_is_allowed():
+    tensors, starts, longest = example([6, 4])
+    plain, with_prior = (
+        transition_log_probs(*tensors, starts, longest, states_per_target=2, kind="sparse", prior=prior)
+        for prior in (None, PRIORS["group"])
+    )
+    assert torch.equal(plain, with_prior)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "floor", "word"),
+    [("normal", 1.0, 8.0, "normal"), ("group", 0.0, 8.0, "0.0"), ("group", 1.0, math.inf, "inf")],
+)
+def test_a_prior_that_is_none_is_named(name, width, floor, word):
+    with pytest.raises(ValueError, match=word):
+        JumpPrior(name, width, floor)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -179,6 +209,7 @@ def test_golden(case, dtype, tolerance):
         ({"kind": "full"}, ["full", "dense"]),
         ({"states_per_target": 0}, ["0", "1"]),
         ({"query": None}, ["query"]),
+        ({"kind": "uniform", "prior": PRIORS["group"]}, ["uniform", "prior"]),
     ],
 )
 def test_wrong_arguments_are_named(change, words):

@@ -16,8 +16,14 @@ pytest.importorskip("triton")
 from cases import starts_of  # noqa: E402
 
 from exlm_dist.kernels import transition_log_probs  # noqa: E402
-from exlm_dist.kernels.transitions import naive  # noqa: E402
+from exlm_dist.kernels.transitions import JumpPrior, naive  # noqa: E402
 
+PRIORS = {
+    "none": None,
+    "gaussian": JumpPrior("gaussian", 1.5, 8.0),
+    "laplace": JumpPrior("laplace", 1.0, 8.0),
+    "group": JumpPrior("group", 0.125, 12.0),
+}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -35,26 +41,29 @@ def make(
 
 
 def evaluate(
-    inputs: list[Tensor], lengths: list[int], k: int, kind: str, dtype: torch.dtype, *, definition: bool = False
-) -> list[Tensor]:
+    inputs: list[Tensor], lengths: list[int], k: int, kind: str, dtype: torch.dtype, *, prior: str = "none",
+    definition: bool = False,
+) -> list[Tensor]:  # fmt: skip
     """[log E, gradients of query, key, gate], by Triton or by definition; the gradient that Triton gets is NaN where a
     transition is not allowed.
     """
     leaves = [tensor.detach().to(DEVICE, dtype).requires_grad_() for tensor in inputs]
     run = naive.transition_log_probs if definition else partial(transition_log_probs, backend="triton")
-    out = run(*leaves, starts_of(lengths).to(DEVICE), max(lengths) + 1, states_per_target=k, kind=kind)
+    starts = starts_of(lengths).to(DEVICE)
+    out = run(*leaves, starts, max(lengths) + 1, states_per_target=k, kind=kind, prior=PRIORS[prior])
     grad = torch.linspace(0, 1, out.numel(), dtype=torch.float64).view_as(out).to(out)
     out.backward(grad.where(out.isfinite(), 0.0 if definition else torch.nan))
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
 def agree(
-    inputs: list[Tensor], lengths: list[int], k: int, kind: str, dtype: torch.dtype, tolerance: float
-) -> list[Tensor]:
+    inputs: list[Tensor], lengths: list[int], k: int, kind: str, dtype: torch.dtype, tolerance: float,
+    prior: str = "none",
+) -> list[Tensor]:  # fmt: skip
     """Relative error of each output within `tolerance` of the definition on the same (rounded) inputs in fp64."""
     rounded = [tensor.to(dtype).double().nan_to_num() for tensor in inputs]
-    exact = evaluate(rounded, lengths, k, kind, torch.float64, definition=True)
-    ours = evaluate(inputs, lengths, k, kind, dtype)
+    exact = evaluate(rounded, lengths, k, kind, torch.float64, prior=prior, definition=True)
+    ours = evaluate(inputs, lengths, k, kind, dtype, prior=prior)
     assert torch.equal(exact[0].isfinite(), ours[0].isfinite())
     allowed = exact[0].isfinite()
     torch.testing.assert_close(ours[0][allowed].double(), exact[0][allowed], rtol=2e-6, atol=2e-5)
@@ -64,11 +73,12 @@ def agree(
     return ours
 
 
+@pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 @pytest.mark.parametrize("heads, width", [(3, 24), (2, 32)])
-def test_agrees_with_the_definition(kind: str, heads: int, width: int) -> None:
+def test_agrees_with_the_definition(kind: str, heads: int, width: int, prior: str) -> None:
     lengths = [12, 4, 36, 8]
-    agree(make(lengths, heads, width), lengths, 4, kind, torch.float32, 2e-6)
+    agree(make(lengths, heads, width), lengths, 4, kind, torch.float32, 2e-6, prior)
 
 
 def test_half_precision() -> None:
@@ -122,12 +132,14 @@ def test_other_sequences_and_their_order_change_nothing() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
-@pytest.mark.parametrize("width", [32, 64, 96, 128])
-def test_full_size(kind: str, width: int) -> None:
+@pytest.mark.parametrize(
+    "width, prior", [(32, "none"), *((64, prior) for prior in PRIORS), (96, "group"), (128, "none")]
+)
+def test_full_size(kind: str, width: int, prior: str) -> None:
     lengths = [84, 312, 4, 8, 252, 764] * 4
     inputs = make(lengths, 12, width, seed=4)
-    agree(inputs, lengths, 4, kind, torch.bfloat16, 6e-3)
-    agree(inputs, lengths, 4, kind, torch.float32, 5e-6)
+    agree(inputs, lengths, 4, kind, torch.bfloat16, 6e-3, prior)
+    agree(inputs, lengths, 4, kind, torch.float32, 5e-6, prior)
 
 
 @pytest.mark.gpu
@@ -138,7 +150,7 @@ def test_no_host_synchronisation() -> None:
     for mode in ("default", "error"):
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            out = transition_log_probs(*leaves, starts, 84, states_per_target=4)
+            out = transition_log_probs(*leaves, starts, 84, states_per_target=4, prior=PRIORS["group"])
             out.backward(torch.zeros_like(out))
         finally:
             torch.cuda.set_sync_debug_mode("default")

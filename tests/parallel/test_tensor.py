@@ -35,8 +35,8 @@ CASES = {
     "TP2 untied uniform": (2, {"tie_head": False, "transitions": "uniform"}, False, {}),
     "TP2 dropout": (2, DROPOUT, False, {"token_dropout": 4}),
     "TP2 sequence dropout recomputed": (2, DROPOUT, True, RECOMPUTED),
-    "TP4": (4, {"transition_positions": False}, False, {}),
-    "TP4 sparse": (4, {"transitions": "sparse"}, False, {}),
+    "TP4, jump prior": (4, {"transition_positions": False, "jump_prior": "group"}, False, {}),
+    "TP4 sparse, jump prior": (4, {"transitions": "sparse", "jump_prior": "laplace"}, False, {}),
     "TP4 sequence": (4, {"layers": 1}, True, {}),
     "TP4 sequence dropout": (4, DROPOUT, True, {}),
 }

@@ -34,6 +34,12 @@ def test_toy_run_writes_every_figure(step, tmp_path, capsys):
     assert "| exlm step / mlm step |" in capsys.readouterr().out
 
 
+def test_the_straightforward_model_has_the_prior_too(step):
+    sides, cpu = sys.modules["step_sides"], torch.device("cpu")
+    plain, prior = (sides.check_equal(cpu, jump_prior=name) for name in ("none", "group"))
+    assert max(plain, prior) < step.TOLERANCE
+
+
 def test_counts_of_operations(step):
     sides = sys.modules["step_sides"]
     shape = sides.SHAPES["base"]

@@ -8,6 +8,8 @@ class ExLMConfig(PreTrainedConfig):
 
     objective: "exlm" (`states` hidden states for each `<mask>`, joined by a graph) or "mlm" (one state, no graph).
     transitions: "dense", "sparse" or "uniform"; transition_positions: the transition head knows where its states are.
+    jump_prior: "none", or what is added to the scores of transitions by their length: "gaussian", "laplace" or "group",
+    of width jump_width, and at least -jump_floor.
     anchors: first and last token of a sequence with masks are expanded too. rotary: "2d" or "1d"; norm: "pre" or
     "post". max_position_embeddings: longest expanded sequence that the transition head can index.
     """
@@ -24,6 +26,9 @@ class ExLMConfig(PreTrainedConfig):
         objective: str = "exlm",
         states: int = 4,
         transitions: str = "dense",
+        jump_prior: str = "none",
+        jump_width: float = 0.0,
+        jump_floor: float = 0.0,
         transition_positions: bool = True,
         anchors: bool = True,
         rotary: str = "2d",
@@ -49,6 +54,9 @@ class ExLMConfig(PreTrainedConfig):
         self.objective = objective
         self.states = states
         self.transitions = transitions
+        self.jump_prior = jump_prior
+        self.jump_width = jump_width
+        self.jump_floor = jump_floor
         self.transition_positions = transition_positions
         self.anchors = anchors
         self.rotary = rotary

@@ -48,8 +48,22 @@ def expand_masks(
     }
 
 
+def jump_prior(config: ExLMConfig, num_states: int, device: torch.device) -> Tensor:
+    """What is added to the score of going from state v to u, [S, S]: by how far a jump is from k states ("gaussian",
+    "laplace") or from the next group of k ("group")."""
+    index, expected = torch.arange(num_states, device=device), config.states
+    if config.jump_prior == "group":
+        index, expected = index // config.states, 1
+    surplus = (index - index[:, None] - expected).float() / config.jump_width
+    fall = surplus**2 / 2 if config.jump_prior == "gaussian" else surplus.abs()
+    return -fall.clamp(max=config.jump_floor)
+
+
 class ExLMTransitionHead(nn.Module):
-    """log E [B, S, S], E[v, u] = sum_h softmax(gate_v)_h softmax_u(q_hv . k_hu / sqrt(P)) over the allowed u."""
+    """log E [B, S, S], E[v, u] = sum_h softmax(gate_v)_h softmax_u(q_hv . k_hu / sqrt(P) + c_vu) over the allowed u.
+
+    c is the prior over jumps, if there is one.
+    """
 
     def __init__(self, config: ExLMConfig):
         super().__init__()
@@ -61,6 +75,7 @@ class ExLMTransitionHead(nn.Module):
         self.key = nn.Linear(inputs, config.hidden_size)
         self.gate = nn.Linear(inputs, config.num_attention_heads)
         self.heads = config.num_attention_heads
+        self.config = config
 
     def forward(self, features: Tensor, index: Tensor, allowed: Tensor) -> Tensor:
         """features [B, S, D] of the states, index [B, S] in the expanded sequence, allowed [B, S, S] bool."""
@@ -73,6 +88,8 @@ class ExLMTransitionHead(nn.Module):
             features = torch.cat([features, self.positions(index)], -1)
         query, key = (layer(features).unflatten(-1, (self.heads, -1)) for layer in (self.query, self.key))
         scores = torch.einsum("bvhp,buhp->bhvu", query, key).float() * query.shape[-1] ** -0.5
+        if self.config.jump_prior != "none":
+            scores = scores + jump_prior(self.config, scores.shape[-1], scores.device)
         log_heads = scores.masked_fill(~allowed[:, None], NEVER).log_softmax(-1)
         log_gate = self.gate(features).float().log_softmax(-1).transpose(1, 2)[..., None]
         return (log_heads + log_gate).logsumexp(1).masked_fill(~allowed, NEVER)

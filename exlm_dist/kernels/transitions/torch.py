@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.checks import work_dtype
 from exlm_dist.kernels.ragged import Segments
+from exlm_dist.kernels.transitions.prior import JumpPrior
 
 # Scores [sequences, H, L, L] in memory at a time, in elements.
 BLOCK_ELEMENTS = 1 << 19
@@ -20,10 +21,13 @@ NEVER = float("-inf")
 
 
 def transition_log_probs(
-    query: Tensor, key: Tensor, gate: Tensor, cu_states: Tensor, max_states: int, *, group: int | None
-) -> Tensor:
-    """Dense (group None) or sparse (states per group) log E; see `exlm_dist.kernels.transitions`."""
-    return _Transitions.apply(query, key, gate, cu_states, max_states, group)
+    query: Tensor, key: Tensor, gate: Tensor, cu_states: Tensor, max_states: int, *,
+    states_per_target: int, sparse: bool, prior: JumpPrior | None,
+) -> Tensor:  # fmt: skip
+    """Dense or sparse log E; see `exlm_dist.kernels.transitions`."""
+    group = states_per_target if sparse else None
+    bias = prior and prior.bias(max_states, states_per_target, work_dtype(query), query.device)
+    return _Transitions.apply(query, key, gate, cu_states, max_states, group, bias)
 
 
 def uniform_log_probs(cu_states: Tensor, max_states: int) -> Tensor:
@@ -45,28 +49,28 @@ def _allowed(segments: Segments, group: int | None) -> Tensor:
 
 class _Transitions(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, gate, cu_states, max_states, group):
-        ctx.save_for_backward(query, key, gate, cu_states)
+    def forward(ctx, query, key, gate, cu_states, max_states, group, bias):
+        ctx.save_for_backward(query, key, gate, cu_states, bias)
         ctx.settings = (max_states, group)
         heads = query.shape[1]
         segments = Segments.of(cu_states, max_states, len(query))
         out = torch.empty((segments.count, max_states, max_states), dtype=work_dtype(query), device=query.device)
         for rows, part in _parts(segments, heads):
-            log_heads, _, log_gate = _head_log_probs(query, key, gate, part, group)
+            log_heads, _, log_gate = _head_log_probs(query, key, gate, part, group, bias)
             out[rows] = torch.logsumexp(log_heads.add_(log_gate), dim=1)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        query, key, gate, cu_states = ctx.saved_tensors
+        query, key, gate, cu_states, bias = ctx.saved_tensors
         max_states, group = ctx.settings
         segments = Segments.of(cu_states, max_states, len(query))
         grads = [torch.zeros_like(tensor, dtype=work_dtype(query)) for tensor in (query, key, gate)]
         for rows, part in _parts(segments, query.shape[1]):
-            for total, piece in zip(grads, _part_grads(query, key, gate, part, group, grad_out[rows])):
+            for total, piece in zip(grads, _part_grads(query, key, gate, part, group, bias, grad_out[rows])):
                 total += part.pack(piece, len(total))
-        return *(grad.to(query.dtype) for grad in grads), None, None, None
+        return *(grad.to(query.dtype) for grad in grads), None, None, None, None
 
 
 def _parts(segments: Segments, heads: int) -> Iterator[tuple[slice, Segments]]:
@@ -78,14 +82,19 @@ def _parts(segments: Segments, heads: int) -> Iterator[tuple[slice, Segments]]:
 
 
 def _head_log_probs(
-    query: Tensor, key: Tensor, gate: Tensor, part: Segments, group: int | None
+    query: Tensor, key: Tensor, gate: Tensor, part: Segments, group: int | None, bias: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-    """log p_h[v, u] as [b, H, L, L], the (query, key) it came from as [b, H, L, P], log-gates as [b, H, L, 1]."""
+    """log p_h[v, u] as [b, H, L, L], the (query, key) it came from as [b, H, L, P], log-gates as [b, H, L, 1].
+
+    bias [L, L] is added to the scores.
+    """
     dtype = work_dtype(query)
     padded_query = part.pad(query).to(dtype).transpose(1, 2)
     padded_key = part.pad(key).to(dtype).transpose(1, 2)
     forbidden = ~_allowed(part, group)[:, None]
     scores = (padded_query @ padded_key.transpose(2, 3)).mul_(query.shape[-1] ** -0.5)
+    if bias is not None:
+        scores += bias
     log_heads = torch.log_softmax(scores.masked_fill_(forbidden, NEVER), dim=-1)
     log_heads.masked_fill_(forbidden, NEVER)  # the row of a state without successor came out as NaN
     log_gate = torch.log_softmax(part.pad(gate).to(dtype), dim=-1).transpose(1, 2)[..., None]
@@ -93,10 +102,16 @@ def _head_log_probs(
 
 
 def _part_grads(
-    query: Tensor, key: Tensor, gate: Tensor, part: Segments, group: int | None, grad_out: Tensor
+    query: Tensor,
+    key: Tensor,
+    gate: Tensor,
+    part: Segments,
+    group: int | None,
+    bias: Tensor | None,
+    grad_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query and key [b, L, H, P] and gate [b, L, H] for the sequences of `part`."""
-    log_heads, (padded_query, padded_key), log_gate = _head_log_probs(query, key, gate, part, group)
+    log_heads, (padded_query, padded_key), log_gate = _head_log_probs(query, key, gate, part, group, bias)
     joint = log_heads + log_gate
     total = torch.logsumexp(joint, dim=1, keepdim=True)
     impossible = total == NEVER

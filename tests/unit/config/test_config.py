@@ -5,12 +5,25 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from exlm_dist.cli import main
-from exlm_dist.config import check_length, check_world, config_difference, dump_config, flatten, load_config, reference
+from exlm_dist.config import (
+    RunConfig,
+    check_length,
+    check_world,
+    config_difference,
+    dump_config,
+    flatten,
+    load,
+    load_config,
+    load_stored,
+    reference,
+)
 from exlm_dist.config.load import known_keys
+from exlm_dist.config.schema import ModelConfig
 from exlm_dist.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -37,6 +50,26 @@ def failure(path: Path, *overrides: str) -> str:
 def test_the_former_name_of_the_torch_backend_still_loads(write):
     config = load_config(write(MINIMAL + "kernels: {backend: reference}\n"))
     assert config == load_config(write(MINIMAL), ["--kernels.backend", "torch"]) and "torch" in dump_config(config)
+
+
+def test_a_stored_run_without_a_younger_setting_has_what_it_was_trained_with(write, monkeypatch):
+    class Model(ModelConfig):
+        jump_prior: Literal["none", "group"] = "group"
+
+    class Run(RunConfig):
+        model: Model = Model()
+
+    monkeypatch.setattr(load, "RunConfig", Run)  # as if the default were another
+    for section in ("", "model: {layers: 2}\n"):
+        path = write(MINIMAL + section)
+        assert load_config(path).model.jump_prior == "group" and load_stored(path).model.jump_prior == "none"
+    path.write_text(MINIMAL + "model: {jump_prior: group}\n")
+    assert load_stored(path).model.jump_prior == "group"
+
+
+def test_shape_of_the_prior_over_jumps():
+    assert ModelConfig(jump_prior="group").jump_shape == (0.125, 12.0)
+    assert ModelConfig(jump_prior="laplace", jump_width=2.0).jump_shape == (2.0, 8.0)
 
 
 def test_dump_and_load_give_an_equal_object(write):
@@ -124,6 +157,11 @@ def test_a_file_overrides_its_base(write):
         (["--model.heads", "7"], ["768", "model.heads 7", "Nearest that fits: model.heads 6"]),
         (["--model.width", "72", "--model.heads", "12"], ["head width 6", "divisible by 4", "model.width 96"]),
         (["--model.objective", "mlm"], ["model.states 1", "model.anchors false"]),
+        (["--model.jump_prior", "group", "--model.transitions", "uniform"], ["group", "uniform", "jump_prior none"]),
+        (
+            ["--model.jump_prior", "group", "--model.objective", "mlm", "--model.states", "1"],
+            ["model.objective mlm has none", "model.jump_prior none"],
+        ),
         (["--masking.keep", "0.6", "--masking.random", "0.5"], ["more than 1"]),
         (["--schedule.warmup", "10"], ["schedule.warmup 10", "schedule.steps 10"]),
         (["--batch.sequences", "100", "--batch.micro", "32"], ["100", "32", "Nearest: batch.sequences 96"]),

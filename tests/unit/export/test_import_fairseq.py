@@ -34,6 +34,7 @@ VARIANTS = {
     "no positions": {"transition_positions": False},
     "uniform": {"transitions": "uniform", "anchors": False},
     "mlm": {"objective": "mlm", "states": 1, "anchors": False},
+    "prior": {"jump_prior": "group"},
 }
 
 
@@ -85,7 +86,7 @@ def config(exported, tmp_path) -> Path:
     return tmp_path / "model.yaml"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "prior"])
 def test_there_and_back_and_there_again(variant, tmp_path, data):
     source = make_checkpoint(tmp_path / "made", data, variant)
     first, second = tmp_path / "1.safetensors", tmp_path / "new/2.safetensors"
@@ -98,6 +99,20 @@ def test_there_and_back_and_there_again(variant, tmp_path, data):
     assert load_tokenizer(tmp_path / "back").fingerprint == load_tokenizer(data).fingerprint
     assert main(["export", "fairseq", str(tmp_path / "back"), "--out", str(second)]) == 0
     assert second.read_bytes() == first.read_bytes()
+
+
+def test_a_prior_over_jumps_neither_goes_out_nor_comes_in(theirs, config, tmp_path, data, capsys):
+    source, out = make_checkpoint(tmp_path / "with a prior", data, "prior"), tmp_path / "out.safetensors"
+    assert main(["export", "fairseq", str(source), "--out", str(out)]) == 2 and not out.exists()
+    assert "model.jump_prior group" in capsys.readouterr().err
+    model = yaml.safe_load(config.read_text())["model"]
+    config.write_text(yaml.safe_dump({"model": model | {"jump_prior": "laplace"}}))
+    with pytest.raises(ConfigError, match=r"model.yaml:\d+: model.jump_prior laplace.*Set it to none"):
+        import_fairseq(theirs, tmp_path / "back", tokenizer=data, config=config)
+    del model["jump_prior"]
+    config.write_text(yaml.safe_dump({"model": model}))
+    import_fairseq(theirs, tmp_path / "back", tokenizer=data, config=config)
+    assert reader.read_config(tmp_path / "back").model.jump_prior == "none"
 
 
 def test_an_import_is_a_checkpoint(exported, tmp_path, data):

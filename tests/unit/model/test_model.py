@@ -37,6 +37,8 @@ SWITCHES = [
     {"transitions": kind, "anchors": anchors, "states": states}
     for kind, anchors, states in itertools.product(("dense", "sparse", "uniform"), (True, False), (1, 3))
 ] + [
+    {"jump_prior": "group"},
+    {"jump_prior": "gaussian", "transitions": "sparse"},
     {"norm": "post"},
     {"rotary": "1d"},
     {"transition_positions": False},

@@ -67,6 +67,7 @@ def token_probabilities(model, stream) -> torch.Tensor:
         {"states": 3, "transitions": "sparse"},
         {"states": 3, "transitions": "uniform"},
         {"anchors": False, "states": 3},
+        {"jump_prior": "gaussian"},
     ],
     ids=str,
 )
@@ -222,3 +223,36 @@ def test_a_sequence_without_a_likelihood_is_named_and_gives_no_gradient(bad):
     loss.backward()
     assert loss.item() == pytest.approx(6 / 3 + 4 / 2)
     assert stream.log_likelihood.grad[1] == 0 and (stream.log_likelihood.grad[[0, 2]] < 0).all()
+
+
+def marginals_by_matrices(transitions: torch.Tensor, targets: int) -> torch.Tensor:
+    """The prior marginals [N, L] of a graph with one end, by a product of a vector and a matrix for each target."""
+    matrix, ways = transitions.double().exp(), torch.zeros(2, targets, len(transitions), dtype=torch.float64)
+    ways[0, 0, 0] = ways[1, -1, -1] = 1
+    for i in range(1, targets):
+        ways[0, i] = ways[0, i - 1] @ matrix
+        ways[1, -1 - i] = matrix @ ways[1, -i]
+        ways /= ways.sum(-1, keepdim=True).where(ways.sum(-1, keepdim=True) > 0, 1)
+    joint = ways.prod(0)
+    return joint / joint.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("states", [2, 4, 8])
+@pytest.mark.parametrize("masked", [18, 198])
+@torch.no_grad()
+def test_paths_of_a_new_model_are_where_their_targets_are(states, masked):
+    """By the prior over groups every target is rather in its own group of states; without one hardly any is."""
+    own_group = {}
+    for prior in ("none", "group"):
+        config, model = make_model(states=states, init_std=0.02, max_positions=2048, jump_prior=prior)
+        batch = make_batch([2 * masked], states=states, vocab_size=VOCABULARY, ratio=0.5)
+        stream = Stream.from_batch(batch)
+        for layer in model.layers[:-1]:
+            stream = layer(stream)
+        marginals = marginals_by_matrices(model.output.distributions(stream)[1][0], masked + 2)
+        if masked == 18:
+            expected = prior_marginals(model.output(stream))[0]
+            torch.testing.assert_close(marginals.float(), expected, rtol=1e-3, atol=1e-6)
+        own_group[prior] = marginals.unflatten(1, (masked + 2, states)).sum(-1).diagonal()
+    assert own_group["group"].min() >= 0.5
+    assert own_group["none"].median() < 0.1

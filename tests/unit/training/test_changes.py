@@ -21,7 +21,7 @@ from exlm_dist.utils.errors import CheckpointError
 NEVER = {"name", "seed", "batch.sequences", "init"} | {
     f"model.{name}"
     for name in ("objective", "layers", "width", "heads", "ffn", "states", "transitions", "transition_positions")
-    + ("rotary", "anchors", "norm", "tie_head", "max_positions", "init_std")
+    + ("jump_prior", "jump_width", "jump_floor", "rotary", "anchors", "norm", "tie_head", "max_positions", "init_std")
 }
 
 
@@ -100,6 +100,10 @@ def test_what_decides_how_the_next_steps_learn_needs_the_flag_and_is_listed():
         ({"seed": 5}, "samples would come twice"),
         ({"batch": {"sequences": 16, "micro": 8}}, "step x batch.sequences is the position"),
         ({"objective": "mlm"}, "what the weights are"),
+        (
+            {"model": settings().model.model_dump() | {"jump_prior": "group"}},
+            "model.jump_prior +none +group +no: decides what the weights are",
+        ),
     ],
 )
 def test_what_never_changes_is_refused_with_the_reason(change, reason):

@@ -178,7 +178,7 @@ def test_each_setting_of_another_architecture_is_named_with_what_works():
         check_architecture(source(theirs), ours)
     assert "model.layers is 3 there, 2 here" in str(caught.value) and "width" not in str(caught.value)
     assert str(caught.value).endswith("--model.layers 3 --model.heads 4")
-    free = {"states": 2, "objective": "mlm", "max_positions": 64, "dropout": 0.0, "tie_head": False}
+    free = {"states": 2, "objective": "mlm", "max_positions": 64, "dropout": 0.0, "jump_prior": "group"}
     check_architecture(source(theirs), theirs.model_copy(update=free))
 
 

@@ -15,6 +15,7 @@ from exlm_dist.kernels.transitions.triton.tiles import (
     before,
     load_rows,
     log_gates,
+    prior_scores,
     scores,
     store_rows,
     transition_tile,
@@ -24,9 +25,9 @@ from exlm_dist.kernels.transitions.triton.tiles import sequence as states_of
 
 @triton.jit(do_not_specialize=["side", "rows"])
 def row_sum_kernel(
-    query, key, cu_states, base, out, grad_out, tile_sums, scale, side, rows,
+    query, key, cu_states, base, out, grad_out, tile_sums, scale, slope, lowest, side, rows,
     heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, PRIOR: tl.constexpr, STEP: tl.constexpr, ALIGN: tl.constexpr,
 ):
     """Sum over the u of a tile of responsibility times gradient, [tiles of u, H, S]: all heads of a tile, read once."""
     b = tl.program_id(2).to(tl.int64)
@@ -43,11 +44,12 @@ def row_sum_kernel(
         # Far above any score, so that the responsibility for a transition without probability is 0.
         b_log = tl.where(m_transition, b_log * LOG2E, -LOWEST)
         b_grad = tl.where(m_transition, b_grad, 0.0)
+        b_prior = prior_scores(row, column, slope, lowest, PRIOR, STEP, ROWS, COLUMNS)
         p_out = tile_sums + (tl.program_id(0).to(tl.int64) * heads * rows + first)
         for h in range(0, heads):
             b_score = scores(
-                query, key, base, first, row, column, length, h, scale, rows, heads, width, ROWS, COLUMNS, BLOCK,
-                PRECISION,
+                query, key, base, b_prior, first, row, column, length, h, scale, rows, heads, width, ROWS, COLUMNS,
+                BLOCK, PRECISION,
             )
             tl.store(p_out + o_v, tl.sum(tl.exp2(b_score - b_log) * b_grad, 1), mask=o_v < length)
             p_out += rows
@@ -86,9 +88,11 @@ def _add_row_sums(tile_sums, lse, base, row_sums, head, o_v, length, start, stop
 
 @triton.jit(do_not_specialize=["side", "rows"])
 def query_gradient_kernel(
-    query, key, cu_states, lse, base, out, grad_out, tile_sums, row_sums, grad_query, scale, root, side, rows,
+    query, key, cu_states, lse, base, out, grad_out, tile_sums, row_sums, grad_query, scale, root, slope, lowest,
+    side, rows,
     heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr, EACH: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, PRIOR: tl.constexpr, STEP: tl.constexpr, ALIGN: tl.constexpr,
+    EACH: tl.constexpr,
 ):
     """Gradient of ROWS queries of EACH heads (1 or 2), and `row_sums`: the sum over the tiles of `tile_sums`."""
     h = tl.program_id(1) * EACH
@@ -118,12 +122,13 @@ def query_gradient_kernel(
             b_grad = tl.load(grad_out + origin + o_transition, mask=m_transition)
             b_limit = _limit(length - column, COLUMNS)[None, :]
             b_key = load_rows(key + h * width, first + column, length - column, heads, width, COLUMNS, BLOCK)
-            b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
+            b_prior = prior_scores(row, column, slope, lowest, PRIOR, STEP, ROWS, COLUMNS)
+            b_score = tl.dot(b_query, tl.trans(b_key), b_prior, input_precision=PRECISION)
             b_score = _score_gradient(b_score, b_log, b_grad, b_lse, b_base, b_row_sum, scale, b_limit)
             b_total = tl.dot(b_score.to(b_key.dtype), b_key, b_total, input_precision=PRECISION)
             if EACH == 2:
                 b_key = load_rows(key + (h + 1) * width, first + column, length - column, heads, width, COLUMNS, BLOCK)
-                b_score = tl.dot(b_query_2, tl.trans(b_key), input_precision=PRECISION)
+                b_score = tl.dot(b_query_2, tl.trans(b_key), b_prior, input_precision=PRECISION)
                 b_score = _score_gradient(b_score, b_log, b_grad, b_lse_2, b_base_2, b_row_sum_2, scale, b_limit)
                 b_total_2 = tl.dot(b_score.to(b_key.dtype), b_key, b_total_2, input_precision=PRECISION)
         grad_query += h * width
@@ -134,8 +139,8 @@ def query_gradient_kernel(
 
 @triton.jit
 def _key_part(
-    b_total, b_key, b_log, b_grad, query, lse, base, row_sums, head, first, count, scale, heads: tl.constexpr,
-    width: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    b_total, b_key, b_prior, b_log, b_grad, query, lse, base, row_sums, head, first, count, scale,
+    heads: tl.constexpr, width: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """The gradient `b_total` of keys of a head (that of `query`) plus what ROWS states v contribute."""
     o_v = tl.arange(0, ROWS)
@@ -143,7 +148,7 @@ def _key_part(
     b_lse = tl.load(lse + head + o_v, mask=o_v < count, other=0.0)
     b_base = tl.load(base + head + o_v, mask=o_v < count, other=0.0)
     b_row_sum = tl.load(row_sums + head + o_v, mask=o_v < count, other=0.0)
-    b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
+    b_score = tl.dot(b_query, tl.trans(b_key), b_prior, input_precision=PRECISION)
     b_limit = _limit(count, ROWS)[:, None]
     b_score = _score_gradient(b_score, b_log, b_grad, b_lse, b_base, b_row_sum, scale, b_limit)
     return tl.dot(tl.trans(b_score.to(b_query.dtype)), b_query, b_total, input_precision=PRECISION)
@@ -152,9 +157,10 @@ def _key_part(
 @triton.jit(do_not_specialize=["side", "rows"])
 def key_gradient_kernel(
     query, key, gate, cu_states, lse, base, out, grad_out, row_sums, grad_query, grad_key, grad_gate, scale, root,
-    side, rows,
+    slope, lowest, side, rows,
     heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr, ALIGN: tl.constexpr, EACH: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr, PRIOR: tl.constexpr, STEP: tl.constexpr,
+    ALIGN: tl.constexpr, EACH: tl.constexpr,
 ):
     """Gradient of COLUMNS keys of EACH heads (1 or 2). Programs past the last head do the gates of as many states;
     those past the last sequence zero the rows that no sequence owns.
@@ -187,15 +193,16 @@ def key_gradient_kernel(
                 origin, o_transition, m_transition = transition_tile(b, row, column, side, ROWS, COLUMNS, ALIGN)
                 b_log = tl.load(out + origin + o_transition, mask=m_transition)
                 b_grad = tl.load(grad_out + origin + o_transition, mask=m_transition)
+                b_prior = prior_scores(row, column, slope, lowest, PRIOR, STEP, ROWS, COLUMNS)
                 head = h.to(tl.int64) * rows + first + row
                 b_total = _key_part(
-                    b_total, b_key, b_log, b_grad, query, lse, base, row_sums, head, first + row, length - row, scale,
-                    heads, width, ROWS, BLOCK, PRECISION,
+                    b_total, b_key, b_prior, b_log, b_grad, query, lse, base, row_sums, head, first + row,
+                    length - row, scale, heads, width, ROWS, BLOCK, PRECISION,
                 )
                 if EACH == 2:
                     b_total_2 = _key_part(
-                        b_total_2, b_key_2, b_log, b_grad, query + width, lse, base, row_sums, head + rows, first + row,
-                        length - row, scale, heads, width, ROWS, BLOCK, PRECISION,
+                        b_total_2, b_key_2, b_prior, b_log, b_grad, query + width, lse, base, row_sums, head + rows,
+                        first + row, length - row, scale, heads, width, ROWS, BLOCK, PRECISION,
                     )
             grad_key += h * width
             store_rows(grad_key, first + column, length - column, b_total * root, heads, width, COLUMNS, BLOCK)

@@ -12,6 +12,7 @@ from exlm_dist.kernels.transitions.triton.tiles import (
     allowed,
     load_rows,
     log_gates,
+    prior_scores,
     scores,
     transition_tile,
 )
@@ -23,9 +24,9 @@ LEAST_SUM = tl.constexpr(2.0**-100)
 
 @triton.jit(do_not_specialize=["rows"])
 def normaliser_kernel(
-    query, key, gate, cu_states, lse, base, scale, rows,
+    query, key, gate, cu_states, lse, base, scale, slope, lowest, rows,
     heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, PRIOR: tl.constexpr, STEP: tl.constexpr,
 ):
     """For ROWS states v: lse of one head in base 2 (log2 of the sum over u of 2^score), log2 of its gate minus that."""
     h = tl.program_id(1)
@@ -40,7 +41,8 @@ def normaliser_kernel(
         for column in range(start // COLUMNS * COLUMNS, stop, COLUMNS):
             o_u = column + tl.arange(0, COLUMNS)
             b_key = load_rows(key + h * width, first + column, length - column, heads, width, COLUMNS, BLOCK)
-            b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
+            b_prior = prior_scores(row, column, slope, lowest, PRIOR, STEP, ROWS, COLUMNS)
+            b_score = tl.dot(b_query, tl.trans(b_key), b_prior, input_precision=PRECISION)
             if (GROUP > 0) | (column < row + ROWS) | (column + COLUMNS > length):
                 b_score = tl.where(allowed(o_v, o_u, length, GROUP), b_score, float("-inf"))
             b_new = tl.maximum(b_top, tl.max(b_score, 1))
@@ -57,9 +59,9 @@ def normaliser_kernel(
 
 @triton.jit(do_not_specialize=["side", "rows"])
 def mixture_kernel(
-    query, key, cu_states, base, out, scale, side, rows,
+    query, key, cu_states, base, out, scale, slope, lowest, side, rows,
     heads: tl.constexpr, width: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, PRIOR: tl.constexpr, STEP: tl.constexpr, ALIGN: tl.constexpr,
 ):
     """log E of a tile [ROWS, COLUMNS]: log of the sum over heads of gate times probability; -inf where not allowed."""
     b = tl.program_id(2).to(tl.int64)
@@ -68,10 +70,12 @@ def mixture_kernel(
     column = tl.program_id(0) * COLUMNS
     start, stop = after(row, ROWS, length, GROUP)
     count = tl.where((column < stop) & (column + COLUMNS > start) & (row < length), heads, 0)
+    b_prior = prior_scores(row, column, slope, lowest, PRIOR, STEP, ROWS, COLUMNS)
     b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
     for h in range(0, count):
         b_score = scores(
-            query, key, base, first, row, column, length, h, scale, rows, heads, width, ROWS, COLUMNS, BLOCK, PRECISION
+            query, key, base, b_prior, first, row, column, length, h, scale, rows, heads, width, ROWS, COLUMNS, BLOCK,
+            PRECISION,
         )
         b_sum += tl.exp2(b_score)
     m_transition = allowed(row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS), length, GROUP)
@@ -81,8 +85,8 @@ def mixture_kernel(
         b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
         for h in range(0, count):
             b_score = scores(
-                query, key, base, first, row, column, length, h, scale, rows, heads, width, ROWS, COLUMNS, BLOCK,
-                PRECISION,
+                query, key, base, b_prior, first, row, column, length, h, scale, rows, heads, width, ROWS, COLUMNS,
+                BLOCK, PRECISION,
             )
             b_gap = tl.exp2(-tl.abs(b_score - b_top))
             b_sum = tl.where(b_score > b_top, b_sum * b_gap + 1.0, b_sum + b_gap)

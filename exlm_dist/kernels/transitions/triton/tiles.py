@@ -92,8 +92,31 @@ def transition_tile(b, row, column, side, ROWS: tl.constexpr, COLUMNS: tl.conste
 
 
 @triton.jit
+def prior_scores(
+    row, column, slope, lowest, PRIOR: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The prior over jumps of a tile of transitions, in units of q.k; 0 where there is none (PRIOR "none").
+
+    It is a function of how far a jump is from the expected one, in states or (PRIOR "group") in groups of STEP.
+    """
+    if PRIOR == "none":
+        return tl.zeros([ROWS, COLUMNS], tl.float32)
+    else:
+        o_v = row + tl.arange(0, ROWS)
+        o_u = column + tl.arange(0, COLUMNS)
+        if PRIOR == "group":
+            o_v = o_v // STEP + 1
+            o_u = o_u // STEP
+        else:
+            o_v = o_v + STEP
+        b_surplus = o_u.to(tl.float32)[None, :] - o_v.to(tl.float32)[:, None]
+        b_surplus = b_surplus * b_surplus if PRIOR == "gaussian" else tl.abs(b_surplus)
+        return tl.maximum(b_surplus * slope, lowest)
+
+
+@triton.jit
 def scores(
-    query, key, base, first, row, column, length, h, scale, rows, heads: tl.constexpr, width: tl.constexpr,
+    query, key, base, b_prior, first, row, column, length, h, scale, rows, heads: tl.constexpr, width: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """log2 of gate times probability of head h, for a tile of transitions."""
@@ -101,7 +124,7 @@ def scores(
     b_key = load_rows(key + h * width, first + column, length - column, heads, width, COLUMNS, BLOCK)
     o_v = row + tl.arange(0, ROWS)
     b_base = tl.load(base + (tl.cast(h, tl.int64) * rows + first) + o_v, mask=o_v < length, other=0.0)
-    return tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale + b_base[:, None]
+    return tl.dot(b_query, tl.trans(b_key), b_prior, input_precision=PRECISION) * scale + b_base[:, None]
 
 
 @triton.jit

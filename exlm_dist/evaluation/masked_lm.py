@@ -72,18 +72,32 @@ class Evaluation:
         kind = f"exlm, k={self.states}" if self.objective == "exlm" else "plain mlm"
         values = self.values
         exact = f", every one right in {values['exact']:.2%} of {self.completed} sequences" if self.completed else ""
-        return "\n".join(
-            [
-                f"{self.run} ({kind}) step {self.step}, budget {self.budget or 'not labelled'}",
-                f"  {self.split}: {self.sequences} sequences, {self.mask_ratio:.0%} masked, {self.count} masked tokens",
-                f"  each by itself: nll {self.nll:.4f} nats per masked token (perplexity {values['perplexity']:.3f}), "
-                f"accuracy {values['accuracy']:.2%}",
-                f"  all of a sequence at once: nll {values['joint_nll']:.4f} nats per masked token "
-                f"(coupling {values['coupling']:+.4f}){exact}",
-                f"  -log P per target {values['objective_nll']:.4f} (as trained; not comparable across objectives)",
-                f"  sequences without a path: {values['invalid']:.2%}",
-            ]
-        )
+        lines = [
+            f"{self.run} ({kind}) step {self.step}, budget {self.budget or 'not labelled'}",
+            f"  {self.split}: {self.sequences} sequences, {self.mask_ratio:.0%} masked, {self.count} masked tokens",
+            f"  each by itself: nll {self.nll:.4f} nats per masked token (perplexity {values['perplexity']:.3f}), "
+            f"accuracy {values['accuracy']:.2%}",
+            f"  all of a sequence at once: nll {values['joint_nll']:.4f} nats per masked token "
+            f"(coupling {values['coupling']:+.4f}){exact}",
+            f"  -log P per target {values['objective_nll']:.4f} (as trained; not comparable across objectives)",
+            f"  sequences without a path: {values['invalid']:.2%}",
+        ]
+        return "\n".join(lines + self._alignment_lines())
+
+    def _alignment_lines(self) -> list[str]:
+        """How the masked tokens lie at the states, in words; nothing for the plain model."""
+        found = {name.removeprefix("alignment_"): value for name, value in self.values.items() if "alignment" in name}
+        if not found:
+            return []
+        return [
+            f"  alignment: {found['states_used']:.2f} of {self.states} states used; spread of their tokens "
+            f"{found['token_spread']:.3f}, of their hidden vectors {found['hidden_spread']:.3f} of that between masks",
+            *(
+                f"    {kind}: {found[f'{kind}_own']:.1%} at the own states, "
+                f"entropy {found[f'{kind}_entropy']:.3f} nats per masked token"
+                for kind in ("prior", "posterior")
+            ),
+        ]
 
 
 def evaluate_checkpoint(

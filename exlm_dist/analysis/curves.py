@@ -170,7 +170,7 @@ def _legend(
 ) -> None:
     """One entry for each run (or those `among` them), whichever lines it has, and one for each line style."""
     for history, colour in zip(histories, style.colours()):
-        if among is not None and history not in among:
+        if among is not None and not any(history is one for one in among):
             continue
         axes.plot([], [], color=colour, label=f"{history.name} ({history.kind})")
     for kind, meaning in (line_styles or {}).items():

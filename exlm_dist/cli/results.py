@@ -14,7 +14,10 @@ _CHECKPOINT = "run folder (its newest checkpoint) or checkpoint folder"
 def register(commands: Commands) -> None:
     """Add `evaluate`, `report`, `sync` and `export`."""
     evaluate = add_command(
-        commands, "evaluate", _evaluate, "nll and accuracy per masked token of a checkpoint on held-out data"
+        commands,
+        "evaluate",
+        _evaluate,
+        "nll and accuracy of masked tokens, single and joint, on held-out data",
     )
     evaluate.add_argument("checkpoint", type=Path, help=_CHECKPOINT)
     evaluate.add_argument("--data", type=Path, help="prepared folder; default: the one the run was trained on")

@@ -117,7 +117,8 @@ def compare(got, wanted, *, replicas=1, bound=1e-5):
         assert deviation < bound, f"first gradient of {name}: {deviation}"
     for name, deviation in deviations(final, wanted[3]).items():
         assert deviation < bound, f"{name} after {STEPS} steps: {deviation}"
-    assert evaluation == pytest.approx(wanted[4], rel=bound)
+    # The states of a mask differ by little here: rounding is seen in sums of squares of such differences.
+    assert evaluation == pytest.approx(wanted[4], rel=bound, abs=3e-7)
 
 
 MODELS = {

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from exlm_dist.config.schema import LaunchConfig, ParallelConfig
+from exlm_dist.kernels.determinism import compute_repeatably
 from exlm_dist.parallel.compiler import leave_compiler_unloaded
 from exlm_dist.parallel.layout import Layout
 from exlm_dist.parallel.network import interface_towards
@@ -127,6 +128,7 @@ def start(launch: LaunchConfig, parallel: ParallelConfig | None = None) -> Proce
     torch.set_num_threads(threads(launch.threads, local_world(world)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        compute_repeatably()
     timeout = timedelta(seconds=launch.timeout)
     _join("nccl" if device.type == "cuda" else "gloo", rank, world, timeout)
     if device.type == "cpu":  # where a second of a core counts, and every layout is tested without it

@@ -8,6 +8,7 @@ import torch
 from packed import make_batch
 
 from exlm_dist.config.schema import ModelConfig
+from exlm_dist.kernels.determinism import compute_repeatably
 from exlm_dist.model.build import build_model
 from exlm_dist.model.objective import loss_sum
 from exlm_dist.model.stream import Stream
@@ -16,6 +17,15 @@ VOCABULARY = 64
 PLAIN = {"objective": "mlm", "states": 1, "anchors": False, "rotary": "1d", "transitions": "uniform"}
 
 
+@pytest.fixture
+def repeatably():
+    compute_repeatably()
+    yield
+    torch.set_deterministic_debug_mode("default")
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.mark.usefixtures("repeatably")
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["dense", "sparse", "plain"])
 @pytest.mark.parametrize("sequences", [32, 256])  # torch sums rows differently below and above 3,072

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "tokenizers": BASE,
     "tracking": BASE,
     "data": BASE | {"tokenizers"},
-    "parallel": BASE | {"checkpoint"},
+    "parallel": BASE | {"checkpoint", "kernels"},
     "prepare": BASE | {"data", "tables", "tokenizers"},
     "model": BASE | {"kernels", "data", "parallel"},
     "inference": BASE | {"checkpoint", "data", "kernels", "model", "tables", "tokenizers"},

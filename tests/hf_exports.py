@@ -11,7 +11,7 @@ from made_run import make_config
 
 from exlm_dist.config import dump_config
 from exlm_dist.model.build import build_model
-from exlm_dist.model.objective import prior_marginals
+from exlm_dist.model.objective import prior_paths
 from exlm_dist.model.stream import Stream
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.tokenizers.tokenizer import PAD
@@ -76,7 +76,7 @@ def distribution(model, stream: Stream) -> torch.Tensor:
     head = model.output
     log_p = F.linear(head.norm(F.gelu(head.dense(hidden))), head.weight, head.bias).log_softmax(-1)
     padded = stream.padded(log_p, stream.cu_states, stream.max_states, 0.0)
-    return torch.logsumexp(prior_marginals(result).log()[..., None] + padded[:, None], 2)
+    return torch.logsumexp(prior_paths(result)[0].log()[..., None] + padded[:, None], 2)
 
 
 def hidden_states(model, stream: Stream) -> torch.Tensor:

@@ -109,11 +109,18 @@ def make_run(config: RunConfig, *, seconds_per_step: float = 0.5, level: float =
             },
         )
         if step % 20 == 0:
-            log.metrics(step, {"valid/nll": nll, "valid/accuracy": math.exp(-nll)})
+            log.metrics(step, {"valid/nll": nll, "valid/accuracy": math.exp(-nll), **_alignment(config, nll)})
     log.status("FINISHED")
     log.close()
     write_initial_checkpoint(config, folder)
     return folder
+
+
+def _alignment(config: RunConfig, nll: float) -> dict[str, float]:
+    if config.model.objective == "mlm":
+        return {}
+    names = ("prior_entropy", "posterior_entropy", "prior_own", "posterior_own", "states_used", "token_spread")
+    return {f"valid/alignment_{name}": math.exp(-nll) + (name == "states_used") for name in names}
 
 
 def write_initial_checkpoint(config: RunConfig, folder: Path, step: int = 100) -> Path:

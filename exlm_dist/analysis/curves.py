@@ -1,8 +1,9 @@
-"""Curves over training: quality, optimisation, speed. From event logs alone."""
+"""Curves over training: quality, optimisation, speed, alignment. From event logs alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,35 @@ def plot_throughput(histories: Sequence[History], folder: Path) -> Path:
         return style.save(made, folder, "throughput")
 
 
+def plot_alignment_over_training(histories: Sequence[History], folder: Path) -> Path | None:
+    """Held-out entropy of prior and posterior, their probability of the own states, states used, and how much the
+    tokens of a mask's states differ, by steps; None where no run has logged them, as plain models do not."""
+    runs = [history for history in histories if len(history.series("valid/alignment_states_used"))]
+    if not runs:
+        return None
+    panels = [
+        ("Entropy over the states", "nats per masked token", {"prior_entropy": "--", "posterior_entropy": "-"}),
+        ("Probability of the own k states", "fraction", {"prior_own": "--", "posterior_own": "-"}),
+        ("States used of each mask", "effective number, k at most", {"states_used": "-"}),
+        ("How much the tokens of a mask's states differ", "total variation", {"token_spread": "-"}),
+    ]
+    subtitle = f"masked tokens of held-out sequences; {_subtitle(runs)}"
+    with style.figure(10, 6.4, "Alignment over training", subtitle) as made:
+        grid = made.subplots(2, 2, sharex=True)
+        for axes, (title, unit, lines) in zip(grid.flat, panels):
+            _each(axes, histories, partial(_alignment, lines), False)
+            style.label(axes, title, "optimizer steps" if axes in grid[1] else "", unit)
+        entropy, own, used, spread = grid.flat
+        own.set_ylim(-0.02, 1.02)
+        own.yaxis.set_major_formatter(PercentFormatter(1))
+        used.set_ylim(0.95, max(history.config.model.states for history in runs) + 0.05)
+        for axes in (entropy, spread):
+            axes.set_ylim(bottom=0)
+        meanings = {"solid": "posterior, given the targets", "dashed": "prior, by the transitions"}
+        _legend(entropy, histories, meanings, among=runs)
+        return style.save(made, folder, "alignment_over_training")
+
+
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
     """Centred mean over `width` points (fewer at the ends), without the values that are not finite."""
     if width < 2 or not len(values):
@@ -108,6 +138,11 @@ def _held_out(axes: Axes, history: History, colour: str, by_seconds: bool, *, na
         axes.plot(x, series.values, color=colour, marker="o", markersize=3.5)
 
 
+def _alignment(lines: dict[str, str], axes: Axes, history: History, colour: str, _: bool) -> None:
+    for name, kind in lines.items():
+        _line(axes, history.series(f"valid/alignment_{name}"), colour, _steps, linestyle=kind, marker="o", markersize=3)
+
+
 def _speed(axes: Axes, history: History, colour: str, _: bool) -> None:
     _line(axes, history.series("perf/tokens_per_second"), colour, _steps)
     _line(axes, history.series("perf/expanded_tokens_per_second"), colour, _steps, linestyle="--", linewidth=1.1)
@@ -127,9 +162,16 @@ def _line(axes: Axes, series: Series, colour: str, x: Callable[[Series], np.ndar
         axes.plot(x(series), series.values, color=colour, **options)
 
 
-def _legend(axes: Axes, histories: Sequence[History], line_styles: dict[str, str] | None = None) -> None:
-    """One entry for each run, whichever lines it has, and one for each line style."""
+def _legend(
+    axes: Axes,
+    histories: Sequence[History],
+    line_styles: dict[str, str] | None = None,
+    among: Sequence[History] | None = None,
+) -> None:
+    """One entry for each run (or those `among` them), whichever lines it has, and one for each line style."""
     for history, colour in zip(histories, style.colours()):
+        if among is not None and not any(history is one for one in among):
+            continue
         axes.plot([], [], color=colour, label=f"{history.name} ({history.kind})")
     for kind, meaning in (line_styles or {}).items():
         axes.plot([], [], color="black", linestyle=kind, linewidth=1.2, label=meaning)

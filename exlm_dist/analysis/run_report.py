@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from exlm_dist.analysis.curves import plot_optimisation, plot_quality, plot_throughput
+from exlm_dist.analysis.curves import plot_alignment_over_training, plot_optimisation, plot_quality, plot_throughput
 from exlm_dist.analysis.inspection import inspect_checkpoint
 from exlm_dist.analysis.lengths import plot_lengths, training_lengths
 from exlm_dist.analysis.state_graph import plot_alignment, plot_state_graph, plot_transitions
@@ -39,7 +39,8 @@ def run_report(runs: Sequence[Path], *, record: bool = True) -> Path:
     folder = home / PLOTS
     table = compare_histories(histories)
     print(table, flush=True)
-    curves = [plot(histories, folder) for plot in (plot_quality, plot_optimisation, plot_throughput)]
+    plots = (plot_quality, plot_optimisation, plot_throughput, plot_alignment_over_training)
+    curves = [path for plot in plots if (path := plot(histories, folder)) is not None]
     figures, missing = _model_figures(histories, folder)
     write_atomic(home / REPORT, _page(histories, table.markdown(), [*curves, *figures], missing))
     if record:
@@ -121,7 +122,7 @@ def _evaluations(history: History) -> str:
         return f"{history.name}: none logged.\n"
     lines = [
         f"| {event['step']} | {event['name']} | "
-        + ", ".join(f"{key} {value:.4f}" for key, value in event["values"].items())
+        + ", ".join(f"{key} {value:.4f}" for key, value in _shown(event["values"]).items())
         + f" | `{event['tags'].get('checkpoint.sha256', '')[:12]}` |"
         for event in events
     ]
@@ -131,6 +132,13 @@ def _evaluations(history: History) -> str:
         "| ---: | --- | --- | --- |",
     ]
     return "\n".join([*head, *lines]) + "\n"
+
+
+def _shown(values: dict[str, float]) -> dict[str, float]:
+    """Results under today's names (`objective_nll` was once called `joint_nll`), without those that a figure shows."""
+    before = not any(name.endswith("/objective_nll") for name in values)
+    named = {name.replace("/joint_nll", "/objective_nll") if before else name: one for name, one in values.items()}
+    return {name: one for name, one in named.items() if "/alignment_" not in name}
 
 
 def _record(home: Path, figures: list[Path]) -> None:

@@ -14,7 +14,10 @@ _CHECKPOINT = "run folder (its newest checkpoint) or checkpoint folder"
 def register(commands: Commands) -> None:
     """Add `evaluate`, `report`, `sync` and `export`."""
     evaluate = add_command(
-        commands, "evaluate", _evaluate, "nll and accuracy per masked token of a checkpoint on held-out data"
+        commands,
+        "evaluate",
+        _evaluate,
+        "nll and accuracy of masked tokens, single and joint, on held-out data",
     )
     evaluate.add_argument("checkpoint", type=Path, help=_CHECKPOINT)
     evaluate.add_argument("--data", type=Path, help="prepared folder; default: the one the run was trained on")
@@ -22,6 +25,13 @@ def register(commands: Commands) -> None:
     evaluate.add_argument("--sequences", type=int, help="first sequences used; default: all")
     evaluate.add_argument(
         "--mask-ratio", type=float, help="fraction of masked tokens; default: masking.eval_ratio of the run"
+    )
+    evaluate.add_argument(
+        "--complete",
+        type=int,
+        metavar="N",
+        default=1000,
+        help="first sequences of which the most probable completion is searched, for `exact`; default: %(default)s",
     )
     report = add_command(
         commands, "report", _report, "plots, and a table that compares runs at equal steps and equal seconds"
@@ -50,6 +60,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             split=options.split,
             sequences=options.sequences,
             mask_ratio=options.mask_ratio,
+            complete=options.complete,
         )
     )
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from exlm_dist.config import RunConfig
 from exlm_dist.data.loader import eval_batches
 from exlm_dist.data.recipe import Recipe
 from exlm_dist.data.shards import ShardDataset
+from exlm_dist.evaluation.exact_completions import exact_completions
+from exlm_dist.inference.fill import BATCH_LOGITS
 from exlm_dist.inference.loading import choose_device, load_model
 from exlm_dist.model.build import LanguageModel
 from exlm_dist.model.scoring import score
-from exlm_dist.model.stream import Stream
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tracking import EVENTS, EventLog, sync
 from exlm_dist.utils.errors import ConfigError, DataError
@@ -35,12 +35,10 @@ TRACKING_PATIENCE = 30.0
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result for one checkpoint.
+    """Result for one checkpoint: `values` by the names of docs/evaluation.md.
 
-    `nll` (nats), `perplexity` and `accuracy` are per masked token and compare across objectives. `joint_nll` is -log P
-    per target as the model is trained on: that of ExLM includes the anchors and sums over all paths, so it must not be
-    compared with the cross-entropy of a plain masked language model. `invalid`: fraction of sequences without a finite
-    likelihood.
+    `sequences`, with `count` masked tokens; the most probable completion was searched for the first `completed` of
+    them. The run's -log P per target (`objective_nll`) must not be compared across objectives, all else may.
     """
 
     run: str
@@ -52,13 +50,15 @@ class Evaluation:
     split: str
     sequences: int
     mask_ratio: float
-    nll: float
-    accuracy: float
-    perplexity: float
     count: int
-    joint_nll: float
-    invalid: float
+    completed: int
+    values: dict[str, float]
     fingerprints: dict[str, str]
+
+    @property
+    def nll(self) -> float:
+        """Nats per masked token, each by itself."""
+        return self.values["nll"]
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
@@ -66,23 +66,38 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """The numbers, under the names used in `events.jsonl` and MLflow."""
-        return {
-            f"{self.split}/{name}": float(getattr(self, name))
-            for name in ("nll", "accuracy", "perplexity", "joint_nll", "invalid")
-        }
+        return {f"{self.split}/{name}": value for name, value in self.values.items()}
 
     def __str__(self) -> str:
         kind = f"exlm, k={self.states}" if self.objective == "exlm" else "plain mlm"
-        return "\n".join(
-            [
-                f"{self.run} ({kind}) step {self.step}, budget {self.budget or 'not labelled'}",
-                f"  {self.split}: {self.sequences} sequences, {self.mask_ratio:.0%} masked, {self.count} masked tokens",
-                f"  nll {self.nll:.4f} nats per masked token (perplexity {self.perplexity:.3f})",
-                f"  accuracy {self.accuracy:.2%}",
-                f"  joint -log P per target {self.joint_nll:.4f} (as trained; not comparable across objectives)",
-                f"  sequences without a path: {self.invalid:.2%}",
-            ]
-        )
+        values = self.values
+        exact = f", every one right in {values['exact']:.2%} of {self.completed} sequences" if self.completed else ""
+        lines = [
+            f"{self.run} ({kind}) step {self.step}, budget {self.budget or 'not labelled'}",
+            f"  {self.split}: {self.sequences} sequences, {self.mask_ratio:.0%} masked, {self.count} masked tokens",
+            f"  each by itself: nll {self.nll:.4f} nats per masked token (perplexity {values['perplexity']:.3f}), "
+            f"accuracy {values['accuracy']:.2%}",
+            f"  all of a sequence at once: nll {values['joint_nll']:.4f} nats per masked token "
+            f"(coupling {values['coupling']:+.4f}){exact}",
+            f"  -log P per target {values['objective_nll']:.4f} (as trained; not comparable across objectives)",
+            f"  sequences without a path: {values['invalid']:.2%}",
+        ]
+        return "\n".join(lines + self._alignment_lines())
+
+    def _alignment_lines(self) -> list[str]:
+        """How the masked tokens lie at the states, in words; nothing for the plain model."""
+        found = {name.removeprefix("alignment_"): value for name, value in self.values.items() if "alignment" in name}
+        if not found:
+            return []
+        return [
+            f"  alignment: {found['states_used']:.2f} of {self.states} states used; spread of their tokens "
+            f"{found['token_spread']:.3f}, of their hidden vectors {found['hidden_spread']:.3f} of that between masks",
+            *(
+                f"    {kind}: {found[f'{kind}_own']:.1%} at the own states, "
+                f"entropy {found[f'{kind}_entropy']:.3f} nats per masked token"
+                for kind in ("prior", "posterior")
+            ),
+        ]
 
 
 def evaluate_checkpoint(
@@ -92,17 +107,19 @@ def evaluate_checkpoint(
     split: str = "valid",
     sequences: int | None = None,
     mask_ratio: float | None = None,
+    complete: int = 1000,
     device: str = "auto",
     record: bool = True,
 ) -> Evaluation:
     """Evaluate a checkpoint, or the newest whole one of a run folder, on the first `sequences` (all) of a split.
 
-    The same positions are masked for every model and run. `data` defaults to what the run was trained on. With `record`
-    the result also becomes a child run of the training in the event log and MLflow.
+    The same positions are masked for every model and run. The most probable completion is searched for the first
+    `complete` of the sequences. `data` defaults to what the run was trained on. With `record` the result also becomes a
+    child run of the training in the event log and MLflow.
 
     Raises:
         CheckpointError: no whole checkpoint at `path`. DataError: the data is missing, damaged, or was prepared with
-        another tokenizer. ConfigError: `mask_ratio` outside (0, 1).
+        another tokenizer. ConfigError: `mask_ratio` outside (0, 1), `sequences` or `complete` out of range.
     """
     folder = find_checkpoint(path)
     config = _with_ratio(read_config(folder), mask_ratio)
@@ -110,10 +127,13 @@ def evaluate_checkpoint(
     data = Path(data if data is not None else config.data.path)
     dataset = ShardDataset.open(data, split, max_bad_records=config.data.max_bad_records)
     check_tokenizer(tokenizer, folder, dataset, data)
-    count = min(sequences or len(dataset), len(dataset))
+    count, completed = _sizes(len(dataset), sequences, complete)
     chosen = choose_device(device)
     model = load_model(folder, config, tokenizer).to(chosen)
-    sums = _evaluate(model, config, dataset, tokenizer.vocab_size, count, chosen)
+    recipe = replace(Recipe.for_evaluation(config, tokenizer.vocab_size), bucket=1)
+    values = score(model, eval_batches(dataset, recipe, sequences=count, rank=0, world=1), chosen).means()
+    if completed:
+        values["exact"] = _exact(model, dataset, recipe, completed, chosen)
     result = Evaluation(
         run=config.name,
         budget=config.budget,
@@ -124,7 +144,9 @@ def evaluate_checkpoint(
         split=split,
         sequences=count,
         mask_ratio=config.masking.eval_ratio,
-        **sums,
+        count=int(values.pop("tokens")),
+        completed=completed,
+        values=values,
         fingerprints={
             "tokenizer": tokenizer.fingerprint,
             "data": dataset.fingerprint,
@@ -155,11 +177,13 @@ def record_evaluation(result: Evaluation) -> None:
     if run_folder is None or not (run_folder / EVENTS).is_file():
         return
     log = EventLog(run_folder / EVENTS)
-    name = f"evaluate-{result.split}-{result.sequences}-mask{result.mask_ratio:g}-{result.fingerprints['data'][:8]}"
+    options = f"{result.split}-{result.sequences}-mask{result.mask_ratio:g}-exact{result.completed}"
+    name = f"evaluate-{options}-{result.fingerprints['data'][:8]}"
     tags = {
         "split": result.split,
         "sequences": result.sequences,
         "mask_ratio": result.mask_ratio,
+        "completed": result.completed,
         "budget": result.budget or "not labelled",
         "objective": result.objective,
         "states": result.states,
@@ -172,52 +196,27 @@ def record_evaluation(result: Evaluation) -> None:
         sync(run_folder, timeout=TRACKING_PATIENCE)
 
 
-def _evaluate(
-    model: LanguageModel,
-    config: RunConfig,
-    dataset: ShardDataset,
-    vocab_size: int,
-    sequences: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """The comparable metrics of `scoring.score`, and the joint likelihood from the same forward passes."""
-    totals = {"nll": 0.0, "targets": 0, "invalid": 0}
+def _sizes(most: int, sequences: int | None, complete: int) -> tuple[int, int]:
+    """(sequences, completed) of a split of `most` sequences; ConfigError for numbers out of range."""
+    if sequences is not None and sequences < 1:
+        raise ConfigError(f"sequences = {sequences}: must be at least 1.")
+    if complete < 0:
+        raise ConfigError(f"complete = {complete}: must be at least 0.")
+    count = most if sequences is None else min(sequences, most)
+    return count, min(complete, count)
 
-    def add(_module: Any, _inputs: Any, stream: Stream) -> None:
-        finite = torch.isfinite(stream.log_likelihood)
-        totals["nll"] -= float(stream.log_likelihood[finite].double().sum())
-        totals["targets"] += int(stream.num_targets[finite].sum())
-        totals["invalid"] += int((~finite).sum())
 
-    batches = eval_batches(
-        dataset,
-        replace(Recipe.for_evaluation(config, vocab_size), bucket=1),
-        sequences=sequences,
-        rank=0,
-        world=1,
-    )
-    hook = model.register_forward_hook(add)
-    try:
-        comparable = score(model, batches, device)
-    finally:
-        hook.remove()
-    nll = comparable.nll / comparable.count
-    return {
-        "nll": nll,
-        "accuracy": comparable.correct / comparable.count,
-        "perplexity": _exp(nll),
-        "count": int(comparable.count),
-        "joint_nll": totals["nll"] / totals["targets"] if totals["targets"] else math.nan,
-        "invalid": totals["invalid"] / sequences,
-    }
+def _exact(model: LanguageModel, dataset: ShardDataset, recipe: Recipe, sequences: int, device: torch.device) -> float:
+    """Fraction of the first `sequences` that `exact_completions` counts, in micro-batches whose distributions over the
+    vocabulary fit in memory."""
+    logits = recipe.longest(dataset.lengths[:sequences]) * recipe.vocab_size  # of a sequence, at most
+    micro = max(1, min(recipe.micro, BATCH_LOGITS // logits))
+    batches = eval_batches(dataset, replace(recipe, micro=micro), sequences=sequences, rank=0, world=1)
+    return exact_completions(model, batches, device) / sequences
 
 
 def _identity(tokenizer: Tokenizer) -> str:
     return f"{tokenizer.domain}, {tokenizer.vocab_size} entries, fingerprint {tokenizer.fingerprint[:12]}"
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
 
 
 def _with_ratio(config: RunConfig, mask_ratio: float | None) -> RunConfig:

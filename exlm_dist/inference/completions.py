@@ -11,8 +11,9 @@ state emits a token by p_u. So the tokens w_1..w_n at the masks have the joint p
     P(w) = sum over paths of N states [prior of the path] * product over masks of p_state(w),
 
 which sums to 1 over all completions and has the marginals p_i(w) of docs/metric.md. BOS and EOS, where they are
-targets, are known and emit nothing. p_u is that of the ordinary tokens: a mask hides none of the special ones. For the
-plain masked language model the chain has one path, and P is the product of independent distributions.
+targets, are known and emit nothing. p_u may be that of the ordinary tokens alone, where a mask hides none of the
+special ones. For the plain masked language model the chain has one path, and P is the product of independent
+distributions.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-
-from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL
 
 NEVER = -np.inf
 
@@ -37,14 +36,22 @@ class Scored:
 class StateChain:
     """The hidden Markov model of one sequence with N targets and L states over a vocabulary of V tokens."""
 
-    def __init__(self, log_tokens: np.ndarray, log_transitions: np.ndarray | None, is_masked: np.ndarray, ends: int):
+    def __init__(
+        self,
+        log_tokens: np.ndarray,
+        log_transitions: np.ndarray | None,
+        is_masked: np.ndarray,
+        ends: int,
+        first: int,
+    ) -> None:
         """log_tokens [L, V]: log p_u(w); log_transitions [L, L]: from the state of the row, read for v < u alone, None
         for the plain model (L = N); is_masked bool [N]; a path starts at one of the first and ends at one of the last
-        `ends` states."""
+        `ends` states. Only tokens from `first` on stand at a mask, and p_u is that given this."""
         states, targets = len(log_tokens), len(is_masked)
-        ordinary = log_tokens[:, NUM_SPECIAL:].astype(np.float64)
-        ordinary = np.exp(ordinary - ordinary.max(1, keepdims=True))
-        self.emissions = ordinary / ordinary.sum(1, keepdims=True)  # [L, V - 5]
+        possible = log_tokens[:, first:].astype(np.float64)
+        possible = np.exp(possible - possible.max(1, keepdims=True))
+        self.emissions = possible / possible.sum(1, keepdims=True)  # [L, V - first]
+        self._first = first
         self.is_masked = is_masked
         later = np.triu(np.ones((states, states), bool), 1)
         if log_transitions is None:
@@ -66,13 +73,13 @@ class StateChain:
         return filtered @ steps
 
     def marginals(self) -> np.ndarray:
-        """p_i(w) of each mask by itself, [n, V]; 0 for special tokens."""
+        """p_i(w) of each mask by itself, [n, V]; 0 for tokens that stand at none."""
         state, found = None, []
         for i, masked in enumerate(self.is_masked):
             state = self.predict(i, state)
             if masked:
                 found.append(state[0] @ self.emissions)
-        return np.pad(np.array(found), ((0, 0), (NUM_SPECIAL, 0)))
+        return np.pad(np.array(found), ((0, 0), (self._first, 0)))
 
     def best(self, count: int, beam: int) -> list[Scored]:
         """The `count` most probable completions, best first, by a beam search over prefixes.
@@ -95,7 +102,7 @@ class StateChain:
             order = np.argsort(-scores, kind="stable")
             order = order[scores[order] > NEVER]
             prefix, token, scores = prefix[order], token[order], scores[order]
-            tokens = np.column_stack([tokens[prefix], token + NUM_SPECIAL])
+            tokens = np.column_stack([tokens[prefix], token + self._first])
             state = self._filtered(state[prefix], token)
         return [Scored(tuple(row), float(score)) for row, score in zip(tokens.tolist()[:count], scores)]
 
@@ -114,7 +121,7 @@ class StateChain:
             # Gumbel's trick: the argmax of noisy log-probabilities is a draw from them.
             token = np.argmax(flattened + random.gumbel(size=flattened.shape), axis=1)
             scores = scores + np.log(following[np.arange(count), token])
-            tokens = np.column_stack([tokens, token + NUM_SPECIAL])
+            tokens = np.column_stack([tokens, token + self._first])
             state = self._filtered(state, token)
         return [Scored(tuple(row), float(score)) for row, score in zip(tokens.tolist(), scores)]
 
@@ -125,7 +132,7 @@ class StateChain:
         for i, masked in enumerate(self.is_masked):
             state = self.predict(i, state)
             if masked:
-                joint = state[0] * self.emissions[:, next(remaining) - NUM_SPECIAL]
+                joint = state[0] * self.emissions[:, next(remaining) - self._first]
                 if joint.sum() == 0:
                     return NEVER
                 total += float(np.log(joint.sum()))
@@ -133,7 +140,7 @@ class StateChain:
         return total
 
     def _filtered(self, state: np.ndarray, token: np.ndarray) -> np.ndarray:
-        """Distribution of the states [m, L] once each has emitted `token` [m] (without the special ones)."""
+        """Distribution of the states [m, L] once each has emitted `token` [m] (without those before `first`)."""
         joint = state * self.emissions.T[token]
         return joint / joint.sum(1, keepdims=True)
 

@@ -10,16 +10,17 @@ import numpy as np
 import torch
 
 from exlm_dist.config.schema import ModelConfig
+from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.expansion import Expanded, expand, expanded_lengths, wrap
 from exlm_dist.data.masking import Masks
 from exlm_dist.data.packing import pack
 from exlm_dist.inference.completions import Scored, StateChain
 from exlm_dist.inference.loading import LoadedCheckpoint
-from exlm_dist.model.build import run_layers
+from exlm_dist.model.build import LanguageModel, run_layers
 from exlm_dist.model.stream import Stream
 from exlm_dist.tokenizers import Tokenizer
 from exlm_dist.tokenizers.masked_text import encode_masked
-from exlm_dist.tokenizers.tokenizer import MASK
+from exlm_dist.tokenizers.tokenizer import MASK, NUM_SPECIAL
 from exlm_dist.utils.errors import ConfigError, DataError
 
 #: Prefixes that the search keeps by default, and tokens that are named for each mask.
@@ -120,8 +121,7 @@ def state_chains(loaded: LoadedCheckpoint, rows: Sequence[np.ndarray]) -> Iterat
 
 
 def _chains(loaded: LoadedCheckpoint, rows: Sequence[np.ndarray]) -> Iterator[StateChain]:
-    settings, output = loaded.config.model, loaded.model.output
-    assert output is not None  # a loaded model has all its layers
+    settings = loaded.config.model
     nobody = np.full(len(rows), -1)
     batch = pack(
         _expanded(rows, settings.states, settings.anchors),
@@ -134,14 +134,22 @@ def _chains(loaded: LoadedCheckpoint, rows: Sequence[np.ndarray]) -> Iterator[St
         step=0,
         index=0,
     )
+    return batch_chains(loaded.model, batch, loaded.device, first=NUM_SPECIAL)
+
+
+def batch_chains(model: LanguageModel, batch: PackedBatch, device: torch.device, *, first: int) -> Iterator[StateChain]:
+    """The joint distribution at the masks of each sequence of a packed batch, in order, over the tokens from `first` on
+    (NUM_SPECIAL: the ordinary ones)."""
+    output = model.output
+    assert output is not None  # a whole model has all its layers
     with torch.inference_mode():
-        stream = run_layers(loaded.model.layers[:-1], Stream.from_batch(batch, loaded.device), recompute=False)
+        stream = run_layers(model.layers[:-1], Stream.from_batch(batch, device), recompute=False)
         log_tokens, transitions = output.distributions(stream)
-    for row in range(len(rows)):
+    for row in range(batch.num_sequences):
         targets, states = slice(*batch.cu_targets[row : row + 2]), slice(*batch.cu_states[row : row + 2])
         count = states.stop - states.start
         edges = None if transitions is None else transitions[row, :count, :count].float().cpu().numpy()
-        yield StateChain(log_tokens[states].cpu().numpy(), edges, batch.is_masked[targets], output.ends)
+        yield StateChain(log_tokens[states].cpu().numpy(), edges, batch.is_masked[targets], output.ends, first)
 
 
 def _expanded(rows: Sequence[np.ndarray], states: int, anchors: bool) -> Expanded:

@@ -15,7 +15,7 @@ from exlm_dist.kernels.transitions import JumpPrior, transition_log_probs
 from exlm_dist.kernels.vocab import VocabShard, match_scores
 from exlm_dist.model.block import NORM_EPS
 from exlm_dist.model.cost import learns_transitions
-from exlm_dist.model.objective import diagonal_log_likelihood, prior_marginals
+from exlm_dist.model.objective import diagonal_log_likelihood, prior_paths
 from exlm_dist.model.stream import Stream
 from exlm_dist.parallel.region import UNSHARDED, Sharding, TensorRegion
 
@@ -126,7 +126,8 @@ class Output(nn.Module):
         return logits.log_softmax(-1), self._transitions(features, stream, torch.float32)
 
     def forward(self, stream: Stream) -> Stream:
-        """Fill `match`, `transitions` (ExLM) and `log_likelihood`; where `predict` is set also `predictions`."""
+        """Fill `match`, `transitions` (ExLM) and `log_likelihood`; where `predict` is set also `prior`,
+        `log_weight`, `predictions` and `token_spread`, and `hidden` is that of the states."""
         hidden = self.region.gather_from(stream.hidden)
         features = hidden if stream.selected else F.embedding(stream.state_index, hidden)
         tokens = self.region.copy_to(self.norm(F.gelu(self.dense(features))))
@@ -146,7 +147,12 @@ class Output(nn.Module):
         transitions = self._transitions(features, stream, match.dtype)
         likelihood = self._likelihood(match, transitions, stream)
         stream = stream.replace(match=match, transitions=transitions, ends=self.ends, log_likelihood=likelihood)
-        return stream.replace(predictions=self._predict(tokens, stream)) if stream.predict else stream
+        if not stream.predict:
+            return stream
+        prior, log_weight = prior_paths(stream, backend=self.backend)
+        stream = stream.replace(prior=prior, log_weight=log_weight)
+        predictions, spread = self._predict(tokens, stream)
+        return stream.replace(predictions=predictions, token_spread=spread, hidden=features.detach(), selected=True)
 
     def _vocabulary(self) -> tuple[Tensor, Tensor, VocabShard | None]:
         """Local rows of the vocabulary matrix and their biases, without the padding rows."""
@@ -187,20 +193,31 @@ class Output(nn.Module):
         )
 
     @torch.no_grad()
-    def _predict(self, tokens: Tensor, stream: Stream) -> Tensor:
-        """argmax_w sum_u q_i(u) p_u(w) of each target i, [B, N_max]; a few sequences at a time."""
-        prior = prior_marginals(stream, backend=self.backend)
+    def _predict(self, tokens: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Of each target i, [B, N_max]: argmax_w sum_u q_i(u) p_u(w), and the total variation between p_u and its mean
+        over the own k states, averaged over these. A few sequences at a time."""
         padded = stream.padded(tokens, stream.cu_states, stream.max_states, 0.0)
         # By the rows of the largest shard, so that all ranks loop equally often.
         chunk = max(1, _PREDICTION_LOGITS // (stream.max_states * len(self.bias)))
-        return torch.cat([self._best(q, x) for q, x in zip(prior.split(chunk), padded.split(chunk))])
+        found = []
+        for prior, features in zip(stream.prior.split(chunk), padded.split(chunk)):
+            distributions, first = self._distributions(features)
+            values, words = (prior @ distributions).max(-1)
+            found.append((self.region.argmax(values, words + first), self._spread(distributions, stream.states)))
+        predictions, spreads = zip(*found)
+        return torch.cat(predictions), torch.cat(spreads)
 
-    def _best(self, prior: Tensor, tokens: Tensor) -> Tensor:
-        """prior [B, N, L], tokens [B, L, D] -> [B, N]."""
+    def _distributions(self, tokens: Tensor) -> tuple[Tensor, int]:
+        """(p_u(w) of the local rows of the vocabulary [B, L, V], the first of these rows); tokens [B, L, D]."""
         weight, bias, shard = self._vocabulary()
         logits = linear(tokens.flatten(0, 1), weight, bias).float().unflatten(0, tokens.shape[:2])
         if shard is None:
-            return (prior @ logits.softmax(-1)).argmax(-1)
+            return logits.softmax(-1), 0
         log_sum = self.region.logsumexp(logits.logsumexp(-1, keepdim=True))
-        values, words = (prior @ (logits - log_sum).exp()).max(-1)
-        return self.region.argmax(values, words + shard.first_token)
+        return (logits - log_sum).exp(), shard.first_token
+
+    def _spread(self, distributions: Tensor, states: int) -> Tensor:
+        """[B, L, V] -> [B, L / k]: total variation between a state's distribution and the mean of its k, averaged."""
+        groups = distributions.unflatten(1, (-1, states))
+        distance = (groups - groups.mean(2, keepdim=True)).abs().sum((2, 3)) / (2 * states)
+        return self.region.all_reduce(distance)

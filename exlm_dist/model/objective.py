@@ -1,15 +1,13 @@
-"""The training loss, and the metric by which ExLM and the plain masked language model are compared (docs/metric.md)."""
+"""The training loss, and what ExLM and the plain masked language model are compared by (docs/metric.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from exlm_dist.kernels.dag import dag_posteriors
+from exlm_dist.kernels.dag import dag_log_likelihood
 from exlm_dist.model.stream import Stream
 
 
@@ -33,64 +31,61 @@ def loss_sum(stream: Stream, reduction: Literal["sequence", "token"]) -> tuple[T
     return loss.sum(), ~valid
 
 
-def prior_marginals(stream: Stream, *, backend: str = "auto") -> Tensor:
-    """q_i(u): probability by the transitions alone that state u emits target i, [B, N_max, L_max]; rows sum to 1.
+def prior_paths(stream: Stream, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """q_i(u) [B, N_max, L_max] and log W [B]: of all paths, given the number of targets, the fraction by weight that
+    emits target i at state u, and the logarithm of their weight.
 
-    Paths are weighted by their transitions, given the number of targets; no target token is used.
-    The plain masked language model has q_i(u) = [u = i].
+    Paths are weighted by their transitions; no target token is used. Rows of q sum to 1. The plain masked language
+    model has a single path, q_i(u) = [u = i].
     """
     if stream.transitions is None:
         targets, states = stream.match.shape[1:]
         inside = torch.arange(targets, device=stream.match.device) < stream.num_targets[:, None]
-        return torch.eye(targets, states, device=stream.match.device) * inside[:, :, None]
-    return dag_posteriors(
-        torch.zeros_like(stream.match),
-        stream.transitions,
-        stream.num_targets,
-        stream.num_states,
-        ends=stream.ends,
-        backend=backend,
-    )
+        identity = torch.eye(targets, states, device=stream.match.device) * inside[:, :, None]
+        return identity, torch.zeros_like(stream.log_likelihood)
+    with torch.enable_grad():  # q is the gradient of log W: one recursion gives both
+        match = torch.zeros_like(stream.match).requires_grad_()
+        log_weight = dag_log_likelihood(
+            match,
+            stream.transitions.detach(),
+            stream.num_targets,
+            stream.num_states,
+            ends=stream.ends,
+            backend=backend,
+        )
+        (prior,) = torch.autograd.grad(log_weight.sum(), match)
+    return prior, log_weight.detach()
 
 
 @torch.no_grad()
-def masked_token_scores(stream: Stream, is_masked: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p_i(y_i) summed over the masked targets, and their number; is_masked [N] bool (False for anchors).
+def single_log_probs(result: Stream) -> Tensor:
+    """log p_i(y_i) of each target by itself, [B, N_max], of a stream that has passed all layers with `predict`.
 
-    p_i(y_i) = sum_u q_i(u) p_u(y_i): the model's own predictive distribution of masked position i.
+    p_i(y_i) = sum_u q_i(u) p_u(y_i): the model's own predictive distribution of position i.
     """
-    prior = prior_marginals(stream)
-    scores = torch.logsumexp(prior.log() + stream.match, dim=-1)
-    chosen = stream.padded(is_masked, stream.cu_targets, stream.max_targets, False)
-    return -torch.where(chosen, scores, 0.0).sum(), chosen.sum()
-
-
-@dataclass(frozen=True)
-class MaskedScores:
-    """Sums over masked tokens: negative log-likelihood in nats, correct predictions, tokens (0-dim tensors)."""
-
-    nll: Tensor
-    correct: Tensor
-    count: Tensor
-
-    def stacked(self) -> Tensor:
-        """The three as one tensor, [3] fp64."""
-        return torch.stack([self.nll.double(), self.correct.double(), self.count.double()])
+    return torch.logsumexp(result.prior.log() + result.match, dim=-1)
 
 
 @torch.no_grad()
-def masked_scores(result: Stream, is_masked: Tensor) -> MaskedScores:
-    """Scores of the masked targets of a stream that has passed all layers with `predict`; is_masked [N] bool.
+def joint_log_probs(result: Stream, is_masked: Tensor) -> Tensor:
+    """log P of all masked tokens of each sequence at once, [B], of a stream that has passed all layers with `predict`;
+    is_masked [B, N_max] bool, False for anchors alone.
 
-    The accuracy is that of the full distribution.
+    Given the number of targets and the anchors: log P(targets) - log W - log P(anchors). Anchors lie at one state
+    each, whatever the path. Of the plain masked language model the product of its distributions.
     """
-    nll, count = masked_token_scores(result, is_masked)
-    wanted = result.padded(result.target_ids, result.cu_targets, result.max_targets, -1)
-    chosen = result.padded(is_masked, result.cu_targets, result.max_targets, False)
-    return MaskedScores(nll, ((result.predictions == wanted) & chosen).sum(), count)
+    at_anchors = torch.where((result.prior > 0) & ~is_masked[:, :, None], result.prior * result.match, 0.0)
+    return result.log_likelihood - result.log_weight - at_anchors.sum((1, 2))
 
 
 @torch.no_grad()
-def evaluate_masked(model: Callable[[Stream], Stream], stream: Stream, is_masked: Tensor) -> MaskedScores:
-    """Run `model` on `stream` and score its masked targets."""
-    return masked_scores(model(stream.replace(predict=True)), is_masked)
+def masked_scores(result: Stream, is_masked: Tensor) -> Tensor:
+    """Sums over the masked targets of a stream that has passed all layers with `predict`, [3] fp64: -log p_i(y_i) in
+    nats, correct predictions, tokens; is_masked [N] bool (False for anchors).
+
+    A prediction is the most probable token of the full distribution.
+    """
+    chosen = result.by_target(is_masked, False)
+    wanted = result.by_target(result.target_ids, -1)
+    nll = -torch.where(chosen, single_log_probs(result), 0.0).sum()
+    return torch.stack([nll.double(), ((result.predictions == wanted) & chosen).sum().double(), chosen.sum().double()])

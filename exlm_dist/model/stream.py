@@ -36,7 +36,7 @@ class Stream:
     max_states: int
     max_targets: int
     states: int  # k
-    predict: bool = False  # ask the output layer for `predictions`
+    predict: bool = False  # ask the output layer for `prior` and all that is below it
     select: bool = True  # the last block drops all but the states, which are all that the output layer reads
     hidden: Tensor | None = None  # [T, D]; [S, D] once only the states are left
     selected: bool = False  # whether `hidden` is [S, D]
@@ -45,7 +45,10 @@ class Stream:
     transitions: Tensor | None = None  # [B, L_max, L_max] log p(u | v); None for the plain masked language model
     ends: int = 1  # a path starts at one of the first and ends at one of the last `ends` states
     log_likelihood: Tensor | None = None  # [B]
+    prior: Tensor | None = None  # [B, N_max, L_max] probability by the transitions that a state emits a target
+    log_weight: Tensor | None = None  # [B] log of the weight of all paths by the transitions
     predictions: Tensor | None = None  # [B, N_max] most probable token of each target
+    token_spread: Tensor | None = None  # [B, N_max] how much the tokens of a target's own k states differ
 
     @staticmethod
     def from_batch(batch: Any, device: torch.device | str = "cpu", dropout_seed: int = 0) -> Stream:
@@ -123,6 +126,10 @@ class Stream:
         inside = index < boundaries[1:, None]
         inside = inside.reshape(*inside.shape, *[1] * (values.dim() - 1))
         return values[index.clamp(max=len(values) - 1)].masked_fill(~inside, fill)
+
+    def by_target(self, values: Tensor, fill: Any) -> Tensor:
+        """Packed `values` [N, ...] of the targets as [B, N_max, ...], with `fill` after the end of each sequence."""
+        return self.padded(values, self.cu_targets, self.max_targets, fill)
 
 
 #: Tensors that a model reads: the arrays of a packed batch, and the seed.

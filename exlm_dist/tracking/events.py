@@ -2,7 +2,8 @@
 
 Names of metrics across the package (unit):
 `train/loss` (nats, as optimised), `train/nll` (nats per masked token), `train/accuracy` (fraction), `train/lr`,
-`train/grad_norm`, `train/invalid_sequences` (count in the step), `valid/nll`, `valid/accuracy`, `valid/perplexity`,
+`train/grad_norm`, `train/invalid_sequences` (count in the step), `valid/...` (docs/evaluation.md: `nll`, `accuracy`,
+`perplexity`, `joint_nll`, `coupling`, `objective_nll`, `invalid`, of ExLM `alignment_...`),
 `perf/tokens_per_second` (original tokens), `perf/expanded_tokens_per_second`, `perf/step_seconds`,
 `perf/wait_seconds` (for data, per step), `perf/padding_fraction`, `perf/memory_megabytes` (peak of the process or
 device), `progress/seconds` (training time so far, over all restarts), `progress/sequences`, `progress/tokens`.

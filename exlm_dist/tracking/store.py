@@ -29,8 +29,8 @@ GIVEN_UP = " (weights given up)"
 #: Without the kind, MLflow opens the experiment with its tools for chat applications.
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
-    "mlflow.note.content": "`valid/nll` and `valid/accuracy` (per masked token) compare across objectives; "
-    "`train/loss` does not.",
+    "mlflow.note.content": "`valid/nll`, `valid/joint_nll` and `valid/accuracy` (per masked token) compare across "
+    "objectives; `train/loss` and `valid/objective_nll` do not.",
 }
 _TEXT = (".yaml", ".md", ".json", ".txt")
 logger = get_logger(__name__)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from exlm_dist.config import RunConfig
 from exlm_dist.data.loader import eval_batches
 from exlm_dist.data.recipe import Recipe
@@ -33,7 +31,7 @@ class Evaluator:
         return self._dataset is not None and (last or (every > 0 and step % every == 0))
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """`nll` (nats) and `accuracy` per masked token after `step` steps, and the number of `tokens`. A collective."""
+        """The metrics of `Totals.means` after `step` steps. A collective."""
         assert self._dataset is not None, "is_due says when"
         config, data = self._config, self._process.grid.data
         recipe = Recipe.for_evaluation(config, self._dataset.vocab_size)
@@ -41,17 +39,19 @@ class Evaluator:
             self._dataset, recipe, sequences=config.evaluation.sequences, rank=data.rank, world=data.size
         )
         local = self._engine.evaluate(heartbeat.keep_alive(batches))
-        sums = self._process.all_gather([local.nll, local.correct, local.count]).sum(0).tolist()
-        evaluation = Totals(*sums).means()
+        sums = self._process.all_gather(local.vector()).sum(0).tolist()
+        evaluation = Totals.of(sums).means()
         if self._events is not None:
             values = valid_metrics(evaluation)
             self._events.metrics(step, values)
-            nll, accuracy = values["valid/nll"], values["valid/accuracy"]
-            logger.info("step %d  held-out nll %.4f  accuracy %.4f per masked token", step, nll, accuracy)
+            logger.info(
+                "step %d  held-out nll %.4f  joint nll %.4f  accuracy %.4f per masked token",
+                step,
+                *(values[f"valid/{name}"] for name in ("nll", "joint_nll", "accuracy")),
+            )
         return evaluation
 
 
 def valid_metrics(evaluation: dict[str, float]) -> dict[str, float]:
     """An evaluation under the names used in `events.jsonl` and MLflow."""
-    nll = evaluation["nll"]
-    return {"valid/nll": nll, "valid/accuracy": evaluation["accuracy"], "valid/perplexity": math.exp(min(nll, 700.0))}
+    return {f"valid/{name}": value for name, value in evaluation.items() if name != "tokens"}

@@ -81,7 +81,7 @@ def trajectory(process, settings):
             first = pieces(engine, "exp_avg")
     asked = Recipe.for_evaluation(config, vocab_size)
     sums = engine.evaluate(eval_batches(datasets["valid"], asked, sequences=10, rank=data.rank, world=data.size))
-    evaluation = process.all_gather([sums.nll, sums.correct, sums.count]).sum(0).tolist()
+    evaluation = process.all_gather(sums.vector()).sum(0).tolist()
     after = optimizer_step(engine, loader.step(STEPS), config, scored=False)
     rows.append([float(process.all_gather([float(after.result.loss)]).sum())])
     final = pieces(engine, None)
@@ -117,7 +117,8 @@ def compare(got, wanted, *, replicas=1, bound=1e-5):
         assert deviation < bound, f"first gradient of {name}: {deviation}"
     for name, deviation in deviations(final, wanted[3]).items():
         assert deviation < bound, f"{name} after {STEPS} steps: {deviation}"
-    assert evaluation == pytest.approx(wanted[4], rel=bound)
+    # The states of a mask differ by little here: rounding is seen in sums of squares of such differences.
+    assert evaluation == pytest.approx(wanted[4], rel=bound, abs=3e-7)
 
 
 MODELS = {

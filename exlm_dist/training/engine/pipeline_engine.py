@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from exlm_dist.data.batch import PackedBatch
 from exlm_dist.launch import heartbeat
 from exlm_dist.model.build import run_layers
 from exlm_dist.model.objective import loss_sum, masked_scores
-from exlm_dist.model.scoring import Totals
+from exlm_dist.model.scoring import Totals, evaluation_sums
 from exlm_dist.model.stages import cut_layers, described, layer_costs
 from exlm_dist.model.stream import Stream
 from exlm_dist.parallel.process import Process
@@ -22,6 +22,8 @@ from exlm_dist.training.engine.quiet_deepspeed import quiet_deepspeed
 from exlm_dist.utils.logs import get_logger
 
 logger = get_logger(__name__)
+#: (stream that has passed all layers, masked targets [N] bool) -> sums [n].
+Scoring = Callable[[Stream, Tensor], Tensor]
 
 
 class MicroResult(NamedTuple):
@@ -44,10 +46,18 @@ class StageWork:
         self._reduction, self._last = reduction, last
         self.begin([], 1.0, recompute=False)
 
-    def begin(self, is_masked: Sequence[Tensor | None], scale: float, *, recompute: bool) -> None:
+    def begin(
+        self,
+        is_masked: Sequence[Tensor | None],
+        scale: float,
+        *,
+        recompute: bool,
+        scoring: Scoring = masked_scores,
+    ) -> None:
         """Before a pass over micro-batches. `is_masked`: [N] of each on the last stage, None: not scored; `scale`:
-        factor of the loss for DeepSpeed; `recompute`: activations of the blocks in the backward pass."""
-        self._is_masked, self._scale, self._recompute = is_masked, scale, recompute
+        factor of the loss for DeepSpeed; `recompute`: activations of the blocks in the backward pass; `scoring`: what
+        gives the scores."""
+        self._is_masked, self._scale, self._recompute, self._scoring = is_masked, scale, recompute, scoring
         self.results: list[MicroResult] = []  # on the last stage
 
     def __call__(self, layers: Sequence[nn.Module], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor:
@@ -58,7 +68,7 @@ class StageWork:
             return stream.to_tensors()
         loss, left_out = loss_sum(stream, self._reduction)
         is_masked = self._is_masked[len(self.results)]
-        scores = None if is_masked is None else masked_scores(stream, is_masked).stacked()
+        scores = None if is_masked is None else self._scoring(stream, is_masked)
         self.results.append(MicroResult(loss.detach(), left_out, scores))
         return loss * self._scale
 
@@ -107,14 +117,14 @@ class PipelineEngine(Engine):
         """See `Engine.evaluate`."""
         every = list(batches)
         masked = [True] * len(every)
-        self._work.begin(self._masked_positions(every, masked), 1.0, recompute=False)
+        self._work.begin(self._masked_positions(every, masked), 1.0, recompute=False, scoring=evaluation_sums)
         self.deepspeed.eval_batch(
             self._load(every, masked), reduce_output=None, bcast_loss=False, num_micro_batches=len(every)
         )
         if not self.process.grid.reports_metrics:
-            return Totals(0.0, 0.0, 0.0)
+            return Totals.zeros(self.config.model.states)
         scores = [result.scores for result in self._work.results if result.scores is not None]
-        return Totals(*torch.stack(scores).double().sum(0).tolist())
+        return Totals.of(torch.stack(scores).sum(0).tolist())
 
     def _masked_positions(self, batches: Sequence[PackedBatch], wanted: Sequence[bool]) -> list[Tensor | None]:
         """`is_masked` of the micro-batches to be scored, on the device of the last stage."""

@@ -32,7 +32,7 @@ class Objective(nn.Module):
         training.
         """
         result = self.run(stream.replace(predict=is_masked is not None))
-        scores = None if is_masked is None else masked_scores(result, is_masked).stacked()
+        scores = None if is_masked is None else masked_scores(result, is_masked)
         return *loss_sum(result, self.reduction), scores
 
     def run(self, stream: Stream) -> Stream:

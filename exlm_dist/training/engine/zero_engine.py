@@ -78,7 +78,7 @@ class ZeroEngine(Engine):
         """See `Engine.evaluate`."""
         with self._gathered_model() as model:
             totals = score(model, batches, self.process.device)
-        return totals if self.process.grid.reports_metrics else Totals(0.0, 0.0, 0.0)
+        return totals if self.process.grid.reports_metrics else Totals.zeros(self.config.model.states)
 
     @contextlib.contextmanager
     def _gathered_model(self) -> Iterator[LanguageModel]:

@@ -17,7 +17,7 @@ from exlm_dist.checkpoint.reader import find_checkpoint
 from exlm_dist.data.loader import Loader
 from exlm_dist.data.recipe import Recipe
 from exlm_dist.data.shards import ShardDataset
-from exlm_dist.tracking import read_events
+from exlm_dist.tracking import EventLog, read_events
 from exlm_dist.utils.errors import CheckpointError
 
 
@@ -106,6 +106,7 @@ def test_report_of_two_runs(pair, capsys):
         "quality",
         "optimisation",
         "throughput",
+        "alignment_over_training",
         "lengths",
         "transitions",
         "alignment",
@@ -124,9 +125,20 @@ def test_report_of_two_runs(pair, capsys):
     assert logged == ["report.md", *(f"plots/{name}.png" for name in names)]
 
 
-def test_report_of_a_plain_model_has_no_graph(pair):
+def test_report_of_a_plain_model_has_no_graph_and_old_evaluations_have_the_names_of_today(pair):
+    log = EventLog(pair[1] / "events.jsonl")
+    log.child_run("before", 100, {"valid/nll": 1.0, "valid/joint_nll": 2.0}, {})
+    log.child_run(
+        "today",
+        100,
+        {"valid/nll": 1.0, "valid/joint_nll": 3.0, "valid/objective_nll": 4.0, "valid/alignment_prior_own": 0.5},
+        {},
+    )
+    log.close()
     text = run_report(pair[1:], record=False).read_text()
-    assert "lengths.png" in text and "state_graph" not in text
+    assert "lengths.png" in text and "state_graph" not in text and "alignment" not in text
+    assert "| before | valid/nll 1.0000, valid/objective_nll 2.0000 |" in text
+    assert "| today | valid/nll 1.0000, valid/joint_nll 3.0000, valid/objective_nll 4.0000 |" in text
 
 
 def test_report_needs_only_the_event_log(tmp_path, data):

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from made_run import make_config, make_data, make_run, write_initial_checkpoint
+from packed import make_batch
 
 from exlm_dist.checkpoint import reader
 from exlm_dist.checkpoint.tensors import model_file
+from exlm_dist.config.schema import ModelConfig
+from exlm_dist.evaluation.exact_completions import exact_completions
 from exlm_dist.evaluation.masked_lm import Evaluation, evaluate_checkpoint
+from exlm_dist.inference.fill import batch_chains
+from exlm_dist.model.build import build_model
+from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL
 from exlm_dist.tracking import read_events
 from exlm_dist.utils.errors import CheckpointError, ConfigError, DataError
 
@@ -31,8 +39,11 @@ def test_an_untrained_model_guesses(run, data):
     result = evaluate_checkpoint(run)
     vocabulary = json.loads((data / "manifest.json").read_text())["vocab_size"]
     assert result.nll == pytest.approx(math.log(vocabulary), rel=0.15)
-    assert result.perplexity == pytest.approx(math.exp(result.nll)) and 0 <= result.accuracy < 0.5
-    assert result.sequences == 30 and result.count >= 30 and result.invalid == 0 and result.step == 100
+    values = result.values
+    assert values["perplexity"] == pytest.approx(math.exp(result.nll)) and 0 <= values["accuracy"] < 0.5
+    assert result.sequences == 30 and result.count >= 30 and values["invalid"] == 0 and result.step == 100
+    assert result.completed == 30 and 0 <= values["exact"] < 0.5
+    assert values["coupling"] == pytest.approx(values["nll"] - values["joint_nll"]) and abs(values["coupling"]) < 0.1
     assert set(result.fingerprints) == {"tokenizer", "data", "model"} and result.budget == "unit-test"
     text = str(result)
     assert "unit-test" in text and "not comparable" in text
@@ -45,13 +56,17 @@ def test_both_objectives_are_asked_about_the_same_tokens(tmp_path, data):
         for name in ("exlm", "mlm")
     ]
     assert results[0].count == results[1].count and results[0].fingerprints["data"] == results[1].fingerprints["data"]
-    assert results[1].joint_nll == pytest.approx(results[1].nll)  # of the plain model they are the same number
-    assert results[0].joint_nll != pytest.approx(results[0].nll)
+    exlm, plain = (one.values for one in results)
+    # Of the plain model they are the same number.
+    assert plain["joint_nll"] == pytest.approx(plain["nll"]) and plain["objective_nll"] == pytest.approx(plain["nll"])
+    assert exlm["joint_nll"] != pytest.approx(exlm["nll"], rel=1e-6) and exlm["objective_nll"] != exlm["joint_nll"]
 
 
 def test_options_and_repeatability(run):
     once, again = (evaluate_checkpoint(run, sequences=7, mask_ratio=0.4, split="train", record=False) for _ in range(2))
     assert once == again and once.sequences == 7 and once.mask_ratio == 0.4
+    fewer = evaluate_checkpoint(run, sequences=7, mask_ratio=0.4, split="train", complete=0, record=False)
+    assert fewer.values == {name: value for name, value in once.values.items() if name != "exact"}
     assert evaluate_checkpoint(reader.checkpoint_folders(run)[0], record=False).step == 100
 
 
@@ -84,6 +99,13 @@ def test_data_that_is_not_there(run, tmp_path):
 def test_mask_ratio_is_checked(run, ratio):
     with pytest.raises(ConfigError, match="mask ratio"):
         evaluate_checkpoint(run, mask_ratio=ratio)
+
+
+@pytest.mark.parametrize("options", [{"sequences": 0}, {"sequences": -3}, {"complete": -1}])
+def test_numbers_of_sequences_are_checked(run, options):
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"{name} = .*must be at least"):
+        evaluate_checkpoint(run, **options)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, caplog):
@@ -132,8 +154,25 @@ def test_the_reader_gives_back_what_was_written(run):
     assert reader.load_optimizer(folder) == {}
 
 
+@pytest.mark.parametrize("objective", ["exlm", "mlm"])
+def test_exact_completions_are_those_that_no_other_spelling_beats(objective):
+    """Targets of every other sequence are set to the best of all spellings."""
+    changes = {"states": 3} if objective == "exlm" else {"objective": "mlm", "states": 1, "anchors": False}
+    config = ModelConfig(layers=1, width=16, heads=2, ffn=16, max_positions=64, init_std=0.4, **changes)
+    vocab_size = NUM_SPECIAL + 6
+    model = build_model(config, vocab_size, seed=2).eval()
+    batch = make_batch([6, 9, 4, 7], states=config.states, anchors=config.anchors, vocab_size=vocab_size, ratio=0.3)
+    for row, chain in enumerate(batch_chains(model, batch, torch.device("cpu"), first=0)):
+        rows = np.arange(*batch.cu_targets[row : row + 2])
+        masked = rows[batch.is_masked[rows]]
+        spellings = list(itertools.product(range(vocab_size), repeat=len(masked)))
+        ranked = sorted(spellings, key=chain.log_probability)
+        batch.target_ids[masked] = ranked[-1 - row % 2]
+    assert exact_completions(model, [batch, batch], torch.device("cpu")) == 4
+
+
 def test_metrics_carry_the_split():
-    names = {field: 0.0 for field in ("nll", "accuracy", "perplexity", "joint_nll", "invalid")}
+    names = ("nll", "accuracy", "perplexity", "joint_nll", "coupling", "objective_nll", "invalid")
     result = Evaluation(
         run="r",
         budget="",
@@ -145,7 +184,8 @@ def test_metrics_carry_the_split():
         sequences=1,
         mask_ratio=0.1,
         count=1,
+        completed=0,
+        values=dict.fromkeys(names, 0.0),
         fingerprints={},
-        **names,
     )
     assert set(result.metrics()) == {f"train/{name}" for name in names} and "not labelled" in str(result)

@@ -23,7 +23,7 @@ from exlm_dist.inference.completions import StateChain
 from exlm_dist.inference.fill import FillSettings, fill_text, fill_texts, state_chains
 from exlm_dist.inference.loading import load_checkpoint
 from exlm_dist.kernels.dag import dag_log_likelihood
-from exlm_dist.model.objective import prior_marginals
+from exlm_dist.model.objective import prior_paths
 from exlm_dist.model.stream import Stream
 from exlm_dist.tokenizers.masked_text import encode_masked
 from exlm_dist.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -35,7 +35,7 @@ VOCABULARY = NUM_SPECIAL + 3
 
 
 def random_chain(seed: int, kind: str):
-    """(arguments of StateChain) of a small graph: 3 or 4 targets with k = 3 states each, or the plain model."""
+    """(first arguments of StateChain) of a small graph: 3 or 4 targets with k = 3 states each, or the plain model."""
     random = np.random.default_rng(seed)
     masked = np.array({"anchors": [False, True, True, False]}.get(kind, [True, True, True]))
     states = len(masked) * (1 if kind == "plain" else 3)
@@ -73,7 +73,7 @@ def enumerated(log_tokens, edges, masked, ends) -> dict[tuple[int, ...], float]:
 @pytest.mark.parametrize("seed", range(3))
 def test_best_completions_and_marginals_are_those_of_all_paths(kind, seed):
     arguments = random_chain(seed, kind)
-    chain, truth = StateChain(*arguments), enumerated(*arguments)
+    chain, truth = StateChain(*arguments, NUM_SPECIAL), enumerated(*arguments)
     assert sum(truth.values()) == pytest.approx(1)
     ranked = sorted(truth, key=lambda tokens: -truth[tokens])
     best = chain.best(len(truth), beam=1)
@@ -91,7 +91,7 @@ def test_best_completions_and_marginals_are_those_of_all_paths(kind, seed):
 
 def test_samples_have_the_joint_distribution():
     arguments = random_chain(5, "anchors")
-    chain, truth = StateChain(*arguments), enumerated(*arguments)
+    chain, truth = StateChain(*arguments, NUM_SPECIAL), enumerated(*arguments)
     drawn = chain.sample(4000, 1.0, np.random.default_rng(0))
     counts = {tokens: 0 for tokens in truth}
     for one in drawn:
@@ -108,7 +108,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish():
     """Dense transitions may put all weight on jumps that a path of N targets cannot take."""
     log_tokens, edges, masked, _ = random_chain(1, "anchors")
     edges = edges * 400
-    chain = StateChain(log_tokens, edges, masked, 1)
+    chain = StateChain(log_tokens, edges, masked, 1, NUM_SPECIAL)
     best = chain.best(50, beam=50)
     assert sum(np.exp(one.log_probability) for one in best) == pytest.approx(1)
     np.testing.assert_allclose(chain.marginals().sum(1), 1)
@@ -143,7 +143,7 @@ def test_marginals_are_the_distribution_of_the_metric(loaded):
     ids = np.array(encode_masked(loaded.tokenizer, "CC(=O)<mask>c1cc<mask>cc1C"))
     stream, is_masked, logits = forward(loaded, ids, NUM_SPECIAL)
     logits[:, :NUM_SPECIAL] = -torch.inf
-    expected = (prior_marginals(stream)[0] @ logits.softmax(-1))[is_masked]
+    expected = (prior_paths(stream)[0][0] @ logits.softmax(-1))[is_masked]
     (chain,) = state_chains(loaded, [ids])
     np.testing.assert_allclose(chain.marginals(), expected.numpy(), atol=1e-6)
 

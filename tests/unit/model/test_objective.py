@@ -10,7 +10,7 @@ from packed import make_batch
 
 from exlm_dist.config.schema import ModelConfig
 from exlm_dist.model.build import build_model
-from exlm_dist.model.objective import evaluate_masked, loss_sum, masked_token_scores, prior_marginals
+from exlm_dist.model.objective import joint_log_probs, loss_sum, masked_scores, prior_paths, single_log_probs
 from exlm_dist.model.stream import Stream
 
 VOCABULARY = 13
@@ -75,9 +75,9 @@ def token_probabilities(model, stream) -> torch.Tensor:
 def test_metric_by_walking_every_path(changes):
     config, model = make_model(**changes)
     stream, is_masked = make_stream(config, bucket=4)
-    scores = evaluate_masked(model, stream, is_masked)
     result = model(stream.replace(predict=True))
-    prior = prior_marginals(result)
+    scores = masked_scores(result, is_masked)
+    prior = prior_paths(result)[0]
     states = token_probabilities(model, stream)
     nll, correct, count = 0.0, 0, 0
     for b in range(stream.num_sequences):
@@ -97,20 +97,81 @@ def test_metric_by_walking_every_path(changes):
                 correct += int(distribution[i].argmax()) == target
                 count += 1
     assert count == int(is_masked.sum()) > 0
-    assert float(scores.nll) == pytest.approx(nll, rel=1e-5)
-    assert (int(scores.correct), int(scores.count)) == (correct, count)
+    assert scores.tolist() == [pytest.approx(nll, rel=1e-5), correct, count]
 
 
 @torch.no_grad()
 def test_metric_of_the_plain_model_is_its_softmax():
     config, model = make_model(objective="mlm", states=1, anchors=False)
     stream, is_masked = make_stream(config, (6, 9, 7))
-    scores = evaluate_masked(model, stream, is_masked)
+    scores = masked_scores(model(stream.replace(predict=True)), is_masked)
     states = token_probabilities(model, stream)
     chosen = states.gather(1, stream.target_ids[:, None])
-    assert float(scores.nll) == pytest.approx(-float(chosen.log().sum()), rel=1e-5)
-    assert int(scores.correct) == int((states.argmax(-1) == stream.target_ids).sum())
-    assert int(scores.count) == len(stream.target_ids)
+    nll, correct, count = scores.tolist()
+    assert nll == pytest.approx(-float(chosen.log().sum()), rel=1e-5)
+    assert correct == int((states.argmax(-1) == stream.target_ids).sum()) and count == len(stream.target_ids)
+
+
+def enumerated_joint(transitions: torch.Tensor | None, states: torch.Tensor, chosen: list[bool], ends: int):
+    """P of every spelling of the masked targets, [V] * masks, by walking every path; states [L, V]: p_u(w)."""
+    count, words = states.shape
+    weights = {}
+    for path in itertools.combinations(range(count), len(chosen)):
+        if transitions is None or (path[0] < ends and path[-1] >= count - ends):
+            steps = () if transitions is None else (float(transitions[a, b]) for a, b in itertools.pairwise(path))
+            weights[path] = math.exp(sum(steps))
+    joint = torch.zeros([words] * sum(chosen), dtype=torch.float64)
+    for path, weight in weights.items():
+        term = torch.tensor(weight, dtype=torch.float64)
+        for state in itertools.compress(path, chosen):
+            term = term[..., None] * states[state].double()
+        joint += term
+    return joint / sum(weights.values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"states": 3, "transitions": "sparse"},
+        {"states": 3, "transitions": "uniform"},
+        {"anchors": False, "states": 3},
+        {"objective": "mlm", "states": 1, "anchors": False},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_joint_probability_of_every_spelling_by_walking_every_path(changes):
+    config, model = make_model(**changes)
+    stream, is_masked = make_stream(config, (5,), bucket=4)
+    count = int(stream.num_targets[0])
+    chosen = is_masked[:count].tolist()
+    assert sum(chosen) == 2
+    result = model(stream)
+    states = token_probabilities(model, stream)[: int(stream.num_states[0])]
+    ends = 1 if config.anchors else config.states
+    edges = None if result.transitions is None else result.transitions[0]
+    truth = enumerated_joint(edges, states, chosen, ends)
+    assert float(truth.sum()) == pytest.approx(1, rel=1e-6)
+    masks = result.by_target(is_masked, False)
+    for spelling in itertools.product(range(VOCABULARY), repeat=2):
+        targets = stream.target_ids.clone()
+        targets[is_masked] = torch.tensor(spelling)
+        result = model(stream.replace(target_ids=targets, predict=True))
+        assert math.exp(float(joint_log_probs(result, masks))) == pytest.approx(float(truth[spelling]), rel=1e-4)
+        single = single_log_probs(result)[masks]
+        marginals = [truth.sum(1)[spelling[0]], truth.sum(0)[spelling[1]]]
+        assert single.exp().tolist() == pytest.approx([float(one) for one in marginals], rel=1e-4)
+
+
+@torch.no_grad()
+def test_with_one_state_per_target_the_joint_is_the_product():
+    config, model = make_model(states=1)
+    stream, is_masked = make_stream(config, (6, 9))
+    result = model(stream.replace(predict=True))
+    masks = result.by_target(is_masked, False)
+    product = torch.where(masks, single_log_probs(result), 0.0).sum(1)
+    assert torch.allclose(joint_log_probs(result, masks), product, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -121,7 +182,7 @@ def test_metric_does_not_look_at_the_targets():
     shuffled = stream.replace(target_ids=stream.target_ids.roll(1))
     second = model(shuffled.replace(predict=True))
     assert torch.equal(first.predictions, second.predictions)
-    assert torch.equal(prior_marginals(first), prior_marginals(second))
+    assert torch.equal(first.prior, second.prior)
 
 
 @torch.no_grad()
@@ -137,9 +198,8 @@ def test_predictions_do_not_depend_on_the_chunk(monkeypatch):
 def test_anchors_are_not_scored():
     config, model = make_model()
     stream, is_masked = make_stream(config)
-    result = model(stream)
-    nll, count = masked_token_scores(result, torch.zeros_like(is_masked))
-    assert (float(nll), int(count)) == (0.0, 0)
+    result = model(stream.replace(predict=True))
+    assert masked_scores(result, torch.zeros_like(is_masked)).tolist() == [0, 0, 0]
 
 
 def stream_with(log_likelihood: list[float], targets: list[int]) -> Stream:
@@ -191,7 +251,7 @@ def test_paths_of_a_new_model_are_where_their_targets_are(states, masked):
             stream = layer(stream)
         marginals = marginals_by_matrices(model.output.distributions(stream)[1][0], masked + 2)
         if masked == 18:
-            expected = prior_marginals(model.output(stream))[0]
+            expected = prior_paths(model.output(stream))[0][0]
             torch.testing.assert_close(marginals.float(), expected, rtol=1e-3, atol=1e-6)
         own_group[prior] = marginals.unflatten(1, (masked + 2, states)).sum(-1).diagonal()
     assert own_group["group"].min() >= 0.5

@@ -30,11 +30,7 @@ def _renamed_backend(value: object) -> object:
 
 
 #: Width and floor of each prior over jumps where they are 0.
-JUMP_SHAPES = {
-    "gaussian": {"jump_width": 1.0, "jump_floor": 8.0},
-    "laplace": {"jump_width": 1.0, "jump_floor": 8.0},
-    "group": {"jump_width": 0.125, "jump_floor": 12.0},
-}
+JUMP_SHAPES = {"gaussian": (1.0, 8.0), "laplace": (1.0, 8.0), "group": (0.125, 12.0)}
 
 AutoCount = Annotated[Literal["auto"] | int, PlainValidator(_auto_count)]
 
@@ -148,8 +144,8 @@ class ModelConfig(Section):
         if not isinstance(given, dict):
             return given
         kind = given.get("jump_prior", cls.model_fields["jump_prior"].default)
-        shape = JUMP_SHAPES.get(str(kind), {})
-        return given | {key: value for key, value in shape.items() if given.get(key, 0) == 0}
+        shape = zip(("jump_width", "jump_floor"), JUMP_SHAPES.get(str(kind), ()))
+        return given | {key: value for key, value in shape if given.get(key, 0) == 0}
 
 
 class BatchConfig(Section):
@@ -393,8 +389,6 @@ CHANGEABLE = (
     "optimizer",
     "schedule",
 )
-#: Settings younger than the first checkpoints, and what runs that do not have them were trained with.
-FORMER = {"model.jump_prior": "none"}
 
 
 def is_among(key: str, names: Iterable[str]) -> bool:

@@ -71,7 +71,7 @@ def test_a_stored_run_without_a_younger_setting_has_what_it_was_trained_with(wri
 def test_a_prior_is_stored_with_its_numbers(write, monkeypatch):
     config = load_config(write(MINIMAL + "model: {jump_prior: group, jump_width: 0}\n"), ["--model.jump_floor", "6"])
     assert (config.model.jump_width, config.model.jump_floor) == (0.125, 6.0)
-    monkeypatch.setitem(schema.JUMP_SHAPES, "group", {"jump_width": 9.0, "jump_floor": 9.0})
+    monkeypatch.setitem(schema.JUMP_SHAPES, "group", (9.0, 9.0))
     assert load_stored(write(dump_config(config), "stored.yaml")) == config
     assert ModelConfig().jump_width == 0
 

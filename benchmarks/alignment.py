@@ -35,8 +35,8 @@ ARMS: dict[str, dict[str, object]] = {
     "dense-gaussian": {**DENSE, "model.jump_prior": "gaussian"},
     "dense-laplace": {**DENSE, "model.jump_prior": "laplace"},
     "dense-group": {**DENSE, "model.jump_prior": "group"},
-    "dense-group-wide": {**DENSE, "model.jump_prior": "group", "model.jump_width": 0.5},
-    "dense-group-narrow": {**DENSE, "model.jump_prior": "group", "model.jump_width": 0.125},
+    "dense-group-wide": {**DENSE, "model.jump_prior": "group", "model.jump_width": 0.25},
+    "dense-lanes": {**DENSE, "model.jump_prior": "gaussian", "model.jump_width": 0.4},
 }  # fmt: skip
 SIZES: dict[str, dict[str, object]] = {
     "demo": {"schedule.steps": 1200, "schedule.warmup": 100, "launch.threads": 1},
@@ -45,7 +45,7 @@ SIZES: dict[str, dict[str, object]] = {
               "batch.sequences": 256, "batch.micro": 256, "schedule.steps": 5000, "schedule.warmup": 250,
               "precision.dtype": "bf16"},
 }  # fmt: skip
-METRICS = ("nll", "accuracy", "joint_nll")
+METRICS = ("nll", "accuracy", "joint_nll", "coupling", "exact")
 
 
 def command(arm: str, seed: int, options: argparse.Namespace) -> list[str]:
@@ -91,9 +91,13 @@ def rows_of(arm: str, seed: int, seconds: float, options: argparse.Namespace) ->
 
     for ratio in options.ratios:
         found = evaluate_checkpoint(
-            run_of(arm, seed, options), sequences=options.sequences, mask_ratio=ratio, record=False
+            run_of(arm, seed, options),
+            sequences=options.sequences,
+            complete=min(500, options.sequences),
+            mask_ratio=ratio,
+            record=False,
         )
-        values = {name: getattr(found, name) for name in METRICS}
+        values = {name: found.values[name] for name in METRICS}
         yield {"arm": arm, "seed": seed, "step": found.step, "seconds": round(seconds, 1), "ratio": ratio, **values}
 
 

@@ -161,7 +161,7 @@ def check_equal(device: torch.device, **changes: object) -> float:
     the model's settings.
     """
     shape = SHAPES["toy"]
-    config = model_config(shape, "exlm", 0.0).model_copy(update=changes)
+    config = ModelConfig.model_validate(model_config(shape, "exlm", 0.0).model_dump() | changes)
     batch = make_batch(config, shape, 40, 5, seed=0)
     ours = build_model(config, shape.vocabulary, seed=0)
     other = StraightforwardExLM.of(config, shape.vocabulary, 0.0)

@@ -196,7 +196,7 @@ class StraightforwardExLM(nn.Module):
     @classmethod
     def of(cls, config, vocabulary: int, dropout: float) -> StraightforwardExLM:
         """The twin of the package's model with these settings."""
-        priors = {"none": None, "group": config.jump_shape}
+        priors = {"none": None, "group": (config.jump_width, config.jump_floor)}
         sizes = (config.layers, config.width, config.heads, config.ffn, vocabulary, config.max_positions)
         return cls(*sizes, priors[config.jump_prior], dropout)
 

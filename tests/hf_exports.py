@@ -10,6 +10,7 @@ from checkpoints import write_checkpoint
 from made_run import make_config
 
 from exlm_dist.config import dump_config
+from exlm_dist.config.schema import ModelConfig
 from exlm_dist.model.build import build_model
 from exlm_dist.model.objective import prior_paths
 from exlm_dist.model.stream import Stream
@@ -36,7 +37,7 @@ LENGTHS = [9, 4, 14, 1]
 def make_checkpoint(folder: Path, data: Path, variant: str = "exlm", **written) -> Path:
     """Checkpoint of a model whose weights are far enough from their initial values to tell tokens and states apart."""
     config = make_config(folder, "run", data)
-    model = config.model.model_copy(update=VARIANTS[variant])
+    model = ModelConfig.model_validate(config.model.model_dump() | VARIANTS[variant])
     config = config.model_copy(update={"model": model})
     (folder / "run" / "checkpoints").mkdir(parents=True)
     net = build_model(model, load_tokenizer(data).vocab_size, seed=3)

@@ -15,10 +15,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from exlm_dist.config.check import check_config
-from exlm_dist.config.schema import FORMER, RESUMABLE, RunConfig, is_among
+from exlm_dist.config.schema import RESUMABLE, RunConfig, is_among
 from exlm_dist.utils.errors import ConfigError
 
 _NULL = "tag:yaml.org,2002:null"
+#: Settings younger than the first checkpoints, and what runs that do not have them were trained with.
+FORMER = {"model.jump_prior": "none"}
 #: Where a dotted key was set: `file:line` or `command line`.
 Origins = dict[str, str]
 

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -29,7 +29,7 @@ def _renamed_backend(value: object) -> object:
     return "torch" if value == "reference" else value
 
 
-#: Width and floor of each prior over jumps where a run gives none.
+#: Width and floor of each prior over jumps where they are 0.
 JUMP_SHAPES = {"gaussian": (1.0, 8.0), "laplace": (1.0, 8.0), "group": (0.125, 12.0)}
 
 AutoCount = Annotated[Literal["auto"] | int, PlainValidator(_auto_count)]
@@ -137,11 +137,15 @@ class ModelConfig(Section):
     )
     init_std: float = Field(0.02, gt=0, description="Standard deviation of the initial linear and embedding weights.")
 
-    @property
-    def jump_shape(self) -> tuple[float, float]:
-        """Width and floor of the prior over jumps, those of its kind where they are 0."""
-        width, floor = JUMP_SHAPES.get(self.jump_prior, (0.0, 0.0))
-        return self.jump_width or width, self.jump_floor or floor
+    @model_validator(mode="before")
+    @classmethod
+    def _shape_of_the_prior(cls, given: Any) -> Any:
+        """Numbers for what is 0, so that what is stored with a run does not depend on the defaults of a later version."""
+        if not isinstance(given, dict):
+            return given
+        kind = given.get("jump_prior", cls.model_fields["jump_prior"].default)
+        shape = zip(("jump_width", "jump_floor"), JUMP_SHAPES.get(str(kind), ()))
+        return given | {key: value for key, value in shape if given.get(key, 0) == 0}
 
 
 class BatchConfig(Section):
@@ -385,8 +389,6 @@ CHANGEABLE = (
     "optimizer",
     "schedule",
 )
-#: Settings younger than the first checkpoints, and what runs that do not have them were trained with.
-FORMER = {"model.jump_prior": "none"}
 
 
 def is_among(key: str, names: Iterable[str]) -> bool:

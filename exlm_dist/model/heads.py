@@ -71,7 +71,9 @@ class TransitionHead(nn.Module):
         self.key = StateProjection(inputs, config.width)
         self.gate = StateProjection(inputs, config.heads)
         self.kind = config.transitions
-        self.prior = None if config.jump_prior == "none" else JumpPrior(config.jump_prior, *config.jump_shape)
+        self.prior = None
+        if config.jump_prior != "none":
+            self.prior = JumpPrior(config.jump_prior, config.jump_width, config.jump_floor)
         self.backend = backend
 
     def forward(self, features: Tensor, stream: Stream) -> Tensor:

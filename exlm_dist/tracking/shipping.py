@@ -264,7 +264,9 @@ def runs_folder(run_folder: Path) -> Path:
 def run_tags(config: RunConfig, run_folder: Path) -> dict[str, str]:
     """Tags by which runs are found and told apart in MLflow. Of the environment, only the Slurm job id."""
     model = config.model
-    kind = f"ExLM, k={model.states}, {model.transitions} transitions" if model.objective == "exlm" else "plain MLM"
+    prior = "" if model.jump_prior == "none" else f", {model.jump_prior} prior"
+    exlm = f"ExLM, k={model.states}, {model.transitions} transitions{prior}"
+    kind = exlm if model.objective == "exlm" else "plain MLM"
     note = (
         f"**{kind}** · {model.layers} layers × {model.width} wide × {model.heads} heads · "
         f"{config.schedule.steps} steps × "
@@ -277,6 +279,7 @@ def run_tags(config: RunConfig, run_folder: Path) -> dict[str, str]:
         "objective": model.objective,
         "states": str(model.states),
         "transitions": model.transitions,
+        "jump_prior": model.jump_prior,
         "budget": config.budget or "not labelled",
         "seed": str(config.seed),
         "host": platform.node(),

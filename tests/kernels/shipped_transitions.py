@@ -36,10 +36,13 @@ CASES: dict[str, Callable[[], None]] = {
         for states, heads in ((84, 12), (311, 12), (310, 12), (312, 11), (83, 11))
     },
     **{
-        f"P{width} {name} dense, {prior} prior": functools.partial(_run, width, TYPES[name], "dense", prior=prior)
-        for prior, width, name in (
-            ("group", 64, "bf16"), ("gaussian", 64, "bf16"), ("laplace", 64, "bf16"), ("group", 128, "bf16"),
-            ("group", 32, "bf16"), ("group", 64, "fp32"),
-        )
+        f"P{width} {name} dense, group prior": functools.partial(_run, width, dtype, "dense", prior="group")
+        for name, dtype in TYPES.items()
+        for width in (32, 64, 96, 128)
     },
-}  # fmt: skip
+    **{
+        f"P{width} {name}, {prior} prior": functools.partial(_run, width, TYPES[name], "dense", prior=prior)
+        for width, name in ((64, "bf16"), (32, "fp32"))
+        for prior in ("gaussian", "laplace")
+    },
+}

@@ -62,6 +62,11 @@ def test_transitions(lengths: list[int], width: int, heads: int, kind: str) -> N
     transitions_agree(make(lengths, heads, width, seed=4), lengths, 4, kind, BF16, 6e-3)
 
 
+@pytest.mark.parametrize("lengths, prior", [([83, 4], "group"), ([139], "group"), ([84], "gaussian")])
+def test_transitions_with_a_prior(lengths: list[int], prior: str) -> None:
+    transitions_agree(make(lengths, 2, 64, seed=4), lengths, 4, "dense", BF16, 6e-3, prior)
+
+
 def test_transitions_too_unlikely_for_probabilities() -> None:
     lengths = [39]
     ours = transitions_agree(make(lengths, 2, 64, seed=5, scale=30.0), lengths, 4, "dense", BF16, 6e-3)
@@ -102,7 +107,7 @@ def test_gelu_gradient() -> None:
 def test_a_step_of_the_whole_model() -> None:
     """Loss and every gradient: little further from fp64 than plain torch in bf16 is."""
     sizes = {"layers": 2, "width": 64, "heads": 2, "ffn": 96, "max_positions": 128, "init_std": 0.2}
-    config = ModelConfig(**sizes, states=4, dropout=0.0, attention_dropout=0.0)
+    config = ModelConfig(**sizes, states=4, jump_prior="group", dropout=0.0, attention_dropout=0.0)
     batch = make_batch([20, 61, 34], states=4, anchors=True, vocab_size=70)
 
     def step(backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -150,12 +150,13 @@ def attention(length: int, dropout: float) -> None:
     out.backward(torch.randn_like(out))
 
 
-def transitions(states: int) -> None:
-    """One sequence, 12 heads of 64."""
-    from exlm_dist.kernels.transitions import transition_log_probs
+def transitions(states: int, kind: str) -> None:
+    """One sequence, 12 heads of 64; `kind` of the prior over jumps, if not none."""
+    from exlm_dist.kernels.transitions import JumpPrior, transition_log_probs
 
+    rule = {"states_per_target": 4, "prior": None if kind == "none" else JumpPrior(kind, 0.125, 12.0)}
     inputs = [torch.randn(*s).bfloat16().requires_grad_() for s in ((states, 12, 64), (states, 12, 64), (states, 12))]
-    out = transition_log_probs(*inputs, torch.tensor([0, states]), states, states_per_target=4, backend="triton")
+    out = transition_log_probs(*inputs, torch.tensor([0, states]), states, **rule, backend="triton")
     out.backward(torch.rand_like(out))
 
 
@@ -198,7 +199,11 @@ CASES: dict[str, list[tuple[str, Callable[[], None], int]]] = {
         for n, count in ((191, 512), (746, 128))
         for p in (0.0, 0.1)
     ],
-    "transitions": [(f"transitions L={n}", lambda n=n: transitions(n), c) for n, c in ((84, 512), (312, 128))],
+    "transitions": [
+        (f"transitions L={n}, prior {kind}", lambda n=n, kind=kind: transitions(n, kind), c)
+        for n, c in ((84, 512), (312, 128))
+        for kind in ("none", "group")
+    ],
     "dag": [(f"dag N={n}", lambda n=n: dag(n), c) for n, c in ((21, 512), (78, 128))],
     "vocab": [("vocab 128 rows x 512 words", lambda: vocab(128, 512), 336 * 98)],
     "elementwise": [("elementwise 32 rows", lambda: elementwise(32), 3056)],

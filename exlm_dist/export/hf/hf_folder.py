@@ -63,8 +63,6 @@ def export_hf(checkpoint: Path, out: Path, *, overwrite: bool = False) -> str:
 def hf_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
     """Content of `config.json`."""
     auto = {name: f"modeling_exlm.{target}" for name, target in _AUTO_CLASSES.items()}
-    width, floor = model.jump_shape
-    model = model.model_copy(update={"jump_width": width, "jump_floor": floor})
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["ExLMForMaskedLM"],

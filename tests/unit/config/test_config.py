@@ -21,6 +21,7 @@ from exlm_dist.config import (
     load_config,
     load_stored,
     reference,
+    schema,
 )
 from exlm_dist.config.load import known_keys
 from exlm_dist.config.schema import ModelConfig
@@ -67,9 +68,12 @@ def test_a_stored_run_without_a_younger_setting_has_what_it_was_trained_with(wri
     assert load_stored(path).model.jump_prior == "group"
 
 
-def test_shape_of_the_prior_over_jumps():
-    assert ModelConfig(jump_prior="group").jump_shape == (0.125, 12.0)
-    assert ModelConfig(jump_prior="laplace", jump_width=2.0).jump_shape == (2.0, 8.0)
+def test_a_prior_is_stored_with_its_numbers(write, monkeypatch):
+    config = load_config(write(MINIMAL + "model: {jump_prior: group, jump_width: 0}\n"), ["--model.jump_floor", "6"])
+    assert (config.model.jump_width, config.model.jump_floor) == (0.125, 6.0)
+    monkeypatch.setitem(schema.JUMP_SHAPES, "group", (9.0, 9.0))
+    assert load_stored(write(dump_config(config), "stored.yaml")) == config
+    assert ModelConfig().jump_width == 0
 
 
 def test_dump_and_load_give_an_equal_object(write):

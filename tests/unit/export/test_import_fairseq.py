@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from exlm_dist.checkpoint import reader
 from exlm_dist.cli import main
 from exlm_dist.config import dump_config
+from exlm_dist.config.schema import ModelConfig
 from exlm_dist.evaluation.masked_lm import evaluate_checkpoint
 from exlm_dist.export.fairseq import EMBEDDING, METADATA, TIED_COPY, export_fairseq
 from exlm_dist.export.hf.hf_folder import export_hf
@@ -45,12 +46,11 @@ def data(tmp_path_factory) -> Path:
 
 def make_checkpoint(folder: Path, data: Path, variant: str = "exlm") -> Path:
     config = make_config(folder / "runs", "run-a", data)
-    config = config.model_copy(update={"model": config.model.model_copy(update=VARIANTS[variant])})
-    model = build_model(config.model, load_tokenizer(data).vocab_size, seed=3)
+    model = ModelConfig.model_validate(config.model.model_dump() | VARIANTS[variant])
+    config = config.model_copy(update={"model": model})
+    net = build_model(config.model, load_tokenizer(data).vocab_size, seed=3)
     noise = torch.Generator().manual_seed(5)
-    weights = {
-        name: (p.detach() + torch.randn(p.shape, generator=noise)).numpy() for name, p in model.named_parameters()
-    }
+    weights = {name: (p.detach() + torch.randn(p.shape, generator=noise)).numpy() for name, p in net.named_parameters()}
     (folder / "run/checkpoints").mkdir(parents=True)
     return write_checkpoint(
         folder / "run",

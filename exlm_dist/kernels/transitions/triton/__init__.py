@@ -107,13 +107,15 @@ class _Transitions(torch.autograd.Function):
             "query": query, "key": key, "cu_states": cu_states, "base": base, "out": out,
             "grad_out": grad_out.contiguous(), "side": max_states // align, "rows": rows, **rule.numbers(width),
         }  # fmt: skip
-        launch(row_sum_kernel, (across, down, count), {**arguments, "tile_sums": tile_sums}, constants, warps=warps)
+        # With eight warps ptxas spills a few bytes rather than use the registers it has, unless told how many.
+        limit = 168 if warps == 8 else None
+        totals = {**arguments, "tile_sums": tile_sums}
+        registers = limit if rule.prior else None
+        launch(row_sum_kernel, (across, down, count), totals, constants, warps=warps, registers=registers)
         arguments |= {"lse": lse, "row_sums": row_sums, "grad_query": grad_query, "root": width**-0.5}
         constants = {**constants, **_heads_per_program(settings, warps)}
         down, groups = cdiv(max_states, constants["ROWS"]), heads // constants["EACH"]
         gradient = {**arguments, "tile_sums": tile_sums}
-        # With eight warps ptxas spills a few bytes rather than use the registers it has, unless told how many.
-        limit = 168 if warps == 8 else None
         launch(query_gradient_kernel, (down, groups, count), gradient, constants, warps=warps, registers=limit)
         arguments |= {"gate": gate, "grad_key": grad_key, "grad_gate": grad_gate}
         constants = {**constants, "HEADS": next_power_of_2(heads)}

@@ -31,8 +31,10 @@ from exlm_dist.finetuning.property_model import PropertyModel, build_property_mo
 from exlm_dist.finetuning.result_tables import column_names_of_results, write_tables
 from exlm_dist.finetuning.splits import PARTS, Parts, repeated_rows, split_hash
 from exlm_dist.finetuning.targets import Target, task_of, with_scaling
+from exlm_dist.inference.embed import embed_encoded
 from exlm_dist.inference.loading import LoadedCheckpoint, load_checkpoint
 from exlm_dist.tables.records import InputOptions, expand_inputs
+from exlm_dist.tokenizers.encoding import EncodedTexts
 from exlm_dist.utils.errors import ConfigError, DataError
 from exlm_dist.utils.files import sha256_file
 
@@ -160,6 +162,8 @@ def train_members(
     `TrainingSettings.for_task`. folder: MODEL.partial, in whose folder `state` their states are kept. watched: show
     the epochs."""
     assert settings.metric is not None, "settings are those of `for_task`"
+    if settings.frozen:  # all epochs of all members have the same encoder
+        examples = {part: with_features(loaded, own, settings.pooling) for part, own in examples.items()}
     members = []
     for number in range(settings.seeds):
         seed = settings.seed + number
@@ -189,6 +193,14 @@ def train_members(
         scores = {part: evaluate_predictions(own, examples[part].labels, targets) for part, own in values.items()}
         members.append(Member(model, seed, progress.history, progress.best_epoch, scores, values))
     return members
+
+
+def with_features(loaded: LoadedCheckpoint, examples: Examples, pooling: str) -> Examples:
+    """The same rows with what the encoder makes of them, read once."""
+    if examples.features is not None:
+        return examples
+    encoded = EncodedTexts(examples.tokens, examples.lengths, np.arange(len(examples)))
+    return replace(examples, features=embed_encoded(loaded, encoded, pooling, None))
 
 
 def check_parts(

@@ -6,12 +6,12 @@ import functools
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from exlm_dist.finetuning.dataset import Examples
-from exlm_dist.finetuning.ensemble import train_members
+from exlm_dist.finetuning.ensemble import train_members, with_features
 from exlm_dist.finetuning.finetune_settings import METRICS, TrainingSettings
 from exlm_dist.finetuning.inputs import encode_inputs
 from exlm_dist.finetuning.metrics import evaluate_predictions
@@ -23,7 +23,7 @@ from exlm_dist.model.build import build_model
 from exlm_dist.suites.catalogue import SUITES
 from exlm_dist.suites.cells import Cell, claimed, publish_result
 from exlm_dist.suites.fingerprints import fingerprint_features, predict_from_fingerprints
-from exlm_dist.suites.methods import RANDOM, Method
+from exlm_dist.suites.methods import RANDOM
 from exlm_dist.suites.task_data import TaskData, read_task, split_task
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.version import VERSION, git_commit
@@ -70,15 +70,12 @@ def run_cell(order: Order, device: str, threads: int) -> None:
 def _finetuned(order: Order, data: TaskData, parts: Parts, partial: Path, device: str, threads: int) -> dict[str, Any]:
     """Scores of a fine-tuned model with the weights of its best epoch."""
     settings = settings_of(order.suite, order.protocol, order.cell)
-    loaded = _loaded(order.cell.method, settings.seed, device)
-    encoded = encode_inputs(loaded.tokenizer, [data.texts], max_tokens=loaded.max_tokens, truncate=True)
-    if encoded.failures:
-        row, reason = next(iter(encoded.failures.items()))
-        raise DataError(
-            f"{data.path}: row {data.rows[row]}: {reason} ({len(encoded.failures)} rows that other checkpoints can "
-            "read). Evaluate this one in another --out, on a file without these rows."
-        )
-    examples = Examples(encoded.tokens, encoded.lengths, data.labels)
+    method = order.cell.method
+    assert method.checkpoint is not None
+    used = _Weights(method.checkpoint, device, settings.seed if method.kind == RANDOM else None)
+    loaded = _loaded(used)
+    pooling = settings.pooling if settings.frozen else None
+    examples, truncated, unknown = _examples(used, order.suite, order.cell.task, order.file, pooling)
     targets = with_scaling(data.targets, data.labels[parts["train"]], settings.scale_targets)
     (partial / STATE_FOLDER).mkdir(exist_ok=True)
     own = {part: examples.take(rows) for part, rows in parts.items()}
@@ -88,8 +85,8 @@ def _finetuned(order: Order, data: TaskData, parts: Parts, partial: Path, device
         "best_epoch": member.best_epoch,
         "epochs": len(member.history),
         "settings": asdict(settings),
-        "truncated": encoded.truncated,
-        "unknown": encoded.unknown,
+        "truncated": truncated,
+        "unknown": unknown,
         "device": loaded.device.type,
     }
 
@@ -122,7 +119,15 @@ def _described(order: Order, data: TaskData) -> dict[str, Any]:
     }
 
 
-# The cells of a task, and those of a checkpoint, come one after another: what they have in common stays in memory.
+class _Weights(NamedTuple):
+    """What is fine-tuned: a checkpoint, or with a seed the initial weights of its shape."""
+
+    checkpoint: Path
+    device: str
+    initial: int | None
+
+
+# The cells of a task, and those of a method, come one after another: what they have in common stays in memory.
 @functools.lru_cache(maxsize=1)
 def _task(suite: str, task: str, file: Path, split: str) -> tuple[TaskData, Parts]:
     data = _data(suite, task, file)
@@ -134,20 +139,32 @@ def _data(suite: str, task: str, file: Path) -> TaskData:
     return read_task(SUITES[suite].task(task), file)
 
 
-def _loaded(method: Method, seed: int, device: str) -> LoadedCheckpoint:
-    """The checkpoint of a method, for `random` with initial weights that depend on the seed."""
-    assert method.checkpoint is not None
-    loaded = _load(method.checkpoint, device)
-    if method.kind != RANDOM:
-        return loaded
-    config = loaded.config
-    model = build_model(config.model, loaded.tokenizer.vocab_size, seed=seed, kernel_backend=config.kernels.backend)
+@functools.lru_cache(maxsize=2)  # `random` needs the checkpoint with its shape too
+def _loaded(used: _Weights) -> LoadedCheckpoint:
+    if used.initial is None:
+        return load_checkpoint(used.checkpoint, device=used.device)
+    loaded = _loaded(used._replace(initial=None))
+    vocab_size, backend = loaded.tokenizer.vocab_size, loaded.config.kernels.backend
+    model = build_model(loaded.config.model, vocab_size, seed=used.initial, kernel_backend=backend)
     return replace(loaded, model=model.to(loaded.device).eval())
 
 
 @functools.lru_cache(maxsize=1)
-def _load(folder: Path, device: str) -> LoadedCheckpoint:
-    return load_checkpoint(folder, device=device)
+def _examples(used: _Weights, suite: str, task: str, file: Path, pooling: str | None) -> tuple[Examples, int, int]:
+    """(all rows of a task, for a frozen encoder with what it makes of them; how many are cut; how many have a token
+    that the vocabulary lacks)."""
+    loaded, data = _loaded(used), _data(suite, task, file)
+    encoded = encode_inputs(loaded.tokenizer, [data.texts], max_tokens=loaded.max_tokens, truncate=True)
+    if encoded.failures:
+        row, reason = next(iter(encoded.failures.items()))
+        raise DataError(
+            f"{data.path}: row {data.rows[row]}: {reason} ({len(encoded.failures)} rows that other checkpoints can "
+            "read). Evaluate this one in another --out, on a file without these rows."
+        )
+    examples = Examples(encoded.tokens, encoded.lengths, data.labels)
+    if pooling is not None:
+        examples = with_features(loaded, examples, pooling)
+    return examples, encoded.truncated, encoded.unknown
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from exlm_dist.analysis.suite_figure import plot_split
+from exlm_dist.analysis.suite_figure import plot_split, plot_steps
 from exlm_dist.finetuning.finetune_settings import ERRORS
 from exlm_dist.finetuning.splits import PARTS
 from exlm_dist.suites.catalogue import SUITES
@@ -42,7 +42,9 @@ def suite_report(out: Path) -> Path:
         table = read_table(out)
         if table.entries:
             _write_csv(table, folder / CSV)
-        figures = [plot_split(table, split, folder) for split in dict.fromkeys(split for _, split in table.rows)]
+        splits = list(dict.fromkeys(split for _, split in table.rows))
+        figures = [plot_split(table, split, folder) for split in splits]
+        figures += [path for split in splits if (path := plot_steps(table, split, folder)) is not None]
         write_atomic(folder / PAGE, _page(table, figures))
     return folder / PAGE
 
@@ -59,6 +61,8 @@ def _page(table: SuiteTable, figures: Sequence[Path]) -> str:
     ]
     for split in dict.fromkeys(split for _, split in table.rows):
         parts += [f"## Split: {split}\n", *_scores(table, split), ""]
+    if len(table.shown) < len(table.columns):
+        parts.append("Of runs with many evaluated checkpoints the last one; all are in the figures by steps.\n")
     parts += ["## What pretraining buys\n", *_gains(table), ""]
     parts += [f"![{path.stem}]({path.name})\n" for path in figures]
     parts += ["## Checkpoints\n", *_checkpoints(table), "", "## Data\n", *_data(table), *_failures(table)]
@@ -69,11 +73,11 @@ def _scores(table: SuiteTable, split: str) -> list[str]:
     """A row for each task, a column for each method."""
     tasks = [task for task, own in table.rows if own == split]
     lines = [
-        f"| task | metric | test rows | {' | '.join(_cell(column.label) for column in table.columns)} |",
-        "| --- | --- | --- |" + " ---: |" * len(table.columns),
+        f"| task | metric | test rows | {' | '.join(_cell(column.label) for column in table.shown)} |",
+        "| --- | --- | --- |" + " ---: |" * len(table.shown),
     ]
     for task in tasks:
-        entries = [table.entries.get((task, split, column.key)) for column in table.columns]
+        entries = [table.entries.get((task, split, column.key)) for column in table.shown]
         best = best_entry([entry for entry in entries if entry is not None])
         cells = ["-" if one is None else _bold(_score(one.best), one is best) for one in entries]
         lines.append(f"| {task} | {table.metric(task)} | {_rows(table, task, split)} | {' | '.join(cells)} |")
@@ -88,13 +92,12 @@ def _mean_row(table: SuiteTable, split: str, tasks: Sequence[str]) -> str:
         task
         for task in tasks
         if table.metric(task) not in ERRORS
-        and all((task, split, column.key) in table.entries for column in table.columns)
+        and all((task, split, column.key) in table.entries for column in table.shown)
     ]
     if len(common) < 2:
         return ""
     means = [
-        sum(table.entries[task, split, column.key].best.mean for task in common) / len(common)
-        for column in table.columns
+        sum(table.entries[task, split, column.key].best.mean for task in common) / len(common) for column in table.shown
     ]
     return f"| mean of {len(common)} | {table.metric(common[0])} | | {' | '.join(map(_number, means))} |"
 
@@ -102,7 +105,7 @@ def _mean_row(table: SuiteTable, split: str, tasks: Sequence[str]) -> str:
 def _gains(table: SuiteTable) -> list[str]:
     """Each checkpoint against what it has to be better than."""
     lines = []
-    for column in table.columns:
+    for column in table.shown:
         if column.kind != "checkpoint":
             continue
         for name, rivals in _rivals(table, column).items():
@@ -140,19 +143,19 @@ def _compared(
 def _rivals(table: SuiteTable, column: Column) -> dict[str, list[Column]]:
     """What a checkpoint is compared with: initial weights of its shape, fingerprints, and of ExLM the plain models; all
     but the fingerprints trained as it is, frozen or not."""
-    alike = [one for one in table.columns if one.frozen == column.frozen]
+    alike = [one for one in table.shown if one.frozen == column.frozen]
     shape, exlm = column.checkpoint["shape"], column.checkpoint["objective"] == "exlm"
     plain = [one for one in alike if one.kind == "checkpoint" and one.checkpoint["objective"] != "exlm"]
     return {
         "random initial weights": [one for one in alike if one.kind == RANDOM and one.checkpoint["shape"] == shape],
-        "fingerprints": [one for one in table.columns if one.kind in FINGERPRINT_KINDS],
+        "fingerprints": [one for one in table.shown if one.kind in FINGERPRINT_KINDS],
         "the plain masked language model": plain if exlm else [],
     }
 
 
 def _checkpoints(table: SuiteTable) -> list[str]:
     lines = ["| checkpoint | objective | step | budget | sha256 | truncated molecules |", "| --- |" * 1 + " --- |" * 5]
-    for column in table.columns:
+    for column in table.shown:
         if column.kind == "checkpoint" and not column.frozen:
             origin = column.checkpoint
             kind = f"ExLM, k={origin['states']}" if origin["objective"] == "exlm" else "plain MLM"

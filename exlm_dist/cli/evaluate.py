@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from exlm_dist.cli.command import Commands, add_command, positive
 from exlm_dist.suites.catalogue import SUITES
 from exlm_dist.utils.errors import EXIT_SAVED, EXIT_STOP, ConfigError
+from exlm_dist.utils.signals import caught_signals
 
 #: Options of one form of the command that the other does not have: (form, name -> value that stands for not given).
 _OF_RUN = {"split": None, "sequences": None, "mask_ratio": None}
@@ -22,6 +26,8 @@ _OF_SUITE = {
     "seeds": None,
     "frozen": False,
     "jobs": None,
+    "watch": None,
+    "idle": None,
 }
 
 
@@ -87,6 +93,18 @@ def _add_suite(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seeds", type=positive, help="trainings of each cell of the table (default: 3)")
     group.add_argument("--frozen", action="store_true", help="each checkpoint also with its head alone trained")
     group.add_argument(
+        "--watch",
+        type=Path,
+        metavar="RUN",
+        help="each checkpoint of this run as its training saves it, until that has ended",
+    )
+    group.add_argument(
+        "--idle",
+        type=positive,
+        metavar="MINUTES",
+        help="with --watch: a training that has logged nothing for so long has ended, too (default: 60)",
+    )
+    group.add_argument(
         "--jobs", type=positive, help="trainings at a time (default: one for each GPU, else for each core)"
     )
 
@@ -118,15 +136,19 @@ def _evaluate_run(options: argparse.Namespace) -> int:
 
 
 def _evaluate_suite(options: argparse.Namespace) -> int:
-    from exlm_dist.analysis.suite_report import suite_report
     from exlm_dist.suites.evaluate_suite import SuiteRequest, evaluate_suite
+    from exlm_dist.suites.watch import watch_run
 
-    for name in ("checkpoint", "data", "out"):
+    for name in ("data", "out"):
         if getattr(options, name) is None:
             raise ConfigError(f"exlm evaluate {options.what} needs --{name}.")
+    if not options.checkpoint and not options.watch:
+        raise ConfigError(f"exlm evaluate {options.what} needs --checkpoint, or --watch.")
+    if options.idle and not options.watch:
+        raise ConfigError("--idle is of a training that is watched: give --watch RUN.")
     request = SuiteRequest(
         options.what,
-        options.checkpoint,
+        options.checkpoint or (),
         options.data,
         options.out,
         tasks=options.tasks or (),
@@ -139,9 +161,39 @@ def _evaluate_suite(options: argparse.Namespace) -> int:
         device=options.device,
     )
     try:
-        summary = evaluate_suite(request)
+        with _interrupted_by_signals():
+            if options.watch:
+                idle = 60.0 * (options.idle or 60)
+                summary = watch_run(request, options.watch, idle=idle, after_each=lambda: _record(options.out))
+            else:
+                summary = evaluate_suite(request)
+                _record(options.out)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with what is missing", file=sys.stderr)
         return EXIT_SAVED
-    print(f"{summary}\nreport: {suite_report(options.out)}")
+    print(summary)
     return EXIT_STOP if summary.failed else 0
+
+
+def _record(out: Path) -> None:
+    """Report and MLflow of all that is in the folder."""
+    from exlm_dist.analysis.suite_report import suite_report
+    from exlm_dist.suites.suite_tracking import record_results
+
+    print(f"report: {suite_report(out)}", flush=True)
+    record_results(out)
+
+
+@contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Have the signals by which jobs are ended do what Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in caught_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

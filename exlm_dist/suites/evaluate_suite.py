@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 from exlm_dist.inference.loading import visible_devices
@@ -27,7 +27,8 @@ class SuiteRequest:
     Args:
         checkpoints: run folders, checkpoints, and the names `random` and `fingerprints`. tasks, splits, protocol: none
         given stands for the suite's own. grid: NAME=VALUE,VALUE. jobs: cells at a time; None: as many as there are
-        devices. device: 'auto', 'cpu', 'cuda', 'cuda:1'.
+        devices. device: 'auto', 'cpu', 'cuda', 'cuda:1'. pinned: of checkpoints, by the names given, where their files
+        are for as long as the evaluation takes.
     """
 
     suite: str
@@ -42,6 +43,7 @@ class SuiteRequest:
     frozen: bool = False
     jobs: int | None = None
     device: str = "auto"
+    pinned: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Summary:
     busy: int
     failed: int
 
+    def plus(self, other: Summary) -> Summary:
+        """Of two evaluations, one after the other."""
+        pairs = zip(astuple(self), astuple(other))
+        return Summary(*(one + more for one, more in pairs))
+
     def __str__(self) -> str:
         busy = f", {self.busy} are being computed by other processes" if self.busy else ""
         failed = f", {self.failed} failed and are tried again when the same is given again" if self.failed else ""
@@ -63,18 +70,15 @@ class Summary:
 def evaluate_suite(request: SuiteRequest, say: Callable[[str], None] = print) -> Summary:
     """Compute all cells of the request that have no result yet. A cell that fails is recorded with its reason and
     costs the others nothing. Errors: see `find_methods`, `read_grid`, `open_folder`, `prepare_tasks`."""
-    suite = SUITES[request.suite]
-    splits, protocol = _chosen(request, suite)
-    points = read_grid(request.grid)
-    methods = find_methods(request.checkpoints, suite, frozen=request.frozen)
-    grid = [[list(pair) for pair in point] for point in points]
-    open_folder(request.out, {"suite": suite.name, "protocol": protocol, "grid": grid})
+    plan = open_evaluation(request)
+    suite, splits, protocol = plan.suite, plan.splits, plan.protocol
+    methods = find_methods(request.checkpoints, suite, frozen=request.frozen, pinned=request.pinned)
     prepared, missing = prepare_tasks(suite, request.tasks, request.data, splits, request.out)
     if missing:
         say(f"skipped, no file in {request.data}: {', '.join(missing)} ({len(missing)} of {len(suite.tasks)} tasks)")
     for line in _described(prepared):
         say(line)
-    cells = _planned(prepared, splits, methods, points, request.seeds)
+    cells = _planned(prepared, splits, methods, plan.points, request.seeds)
     for task in prepared:
         for cell in cells[task.task.name]:
             if cell.split in task.problems:
@@ -91,8 +95,19 @@ def evaluate_suite(request: SuiteRequest, say: Callable[[str], None] = print) ->
     return _computed(orders, _slots(request), unusable, say)
 
 
-def _chosen(request: SuiteRequest, suite: Suite) -> tuple[list[str], str]:
-    """The splits, each once, and the protocol."""
+@dataclass(frozen=True)
+class _Plan:
+    """What a request leaves to the suite, decided."""
+
+    suite: Suite
+    splits: list[str]
+    protocol: str
+    points: list[Point]
+
+
+def open_evaluation(request: SuiteRequest) -> _Plan:
+    """Check a request, and make its folder or go on in it. Errors: see `read_grid`, `open_folder`."""
+    suite = SUITES[request.suite]
     splits = list(dict.fromkeys(request.splits or suite.default_splits))
     for name in splits:
         if name not in suite.splits:
@@ -100,7 +115,10 @@ def _chosen(request: SuiteRequest, suite: Suite) -> tuple[list[str], str]:
     protocol = request.protocol or suite.protocols[0]
     if protocol not in suite.protocols:
         raise ConfigError(f"{suite.name} has no protocol {protocol!r}; it has {', '.join(suite.protocols)}.")
-    return splits, protocol
+    plan = _Plan(suite, splits, protocol, read_grid(request.grid))
+    grid = [[list(pair) for pair in point] for point in plan.points]
+    open_folder(request.out, {"suite": suite.name, "protocol": protocol, "grid": grid})
+    return plan
 
 
 def _described(prepared: Sequence[PreparedTask]) -> list[str]:

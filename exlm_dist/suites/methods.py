@@ -6,7 +6,7 @@ shape, and `fingerprints`, which know no pretraining at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,15 +43,17 @@ class Method:
     facts: dict[str, Any]
 
 
-def find_methods(names: Sequence[str], suite: Suite, *, frozen: bool) -> list[Method]:
+def find_methods(
+    names: Sequence[str], suite: Suite, *, frozen: bool, pinned: Mapping[str, Path] | None = None
+) -> list[Method]:
     """The methods that the names of `--checkpoint` stand for, in their order; with `frozen` each checkpoint twice, the
-    second time as a frozen probe.
+    second time as a frozen probe. pinned: of checkpoints, where their files are meanwhile.
 
     CheckpointError for what is no whole checkpoint; ConfigError for one that reads what the suite does not have, for
     `random` without a checkpoint that has a shape, and for fingerprints of texts.
     """
-    given = [Path(name) for name in names if name not in (RANDOM, FINGERPRINTS)]
-    checkpoints = [_checkpoint(path, suite) for path in given]
+    given = [name for name in names if name not in (RANDOM, FINGERPRINTS)]
+    checkpoints = [_checkpoint(Path(name), suite, (pinned or {}).get(name)) for name in given]
     methods = list({method.key: method for method in checkpoints}.values())
     if RANDOM in names:
         methods += _random(methods)
@@ -69,19 +71,20 @@ def find_methods(names: Sequence[str], suite: Suite, *, frozen: bool) -> list[Me
     return methods
 
 
-def _checkpoint(path: Path, suite: Suite) -> Method:
+def _checkpoint(path: Path, suite: Suite, pinned: Path | None) -> Method:
     refuse_model(path)
-    folder = find_checkpoint(path)
+    folder = find_checkpoint(path if pinned is None else pinned)
+    place = folder if pinned is None else path
     config, origin = read_config(folder), reference(folder)
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
     if tokenizer.domain != suite.domain:
         read, wanted = (_kind(domain) for domain in (tokenizer.domain, suite.domain))
         raise ConfigError(f"{folder}: reads {read}, but the suite {suite.name} has {wanted}. Give another checkpoint.")
     step, sha256 = int(origin["checkpoint.step"]), origin["checkpoint.sha256"]
-    run = run_folder_of(folder)
+    run = run_folder_of(place)
     facts = {
         "run": None if run is None else str(run),
-        "path": origin["checkpoint.path"],
+        "path": str(place.resolve()),
         "step": step,
         "sha256": sha256,
         "objective": config.model.objective,

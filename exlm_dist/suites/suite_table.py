@@ -21,6 +21,8 @@ from exlm_dist.suites.out_folder import read_suite, read_tasks
 ORDER = ("forest", "boosting", RANDOM, "checkpoint")
 FINGERPRINT_KINDS = ("forest", "boosting")
 CONFIDENCE = 0.95
+#: Of a run with more checkpoints the table has the last one alone.
+MOST_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class Column:
     frozen: bool
     checkpoint: dict[str, Any]
 
+    @property
+    def run(self) -> str | None:
+        """The run folder of a checkpoint; None if it is in none."""
+        return self.checkpoint.get("run")
+
 
 @dataclass(frozen=True)
 class SuiteTable:
@@ -77,7 +84,7 @@ class SuiteTable:
 
     Args:
         rows: (task, split), in the order of the suite. entries: by task, split and key of the method. tasks: what is
-        recorded of each task. failures: cells that have failed, with the reason.
+        recorded of each task. results: of all cells. failures: cells that have failed, with the reason.
     """
 
     folder: Path
@@ -86,7 +93,23 @@ class SuiteTable:
     rows: list[tuple[str, str]]
     columns: list[Column]
     entries: dict[tuple[str, str, str], Entry]
+    results: list[dict[str, Any]]
     failures: list[dict[str, Any]]
+
+    @property
+    def shown(self) -> list[Column]:
+        """The columns without the earlier checkpoints of runs with more than `MOST_STEPS`."""
+        steps: dict[str, set[int]] = defaultdict(set)
+        for column in self.columns:
+            if column.run is not None:
+                steps[column.run].add(column.checkpoint["step"])
+        return [
+            column
+            for column in self.columns
+            if column.run is None
+            or len(steps[column.run]) <= MOST_STEPS
+            or column.checkpoint["step"] == max(steps[column.run])
+        ]
 
     def metric(self, task: str) -> str:
         """The metric that is shown of a task."""
@@ -123,7 +146,7 @@ def read_table(out: Path) -> SuiteTable:
     order = SUITES[suite["suite"]]
     seen = {(task, split) for task, split, _ in entries}
     rows = [(task.name, split) for split in order.splits for task in order.tasks if (task.name, split) in seen]
-    return SuiteTable(out, suite, read_tasks(out), rows, _columns(results), entries, failures)
+    return SuiteTable(out, suite, read_tasks(out), rows, _columns(results), entries, results, failures)
 
 
 def difference(first: Entry, second: Entry) -> Difference:

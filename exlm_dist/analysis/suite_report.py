@@ -79,7 +79,10 @@ def _scores(table: SuiteTable, split: str) -> list[str]:
     for task in tasks:
         entries = [table.entries.get((task, split, column.key)) for column in table.shown]
         best = best_entry([entry for entry in entries if entry is not None])
-        cells = ["-" if one is None else _bold(_score(one.best), one is best) for one in entries]
+        cells = [
+            "-" if one is None else _bold(_score(one.best), best is not None and one.best.mean == best.best.mean)
+            for one in entries
+        ]
         lines.append(f"| {task} | {table.metric(task)} | {_rows(table, task, split)} | {' | '.join(cells)} |")
     if mean := _mean_row(table, split, tasks):
         lines.append(mean)
@@ -189,7 +192,7 @@ def _data(table: SuiteTable) -> list[str]:
         lines.append(
             f"- {task}: {rows['read']} rows, {rows['used']} used, {len(recorded['failed'])} unreadable or without label"
             f", {recorded['duplicates']} of a molecule that is there before"
-            + (f", {len(undefined)} targets left out as all their labels are the same" if undefined else "")
+            + (f", targets left out as all their labels are the same: {len(undefined)}" if undefined else "")
             + _unreadable(recorded["failed"])
         )
     return lines

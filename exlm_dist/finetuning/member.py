@@ -205,9 +205,9 @@ def _train_batch(
     """Gradient of the mean loss of the batch's labels, added up over its micro-batches; that loss."""
     device = next(model.head.parameters()).device
     norm, total = weights.sum(), 0.0
-    whole = [np.arange(len(batch))]
-    rows = length_batches(batch.lengths, BATCH_TOKENS[device.type]) if batch.features is None else whole
-    for number, chosen in enumerate(rows):
+    all_tokens = int((batch.lengths + 2).sum())  # what the encoder has read already needs no micro-batches
+    limit = BATCH_TOKENS[device.type] if batch.features is None else all_tokens
+    for number, chosen in enumerate(length_batches(batch.lengths, limit)):
         part = batch.take(chosen)
         labels, factors = (torch.from_numpy(array).to(device) for array in (part.labels, weights[chosen]))
         loss = weighted_loss(_forward(model, part, seed_from(seed, number)), labels, factors, targets) / norm

@@ -38,7 +38,8 @@ def open_folder(out: Path, request: Mapping[str, Any]) -> None:
     begun with another one, which names the differences, or is another kind of folder."""
     path = out / SUITE_FILE
     if not path.is_file():
-        if out.exists() and any(out.iterdir()):
+        # What begins with a dot is the file that another process writes at this moment.
+        if out.is_file() or (out.is_dir() and any(not inner.name.startswith(".") for inner in out.iterdir())):
             raise ConfigError(f"{out}: exists and is not the folder of an evaluation. Choose another --out.")
         try:
             out.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ def watch_run(
             if pinned:
                 continue
             if ended:
-                say(f"{ended}: {len(done)} checkpoints evaluated")
+                say(f"{ended}; checkpoints evaluated: {len(done)}")
                 return total
             time.sleep(POLL)
 

@@ -50,13 +50,13 @@ def settings_of(suite: str, protocol: str, cell: Cell) -> TrainingSettings:
     return replace(task.protocols[protocol], **changed).for_task(task.kind)
 
 
-def run_cell(order: Order, device: str, threads: int) -> None:
-    """Compute a cell and publish its result, unless that is there already. Busy if another process is at it; errors of
-    the data, the checkpoint and the training as they come."""
+def run_cell(order: Order, device: str, threads: int) -> bool:
+    """Compute a cell and publish its result; False if that was there already. Busy if another process is at it; errors
+    of the data, the checkpoint and the training as they come."""
     path = order.cell.path(order.out)
     with claimed(path) as partial:
         if partial is None:
-            return
+            return False
         started = time.monotonic()
         data, parts = _task(order.suite, order.cell.task, order.file, order.cell.split)
         if split_hash(parts) != order.split_hash:
@@ -65,6 +65,7 @@ def run_cell(order: Order, device: str, threads: int) -> None:
         result = own(order, data, parts, partial, device, threads)
         result["seconds"] = round(time.monotonic() - started, 2)
         publish_result(path, without_nan({**_described(order, data), **result}))
+        return True
 
 
 def _finetuned(order: Order, data: TaskData, parts: Parts, partial: Path, device: str, threads: int) -> dict[str, Any]:

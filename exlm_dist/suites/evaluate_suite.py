@@ -15,7 +15,7 @@ from exlm_dist.suites.grid import Point, read_grid
 from exlm_dist.suites.methods import Method, find_methods
 from exlm_dist.suites.out_folder import PreparedTask, open_folder, prepare_tasks
 from exlm_dist.suites.suite import Suite
-from exlm_dist.suites.worker_pool import BUSY, DONE, FAILED, Outcome, Slot, run_orders
+from exlm_dist.suites.worker_pool import BUSY, DONE, FAILED, PRESENT, Outcome, Slot, run_orders
 from exlm_dist.utils.errors import ConfigError
 from exlm_dist.utils.workers import default_workers
 
@@ -62,7 +62,7 @@ class Summary:
         return Summary(*(one + more for one, more in pairs))
 
     def __str__(self) -> str:
-        busy = f", {self.busy} are being computed by other processes" if self.busy else ""
+        busy = f", {self.busy} left to other processes, which were computing them" if self.busy else ""
         failed = f", {self.failed} failed and are tried again when the same is given again" if self.failed else ""
         return f"cells: {self.computed} computed, {self.present} were there before{busy}{failed}"
 
@@ -162,13 +162,13 @@ def _computed(orders: Sequence[Order], slots: Sequence[Slot], unusable: int, say
     left = [order for order in orders if not order.cell.path(order.out).exists()]
     present = len(orders) - len(left)
     say(f"{len(orders)} cells: {present} computed before, {len(left)} to do, {len(slots)} at a time")
-    counts = {DONE: 0, BUSY: 0, FAILED: 0}
+    counts = {DONE: 0, PRESENT: 0, BUSY: 0, FAILED: 0}
     started = time.monotonic()
     for number, outcome in enumerate(run_orders(left, slots), 1):
         counts[outcome.state] += 1
         rest = (time.monotonic() - started) / number * (len(left) - number)
         say(f"[{number}/{len(left)}, {rest / 60:.1f} min left] {outcome.order.cell}: {_said(outcome)}")
-    return Summary(counts[DONE], present, counts[BUSY], counts[FAILED] + unusable)
+    return Summary(counts[DONE], present + counts[PRESENT], counts[BUSY], counts[FAILED] + unusable)
 
 
 def _said(outcome: Outcome) -> str:

@@ -18,7 +18,7 @@ from exlm_dist.utils.errors import UserError
 from exlm_dist.utils.logs import get_logger
 from exlm_dist.utils.signals import die_with_parent
 
-DONE, BUSY, FAILED = "done", "busy", "failed"
+DONE, PRESENT, BUSY, FAILED = "done", "present", "busy", "failed"
 logger = get_logger(__name__)
 
 
@@ -32,7 +32,8 @@ class Slot:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell has ended. state: `DONE`, `BUSY` (another process is computing it) or `FAILED`, then with a reason."""
+    """How a cell has ended. state: `DONE`, `PRESENT` (another process has computed it meanwhile), `BUSY` (another
+    process is computing it) or `FAILED`, then with a reason."""
 
     order: Order
     state: str
@@ -65,8 +66,7 @@ def run_orders(orders: Sequence[Order], slots: Sequence[Slot]) -> Iterator[Outco
 
 def _attempt(order: Order, slot: Slot) -> Outcome:
     try:
-        run_cell(order, slot.device, slot.threads)
-        return Outcome(order, DONE)
+        return Outcome(order, DONE if run_cell(order, slot.device, slot.threads) else PRESENT)
     except Busy:
         return Outcome(order, BUSY)
     except UserError as error:

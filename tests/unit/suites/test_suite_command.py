@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +277,7 @@ def test_a_folder_is_of_one_evaluation(
     assert "is damaged" in capsys.readouterr().err
 
 
-def test_checkpoints_of_text_and_options_of_the_other_form_are_refused(
+def test_checkpoints_of_another_domain_and_options_of_the_other_form_are_refused(
     runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["evaluate", str(runs[0]), "--tasks", "bbbp"]) == 2
@@ -285,6 +286,11 @@ def test_checkpoints_of_text_and_options_of_the_other_form_are_refused(
     assert "needs --checkpoint, or --watch" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="names nothing"):
         find_methods([], MOLECULENET, frozen=False)
+    of_texts = replace(MOLECULENET, domain="text")
+    with pytest.raises(ConfigError, match="reads molecules, but the suite moleculenet has texts"):
+        find_methods([str(runs[0])], of_texts, frozen=False)
+    with pytest.raises(ConfigError, match="fingerprints are of molecules"):
+        find_methods(["fingerprints"], of_texts, frozen=False)
 
 
 def test_checkpoints_are_told_apart_by_their_weights(runs: tuple[Path, Path], tmp_path: Path) -> None:

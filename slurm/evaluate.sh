@@ -1,6 +1,6 @@
 #!/bin/bash
-# Evaluate a checkpoint on one GPU of a Slurm cluster; the arguments are those of `exlm evaluate`.
-#   sbatch slurm/evaluate.sh RUN [--mask-ratio R ...]
+# Evaluate checkpoints on one GPU of a Slurm cluster; the arguments are those of `exlm evaluate`.
+#   sbatch slurm/evaluate.sh RUN [--mask-ratio R ...], or moleculenet --checkpoint RUN ... --data FOLDER --out FOLDER
 # Edit these lines, or give their options to sbatch before the name of this file; everything else is derived.
 #SBATCH --account=my-account
 #SBATCH --partition=gpu
@@ -26,8 +26,9 @@ python=${EXLM_VENV:-.venv}/bin/python
 [ ${#container[@]} = 0 ] && [ -x "$python" ] || python=python3
 exlm=("${EXLM_PYTHON:-$python}" -m exlm_dist.cli)
 
-# sbatch --array=1-8: each task appends its line of the file EXLM_SWEEP to the arguments (a sweep, many evaluations).
-if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+# sbatch --array=1-8: the tasks divide up the cells of a suite between them, each taking those that no other one has.
+# With the file EXLM_SWEEP each task appends its line of that file to the arguments (many evaluations).
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && [ -n "${EXLM_SWEEP:-}" ]; then
     line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "${EXLM_SWEEP:?must name the file of the arguments, a line per array task}")
     [ -n "$line" ] || { say "error: $EXLM_SWEEP has no line $SLURM_ARRAY_TASK_ID"; exit 2; }
     mapfile -t words < <(xargs -n 1 printf '%s\n' <<<"$line")

@@ -14,12 +14,12 @@ import traceback
 from collections.abc import Sequence
 
 from exlm_dist import __version__
-from exlm_dist.cli import conversions, finetune, inference, prepare, results, settings, train
+from exlm_dist.cli import conversions, evaluate, finetune, inference, prepare, results, settings, train
 from exlm_dist.utils.errors import EXIT_USAGE, UserError, leave_message
 from exlm_dist.utils.logs import configure_logging
 
 #: In the order of `exlm --help`.
-GROUPS = (prepare, train, inference, finetune, results, conversions, settings)
+GROUPS = (prepare, train, inference, finetune, evaluate, results, conversions, settings)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

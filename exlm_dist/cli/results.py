@@ -1,4 +1,4 @@
-"""What is done with a trained run: `exlm evaluate`, `report`, `sync` and `export`."""
+"""What is done with a trained run: `exlm report`, `sync` and `export`."""
 
 from __future__ import annotations
 
@@ -12,31 +12,13 @@ _CHECKPOINT = "run folder (its newest checkpoint) or checkpoint folder"
 
 
 def register(commands: Commands) -> None:
-    """Add `evaluate`, `report`, `sync` and `export`."""
-    evaluate = add_command(
-        commands,
-        "evaluate",
-        _evaluate,
-        "nll and accuracy of masked tokens, single and joint, on held-out data",
-    )
-    evaluate.add_argument("checkpoint", type=Path, help=_CHECKPOINT)
-    evaluate.add_argument("--data", type=Path, help="prepared folder; default: the one the run was trained on")
-    evaluate.add_argument("--split", choices=["valid", "train"], default="valid", help="split of the data")
-    evaluate.add_argument("--sequences", type=int, help="first sequences used; default: all")
-    evaluate.add_argument(
-        "--mask-ratio", type=float, help="fraction of masked tokens; default: masking.eval_ratio of the run"
-    )
-    evaluate.add_argument(
-        "--complete",
-        type=int,
-        metavar="N",
-        default=1000,
-        help="first sequences of which the most probable completion is searched, for `exact`; default: %(default)s",
-    )
+    """Add `report`, `sync` and `export`."""
     report = add_command(
         commands, "report", _report, "plots, and a table that compares runs at equal steps and equal seconds"
     )
-    report.add_argument("runs", nargs="+", type=Path, help="run folders, and fine-tuned models, each by itself")
+    report.add_argument(
+        "runs", nargs="+", type=Path, help="run folders; fine-tuned models and evaluations, each by itself"
+    )
     sync = add_command(commands, "sync", _sync, "send what the tracking server has not received yet")
     sync.add_argument("runs", nargs="+", type=Path, help="run folders, or fine-tuned models")
     sync.add_argument("--timeout", type=float, default=60.0, help="seconds to try")
@@ -50,32 +32,21 @@ def register(commands: Commands) -> None:
     fairseq.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
 
 
-def _evaluate(options: argparse.Namespace) -> int:
-    from exlm_dist.evaluation.masked_lm import evaluate_checkpoint
-
-    print(
-        evaluate_checkpoint(
-            options.checkpoint,
-            data=options.data,
-            split=options.split,
-            sequences=options.sequences,
-            mask_ratio=options.mask_ratio,
-            complete=options.complete,
-        )
-    )
-    return 0
-
-
 def _report(options: argparse.Namespace) -> int:
     from exlm_dist.analysis.finetuning_report import PAGE, finetuning_report
     from exlm_dist.analysis.run_report import run_report
+    from exlm_dist.analysis.suite_report import suite_report
     from exlm_dist.finetuning.model_folder import is_model_folder
+    from exlm_dist.suites.out_folder import is_suite_folder
 
     models = [folder for folder in options.runs if is_model_folder(folder)]
     for model in models:
         finetuning_report(model)
         print(model / PAGE)
-    if runs := [folder for folder in options.runs if folder not in models]:
+    evaluations = [folder for folder in options.runs if is_suite_folder(folder)]
+    for evaluation in evaluations:
+        print(suite_report(evaluation))
+    if runs := [folder for folder in options.runs if folder not in (*models, *evaluations)]:
         print(run_report(runs))
     return 0
 

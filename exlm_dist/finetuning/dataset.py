@@ -31,10 +31,12 @@ class Examples:
     tokens: np.ndarray  # int32 [sum of lengths], without BOS and EOS
     lengths: np.ndarray  # int64 [m]
     labels: np.ndarray  # float64 [m, targets], NaN: missing
+    features: np.ndarray | None = None  # float32 [m, D], what an encoder that does not learn makes of each row
 
     def take(self, chosen: np.ndarray) -> Examples:
         """The rows `chosen`, in that order."""
-        return Examples(*take_sequences(self.tokens, self.lengths, chosen), self.labels[chosen])
+        features = None if self.features is None else self.features[chosen]
+        return Examples(*take_sequences(self.tokens, self.lengths, chosen), self.labels[chosen], features)
 
     def __len__(self) -> int:
         return len(self.lengths)

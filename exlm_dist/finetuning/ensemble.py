@@ -31,8 +31,10 @@ from exlm_dist.finetuning.property_model import PropertyModel, build_property_mo
 from exlm_dist.finetuning.result_tables import column_names_of_results, write_tables
 from exlm_dist.finetuning.splits import PARTS, Parts, repeated_rows, split_hash
 from exlm_dist.finetuning.targets import Target, task_of, with_scaling
+from exlm_dist.inference.embed import embed_encoded
 from exlm_dist.inference.loading import LoadedCheckpoint, load_checkpoint
 from exlm_dist.tables.records import InputOptions, expand_inputs
+from exlm_dist.tokenizers.encoding import EncodedTexts
 from exlm_dist.utils.errors import ConfigError, DataError
 from exlm_dist.utils.files import sha256_file
 
@@ -118,7 +120,8 @@ def _prepared(
     split = replace(split, kind=split.kind or ("scaffold" if loaded.tokenizer.domain == "smiles" else "random"))
     training = training.for_task(task_of(dataset.targets))
     parts = split_dataset(dataset, split, loaded.tokenizer)
-    check_parts(dataset, parts, test=split.kind != "column" and split.sizes[2] > 0)
+    test = split.kind != "column" and split.sizes[2] > 0
+    check_parts(dataset.examples.labels, dataset.targets, parts, test=test)
     targets = with_scaling(dataset.targets, dataset.examples.labels[parts["train"]], training.scale_targets)
     counts = Counter(column_names_of_results(dataset.inputs, targets))
     if twice := [name for name, count in counts.items() if count > 1]:
@@ -152,10 +155,15 @@ def train_members(
     examples: Mapping[str, Examples],
     settings: TrainingSettings,
     folder: Path | None = None,
+    *,
+    watched: bool = True,
 ) -> list[Member]:
     """Train the members of an ensemble, one after another, on the same parts. settings: those of
-    `TrainingSettings.for_task`. folder: MODEL.partial, where their states are kept."""
+    `TrainingSettings.for_task`. folder: MODEL.partial, in whose folder `state` their states are kept. watched: show
+    the epochs."""
     assert settings.metric is not None, "settings are those of `for_task`"
+    if settings.frozen:  # all epochs of all members have the same encoder
+        examples = {part: with_features(loaded, own, settings.pooling) for part, own in examples.items()}
     members = []
     for number in range(settings.seeds):
         seed = settings.seed + number
@@ -176,7 +184,9 @@ def train_members(
             settings,
             seed,
             store=None if folder is None else MemberState(folder, number),
-            watcher=EpochProgress(f"member {number + 1}/{settings.seeds}", settings.epochs, settings.metric),
+            watcher=EpochProgress(f"member {number + 1}/{settings.seeds}", settings.epochs, settings.metric)
+            if watched
+            else None,
         )
         scored = [part for part in PARTS[1:] if part in examples and len(examples[part])]
         values = {part: evaluate(model, targets, examples[part])[0] for part in scored}
@@ -185,22 +195,34 @@ def train_members(
     return members
 
 
-def check_parts(dataset: Dataset, parts: Parts, *, test: bool) -> None:
+def with_features(loaded: LoadedCheckpoint, examples: Examples, pooling: str) -> Examples:
+    """The same rows with what the encoder makes of them, read once."""
+    if examples.features is not None:
+        return examples
+    encoded = EncodedTexts(examples.tokens, examples.lengths, np.arange(len(examples)))
+    return replace(examples, features=embed_encoded(loaded, encoded, pooling, None))
+
+
+def check_parts(
+    labels: np.ndarray,
+    targets: Sequence[Target],
+    parts: Parts,
+    *,
+    test: bool,
+    remedy: str = "Choose another --split, --split-seed or --split-sizes.",
+) -> None:
     """DataError if a part is empty (the one for `test` only if it is asked for), or if no target has two distinct
-    labels in it."""
+    `labels` [n, targets] in it. `remedy`: what its message advises."""
     for part, rows in parts.items():
         if not len(rows) and (part != "test" or test):
             raise DataError(
-                f"the {part} part of the split is empty ({len(dataset.places)} rows can be used). Give more rows, or "
-                "choose another --split or --split-sizes."
+                f"the {part} part of the split is empty ({len(labels)} rows can be used). Give more rows. {remedy}"
             )
-        columns = dataset.examples.labels[rows].T
-        if len(rows) and max(len(np.unique(column[~np.isnan(column)])) for column in columns) < 2:
-            of_one = "of one class" if task_of(dataset.targets) == "classification" else "with one value"
+        if len(rows) and max(len(np.unique(column[~np.isnan(column)])) for column in labels[rows].T) < 2:
+            of_one = "of one class" if task_of(targets) == "classification" else "with one value"
             raise DataError(
                 f"the {part} part of the split ({len(rows)} rows) has labels {of_one} only: nothing can be "
-                f"{'learned from' if part == 'train' else 'measured on'} it. Choose another --split, --split-seed or "
-                "--split-sizes."
+                f"{'learned from' if part == 'train' else 'measured on'} it. {remedy}"
             )
 
 

@@ -35,7 +35,7 @@ class Progress:
 
     history: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int = 0
-    best: dict[str, Tensor] = field(default_factory=dict)  # weights after the best epoch
+    best: dict[str, Tensor] = field(default_factory=dict)  # trained weights after the best epoch
 
     def finished(self, settings: TrainingSettings) -> bool:
         """Whether all epochs are done, or patience has run out."""
@@ -98,7 +98,7 @@ def train_member(
         }
         if _better(metric, record, progress.history):
             progress.best_epoch = epoch
-            progress.best = {name: value.detach().clone() for name, value in model.weights().items()}
+            progress.best = {name: value.detach().clone() for name, value in model.trainable().items()}
         progress.history.append(record)
         if store is not None:
             store.save(_tensors(model, optimizer, progress), _facts(progress))
@@ -115,7 +115,7 @@ def evaluate(model: PropertyModel, targets: Sequence[Target], examples: Examples
     model.eval()
     values = np.empty((len(examples), sum(target.outputs for target in targets)))
     total = 0.0
-    for chosen, outputs in outputs_of(model, examples.tokens, examples.lengths):
+    for chosen, outputs in _evaluated(model, examples):
         labels = torch.from_numpy(examples.labels[chosen]).to(outputs.device)
         total += float(weighted_loss(outputs, labels, torch.ones_like(labels), targets))
         values[chosen] = predicted_values(outputs, targets).cpu().numpy()
@@ -127,6 +127,23 @@ def outputs_of(model: PropertyModel, tokens: np.ndarray, lengths: np.ndarray) ->
     device = next(model.head.parameters()).device
     for chosen in length_batches(lengths, BATCH_TOKENS[device.type]):
         yield chosen, model(unmasked_stream(*take_sequences(tokens, lengths, chosen), device)).float()
+
+
+def _evaluated(model: PropertyModel, examples: Examples) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """(rows, their outputs): by micro-batches, or of rows that the encoder has read already all at once."""
+    if examples.features is None:
+        yield from outputs_of(model, examples.tokens, examples.lengths)
+    else:
+        yield np.arange(len(examples)), _forward(model, examples, 0)
+
+
+def _forward(model: PropertyModel, examples: Examples, seed: int) -> Tensor:
+    """Outputs of the rows of one micro-batch, fp32 [B, O]."""
+    device = next(model.head.parameters()).device
+    if examples.features is None:
+        return model(unmasked_stream(examples.tokens, examples.lengths, device, seed)).float()
+    features = torch.from_numpy(examples.features).to(device)
+    return model.head(features, torch.tensor([seed], device=device)).float()
 
 
 def batches_of_epoch(count: int, size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -142,10 +159,11 @@ def steps_of_epoch(count: int, settings: TrainingSettings) -> int:
 
 
 def put_weights(model: PropertyModel, weights: dict[str, Tensor]) -> None:
-    """Give the model these weights, by the names of `PropertyModel.weights`."""
+    """Give the model these weights, by the names of `PropertyModel.weights`; it keeps those that are not given."""
+    parameters = model.weights()
     with torch.no_grad():
-        for name, parameter in model.weights().items():
-            parameter.copy_(weights[name])
+        for name, value in weights.items():
+            parameters[name].copy_(value)
 
 
 def _train_epoch(
@@ -187,11 +205,12 @@ def _train_batch(
     """Gradient of the mean loss of the batch's labels, added up over its micro-batches; that loss."""
     device = next(model.head.parameters()).device
     norm, total = weights.sum(), 0.0
-    for number, chosen in enumerate(length_batches(batch.lengths, BATCH_TOKENS[device.type])):
+    all_tokens = int((batch.lengths + 2).sum())  # what the encoder has read already needs no micro-batches
+    limit = BATCH_TOKENS[device.type] if batch.features is None else all_tokens
+    for number, chosen in enumerate(length_batches(batch.lengths, limit)):
         part = batch.take(chosen)
-        stream = unmasked_stream(part.tokens, part.lengths, device, seed_from(seed, number))
         labels, factors = (torch.from_numpy(array).to(device) for array in (part.labels, weights[chosen]))
-        loss = weighted_loss(model(stream).float(), labels, factors, targets) / norm
+        loss = weighted_loss(_forward(model, part, seed_from(seed, number)), labels, factors, targets) / norm
         loss.backward()
         total += float(loss.detach())
     return total
@@ -235,7 +254,7 @@ def _better(metric: str, record: Mapping[str, Any], history: Sequence[Mapping[st
 
 
 def _tensors(model: PropertyModel, optimizer: torch.optim.Optimizer, progress: Progress) -> dict[str, Tensor]:
-    tensors = {f"weights/{name}": value.detach() for name, value in model.weights().items()}
+    tensors = {f"weights/{name}": value.detach() for name, value in model.trainable().items()}
     tensors |= {f"best/{name}": value for name, value in progress.best.items()}
     for name, parameter in model.trainable().items():
         tensors |= {f"{moment}/{name}": optimizer.state[parameter][moment] for moment in (*MOMENTS, "step")}

@@ -79,3 +79,12 @@ def choose_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {name!r} cannot be used here: {reason}. Give `auto`, `cpu` or `cuda`.") from None
     return device
+
+
+def visible_devices(name: str) -> list[str]:
+    """All devices that `name` stands for: of 'auto' and 'cuda' every GPU there is; the CPU where there is none.
+    ConfigError if this machine has none such."""
+    device = choose_device(name)
+    if str(device) == "cuda":
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return [str(device)]

@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exlm_dist.launch.slurm_scripts import COMMON, EVALUATE, PREPARE, PRETRAIN
+from exlm_dist.launch.slurm_scripts import COMMON, EVALUATE, PREPARE, PRETRAIN, SWEEP, SWEEP_IF_GIVEN
 from exlm_dist.utils.errors import ConfigError
 from exlm_dist.utils.files import write_atomic
 
-BODIES = {"pretrain": PRETRAIN, "evaluate": EVALUATE, "prepare": PREPARE}
+BODIES = {"pretrain": SWEEP + PRETRAIN, "evaluate": SWEEP_IF_GIVEN + EVALUATE, "prepare": SWEEP + PREPARE}
 USES = {
     "pretrain": (
         "Pretrain, or continue, a run on a Slurm cluster.",
         "CONFIG [--section.key VALUE ...]",
     ),
     "evaluate": (
-        "Evaluate a checkpoint on one GPU of a Slurm cluster; the arguments are those of `exlm evaluate`.",
-        "RUN [--mask-ratio R ...]",
+        "Evaluate checkpoints on one GPU of a Slurm cluster; the arguments are those of `exlm evaluate`.",
+        "RUN [--mask-ratio R ...], or moleculenet --checkpoint RUN ... --data FOLDER --out FOLDER",
     ),
     "prepare": (
         "Prepare data on one node of a Slurm cluster; the arguments are those of `exlm prepare`.",

@@ -8,7 +8,7 @@ attempts in a row without a newer checkpoint end the job with 78.
 
 from __future__ import annotations
 
-#: Where Python is, the arguments of an array task, and log lines.
+#: Where Python is, and log lines.
 COMMON = r"""
 # Inside a container: options of srun, or a command in front of Python. EXLM_PYTHON names the Python inside it.
 #   container=(--container-image=exlm.sqsh)    container=(apptainer exec --nv exlm.sif)
@@ -22,15 +22,31 @@ say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
 python=${EXLM_VENV:-.venv}/bin/python
 [ ${#container[@]} = 0 ] && [ -x "$python" ] || python=python3
 exlm=("${EXLM_PYTHON:-$python}" -m exlm_dist.cli)
+"""
 
-# sbatch --array=1-8: each task appends its line of the file EXLM_SWEEP to the arguments (a sweep, many evaluations).
-if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+_LINE_OF_TASK = r"""
     line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "${EXLM_SWEEP:?must name the file of the arguments, a line per array task}")
     [ -n "$line" ] || { say "error: $EXLM_SWEEP has no line $SLURM_ARRAY_TASK_ID"; exit 2; }
     mapfile -t words < <(xargs -n 1 printf '%s\n' <<<"$line")
     set -- "$@" "${words[@]}"
 fi
 """
+
+#: The arguments of a task of an array, which must not do what another task does.
+SWEEP = (
+    r"""
+# sbatch --array=1-8: each task appends its line of the file EXLM_SWEEP to the arguments (a sweep, many evaluations).
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then"""
+    + _LINE_OF_TASK
+)
+#: The same where tasks with equal arguments divide up the work between them.
+SWEEP_IF_GIVEN = (
+    r"""
+# sbatch --array=1-8: the tasks divide up the cells of a suite between them, each taking those that no other one has.
+# With the file EXLM_SWEEP each task appends its line of that file to the arguments (many evaluations).
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && [ -n "${EXLM_SWEEP:-}" ]; then"""
+    + _LINE_OF_TASK
+)
 
 PRETRAIN = r"""
 job=$SLURM_JOB_ID # as scontrol names it: a task of an array is 12_1

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from rdkit import Chem, rdBase
 from rdkit import __version__ as RDKIT_VERSION
 
@@ -75,3 +76,16 @@ def murcko_scaffold(text: str, *, chirality: bool = True) -> str:
     if molecule is None:
         raise MoleculeError(_why(text))
     return MurckoScaffold.MurckoScaffoldSmiles(mol=molecule, includeChirality=chirality)
+
+
+def morgan_counts(text: str, *, radius: int, size: int) -> np.ndarray:
+    """Extended-connectivity fingerprint (Rogers and Hahn, J. Chem. Inf. Model. 2010, 50, 742): how often each
+    circular environment of up to `radius` bonds occurs, folded into `size` counts, uint8 [size]. MoleculeError if
+    `text` cannot be parsed."""
+    from rdkit.Chem import rdFingerprintGenerator
+
+    molecule = Chem.MolFromSmiles(text)
+    if molecule is None:
+        raise MoleculeError(_why(text))
+    generator = rdFingerprintGenerator.GetMorganGenerator(radius=radius, fpSize=size)
+    return np.minimum(generator.GetCountFingerprintAsNumPy(molecule), 255).astype(np.uint8)

@@ -21,6 +21,7 @@ FLOORS = (
     {"model", "prepare"},
     {"inference"},
     {"evaluation", "export", "finetuning", "planning", "training"},
+    {"suites"},
     {"analysis", "doctor"},
     {"cli"},
 )
@@ -44,12 +45,14 @@ MAY_IMPORT = {
     "evaluation": BASE | {"checkpoint", "data", "inference", "model", "tokenizers", "tracking"},
     "finetuning": BASE | {"checkpoint", "data", "inference", "model", "tables", "tokenizers", "tracking"},
     "export": BASE | {"checkpoint", "data", "model", "tokenizers", "tracking"},
+    "suites": BASE | {"checkpoint", "finetuning", "inference", "model", "tables", "tokenizers", "tracking"},
     "analysis": BASE
-    | {"checkpoint", "data", "evaluation", "finetuning", "inference", "kernels", "model", "tokenizers", "tracking"},
+    | {"checkpoint", "data", "evaluation", "finetuning", "inference", "kernels", "model", "suites", "tables"}
+    | {"tokenizers", "tracking"},
     "doctor": BASE | {"checkpoint", "data", "launch", "model", "parallel", "planning", "tracking"},
     "cli": BASE
     | {"analysis", "checkpoint", "doctor", "evaluation", "export", "finetuning", "inference", "launch", "planning"}
-    | {"prepare", "tables", "tracking", "training"},
+    | {"prepare", "suites", "tables", "tracking", "training"},
 }
 #: What `exlm_dist` itself offers in Python comes from the rooms that use checkpoints.
 MAY_IMPORT_AT_THE_TOP = {"finetuning", "inference", "utils"}
@@ -65,7 +68,8 @@ SEAMS = {
     "matplotlib": ("analysis/",),
     "sentencepiece": ("tokenizers/",),
     "safetensors": ("export/", "finetuning/model_folder.py"),
-    "sklearn": ("finetuning/", "analysis/finetuning_figures.py"),
+    "sklearn": ("finetuning/", "suites/fingerprints.py", "analysis/finetuning_figures.py"),
+    "scipy": ("suites/suite_table.py",),
     "pyarrow": ("tables/",),
     "zstandard": ("tables/",),
     "torch": ("kernels/", "parallel/", "model/", "training/", "inference/", "evaluation/", "export/", "analysis/")

@@ -13,6 +13,7 @@ from sklearn import metrics as sklearn_metrics
 
 from exlm_dist.finetuning import member
 from exlm_dist.finetuning.dataset import Examples
+from exlm_dist.finetuning.ensemble import with_features
 from exlm_dist.finetuning.finetune_settings import TrainingSettings
 from exlm_dist.finetuning.losses import predicted_values, weighted_loss
 from exlm_dist.finetuning.member import batches_of_epoch, train_member
@@ -245,3 +246,20 @@ def test_the_rate_rises_and_falls_to_zero() -> None:
     rates = [member._rate(settings, 100, step) for step in range(101)]
     assert max(rates) == pytest.approx(0.5) and rates.index(max(rates)) in (9, 10)
     assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True) and rates[100] == 0 and rates[0] > 0
+
+
+def test_features_that_are_read_once_train_the_same_head(loaded: LoadedCheckpoint, examples: Examples) -> None:
+    """Up to the rounding of the encoder, whose micro-batches differ."""
+    settings = TrainingSettings(epochs=3, batch=8, lr=0.01, frozen=True)
+    store = Store()
+    model, progress = train(loaded, with_features(loaded, examples, "mean"), settings, store=store)
+    other, expected = train(loaded, examples, settings)
+    assert [one["train_loss"] for one in progress.history] == pytest.approx(
+        [one["train_loss"] for one in expected.history], rel=1e-4
+    )
+    values, loss = member.evaluate(model, TARGETS, examples)
+    own, same = member.evaluate(model, TARGETS, with_features(loaded, examples, "mean"))
+    assert np.allclose(values, own, atol=1e-5) and loss == pytest.approx(same, rel=1e-4)
+    assert np.allclose(values, member.evaluate(other, TARGETS, examples)[0], atol=1e-3)
+    names = {name.split("/", 1)[1].split(".")[0] for name in store.state[0]}
+    assert names == {"head"}, "the state is of what is trained"

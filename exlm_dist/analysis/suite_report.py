@@ -1,0 +1,276 @@
+"""The report of an evaluation: one table of all methods, what pretraining buys, the data, and figures."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from exlm_dist.analysis.suite_figure import plot_split, plot_steps
+from exlm_dist.finetuning.finetune_settings import ERRORS
+from exlm_dist.finetuning.splits import PARTS
+from exlm_dist.suites.catalogue import SUITES
+from exlm_dist.suites.methods import RANDOM
+from exlm_dist.suites.suite_table import (
+    FINGERPRINT_KINDS,
+    Column,
+    Entry,
+    Score,
+    SuiteTable,
+    best_entry,
+    difference,
+    read_table,
+)
+from exlm_dist.tables.table_writer import TableWriter
+from exlm_dist.utils.files import write_atomic
+
+REPORT, PAGE, CSV = "report", "report.md", "results.csv"
+#: Unreadable rows of a task that are listed.
+LISTED = 5
+
+
+def suite_report(out: Path) -> Path:
+    """Write report.md, results.csv and the figures into OUT/report from all results that are in the folder; returns the
+    page. CheckpointError if a file in the folder is damaged."""
+    folder = out / REPORT
+    folder.mkdir(exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes the last one has all results
+        table = read_table(out)
+        if table.entries:
+            _write_csv(table, folder / CSV)
+        splits = list(dict.fromkeys(split for _, split in table.rows))
+        figures = [plot_split(table, split, folder) for split in splits]
+        figures += [path for split in splits if (path := plot_steps(table, split, folder)) is not None]
+        write_atomic(folder / PAGE, _page(table, figures))
+    return folder / PAGE
+
+
+def _page(table: SuiteTable, figures: Sequence[Path]) -> str:
+    grid = table.suite["grid"]
+    tried = f", {len(grid)} points of a grid" if len(grid) > 1 else ""
+    changed = "".join(f", {name} {value}" for name, value in (grid[0] if len(grid) == 1 else []))
+    parts = [
+        f"# {table.suite['suite']}\n",
+        f"Protocol `{table.suite['protocol']}`{changed}{tried}. Test part, with the weights of the epoch that is the "
+        "best on the validation part; mean \u00b1 standard deviation (n - 1) over the seeds of the training, on one "
+        "split. **Bold**: the best of a row.\n",
+    ]
+    for split in dict.fromkeys(split for _, split in table.rows):
+        parts += [f"## Split: {split}\n", *_scores(table, split), ""]
+    if len(table.shown) < len(table.columns):
+        parts.append("Of runs with many evaluated checkpoints the last one; all are in the figures by steps.\n")
+    parts += ["## What pretraining buys\n", *_gains(table), ""]
+    parts += [f"![{path.stem}]({path.name})\n" for path in figures]
+    parts += ["## Checkpoints\n", *_checkpoints(table), "", "## Data\n", *_data(table), *_failures(table)]
+    return "\n".join(parts) + "\n"
+
+
+def _scores(table: SuiteTable, split: str) -> list[str]:
+    """A row for each task, a column for each method."""
+    tasks = [task for task, own in table.rows if own == split]
+    lines = [
+        f"| task | metric | test rows | {' | '.join(_cell(column.label) for column in table.shown)} |",
+        "| --- | --- | --- |" + " ---: |" * len(table.shown),
+    ]
+    for task in tasks:
+        entries = [table.entries.get((task, split, column.key)) for column in table.shown]
+        best = best_entry([entry for entry in entries if entry is not None])
+        cells = [
+            "-" if one is None else _bold(_score(one.best), best is not None and one.best.mean == best.best.mean)
+            for one in entries
+        ]
+        lines.append(f"| {task} | {table.metric(task)} | {_rows(table, task, split)} | {' | '.join(cells)} |")
+    if mean := _mean_row(table, split, tasks):
+        lines.append(mean)
+    return lines
+
+
+def _mean_row(table: SuiteTable, split: str, tasks: Sequence[str]) -> str:
+    """Means over the tasks of classes that all methods have results of; '' of less than two."""
+    common = [
+        task
+        for task in tasks
+        if table.metric(task) not in ERRORS
+        and all((task, split, column.key) in table.entries for column in table.shown)
+    ]
+    if len(common) < 2:
+        return ""
+    means = [
+        sum(table.entries[task, split, column.key].best.mean for task in common) / len(common) for column in table.shown
+    ]
+    return f"| mean of {len(common)} | {table.metric(common[0])} | | {' | '.join(map(_number, means))} |"
+
+
+def _gains(table: SuiteTable) -> list[str]:
+    """Each checkpoint against what it has to be better than."""
+    lines = []
+    for column in table.shown:
+        if column.kind != "checkpoint":
+            continue
+        for name, rivals in _rivals(table, column).items():
+            compared = [_compared(table, row, column, rivals) for row in table.rows]
+            known = [one for one in compared if one is not None]
+            if known:
+                counts = Counter(verdict for _, verdict in known)
+                said = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+                lines.append(f"- **{_cell(column.label)}** against {name}: {said}.")
+                lines += [f"    - {text}" for text, _ in known]
+    if not lines:
+        return ["Nothing to compare with: give `random` and `fingerprints` to `--checkpoint`."]
+    return [
+        "Differences of the means on the test part, above 0 where the checkpoint is better, \u00b1 half of the 95 % "
+        "interval (Welch) that the seeds of the training leave. No difference: the interval has 0 in it. It says "
+        "nothing of other splits. Where there are several to compare with, the best on the test part is taken.\n",
+        *lines,
+    ]
+
+
+def _compared(
+    table: SuiteTable, row: tuple[str, str], column: Column, rivals: Sequence[Column]
+) -> tuple[str, str] | None:
+    """(the difference in words, its verdict) of a row; None if there is nothing to compare."""
+    own = table.entries.get((*row, column.key))
+    found = [table.entries.get((*row, rival.key)) for rival in rivals]
+    other = best_entry([entry for entry in found if entry is not None])
+    if own is None or other is None:
+        return None
+    gain = difference(own, other)
+    within = "" if math.isnan(gain.half_width) else f" \u00b1 {gain.half_width:.3f}"
+    return f"{row[0]} {row[1]} {own.metric}: {gain.value:+.3f}{within}, {gain.verdict}", gain.verdict
+
+
+def _rivals(table: SuiteTable, column: Column) -> dict[str, list[Column]]:
+    """What a checkpoint is compared with: initial weights of its shape, fingerprints, and of ExLM the plain models; all
+    but the fingerprints trained as it is, frozen or not."""
+    alike = [one for one in table.shown if one.frozen == column.frozen]
+    shape, exlm = column.checkpoint["shape"], column.checkpoint["objective"] == "exlm"
+    plain = [one for one in alike if one.kind == "checkpoint" and one.checkpoint["objective"] != "exlm"]
+    return {
+        "random initial weights": [one for one in alike if one.kind == RANDOM and one.checkpoint["shape"] == shape],
+        "fingerprints": [one for one in table.shown if one.kind in FINGERPRINT_KINDS],
+        "the plain masked language model": plain if exlm else [],
+    }
+
+
+def _checkpoints(table: SuiteTable) -> list[str]:
+    lines = ["| checkpoint | objective | step | budget | sha256 | truncated molecules |", "| --- |" * 1 + " --- |" * 5]
+    for column in table.shown:
+        if column.kind == "checkpoint" and not column.frozen:
+            origin = column.checkpoint
+            kind = f"ExLM, k={origin['states']}" if origin["objective"] == "exlm" else "plain MLM"
+            cut = {e.task: e.truncated for e in table.entries.values() if e.method == column.key and e.truncated}
+            lines.append(
+                f"| {_cell(column.label)} | {kind} | {origin['step']} | {_cell(origin['budget'] or 'not labelled')} | "
+                f"`{origin['sha256'][:12]}` | {', '.join(f'{task} {count}' for task, count in cut.items()) or 'none'} |"
+            )
+    return lines if len(lines) > 2 else ["None."]
+
+
+def _data(table: SuiteTable) -> list[str]:
+    lines = [
+        "| task | split | train | valid | test | in an earlier part too | hash |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for task, recorded in table.tasks.items():
+        for split, own in recorded["splits"].items():
+            parts = " | ".join(_labels(own, part) for part in PARTS)
+            repeated = ", ".join(f"{part} {count}" for part, count in own["repeated"].items() if count) or "none"
+            lines.append(f"| {task} | {split} | {parts} | {repeated} | `{own['hash'][:12]}` |")
+    if absent := [task.name for task in SUITES[table.suite["suite"]].tasks if task.name not in table.tasks]:
+        lines.append(f"\nNot evaluated here: {', '.join(absent)} ({len(absent)} tasks of the suite).")
+    lines.append(
+        "\nRows of each part, with their labels of class 1 in brackets; of several targets the fewest and the "
+        "most. `splits/` has the part of every row.\n"
+    )
+    for task, recorded in table.tasks.items():
+        rows = recorded["rows"]
+        undefined = recorded["undefined_targets"]
+        lines.append(
+            f"- {task}: {rows['read']} rows, {rows['used']} used, {len(recorded['failed'])} unreadable or without label"
+            f", {recorded['duplicates']} of a molecule that is there before"
+            + (f", targets left out as all their labels are the same: {len(undefined)}" if undefined else "")
+            + _unreadable(recorded["failed"])
+        )
+    return lines
+
+
+def _unreadable(failed: Sequence[dict[str, Any]]) -> str:
+    if not failed:
+        return ""
+    more = f" and {len(failed) - LISTED} more in `tasks/`" if len(failed) > LISTED else ""
+    return " (" + "; ".join(f"row {one['row']}: {_cell(one['reason'])}" for one in failed[:LISTED]) + f"{more})"
+
+
+def _failures(table: SuiteTable) -> list[str]:
+    if not table.failures:
+        return []
+    lines = [
+        f"- {one['task']} {one['split']} {_cell(one['method']['label'])} seed {one['seed']}: {_cell(one['reason'])}"
+        for one in table.failures
+    ]
+    return ["\n## Failed\n", *lines]
+
+
+def _labels(split: dict[str, Any], part: str) -> str:
+    """Rows of a part, and positive labels."""
+    size, counts = split["sizes"][part], list(split["counts"][part].values())
+    if "values" in counts[0]:
+        return f"{size}"
+    positive = [list(own.values())[1] for own in counts]
+    return f"{size} ({min(positive)})" if len(positive) == 1 else f"{size} ({min(positive)} to {max(positive)})"
+
+
+def _rows(table: SuiteTable, task: str, split: str) -> str:
+    return _labels(table.tasks[task]["splits"][split], "test")
+
+
+def _write_csv(table: SuiteTable, path: Path) -> None:
+    """A row for each task, split, method, part and metric."""
+    columns = {column.key: column for column in table.columns}
+    rows = [
+        _row(entry, columns[entry.method], part, metric)
+        for entry in table.entries.values()
+        for part in entry.results[0]["scores"]
+        for metric in entry.results[0]["metrics"]
+    ]
+    with TableWriter(path, overwrite=True) as writer:
+        writer.write({name: [row[name] for row in rows] for name in rows[0]})
+
+
+def _row(entry: Entry, column: Column, part: str, metric: str) -> dict[str, Any]:
+    score = entry.score(metric, part)
+    skipped = entry.results[0]["scores"][part]["skipped"]
+    return {
+        "task": entry.task,
+        "split": entry.split,
+        "method": column.label,
+        "kind": column.kind,
+        "frozen": str(column.frozen).lower(),
+        "grid": " ".join(f"{name}={value}" for name, value in entry.grid.items()),
+        "part": part,
+        "metric": metric,
+        "mean": score.mean,
+        "sd": score.sd,
+        "seeds": score.seeds,
+        "targets_left_out": int(skipped),
+    }
+
+
+def _score(score: Score) -> str:
+    return _number(score.mean) + ("" if math.isnan(score.sd) else f" \u00b1 {score.sd:.3f}")
+
+
+def _number(value: float) -> str:
+    return "undefined" if math.isnan(value) else f"{value:.3f}"
+
+
+def _bold(text: str, best: bool) -> str:
+    return f"**{text}**" if best else text
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")

@@ -1,0 +1,206 @@
+"""`exlm evaluate`: a checkpoint by the masked tokens that it predicts, or many of them by the tasks of a suite."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from exlm_dist.cli.command import Commands, add_command, positive
+from exlm_dist.suites.catalogue import SUITES
+from exlm_dist.utils.errors import EXIT_SAVED, EXIT_STOP, ConfigError
+from exlm_dist.utils.signals import caught_signals
+
+#: Options of one form of the command that the other does not have: (form, name -> value that stands for not given).
+_OF_RUN = {"split": None, "sequences": None, "mask_ratio": None, "complete": None}
+_OF_SUITE = {
+    "checkpoint": None,
+    "out": None,
+    "tasks": None,
+    "splits": None,
+    "protocol": None,
+    "grid": None,
+    "seeds": None,
+    "frozen": False,
+    "jobs": None,
+    "watch": None,
+    "idle": None,
+}
+
+
+def register(commands: Commands) -> None:
+    """Add `evaluate`."""
+    names = ", ".join(SUITES)
+    parser = add_command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "a checkpoint by the masked tokens that it predicts, or checkpoints by the tasks of a suite",
+    )
+    parser.description = (
+        "Two forms. `exlm evaluate RUN` masks held-out tokens and gives nll and accuracy per masked token. `exlm "
+        "evaluate SUITE --checkpoint RUN ... --data FOLDER --out FOLDER` (suites: "
+        f"{names}) fine-tunes each checkpoint on each task "
+        "and makes one table of all. Given again after a kill, it goes on with what is missing. A run folder that "
+        "has the name of a suite is written ./NAME."
+    )
+    parser.formatter_class = argparse.HelpFormatter
+    parser.add_argument("what", metavar="RUN|SUITE", help=f"run or checkpoint folder, or a suite: {names}")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="of a suite: its files as they are downloaded; of a run: prepared data (default: what it was trained on)",
+    )
+    parser.add_argument("--device", default="auto", help="auto (the default), cpu, cuda or cuda:1")
+    _add_run(parser)
+    _add_suite(parser)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("exlm evaluate RUN")
+    group.add_argument("--split", choices=["valid", "train"], help="of the prepared data (default: valid)")
+    group.add_argument("--sequences", type=int, help="first sequences used (default: all)")
+    group.add_argument(
+        "--mask-ratio", type=float, help="fraction of masked tokens (default: masking.eval_ratio of the run)"
+    )
+    group.add_argument(
+        "--complete",
+        type=int,
+        metavar="N",
+        help="first sequences of which the most probable completion is searched, for `exact` (default: 1000)",
+    )
+
+
+def _add_suite(parser: argparse.ArgumentParser) -> None:
+    splits = sorted({split for suite in SUITES.values() for split in suite.splits})
+    protocols = sorted({protocol for suite in SUITES.values() for protocol in suite.protocols})
+    group = parser.add_argument_group("exlm evaluate SUITE")
+    group.add_argument(
+        "--checkpoint",
+        nargs="+",
+        metavar="WHAT",
+        help="run folders (their newest checkpoint) and checkpoints; also `random`, initial weights of the same "
+        "shapes, and `fingerprints`, trees on Morgan fingerprints",
+    )
+    group.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the results and the report")
+    group.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all whose file is in the folder of data")
+    group.add_argument("--splits", nargs="+", choices=splits, metavar="SPLIT", help=f"of {', '.join(splits)}")
+    group.add_argument("--protocol", choices=protocols, help="settings of the trainings (default: the suite's first)")
+    group.add_argument(
+        "--grid",
+        nargs="+",
+        metavar="NAME=V[,V]",
+        help="settings that replace those of the protocol; of several values the best on the validation part is shown",
+    )
+    group.add_argument("--seeds", type=positive, help="trainings of each cell of the table (default: 3)")
+    group.add_argument("--frozen", action="store_true", help="each checkpoint also with its head alone trained")
+    group.add_argument(
+        "--watch",
+        type=Path,
+        metavar="RUN",
+        help="each checkpoint of this run as its training saves it, until that has ended",
+    )
+    group.add_argument(
+        "--idle",
+        type=positive,
+        metavar="MINUTES",
+        help="with --watch: a training that has logged nothing for so long has ended, too (default: 60)",
+    )
+    group.add_argument(
+        "--jobs", type=positive, help="trainings at a time (default: one for each GPU, else for each core)"
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    suite = options.what in SUITES
+    wrong = [name for name, absent in (_OF_RUN if suite else _OF_SUITE).items() if getattr(options, name) != absent]
+    if wrong:
+        flag = f"--{wrong[0].replace('_', '-')}"
+        form = "a run, not of a suite" if suite else f"a suite ({', '.join(SUITES)}), and {options.what} is none"
+        raise ConfigError(f"{flag} is an option of {form}: see exlm evaluate --help.")
+    return _evaluate_suite(options) if suite else _evaluate_run(options)
+
+
+def _evaluate_run(options: argparse.Namespace) -> int:
+    from exlm_dist.evaluation.masked_lm import evaluate_checkpoint
+
+    print(
+        evaluate_checkpoint(
+            Path(options.what),
+            data=options.data,
+            split=options.split or "valid",
+            sequences=options.sequences,
+            mask_ratio=options.mask_ratio,
+            complete=1000 if options.complete is None else options.complete,
+            device=options.device,
+        )
+    )
+    return 0
+
+
+def _evaluate_suite(options: argparse.Namespace) -> int:
+    from exlm_dist.suites.evaluate_suite import SuiteRequest, evaluate_suite
+    from exlm_dist.suites.watch import watch_run
+
+    for name in ("data", "out"):
+        if getattr(options, name) is None:
+            raise ConfigError(f"exlm evaluate {options.what} needs --{name}.")
+    if not options.checkpoint and not options.watch:
+        raise ConfigError(f"exlm evaluate {options.what} needs --checkpoint, or --watch.")
+    if options.idle and not options.watch:
+        raise ConfigError("--idle is of a training that is watched: give --watch RUN.")
+    request = SuiteRequest(
+        options.what,
+        options.checkpoint or (),
+        options.data,
+        options.out,
+        tasks=options.tasks or (),
+        splits=options.splits or (),
+        protocol=options.protocol,
+        grid=options.grid or (),
+        seeds=options.seeds or 3,
+        frozen=options.frozen,
+        jobs=options.jobs,
+        device=options.device,
+    )
+    try:
+        with _interrupted_by_signals():
+            if options.watch:
+                idle = 60.0 * (options.idle or 60)
+                summary = watch_run(request, options.watch, idle=idle, after_each=lambda: _record(options.out))
+            else:
+                summary = evaluate_suite(request)
+                _record(options.out)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with what is missing", file=sys.stderr)
+        return EXIT_SAVED
+    print(summary)
+    return EXIT_STOP if summary.failed else 0
+
+
+def _record(out: Path) -> None:
+    """Report and MLflow of all that is in the folder."""
+    from exlm_dist.analysis.suite_report import suite_report
+    from exlm_dist.suites.suite_tracking import record_results
+
+    print(f"report: {suite_report(out)}", flush=True)
+    record_results(out)
+
+
+@contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Have the signals by which jobs are ended do what Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in caught_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

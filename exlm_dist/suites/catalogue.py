@@ -1,0 +1,8 @@
+"""The suites, by name."""
+
+from __future__ import annotations
+
+from exlm_dist.suites.moleculenet import MOLECULENET
+from exlm_dist.suites.suite import Suite
+
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (MOLECULENET,)}

@@ -1,0 +1,128 @@
+"""What is evaluated: checkpoints, and what a checkpoint has to be better than.
+
+Besides run folders and checkpoints two names are understood: `random`, the initial weights of models of the same
+shape, and `fingerprints`, which know no pretraining at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from exlm_dist.checkpoint.reader import TOKENIZER_FOLDER, find_checkpoint, read_config, reference, run_folder_of
+from exlm_dist.config import RunConfig
+from exlm_dist.finetuning.model_folder import refuse_model
+from exlm_dist.suites.suite import Suite
+from exlm_dist.tokenizers import load_tokenizer
+from exlm_dist.utils.errors import ConfigError
+from exlm_dist.utils.files import fingerprint_of
+
+RANDOM, FINGERPRINTS = "random", "fingerprints"
+#: Settings of a model that its encoder does not depend on where nothing is masked.
+_NOT_OF_THE_ENCODER = {"objective", "states", "transitions", "transition_positions", "anchors", "tie_head"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A column of the table.
+
+    Args:
+        kind: 'checkpoint', 'random' (its shape alone), 'forest' or 'boosting' (on fingerprints).
+        label: what the table calls it. key: the same as the name of a folder; no other method has it.
+        checkpoint: the one whose weights, or whose shape, it has; None for fingerprints.
+        frozen: the head alone is trained. facts: what is recorded of the checkpoint.
+    """
+
+    kind: str
+    label: str
+    key: str
+    checkpoint: Path | None
+    frozen: bool
+    facts: dict[str, Any]
+
+
+def find_methods(
+    names: Sequence[str], suite: Suite, *, frozen: bool, pinned: Mapping[str, Path] | None = None
+) -> list[Method]:
+    """The methods that the names of `--checkpoint` stand for, in their order; with `frozen` each checkpoint twice, the
+    second time as a frozen probe. pinned: of checkpoints, where their files are meanwhile.
+
+    CheckpointError for what is no whole checkpoint; ConfigError for one that reads what the suite does not have, for
+    `random` without a checkpoint that has a shape, and for fingerprints of texts.
+    """
+    given = [name for name in names if name not in (RANDOM, FINGERPRINTS)]
+    checkpoints = [_checkpoint(Path(name), suite, (pinned or {}).get(name)) for name in given]
+    methods = list({method.key: method for method in checkpoints}.values())
+    if RANDOM in names:
+        methods += _random(methods)
+    if frozen:
+        methods = [one for method in methods for one in (method, _probe(method))]
+    if FINGERPRINTS in names:
+        if suite.domain != "smiles":
+            raise ConfigError(f"{FINGERPRINTS} are of molecules, but the suite {suite.name} has texts.")
+        methods += [
+            Method("forest", "fingerprints, forest", "fingerprints-forest", None, False, {}),
+            Method("boosting", "fingerprints, boosting", "fingerprints-boosting", None, False, {}),
+        ]
+    if not methods:
+        raise ConfigError("--checkpoint names nothing that can be evaluated.")
+    return methods
+
+
+def _checkpoint(path: Path, suite: Suite, pinned: Path | None) -> Method:
+    refuse_model(path)
+    folder = find_checkpoint(path if pinned is None else pinned)
+    place = folder if pinned is None else path
+    config, origin = read_config(folder), reference(folder)
+    tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
+    if tokenizer.domain != suite.domain:
+        read, wanted = (_kind(domain) for domain in (tokenizer.domain, suite.domain))
+        raise ConfigError(f"{folder}: reads {read}, but the suite {suite.name} has {wanted}. Give another checkpoint.")
+    step, sha256 = int(origin["checkpoint.step"]), origin["checkpoint.sha256"]
+    run = run_folder_of(place)
+    facts = {
+        "run": None if run is None else str(run),
+        "path": str(place.resolve()),
+        "step": step,
+        "sha256": sha256,
+        "objective": config.model.objective,
+        "states": config.model.states,
+        "budget": config.budget,
+        "shape": _shape(config, tokenizer.fingerprint),
+    }
+    label = f"{config.name}@{step}"
+    return Method("checkpoint", label, f"{_as_folder(label)}-{sha256[:8]}", folder, False, facts)
+
+
+def _random(checkpoints: Sequence[Method]) -> list[Method]:
+    """Initial weights, once for each distinct shape."""
+    if not checkpoints:
+        raise ConfigError(f"{RANDOM} stands for the initial weights of a model: give a checkpoint with its shape too.")
+    shapes = {method.facts["shape"]: method for method in reversed(checkpoints)}
+    found = []
+    for method in checkpoints:
+        if shapes.get(shape := method.facts["shape"]) is method:
+            facts = {"shape": shape, "shape_of": method.label}
+            label = "random" if len(shapes) == 1 else f"random like {method.label}"
+            found.append(Method(RANDOM, label, f"random-{shape[:8]}", method.checkpoint, False, facts))
+    return found
+
+
+def _probe(method: Method) -> Method:
+    return replace(method, label=f"{method.label} frozen", key=f"{method.key}-frozen", frozen=True)
+
+
+def _shape(config: RunConfig, tokenizer: str) -> str:
+    """Equal for models whose initial encoders are the same."""
+    model = config.model.model_dump(mode="json", exclude=_NOT_OF_THE_ENCODER)
+    return fingerprint_of({"model": model, "tokenizer": tokenizer})
+
+
+def _kind(domain: str) -> str:
+    return "molecules" if domain == "smiles" else "texts"
+
+
+def _as_folder(label: str) -> str:
+    return "".join(character if character.isalnum() or character in "-_.@" else "_" for character in label)

@@ -1,0 +1,134 @@
+"""The folder of an evaluation: what it is of, its tasks with their splits, and that no two evaluations mix in it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exlm_dist.finetuning.splits import PARTS, Parts
+from exlm_dist.suites.suite import Suite, Task
+from exlm_dist.suites.task_data import TaskData, described_split, find_file, read_task, split_task
+from exlm_dist.tables.table_writer import TableWriter
+from exlm_dist.utils.errors import CheckpointError, ConfigError, DataError, UserError
+from exlm_dist.utils.files import write_json
+
+FORMAT = 1
+SUITE_FILE = "suite.json"
+TASKS, SPLITS = "tasks", "splits"
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task with its file. splits: the hash of each that can be used; problems: why another cannot."""
+
+    task: Task
+    file: Path
+    splits: dict[str, str]
+    problems: dict[str, str]
+
+
+def open_folder(out: Path, request: Mapping[str, Any]) -> None:
+    """Make the folder of an evaluation, or go on in one that was begun with the same `request`. ConfigError if it was
+    begun with another one, which names the differences, or is another kind of folder."""
+    path = out / SUITE_FILE
+    if not path.is_file():
+        # What begins with a dot is the file that another process writes at this moment.
+        if out.is_file() or (out.is_dir() and any(not inner.name.startswith(".") for inner in out.iterdir())):
+            raise ConfigError(f"{out}: exists and is not the folder of an evaluation. Choose another --out.")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{out}: cannot be made: {error.strerror}. Choose another --out.") from error
+        write_json(path, {"format": FORMAT, **request})
+    begun = read_suite(out)
+    names = sorted(name for name in request if begun.get(name) != request[name])
+    if names:
+        changes = "; ".join(f"{name} was {begun.get(name)!r}, now {request[name]!r}" for name in names)
+        raise ConfigError(
+            f"{out} was begun with other settings ({changes}). Give those it was begun with and it goes on, choose "
+            f"another --out, or begin anew: rm -r {shlex.quote(str(out))}"
+        )
+
+
+def is_suite_folder(path: Path) -> bool:
+    """Whether `exlm evaluate SUITE` wrote this folder."""
+    return (Path(path) / SUITE_FILE).is_file()
+
+
+def read_suite(out: Path) -> dict[str, Any]:
+    """What an evaluation is of. CheckpointError if the file that says it is damaged or of another format."""
+    try:
+        content = json.loads((out / SUITE_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{out / SUITE_FILE} is damaged ({error}). Begin anew in another --out.") from error
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{out}: is of format {content.get('format')}; this version of exlm_dist reads {FORMAT}.")
+    return content
+
+
+def read_tasks(out: Path) -> dict[str, dict[str, Any]]:
+    """What is recorded of each task, by its name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / TASKS).glob("*.json"))}
+
+
+def prepare_tasks(
+    suite: Suite, names: Sequence[str], data: Path, splits: Sequence[str], out: Path
+) -> tuple[list[PreparedTask], list[str]]:
+    """(the tasks with their rows and splits written to `out`, names of those whose file is not there).
+
+    names: the tasks that are asked for; empty: all whose file is there. A split that cannot be used, or a file that
+    cannot be read, is a problem of its task alone. DataError if a file that is asked for is missing, or all are;
+    ConfigError if `out` has been begun with another file.
+    """
+    if not data.is_dir():
+        raise DataError(f"{data}: is no folder. --data is the folder with the files of {suite.name}.")
+    tasks = [suite.task(name) for name in names] or list(suite.tasks)
+    files = {task.name: find_file(task, data) for task in tasks}
+    missing = [name for name, file in files.items() if file is None]
+    if missing and (names or len(missing) == len(tasks)):
+        known = ", ".join(f"{name}.csv" for name in suite.task(missing[0]).files)
+        raise DataError(f"{data}: has no file for {', '.join(missing)} (looked for {known}, compressed or not).")
+    (out / TASKS).mkdir(exist_ok=True)
+    (out / SPLITS).mkdir(exist_ok=True)
+    prepared = [_prepared(task, file, splits, out) for task in tasks if (file := files[task.name]) is not None]
+    return prepared, missing
+
+
+def _prepared(task: Task, file: Path, splits: Sequence[str], out: Path) -> PreparedTask:
+    try:
+        data = read_task(task, file)
+    except UserError as error:
+        return PreparedTask(task, file, {}, dict.fromkeys(splits, str(error)))
+    recorded = read_tasks(out).get(task.name, {**data.described(), "splits": {}})
+    if recorded["sha256"] != data.sha256:
+        raise ConfigError(
+            f"{out}: was begun with another file for {task.name} ({recorded['file']}, sha256 "
+            f"{recorded['sha256'][:12]}; {file} has {data.sha256[:12]}). Choose another --out."
+        )
+    found, problems = {}, {}
+    for split in splits:
+        try:
+            parts = split_task(data, split)
+        except UserError as error:
+            problems[split] = str(error)
+            continue
+        recorded["splits"][split] = described_split(data, parts)
+        found[split] = recorded["splits"][split]["hash"]
+        _write_split(out / SPLITS / f"{task.name}-{split}.csv", data, parts)
+    write_json(out / TASKS / f"{task.name}.json", recorded)
+    return PreparedTask(task, file, found, problems)
+
+
+def _write_split(path: Path, data: TaskData, parts: Parts) -> None:
+    """The part of each used row, by its number in the file."""
+    part_of = np.empty(len(data.rows), object)
+    for part in PARTS:
+        part_of[parts[part]] = part
+    with TableWriter(path, overwrite=True) as table:
+        table.write({"row": data.rows, "part": part_of.tolist(), "smiles": data.texts})

@@ -1,0 +1,209 @@
+"""The results in the folder of an evaluation as one table: mean and sd over seeds, at the best point of the grid."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exlm_dist.finetuning.finetune_settings import ERRORS
+from exlm_dist.suites.catalogue import SUITES
+from exlm_dist.suites.cells import read_results
+from exlm_dist.suites.methods import RANDOM
+from exlm_dist.suites.out_folder import read_suite, read_tasks
+
+#: The kinds of methods in the order of columns: what knows no pretraining comes first.
+ORDER = ("forest", "boosting", RANDOM, "checkpoint")
+FINGERPRINT_KINDS = ("forest", "boosting")
+CONFIDENCE = 0.95
+#: Of a run with more checkpoints the table has the last one alone.
+MOST_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric over the seeds; sd: n - 1, NaN of one seed. NaN where it is undefined."""
+
+    mean: float
+    sd: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A task, split and method. results: those of each seed, at the point of the grid whose mean metric of the
+    validation part is the best; points: how many there were."""
+
+    task: str
+    split: str
+    method: str
+    metric: str
+    grid: dict[str, Any]
+    points: int
+    results: list[dict[str, Any]]
+
+    def score(self, metric: str, part: str = "test") -> Score:
+        """Mean and sd over the seeds of a metric of a part."""
+        return _score([result["scores"][part][metric] for result in self.results])
+
+    @property
+    def best(self) -> Score:
+        """The metric of the task on the test part."""
+        return self.score(self.metric)
+
+    @property
+    def truncated(self) -> int:
+        """Molecules of which the checkpoint sees the beginning alone."""
+        return self.results[0].get("truncated", 0)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A method. label: unlike that of any other column."""
+
+    key: str
+    label: str
+    kind: str
+    frozen: bool
+    checkpoint: dict[str, Any]
+
+    @property
+    def run(self) -> str | None:
+        """The run folder of a checkpoint; None if it is in none."""
+        return self.checkpoint.get("run")
+
+
+@dataclass(frozen=True)
+class SuiteTable:
+    """All that the folder of an evaluation knows.
+
+    Args:
+        rows: (task, split), in the order of the suite. entries: by task, split and key of the method. tasks: what is
+        recorded of each task. results: of all cells. failures: cells that have failed, with the reason.
+    """
+
+    folder: Path
+    suite: dict[str, Any]
+    tasks: dict[str, dict[str, Any]]
+    rows: list[tuple[str, str]]
+    columns: list[Column]
+    entries: dict[tuple[str, str, str], Entry]
+    results: list[dict[str, Any]]
+    failures: list[dict[str, Any]]
+
+    @property
+    def shown(self) -> list[Column]:
+        """The columns without the earlier checkpoints of runs with more than `MOST_STEPS`."""
+        steps: dict[str, set[int]] = defaultdict(set)
+        for column in self.columns:
+            if column.run is not None:
+                steps[column.run].add(column.checkpoint["step"])
+        return [
+            column
+            for column in self.columns
+            if column.run is None
+            or len(steps[column.run]) <= MOST_STEPS
+            or column.checkpoint["step"] == max(steps[column.run])
+        ]
+
+    def metric(self, task: str) -> str:
+        """The metric that is shown of a task."""
+        return SUITES[self.suite["suite"]].task(task).metric
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much better (above 0) one method is than another, ± half of its 95 % interval; NaN of one seed."""
+
+    value: float
+    half_width: float
+
+    @property
+    def verdict(self) -> str:
+        """'better', 'worse', 'no difference' (0 is in the interval), or 'one seed', of which nothing can be said."""
+        if math.isnan(self.value):
+            return "undefined"
+        if math.isnan(self.half_width):
+            return "one seed"
+        if abs(self.value) <= self.half_width:
+            return "no difference"
+        return "better" if self.value > 0 else "worse"
+
+
+def read_table(out: Path) -> SuiteTable:
+    """Read the folder of an evaluation. CheckpointError if a file in it is damaged."""
+    suite = read_suite(out)
+    results, failures = read_results(out)
+    grouped: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        grouped[result["task"], result["split"], result["method"]["key"]].append(result)
+    entries = {key: _entry(key, own) for key, own in grouped.items()}
+    order = SUITES[suite["suite"]]
+    seen = {(task, split) for task, split, _ in entries}
+    rows = [(task.name, split) for split in order.splits for task in order.tasks if (task.name, split) in seen]
+    return SuiteTable(out, suite, read_tasks(out), rows, _columns(results), entries, results, failures)
+
+
+def difference(first: Entry, second: Entry) -> Difference:
+    """Of their means on the test part, with the sign that makes more better; its 95 % interval by Welch's t, as the sds
+    of the two differ."""
+    from scipy import stats
+
+    sign = -1 if first.metric in ERRORS else 1
+    value = sign * (first.best.mean - second.best.mean)
+    parts = [score.sd**2 / score.seeds for score in (first.best, second.best)]
+    degrees = [score.seeds - 1 for score in (first.best, second.best)]
+    if math.isnan(sum(parts)) or not sum(parts):
+        return Difference(value, sum(parts))
+    freedom = sum(parts) ** 2 / sum(part**2 / number for part, number in zip(parts, degrees))
+    return Difference(value, float(stats.t.ppf(1 - (1 - CONFIDENCE) / 2, freedom)) * math.sqrt(sum(parts)))
+
+
+def best_entry(entries: Sequence[Entry]) -> Entry | None:
+    """The entry with the best metric on the test part; None of none."""
+    known = [entry for entry in entries if not math.isnan(entry.best.mean)]
+    if not known:
+        return None
+    sign = -1 if known[0].metric in ERRORS else 1
+    return max(known, key=lambda entry: sign * entry.best.mean)
+
+
+def _entry(key: tuple[str, str, str], results: Sequence[dict[str, Any]]) -> Entry:
+    points: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for result in sorted(results, key=lambda result: result["seed"]):
+        points[repr(result["grid"])].append(result)
+    metric = results[0]["metric"]
+    sign = -1 if metric in ERRORS else 1
+
+    def on_valid(own: list[dict[str, Any]]) -> float:
+        value = _score([result["scores"]["valid"][metric] for result in own]).mean
+        return -math.inf if math.isnan(value) else sign * value
+
+    best = max(points.values(), key=on_valid)
+    return Entry(*key, metric, best[0]["grid"], len(points), best)
+
+
+def _score(values: Sequence[float | None]) -> Score:
+    known = np.array([math.nan if value is None else value for value in values])
+    return Score(float(known.mean()), float(known.std(ddof=1)) if len(known) > 1 else math.nan, len(known))
+
+
+def _columns(results: Sequence[Mapping[str, Any]]) -> list[Column]:
+    found = {}
+    for result in results:
+        method = result["method"]
+        found[method["key"]] = Column(
+            method["key"], method["label"], method["kind"], method["frozen"], result["checkpoint"]
+        )
+    labels = Counter(column.label for column in found.values())
+    columns = [
+        replace(one, label=f"{one.label} ({one.key})") if labels[one.label] > 1 else one for one in found.values()
+    ]
+    return sorted(
+        columns, key=lambda one: (ORDER.index(one.kind), one.frozen, one.checkpoint.get("step", 0), one.label)
+    )

@@ -1,0 +1,144 @@
+"""Cells in several processes, each of which may die without taking more than its own cell along."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+from exlm_dist.suites.cell_runner import Order, run_cell
+from exlm_dist.suites.cells import Busy, publish_failure
+from exlm_dist.utils.errors import UserError
+from exlm_dist.utils.logs import get_logger
+from exlm_dist.utils.signals import die_with_parent
+
+DONE, PRESENT, BUSY, FAILED = "done", "present", "busy", "failed"
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one cell at a time is computed."""
+
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell has ended. state: `DONE`, `PRESENT` (another process has computed it meanwhile), `BUSY` (another
+    process is computing it) or `FAILED`, then with a reason."""
+
+    order: Order
+    state: str
+    reason: str = ""
+
+
+def run_orders(orders: Sequence[Order], slots: Sequence[Slot]) -> Iterator[Outcome]:
+    """Compute the cells, in their order as slots become free; the outcome of each as it ends. A failed one is recorded
+    in its file. With one slot they are computed in this process."""
+    if len(slots) == 1:
+        for order in orders:
+            yield _recorded(_attempt(order, slots[0]))
+        return
+    waiting, workers = deque(orders), [_Worker(slot) for slot in slots[: len(orders)]]
+    try:
+        for worker in workers:
+            worker.give(waiting.popleft())
+        while busy := [worker for worker in workers if worker.order is not None]:
+            wait([worker.connection for worker in busy])
+            for worker in busy:
+                if not worker.connection.poll():
+                    continue
+                yield _recorded(worker.outcome())
+                if waiting:
+                    worker.give(waiting.popleft())
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def _attempt(order: Order, slot: Slot) -> Outcome:
+    try:
+        return Outcome(order, DONE if run_cell(order, slot.device, slot.threads) else PRESENT)
+    except Busy:
+        return Outcome(order, BUSY)
+    except UserError as error:
+        return Outcome(order, FAILED, str(error))
+    except Exception as error:  # whatever it is, the other cells go on
+        logger.exception("%s failed", order.cell)
+        return Outcome(order, FAILED, f"{type(error).__name__}: {error}")
+
+
+def _recorded(outcome: Outcome) -> Outcome:
+    if outcome.state == FAILED:
+        publish_failure(outcome.order.cell.path(outcome.order.out), outcome.order.cell, outcome.reason)
+    return outcome
+
+
+class _Worker:
+    """A process with a slot, started anew after it has died."""
+
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
+        self._process: BaseProcess | None = None
+        self.connection: Connection
+        self.order: Order | None = None
+
+    def give(self, order: Order) -> None:
+        """Have it compute a cell."""
+        if self._process is None:
+            self._start()
+        self.order = order
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has just died: `outcome` finds that out
+            self.connection.send(order)
+
+    def outcome(self) -> Outcome:
+        """That of its cell, which has ended, or its process has."""
+        order, self.order = self.order, None
+        assert order is not None and self._process is not None
+        try:
+            return self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            code = self._process.exitcode or 0
+            self._process = None
+            if code == -signal.SIGKILL:
+                how = "was killed (for memory? Then give fewer --jobs)"
+            else:
+                how = f"ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
+            return Outcome(order, FAILED, f"its process {how}")
+
+    def end(self) -> None:
+        """End the process, whatever it is doing."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self._process = context.Process(target=_work, args=(other, self._slot), daemon=True)
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = str(self._slot.threads)  # read when the libraries of the process are loaded
+        try:
+            self._process.start()
+        finally:
+            os.environ.pop("OMP_NUM_THREADS")
+            os.environ.update({} if before is None else {"OMP_NUM_THREADS": before})
+        other.close()
+
+
+def _work(connection: Connection, slot: Slot) -> None:
+    """What a process does: compute the cells that it is given, until nobody gives any more."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the parent decides
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            connection.send(_attempt(connection.recv(), slot))

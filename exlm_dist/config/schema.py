@@ -31,6 +31,8 @@ def _renamed_backend(value: object) -> object:
 
 #: Width and floor of each prior over jumps where they are 0.
 JUMP_SHAPES = {"gaussian": (1.0, 8.0), "laplace": (1.0, 8.0), "group": (0.125, 12.0)}
+#: The models for which the prior `auto` is one.
+_DENSE = {"objective": "exlm", "transitions": "dense"}
 
 AutoCount = Annotated[Literal["auto"] | int, PlainValidator(_auto_count)]
 
@@ -98,9 +100,9 @@ class ModelConfig(Section):
         "dense",
         description="dense: learned, to any later state; sparse: learned, only to the states of the next expanded position; uniform: not learned (ablation without transitions).",
     )
-    jump_prior: Literal["none", "gaussian", "laplace", "group"] = Field(
-        "none",
-        description="Fixed prior of the learned transitions over the length of a jump. It favours jumps of k states (gaussian, laplace), or to the next group of k (group); none: the authors' form, with which paths run to the last states early.",
+    jump_prior: Literal["auto", "none", "gaussian", "laplace", "group"] = Field(
+        "auto",
+        description="Fixed prior of the learned transitions over the length of a jump. It favours jumps of k states (gaussian, laplace), or to the next group of k (group); none: the authors' form, with which paths run to the last states early; auto: group for dense transitions, else none.",
     )
     jump_width: float = Field(
         0.0,
@@ -140,10 +142,15 @@ class ModelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _shape_of_the_prior(cls, given: Any) -> Any:
-        """Numbers for what is 0, so that what is stored with a run does not depend on the defaults of a later version."""
+        """The prior that auto stands for, and numbers for what is 0: so that what is stored with a run does not depend
+        on the defaults of a later version."""
         if not isinstance(given, dict):
             return given
         kind = given.get("jump_prior", cls.model_fields["jump_prior"].default)
+        if kind == "auto":
+            is_dense = all(given.get(key, cls.model_fields[key].default) == value for key, value in _DENSE.items())
+            kind = "group" if is_dense else "none"
+            given = given | {"jump_prior": kind}
         shape = zip(("jump_width", "jump_floor"), JUMP_SHAPES.get(str(kind), ()))
         return given | {key: value for key, value in shape if given.get(key, 0) == 0}
 

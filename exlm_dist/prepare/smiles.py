@@ -33,7 +33,7 @@ from exlm_dist.prepare.summary import Summary
 from exlm_dist.tables.input_files import InputOptions
 from exlm_dist.tables.records import Row
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
-from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles, make_policy
+from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles, make_policy, smiles_in
 from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer, split_smiles
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.progress import Progress
@@ -265,14 +265,10 @@ def clean_rows(policy: Mapping[str, Any] | None, max_length: int, rows: list[Row
     results: list[tuple[Row | None, str]] = []
     for row in rows:
         problem, smiles = row.problem, ""
-        parts = row.text.split()
-        if not problem and not parts:
-            problem = "empty"
-        elif not problem and len(parts) > 1 and not parts[1].startswith("|"):  # |...| is a CXSMILES extension
-            problem = UNPARSABLE
         if not problem:
             try:
-                smiles = parts[0] if policy is None else canonical_smiles(parts[0], policy)
+                smiles = smiles_in(row.text)
+                smiles = smiles if policy is None else canonical_smiles(smiles, policy)
                 problem = _token_problem(smiles, max_length)
             except MoleculeError as error:
                 problem = str(error)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
-from exlm_dist.cli.command import Commands, add_command, add_group, add_input_options
+from exlm_dist.cli.command import Commands, add_command, add_group, add_input_options, positive
 
 
 def register(commands: Commands) -> None:
@@ -41,7 +40,7 @@ def register(commands: Commands) -> None:
     for parser in (smiles, text, demo_smiles, demo_text):
         parser.add_argument("--out", required=True, metavar="FOLDER", help="prepared folder to write")
         parser.add_argument("--max-length", type=int, default=128, help="longest sequence, BOS and EOS counted")
-        parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="number of processes")
+        parser.add_argument("--workers", type=positive, help="number of processes; default: the cores of this job")
         parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
 
 
@@ -60,6 +59,13 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--valid-fraction", type=float, default=0.02, help="fraction of the sequences in that split")
     parser.add_argument(
         "--tokenizer", metavar="FOLDER", help="use the tokenizer of this folder (prepared data or a checkpoint)"
+    )
+    parser.add_argument(
+        "--max-rejected",
+        type=float,
+        metavar="FRACTION",
+        default=0.05,
+        help="fraction of the rows that may be set aside; with more, nothing is written",
     )
 
 

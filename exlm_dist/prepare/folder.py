@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from exlm_dist.data.manifest import MANIFEST, QUARANTINE, SCHEMA, SPLITS, TOKENI
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.prepare.shard_writer import ShardWriter
 from exlm_dist.prepare.summary import Summary
-from exlm_dist.tables.failed_rows import HEADER, failed_line
 from exlm_dist.tables.input_files import InputOptions, expand_inputs, resolved
 from exlm_dist.tables.records import Row, read_rows, text_column
 from exlm_dist.tokenizers.tokenizer import UNK, Tokenizer
@@ -58,6 +56,10 @@ class Source:
         lines = frozenset(str(path) for path, form in files.items() if form.format == "txt")
         return cls(identity, rows, of_lines=lines)
 
+    def is_blank(self, row: Row) -> bool:
+        """Whether `row` is a blank line of a text file, which is no row."""
+        return not row.problem and row.file in self.of_lines and not row.text.strip()
+
 
 def find_sources(
     inputs: Sequence[str] | Source, valid_inputs: Sequence[str], options: InputOptions, default_column: str
@@ -76,29 +78,6 @@ def _forms(inputs: Sequence[str], options: InputOptions, default_column: str) ->
     for path, form in forms.items():
         text_column(path, form, default_column)
     return forms
-
-
-class Quarantine:
-    """Rows that cannot be used, each with its position and the reason, in `quarantine.tsv`."""
-
-    def __init__(self, path: Path):
-        self.counts: Counter[str] = Counter()
-        self.first: dict[str, tuple[Row, str]] = {}
-        self._file = open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n")
-        self._file.write(HEADER)
-
-    def __enter__(self) -> Quarantine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def add(self, row: Row, reason: str) -> None:
-        """Set `row` aside; it is counted under the part of `reason` before the first colon."""
-        kind = reason.split(":")[0]
-        self.counts[kind] += 1
-        self.first.setdefault(kind, (row, reason))
-        self._file.write(failed_line(row.file, row.row, reason, row.text))
 
 
 def content_hash(content: bytes | memoryview) -> int:

@@ -22,13 +22,13 @@ from exlm_dist.tokenizers.tokenizer import UNK, Tokenizer
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.files import sha256_file, write_json
 from exlm_dist.utils.logs import get_logger
-from exlm_dist.utils.staging import FolderKind, staged_folder
+from exlm_dist.utils.staging import FolderKind, check_output, staged_folder
 
 _log = get_logger(__name__)
 Item = TypeVar("Item")
 VALID_FRACTION = 0.02
 VALID_CAP = 10_000
-PREPARED = FolderKind("a folder of prepared data", lambda folder: (folder / MANIFEST).is_file())
+PREPARED = FolderKind("a folder of prepared data", lambda folder: (folder / MANIFEST).is_file(), MANIFEST)
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,12 @@ def request_for(domain: str, train: Source, valid: Source | None, settings: dict
     return {"domain": domain, "inputs": train.identity, "valid_inputs": valid.identity if valid else [], **settings}
 
 
+def check_out(out: Path, overwrite: bool) -> None:
+    """OutputError, before any input is read, if `out` may not or cannot be written."""
+    if overwrite or not PREPARED.matches(out):  # a finished one is compared with the request
+        check_output(out, PREPARED, overwrite)
+
+
 def prepare_folder(
     out: Path, request: dict[str, Any], overwrite: bool, work: Callable[[Path], dict[str, Any]]
 ) -> Summary:
@@ -185,7 +191,7 @@ def prepare_folder(
     A finished `out` of the same `request` is reused; one of another request is a DataError unless `overwrite`.
     """
     start = time.monotonic()
-    if not overwrite and (out / MANIFEST).is_file():
+    if not overwrite and PREPARED.matches(out):
         return _reuse(out, request)
     with staged_folder(out, PREPARED, overwrite=overwrite) as folder:
         content = work(folder)

@@ -20,6 +20,7 @@ from exlm_dist.prepare.folder import (
     SplitWriter,
     check_fraction,
     check_max_length,
+    check_out,
     choose_valid,
     chunked,
     content_hash,
@@ -36,6 +37,7 @@ from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles, make_policy, smiles_in
 from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer, split_smiles
 from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.outputs import user_path
 from exlm_dist.utils.progress import Progress
 from exlm_dist.utils.workers import default_workers, ordered_map
 
@@ -78,6 +80,8 @@ def prepare_smiles(
     check_fraction(valid_fraction)
     check_max_length(max_length)
     check_max_rejected(max_rejected)
+    out = user_path(out)
+    check_out(out, overwrite)
     asked = InputOptions(column, format, delimiter, header)
     train, valid = find_sources(inputs, valid_inputs, asked, "smiles")
     given = None if tokenizer is None else _given_tokenizer(tokenizer)
@@ -92,7 +96,7 @@ def prepare_smiles(
         "min_count": None if given else min_count,
         "tokenizer": given and given.fingerprint,
     }
-    return prepare_folder(Path(out), request_for("smiles", train, valid, settings), overwrite, job.run)
+    return prepare_folder(out, request_for("smiles", train, valid, settings), overwrite, job.run)
 
 
 def _given_tokenizer(folder: Path | str) -> SmilesTokenizer:

@@ -20,6 +20,7 @@ from exlm_dist.prepare.folder import (
     SplitWriter,
     check_fraction,
     check_max_length,
+    check_out,
     choose_valid,
     chunked,
     content_hash,
@@ -34,6 +35,7 @@ from exlm_dist.tables.input_files import InputOptions
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.outputs import user_path
 from exlm_dist.utils.progress import Progress
 from exlm_dist.utils.workers import default_workers, ordered_map
 
@@ -76,6 +78,8 @@ def prepare_text(
     check_fraction(valid_fraction)
     check_max_length(max_length)
     check_max_rejected(max_rejected)
+    out = user_path(out)
+    check_out(out, overwrite)
     asked = InputOptions(column, format, delimiter, header)
     train, valid = find_sources(inputs, valid_inputs, asked, "text")
     if model_type not in ("unigram", "bpe"):
@@ -94,7 +98,7 @@ def prepare_text(
         "sample_bytes": None if given else sample_bytes,
         "tokenizer": given and given.fingerprint,
     }
-    return prepare_folder(Path(out), request_for("text", train, valid, settings), overwrite, job.run)
+    return prepare_folder(out, request_for("text", train, valid, settings), overwrite, job.run)
 
 
 def _given_tokenizer(path: Path) -> SentencePieceTokenizer:

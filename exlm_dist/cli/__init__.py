@@ -17,6 +17,7 @@ from exlm_dist import __version__
 from exlm_dist.cli import conversions, finetune, inference, prepare, results, settings, train
 from exlm_dist.utils.errors import EXIT_USAGE, UserError, leave_message
 from exlm_dist.utils.logs import configure_logging
+from exlm_dist.utils.search_path import shield_children
 
 #: In the order of `exlm --help`.
 GROUPS = (prepare, train, inference, finetune, results, conversions, settings)
@@ -52,6 +53,7 @@ def entry() -> None:
     A rank of a job exits without the interpreter's clean-up: the threads of a process group that was left early
     sometimes make it abort, which would hide the exit code. Everything that must be closed is closed by then.
     """
+    shield_children()
     if "RANK" not in os.environ:
         sys.exit(main())
     try:

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 
@@ -29,13 +30,15 @@ def _renamed_backend(value: object) -> object:
     return "torch" if value == "reference" else value
 
 
+#: A path of the file system, a leading `~` expanded.
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 AutoCount = Annotated[Literal["auto"] | int, PlainValidator(_auto_count)]
 
 
 class DataConfig(Section):
     """Where the prepared shards are and how they are read."""
 
-    path: str = Field(description="Folder written by `exlm prepare`: shards, index, tokenizer, manifest.")
+    path: UserPath = Field(description="Folder written by `exlm prepare`: shards, index, tokenizer, manifest.")
     bucket: int = Field(
         1,
         ge=1,
@@ -301,9 +304,9 @@ class RunConfig(Section):
     """One run: everything that decides what it computes and where it is stored."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
-    runs: str = Field("runs", description="Folder of the run folders.")
+    runs: UserPath = Field("runs", description="Folder of the run folders.")
     seed: int = Field(0, ge=0, lt=2**63, description="Decides initial weights, sample order, masks and dropout.")
-    init: str = Field(
+    init: UserPath = Field(
         "",
         description="Checkpoint whose weights a new run starts with: a run or checkpoint folder, or a folder of `exlm export hf` (docs/training.md); empty: initial weights that `seed` decides.",
     )

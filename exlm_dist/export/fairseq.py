@@ -34,7 +34,7 @@ from exlm_dist.tokenizers.tokenizer import MASK
 from exlm_dist.utils.errors import CheckpointError, ConfigError
 from exlm_dist.utils.files import sync_path
 from exlm_dist.utils.logs import get_logger
-from exlm_dist.utils.outputs import check_writable
+from exlm_dist.utils.outputs import check_writable, user_path
 
 logger = get_logger(__name__)
 
@@ -146,9 +146,9 @@ def export_fairseq(checkpoint: Path, out: Path) -> str:
     replaced. ConfigError if `out` is anything else, OutputError if it cannot be written; CheckpointError if the
     checkpoint is not whole.
     """
-    out = Path(os.path.realpath(out))
+    out = Path(os.path.realpath(user_path(out)))
     _check_target(out)
-    folder = find_checkpoint(Path(checkpoint))
+    folder = find_checkpoint(user_path(checkpoint))
     config, about = read_config(folder), read_state(folder)
     state = to_fairseq(load_weights(folder, verified=True), heads=config.model.heads, mask_last=True)
     metadata = {

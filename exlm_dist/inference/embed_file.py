@@ -22,6 +22,7 @@ from exlm_dist.tables.table_writer import TableWriter
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tokenizers.encoding import EncodedTexts, encode_texts
 from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.outputs import user_path
 from exlm_dist.utils.progress import Progress
 from exlm_dist.utils.workers import default_workers, ordered_map
 
@@ -83,7 +84,7 @@ def embed_file(
     encode = functools.partial(
         encode_chunk, str(loaded.folder / TOKENIZER_FOLDER), max_tokens=loaded.max_tokens, truncate=truncate
     )
-    result = Embedded(Path(out))
+    result = Embedded(user_path(out))
     with (
         TableWriter(result.out, overwrite) as table,
         FailedRows(failed_rows_path(result.out)) as failed,

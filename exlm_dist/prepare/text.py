@@ -84,7 +84,7 @@ def prepare_text(
     train, valid = find_sources(inputs, valid_inputs, asked, "text")
     if model_type not in ("unigram", "bpe"):
         raise DataError(f"model_type = {model_type!r}: must be one of unigram, bpe.")
-    given = None if tokenizer is None else _given_tokenizer(Path(tokenizer))
+    given = None if tokenizer is None else _given_tokenizer(user_path(tokenizer))
     workers = workers or default_workers()
     job = TextJob(
         train, valid, given, vocab_size, model_type, sample_bytes, max_length, valid_fraction, max_rejected, workers

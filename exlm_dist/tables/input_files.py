@@ -22,6 +22,7 @@ from exlm_dist.tables.json_lines import refuse_documents
 from exlm_dist.tables.text_files import COMPRESSED, encoding, open_text
 from exlm_dist.utils.errors import ConfigError, DataError
 from exlm_dist.utils.logs import get_logger
+from exlm_dist.utils.outputs import user_path
 
 _log = get_logger(__name__)
 FORMATS = ("csv", "tsv", "txt", "smi", "jsonl", "parquet")
@@ -78,7 +79,7 @@ def expand_inputs(inputs: Sequence[str], options: InputOptions = InputOptions())
     """The files that paths and patterns name, in the order given, those of one pattern sorted. DataError if missing."""
     files: dict[Path, None] = {}
     for item in inputs:
-        path = Path(item).expanduser()
+        path = user_path(item)
         if path.is_dir():
             raise DataError(
                 f"{item}: is a folder; name files, or quote a pattern such as '{item.rstrip('/')}/*.smi.gz'."

@@ -24,7 +24,7 @@ from exlm_dist.tables.table_formats import (
 )
 from exlm_dist.utils.errors import ConfigError, DataError
 from exlm_dist.utils.files import sync_path
-from exlm_dist.utils.outputs import check_writable
+from exlm_dist.utils.outputs import check_writable, user_path
 
 #: Endings of the tables that can be written.
 OUTPUTS: dict[str, Callable[[Path], TableFormat]] = {
@@ -53,7 +53,7 @@ class TableWriter:
     """
 
     def __init__(self, path: Path, overwrite: bool = False):
-        self._path, self._overwrite = Path(path), overwrite
+        self._path, self._overwrite = user_path(path), overwrite
         self._check()
         self._target = Path(os.path.realpath(self._path))  # a link stays, and leads to the new file
         self._temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}.tmp")

@@ -19,6 +19,7 @@ from exlm_dist.model.block import NORM_EPS
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.tokenizers.tokenizer import BOS, EOS, MASK, PAD
 from exlm_dist.utils.files import write_atomic, write_json
+from exlm_dist.utils.outputs import user_path
 from exlm_dist.utils.staging import FolderKind, check_output, staged_folder
 
 #: Files of this folder that are copied into each export.
@@ -38,8 +39,9 @@ def export_hf(checkpoint: Path, out: Path, *, overwrite: bool = False) -> str:
     OutputError if `out` exists, unless it is such a folder and `overwrite`, or cannot be written; CheckpointError if
     the checkpoint is not whole; DataError if its tokenizer cannot be expressed as `tokenizer.json`.
     """
+    out = user_path(out)
     check_output(out, TRANSFORMERS_MODEL, overwrite)
-    folder = find_checkpoint(Path(checkpoint))
+    folder = find_checkpoint(user_path(checkpoint))
     config = read_config(folder)
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
     weights = hf_weights(load_weights(folder, verified=True))

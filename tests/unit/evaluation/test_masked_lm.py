@@ -12,6 +12,7 @@ from made_run import make_config, make_data, make_run, write_initial_checkpoint
 
 from exlm_dist.checkpoint import reader
 from exlm_dist.checkpoint.tensors import model_file
+from exlm_dist.evaluation import masked_lm
 from exlm_dist.evaluation.masked_lm import Evaluation, evaluate_checkpoint
 from exlm_dist.tracking import read_events
 from exlm_dist.utils.errors import CheckpointError, ConfigError, DataError
@@ -53,6 +54,25 @@ def test_options_and_repeatability(run):
     once, again = (evaluate_checkpoint(run, sequences=7, mask_ratio=0.4, split="train", record=False) for _ in range(2))
     assert once == again and once.sequences == 7 and once.mask_ratio == 0.4
     assert evaluate_checkpoint(reader.checkpoint_folders(run)[0], record=False).step == 100
+
+
+@pytest.mark.parametrize("hindrance", ["address", "settings", "disk"])
+def test_the_numbers_are_there_whatever_hinders_recording_them(run, monkeypatch, caplog, hindrance):
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(
+        config.replace("mlflow: false", "mlflow: true") if hindrance == "address" else "broken: ["
+    )
+    if hindrance == "address":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///tmp/mlruns")
+    if hindrance == "disk":
+
+        def refused(*_):
+            raise OSError(30, "Read-only file system")
+
+        monkeypatch.setattr(masked_lm, "EventLog", refused)
+    with caplog.at_level("WARNING", logger="exlm_dist"):
+        assert evaluate_checkpoint(run).nll > 0
+    assert "the evaluation is not recorded with its run (" in caplog.text
 
 
 def test_the_result_becomes_a_child_run_once(run):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from exlm_dist.cli.command import Commands, add_command, add_group, add_input_options, positive
+from exlm_dist.cli.command import Commands, add_command, add_group, add_input_options, input_options, positive
 
 
 def register(commands: Commands) -> None:
@@ -61,6 +61,11 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="FOLDER", help="use the tokenizer of this folder (prepared data or a checkpoint)"
     )
     parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what is understood of each file, and what would become of its first rows; write nothing",
+    )
+    parser.add_argument(
         "--max-rejected",
         type=float,
         metavar="FRACTION",
@@ -70,16 +75,26 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
 
 
 def _smiles(options: argparse.Namespace) -> int:
+    from exlm_dist.prepare.dry_run import preview_smiles
     from exlm_dist.prepare.smiles import prepare_smiles
 
-    print(prepare_smiles(**_settings(options, input="inputs")))
+    settings = _settings(options, input="inputs")
+    if settings.pop("dry_run"):
+        print(preview_smiles(**settings, options=input_options(options)))
+    else:
+        print(prepare_smiles(**settings))
     return 0
 
 
 def _text(options: argparse.Namespace) -> int:
+    from exlm_dist.prepare.dry_run import preview_text
     from exlm_dist.prepare.text import prepare_text
 
-    print(prepare_text(**_settings(options, input="inputs")))
+    settings = _settings(options, input="inputs")
+    if settings.pop("dry_run"):
+        print(preview_text(**settings, options=input_options(options)))
+    else:
+        print(prepare_text(**settings))
     return 0
 
 

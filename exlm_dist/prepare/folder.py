@@ -66,14 +66,14 @@ def find_sources(
 ) -> tuple[Source, Source | None]:
     """Sources of both splits: the files that paths and patterns name. DataError if one of them does not exist, or has
     no such column, before the first one is read."""
-    train_files = {} if isinstance(inputs, Source) else _forms(inputs, options, default_column)
-    valid_files = _forms(valid_inputs, options, default_column) if valid_inputs else {}
+    train_files = {} if isinstance(inputs, Source) else read_forms(inputs, options, default_column)
+    valid_files = read_forms(valid_inputs, options, default_column) if valid_inputs else {}
     train = inputs if isinstance(inputs, Source) else Source.of_files(train_files, default_column)
     return train, Source.of_files(valid_files, default_column) if valid_files else None
 
 
-def _forms(inputs: Sequence[str], options: InputOptions, default_column: str) -> dict[Path, InputOptions]:
-    """The files, and how each is read."""
+def read_forms(inputs: Sequence[str], options: InputOptions, default_column: str) -> dict[Path, InputOptions]:
+    """The files that paths and patterns name, and how each is read. DataError as in `find_sources`."""
     forms = {path: resolved(path, options) for path in expand_inputs(inputs, options)}
     for path, form in forms.items():
         text_column(path, form, default_column)

@@ -84,8 +84,8 @@ def prepare_smiles(
     check_out(out, overwrite)
     asked = InputOptions(column, format, delimiter, header)
     train, valid = find_sources(inputs, valid_inputs, asked, "smiles")
-    given = None if tokenizer is None else _given_tokenizer(tokenizer)
-    policy = _policy_for(given, stereo, salts)
+    given = None if tokenizer is None else given_tokenizer(tokenizer)
+    policy = policy_for(given, stereo, salts)
     workers = workers or default_workers()
     job = SmilesJob(train, valid, policy, given, max_length, valid_fraction, min_count, max_rejected, workers)
     settings = {
@@ -99,7 +99,8 @@ def prepare_smiles(
     return prepare_folder(out, request_for("smiles", train, valid, settings), overwrite, job.run)
 
 
-def _given_tokenizer(folder: Path | str) -> SmilesTokenizer:
+def given_tokenizer(folder: Path | str) -> SmilesTokenizer:
+    """The tokenizer in a folder; DataError if it is none of molecules."""
     tokenizer = load_tokenizer(folder)
     if not isinstance(tokenizer, SmilesTokenizer):
         raise DataError(
@@ -108,7 +109,7 @@ def _given_tokenizer(folder: Path | str) -> SmilesTokenizer:
     return tokenizer
 
 
-def _policy_for(given: SmilesTokenizer | None, stereo: str | None, salts: str | None) -> dict[str, Any]:
+def policy_for(given: SmilesTokenizer | None, stereo: str | None, salts: str | None) -> dict[str, Any]:
     """The canonicalisation policy: that of a given tokenizer, else the one asked for; DataError if they differ."""
     if given is None:
         return make_policy(stereo or "keep", salts or "keep")

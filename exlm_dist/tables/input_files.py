@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from exlm_dist.tables.columns import kind_of, kind_of_column, suggestion, unique_names
-from exlm_dist.tables.delimited import first_rows
+from exlm_dist.tables.delimited import first_rows, width_without_header
 from exlm_dist.tables.json_lines import refuse_documents
 from exlm_dist.tables.text_files import COMPRESSED, encoding, open_text
 from exlm_dist.utils.errors import ConfigError, DataError
@@ -241,12 +241,12 @@ def _header(path: Path, options: InputOptions) -> tuple[bool, str]:
 
 def _refuse_ragged(path: Path, rows: list[list[str]], options: InputOptions) -> None:
     """DataError if the first row names no column, or most of the others do not have its columns."""
-    width = len(unique_names(rows[0]))
+    width = width_without_header(rows) if options.header is False else len(unique_names(rows[0]))
     if not width and options.header is not False:
         raise DataError(f"{path}: its first row is empty, so its columns have no names. If data, say --no-header.")
     if rows[0][0].lower().startswith("sep="):
         raise DataError(f"{path}: its first line is for Excel alone. Take it off: sed -i 1d {shlex.quote(str(path))}")
-    ragged = [row for row in rows[1:] if len(row) < width or any(cell.strip() for cell in row[width:])]
+    ragged = [row for row in rows if len(row) < width or any(cell.strip() for cell in row[width:])]
     if len(ragged) <= len(rows) / 2:
         return
     name = DELIMITERS.get(options.delimiter or ",", repr(options.delimiter))

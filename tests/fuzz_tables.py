@@ -197,6 +197,14 @@ def check(table: Table, folder: Path) -> str:
     if table.damage == "cut file" and not whole:
         assert not table.packing, "a compressed file that was cut off is read as whole"
         return "cut"
+    if (
+        not whole
+        and table.format in ("csv", "tsv")
+        and table.damaged == 0
+        and not table.header
+        and len(table.texts) < 3
+    ):
+        return "of unknown width"  # which row has too many cells?
     _check_marks(table, rows)
     _check_others(table, rows, whole)
     return "whole" if whole else "damaged"
@@ -221,8 +229,6 @@ def _check_others(table: Table, rows: list[Any], whole: bool) -> None:
     """Rows that the damage does not touch are as they were. (Quoted text over several lines may be taken for a stray
     quote, and a stray quote for the beginning of a text that ends at the next quote.)"""
     lines = "".join(_line(table, *row) for row in zip(table.texts, table.other))
-    if table.damage in ("cell more", "cell less") and table.damaged == 0 and not table.header and len(table.texts) < 3:
-        return  # which of the two rows has too many cells?
     if table.format == "csv" and (set(lines) & set("\r\n") or (table.damage == "quote" and '"' in lines)):
         return
     expected = [text for n, text in enumerate(table.texts) if whole or f"<{table.damaged}>" not in text]

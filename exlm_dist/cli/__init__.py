@@ -42,6 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "(launchers/install.sh), or choose another Python (a job file: EXLM_PYTHON or EXLM_VENV).",
             EXIT_USAGE,
         )
+    except MemoryError:
+        traceback.print_exc()
+        return _fail(
+            "the memory that this process may use is not enough (`ulimit -v` shows a limit). Raise it, or use fewer "
+            "--workers or smaller micro-batches.",
+            EXIT_USAGE,
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -77,6 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="exlm", description="Pretrain ExLM and plain masked language models for text and molecules."
     )
     parser.add_argument("--version", action="version", version=f"exlm_dist {__version__}")
+    # What torch.distributed.launch puts before the command; the environment says the same.
+    parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for group in GROUPS:
         group.register(commands)

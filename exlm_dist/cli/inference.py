@@ -47,10 +47,21 @@ def register(commands: Commands) -> None:
         command.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 
+def _check_files(options: argparse.Namespace, inputs: list[str]) -> None:
+    """What is wrong with the files, before the seconds that loading a checkpoint takes."""
+    from exlm_dist.tables.records import column_names, expand_inputs
+    from exlm_dist.tables.table_writer import TableWriter
+
+    TableWriter(options.out, options.overwrite)
+    for path in expand_inputs(inputs, input_options(options)):
+        column_names(path, input_options(options))
+
+
 def _embed(options: argparse.Namespace) -> int:
     from exlm_dist.inference.embed_file import embed_file
     from exlm_dist.inference.loading import load_checkpoint
 
+    _check_files(options, options.inputs)
     print(
         embed_file(
             load_checkpoint(options.checkpoint, device=options.device),
@@ -77,6 +88,8 @@ def _fill(options: argparse.Namespace) -> int:
     if not options.sample and (options.temperature != 1.0 or options.seed):
         raise ConfigError("--temperature and --seed are of random completions: say how many with --sample N.")
     settings = FillSettings(options.top, options.beam, options.sample, options.temperature, options.seed)
+    if options.input:
+        _check_files(options, options.input)
     loaded = load_checkpoint(options.checkpoint, device=options.device)
     if options.input:
         print(

@@ -114,5 +114,5 @@ def _demo_text(options: argparse.Namespace) -> int:
 
 def _settings(options: argparse.Namespace, **renamed: str) -> dict[str, Any]:
     """The command's own options, named as the parameters of the function that takes them."""
-    own = {"command", "handler", "overrides"}
+    own = {"command", "handler", "overrides", "local_rank"}
     return {renamed.get(name, name): value for name, value in vars(options).items() if name not in own}

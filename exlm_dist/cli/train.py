@@ -27,7 +27,7 @@ def register(commands: Commands) -> None:
         overrides=True,
     )
     pretrain.add_argument("config", help="YAML file, say configs/pretrain/demo_smiles_exlm.yaml")
-    pretrain.add_argument("--local_rank", help=argparse.SUPPRESS)
+    pretrain.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)
     _add_allow_changes(pretrain)
     _register_plan(commands)
     _register_launch(commands)

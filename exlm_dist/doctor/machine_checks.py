@@ -22,6 +22,7 @@ from exlm_dist.config.schema import RunConfig
 from exlm_dist.data.manifest import MANIFEST, read_manifest
 from exlm_dist.doctor.findings import Finding, bad, doubtful, good
 from exlm_dist.launch.deadline import end_of_job
+from exlm_dist.utils.cores import available_cores
 from exlm_dist.utils.files import sha256_file
 from exlm_dist.utils.outputs import nearest_folder
 
@@ -70,7 +71,7 @@ def _numbers(version: str) -> list[int]:
 def check_limits() -> Finding:
     """The limit on open files (shards, connections between ranks, logs), and the cores."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    text = f"{files} open files, {len(os.sched_getaffinity(0))} cores"
+    text = f"{files} open files, {available_cores()} cores"
     return good("limits", text) if files >= 1024 else doubtful("limits", text, "Raise it: ulimit -n 4096.")
 
 

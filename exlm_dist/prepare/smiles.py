@@ -36,10 +36,11 @@ from exlm_dist.tables.records import Row
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles, make_policy, smiles_in
 from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer, split_smiles
+from exlm_dist.utils.cores import available_cores
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.outputs import user_path
 from exlm_dist.utils.progress import Progress
-from exlm_dist.utils.workers import default_workers, ordered_map
+from exlm_dist.utils.workers import ordered_map
 
 ROWS_PER_TASK = 512
 MOLECULES_PER_TASK = 8192
@@ -86,7 +87,7 @@ def prepare_smiles(
     train, valid = find_sources(inputs, valid_inputs, asked, "smiles")
     given = None if tokenizer is None else given_tokenizer(tokenizer)
     policy = policy_for(given, stereo, salts)
-    workers = workers or default_workers()
+    workers = workers or available_cores()
     job = SmilesJob(train, valid, policy, given, max_length, valid_fraction, min_count, max_rejected, workers)
     settings = {
         **asked.given(),

@@ -82,11 +82,12 @@ class Tally:
         examples = [example for kind, _ in counts.most_common(KINDS) for example in self.examples[kind]]
         shown = "".join(f"\n  {row.file}, row {row.row}: {why}: {row.text[:80]!r}" for row, why in examples)
         enough = math.ceil(1000 * rejected / done) / 1000
+        longer = "raise --max-length, " if counts["too long"] > rejected / 2 else ""
         raise DataError(
             f"{rejected:,} of {'the first ' if least_rows > 1 else ''}{done:,} rows ({rejected / done:.1%}) cannot be "
             f"used ({reasons(counts)}), more than --max-rejected {self._max_rejected:g} allows.{shown}\n"
-            f"Correct the input, or say how it is to be read (--column, --format, --delimiter, --no-header), or go on "
-            f"without these rows: --max-rejected {enough:g}."
+            f"Correct the input, {longer}or say how it is to be read (--column, --format, --delimiter, --no-header), "
+            f"or go on without these rows: --max-rejected {enough:g}."
         )
 
     def check_sum(self, written: int) -> None:

@@ -34,10 +34,11 @@ from exlm_dist.prepare.tally import MAX_REJECTED, Tally, check_max_rejected
 from exlm_dist.tables.input_files import InputOptions
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from exlm_dist.utils.cores import available_cores
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.outputs import user_path
 from exlm_dist.utils.progress import Progress
-from exlm_dist.utils.workers import default_workers, ordered_map
+from exlm_dist.utils.workers import ordered_map
 
 CHARACTERS_PER_TASK = 200_000
 BLOCKS_PER_WRITE = 8192
@@ -85,7 +86,7 @@ def prepare_text(
     if model_type not in ("unigram", "bpe"):
         raise DataError(f"model_type = {model_type!r}: must be one of unigram, bpe.")
     given = None if tokenizer is None else _given_tokenizer(user_path(tokenizer))
-    workers = workers or default_workers()
+    workers = workers or available_cores()
     job = TextJob(
         train, valid, given, vocab_size, model_type, sample_bytes, max_length, valid_fraction, max_rejected, workers
     )

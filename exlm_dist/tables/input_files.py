@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -45,6 +46,9 @@ DELIMITERS = {",": "','", ";": "';'", "\t": "tab", "|": "'|'"}
 _SAMPLE, _LONGEST = 50, 1 << 20
 #: A column is of a kind, for telling a header, if this fraction of its values are: files have bad rows.
 _MOST = 0.9
+#: How many files have had the same said of them, and how many are named.
+_said: Counter[str] = Counter()
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def resolved(path: Path, options: InputOptions) -> InputOptions:
         said += [why] if why else []
         options = replace(options, header=header)
     if said:
-        _say_once(f"{path}: {'; '.join(said)}")
+        _say_once(path, "; ".join(said))
     return options
 
 
@@ -148,9 +152,13 @@ def head(path: Path) -> list[str]:
         return list(islice((line.rstrip("\r\n") for line in lines if line.strip()), _SAMPLE))
 
 
-@lru_cache(maxsize=10_000)
-def _say_once(message: str) -> None:
-    _log.info(message)
+@lru_cache(maxsize=100_000)
+def _say_once(path: Path, what: str) -> None:
+    """Of many files of which there is the same to say, only the first are named."""
+    _said[what] += 1
+    if _said[what] <= _NAMED:
+        more = " (and so on: further files are not listed)" if _said[what] == _NAMED else ""
+        _log.info("%s: %s%s", path, what, more)
 
 
 def _ending(path: Path) -> str:

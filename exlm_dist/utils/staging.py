@@ -55,7 +55,7 @@ def staged_folder(out: Path, kind: FolderKind, *, overwrite: bool) -> Iterator[P
         inside = must_stay(out)
         if not inside:
             out.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(out)
+        _refuse_second(out, remove_leftovers(out))
         folder = _hidden_folder(out, inside)
     except OSError as error:
         raise _cannot_write(error, out) from error
@@ -74,15 +74,29 @@ def staged_folder(out: Path, kind: FolderKind, *, overwrite: bool) -> Iterator[P
             os.close(descriptor)
 
 
-def remove_leftovers(out: Path) -> None:
-    """Delete the hidden folders of interrupted runs for `out`; those that a running process has locked stay."""
+def _refuse_second(out: Path, busy: list[Path]) -> None:
+    if busy:
+        raise OutputError(
+            f"{out}: another process is writing it ({busy[0]}). Wait for it, end it, or choose another --out."
+        )
+
+
+def remove_leftovers(out: Path) -> list[Path]:
+    """Delete the hidden folders of interrupted runs for `out`; those that a running process has locked stay, and are
+    returned."""
+    busy = []
     pattern = f".{_escaped(out.name)}.*.partial"
     for folder in (*out.parent.glob(pattern), *out.glob(pattern)):
-        descriptor = _lock(folder)
+        try:
+            descriptor = _lock(folder)
+        except BlockingIOError:
+            busy.append(folder)
+            continue
         if descriptor is not None:
             _log.info("removing what an interrupted run left: %s", folder)
             shutil.rmtree(folder, ignore_errors=True)
             os.close(descriptor)
+    return busy
 
 
 def check_target(out: Path, kind: FolderKind, overwrite: bool) -> None:
@@ -143,15 +157,18 @@ def _publish(folder: Path, out: Path, kind: FolderKind, overwrite: bool) -> None
 
 
 def _lock(folder: Path) -> int | None:
-    """File descriptor that locks `folder`; None if another process has locked it or the file system has no locks."""
+    """File descriptor that locks `folder`; None if it is gone or the file system has no locks. BlockingIOError if
+    another process has locked it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
         return None
     return descriptor
 

@@ -249,3 +249,9 @@ def test_home_folder_in_settings_and_files(tmp_path, monkeypatch):
         f"{tmp_path}/{part}" for part in ("data", "runs", "first")
     )
     assert load_config("~/run.yaml").runs == "runs"
+
+
+def test_what_torch_distributed_launch_adds_to_the_command(capsys):
+    path = str(ROOT / "configs" / "pretrain" / "demo_smiles_exlm.yaml")
+    for option in ("--local-rank=1", "--local_rank=1"):
+        assert main([option, "config", "show", path]) == 0 and "schedule:" in capsys.readouterr().out

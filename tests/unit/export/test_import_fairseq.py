@@ -26,7 +26,7 @@ from exlm_dist.model.build import build_model
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.tokenizers.sentencepiece_tokenizer import MODEL_FILE, SentencePieceTokenizer
 from exlm_dist.tokenizers.tokenizer import MASK, NUM_SPECIAL, UNK
-from exlm_dist.utils.errors import CheckpointError, ConfigError, DataError, UserError
+from exlm_dist.utils.errors import CheckpointError, ConfigError, DataError, OutputError, UserError
 
 VARIANTS = {
     "exlm": {},

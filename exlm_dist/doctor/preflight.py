@@ -25,8 +25,8 @@ def check_run(config: RunConfig) -> None:
     manifest = read_manifest(Path(config.data.path))
     check_vocabulary(manifest["vocab_size"], config.parallel.tensor)
     _check_shards(Path(config.data.path), manifest["splits"])
-    lengths = np.flatnonzero(manifest["splits"]["train"]["length_histogram"]) - 2
-    Recipe.of(config, manifest["vocab_size"]).check_lengths(lengths)
+    if (histogram := manifest["splits"]["train"].get("length_histogram")) is not None:  # else the ranks read the index
+        Recipe.of(config, manifest["vocab_size"]).check_lengths(np.flatnonzero(histogram) - 2)
     check_writable(Path(config.runs) / config.name / "checkpoints")
     if config.tracking.mlflow:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import exlm_dist.utils.search_path  # noqa: F401  before all else
 from exlm_dist.utils.version import VERSION
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from exlm_dist.checkpoint.weights_only import AVERAGE, check_target, write_weigh
 from exlm_dist.config import flatten
 from exlm_dist.config.schema import CHANGEABLE, is_among
 from exlm_dist.utils.errors import ConfigError
+from exlm_dist.utils.outputs import user_path
 
 #: What `state.json` of the newest checkpoint says that is true of the average as well.
 _KEPT: tuple[str, ...] = ("step", "seed", "data_fingerprint", "tokenizer_fingerprint", "config_hash", "versions")
@@ -36,7 +37,7 @@ def average_checkpoints(checkpoints: Sequence[Path], out: Path, weights: Sequenc
     out = Path(os.path.abspath(out))
     check_target(out, AVERAGE)
     fractions = _normalised(weights, len(checkpoints))
-    folders = [reader.find_checkpoint(Path(path)) for path in checkpoints]
+    folders = [reader.find_checkpoint(user_path(path)) for path in checkpoints]
     _check_different(folders, out)
     readers = [TensorReader(folder) for folder in folders]
     for other in readers[1:]:

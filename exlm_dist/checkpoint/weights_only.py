@@ -18,6 +18,7 @@ from exlm_dist.checkpoint.rank_files import Entries, SmallFiles, save_failed, wr
 from exlm_dist.checkpoint.tensors import Index, model_file, write_header
 from exlm_dist.utils.checkpoint_names import step_in_name
 from exlm_dist.utils.errors import CheckpointError, ConfigError
+from exlm_dist.utils.outputs import check_writable, must_stay
 
 #: Values of `origin.kind`.
 AVERAGE, FAIRSEQ = "average", "fairseq"
@@ -26,11 +27,15 @@ _MADE_BY = {AVERAGE: "exlm average", FAIRSEQ: "exlm import fairseq"}
 
 def check_target(out: Path, kind: str) -> None:
     """ConfigError unless `out` is free, an empty folder, or an earlier checkpoint of the same `kind`, which
-    `write_weights` replaces."""
+    `write_weights` replaces; OutputError if nothing can be written there."""
+    out = Path(os.path.realpath(out))
     if step_in_name(out) is not None:
         raise ConfigError(
             f"--out {out}: only training writes folders of this name, and resumes from them. Choose another."
         )
+    check_writable(out)
+    if must_stay(out):
+        raise ConfigError(f"--out {out}: cannot be replaced as a whole (a mount point?). Name one in it: {out}/{kind}.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())) or _kind_of(out) == kind:
         return
     raise ConfigError(
@@ -53,7 +58,7 @@ def write_weights(
     `config.yaml`; tokenizer: its folder. ConfigError as in `check_target`, CheckpointError for a parameter that is not
     finite, SaveFailed.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))
     for name, array in weights.items():
         if not np.isfinite(array).all():
             raise CheckpointError(f"parameter {name} has values that are not finite; {out} was not written.")

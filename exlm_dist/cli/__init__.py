@@ -17,6 +17,7 @@ from exlm_dist import __version__
 from exlm_dist.cli import conversions, evaluate, finetune, inference, prepare, results, settings, train
 from exlm_dist.utils.errors import EXIT_USAGE, UserError, leave_message
 from exlm_dist.utils.logs import configure_logging
+from exlm_dist.utils.search_path import shield_children
 
 #: In the order of `exlm --help`.
 GROUPS = (prepare, train, inference, finetune, evaluate, results, conversions, settings)
@@ -41,6 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "(launchers/install.sh), or choose another Python (a job file: EXLM_PYTHON or EXLM_VENV).",
             EXIT_USAGE,
         )
+    except MemoryError:
+        traceback.print_exc()
+        return _fail(
+            "the memory that this process may use is not enough (`ulimit -v` shows a limit). Raise it, or use fewer "
+            "--workers or smaller micro-batches.",
+            EXIT_USAGE,
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -52,6 +60,7 @@ def entry() -> None:
     A rank of a job exits without the interpreter's clean-up: the threads of a process group that was left early
     sometimes make it abort, which would hide the exit code. Everything that must be closed is closed by then.
     """
+    shield_children()
     if "RANK" not in os.environ:
         sys.exit(main())
     try:
@@ -75,6 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="exlm", description="Pretrain ExLM and plain masked language models for text and molecules."
     )
     parser.add_argument("--version", action="version", version=f"exlm_dist {__version__}")
+    # What torch.distributed.launch puts before the command; the environment says the same.
+    parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for group in GROUPS:
         group.register(commands)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from exlm_dist.cli.command import Commands, add_command, add_group
+from exlm_dist.utils.outputs import user_path
 
 
 def register(commands: Commands) -> None:
@@ -14,30 +14,33 @@ def register(commands: Commands) -> None:
     average.add_argument(
         "checkpoints",
         nargs="+",
-        type=Path,
+        type=user_path,
         metavar="CHECKPOINT",
         help="checkpoint folders, or run folders (the newest)",
     )
-    average.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="checkpoint folder to write")
+    average.add_argument("--out", type=user_path, required=True, metavar="FOLDER", help="checkpoint folder to write")
     average.add_argument(
         "--weights", nargs="+", type=float, metavar="WEIGHT", help="of the checkpoints, in their order; default: equal"
     )
     formats = add_group(commands, "import", "make a checkpoint of other libraries' weights", metavar="FORMAT")
     fairseq = add_command(formats, "fairseq", _import_fairseq, "weights in the layout of the authors' fairseq code")
-    fairseq.add_argument("file", type=Path, metavar="FILE", help="safetensors file")
-    fairseq.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="checkpoint folder to write")
+    fairseq.add_argument("file", type=user_path, metavar="FILE", help="safetensors file")
+    fairseq.add_argument("--out", type=user_path, required=True, metavar="FOLDER", help="checkpoint folder to write")
     fairseq.add_argument(
         "--tokenizer",
-        type=Path,
+        type=user_path,
         required=True,
         metavar="PATH",
         help="folder with the tokenizer (prepared data, a checkpoint), or a sentencepiece model file",
     )
     fairseq.add_argument(
-        "--config", type=Path, metavar="YAML", help="file with the model section; not for what `exlm export` wrote"
+        "--config", type=user_path, metavar="YAML", help="file with the model section; not for what `exlm export` wrote"
     )
     fairseq.add_argument(
-        "--dictionary", type=Path, metavar="FILE", help="fairseq's dict.txt, if its order is not that of the tokenizer"
+        "--dictionary",
+        type=user_path,
+        metavar="FILE",
+        help="fairseq's dict.txt, if its order is not that of the tokenizer",
     )
 
 

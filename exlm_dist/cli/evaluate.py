@@ -12,6 +12,7 @@ from pathlib import Path
 from exlm_dist.cli.command import Commands, add_command, positive
 from exlm_dist.suites.catalogue import SUITES
 from exlm_dist.utils.errors import EXIT_SAVED, EXIT_STOP, ConfigError
+from exlm_dist.utils.outputs import user_path
 from exlm_dist.utils.signals import caught_signals
 
 #: Options of one form of the command that the other does not have: (form, name -> value that stands for not given).
@@ -51,7 +52,7 @@ def register(commands: Commands) -> None:
     parser.add_argument("what", metavar="RUN|SUITE", help=f"run or checkpoint folder, or a suite: {names}")
     parser.add_argument(
         "--data",
-        type=Path,
+        type=user_path,
         metavar="FOLDER",
         help="of a suite: its files as they are downloaded; of a run: prepared data (default: what it was trained on)",
     )
@@ -86,7 +87,7 @@ def _add_suite(parser: argparse.ArgumentParser) -> None:
         help="run folders (their newest checkpoint) and checkpoints; also `random`, initial weights of the same "
         "shapes, and `fingerprints`, trees on Morgan fingerprints",
     )
-    group.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the results and the report")
+    group.add_argument("--out", type=user_path, metavar="FOLDER", help="folder of the results and the report")
     group.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all whose file is in the folder of data")
     group.add_argument("--splits", nargs="+", choices=splits, metavar="SPLIT", help=f"of {', '.join(splits)}")
     group.add_argument("--protocol", choices=protocols, help="settings of the trainings (default: the suite's first)")
@@ -100,7 +101,7 @@ def _add_suite(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--frozen", action="store_true", help="each checkpoint also with its head alone trained")
     group.add_argument(
         "--watch",
-        type=Path,
+        type=user_path,
         metavar="RUN",
         help="each checkpoint of this run as its training saves it, until that has ended",
     )
@@ -130,7 +131,7 @@ def _evaluate_run(options: argparse.Namespace) -> int:
 
     print(
         evaluate_checkpoint(
-            Path(options.what),
+            user_path(options.what),
             data=options.data,
             split=options.split or "valid",
             sequences=options.sequences,

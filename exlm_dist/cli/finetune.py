@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 from exlm_dist.cli.command import Commands, add_command, add_input_options, input_options, positive
 from exlm_dist.finetuning.finetune_settings import (
@@ -18,6 +17,7 @@ from exlm_dist.finetuning.finetune_settings import (
     TrainingSettings,
 )
 from exlm_dist.utils.errors import EXIT_SAVED, ConfigError
+from exlm_dist.utils.outputs import user_path
 
 _DEVICE = "auto, cpu, cuda or cuda:1"
 _DATA = "files or patterns: .csv .tsv .jsonl .parquet, plain or compressed"
@@ -29,9 +29,9 @@ def register(commands: Commands) -> None:
     finetune.add_argument("data", nargs="+", metavar="DATA", help=_DATA)
     finetune.add_argument("--target", nargs="+", required=True, metavar="COLUMN", help="columns to predict")
     finetune.add_argument(
-        "--checkpoint", type=Path, required=True, help="run folder (its newest checkpoint) or checkpoint folder"
+        "--checkpoint", type=user_path, required=True, help="run folder (its newest checkpoint) or checkpoint folder"
     )
-    finetune.add_argument("--out", type=Path, required=True, metavar="MODEL", help="folder of the model to write")
+    finetune.add_argument("--out", type=user_path, required=True, metavar="MODEL", help="folder of the model to write")
     add_input_options(finetune, pairs=True)
     finetune.add_argument("--task", choices=TASKS, help="default: what the values of the targets show")
     finetune.add_argument(
@@ -47,10 +47,10 @@ def register(commands: Commands) -> None:
     _add_split(finetune)
     _add_training(finetune)
     predict = add_command(commands, "predict", _predict, "predictions of a fine-tuned model for the rows of a table")
-    predict.add_argument("model", type=Path, metavar="MODEL", help="folder that `exlm finetune` wrote")
+    predict.add_argument("model", type=user_path, metavar="MODEL", help="folder that `exlm finetune` wrote")
     predict.add_argument("data", nargs="+", metavar="DATA", help=_DATA)
     predict.add_argument(
-        "--out", type=Path, required=True, metavar="TABLE", help="table to write: .csv .tsv .jsonl .parquet .npz"
+        "--out", type=user_path, required=True, metavar="TABLE", help="table to write: .csv .tsv .jsonl .parquet .npz"
     )
     add_input_options(predict, pairs=True)
     predict.add_argument("--overwrite", action="store_true", help="replace what is at --out")

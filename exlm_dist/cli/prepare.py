@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
-from exlm_dist.cli.command import Commands, add_command, add_group, add_input_options
+from exlm_dist.cli.command import Commands, add_command, add_group, add_input_options, input_options, positive
 
 
 def register(commands: Commands) -> None:
@@ -41,7 +40,7 @@ def register(commands: Commands) -> None:
     for parser in (smiles, text, demo_smiles, demo_text):
         parser.add_argument("--out", required=True, metavar="FOLDER", help="prepared folder to write")
         parser.add_argument("--max-length", type=int, default=128, help="longest sequence, BOS and EOS counted")
-        parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="number of processes")
+        parser.add_argument("--workers", type=positive, help="number of processes; default: the cores of this job")
         parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
 
 
@@ -61,19 +60,41 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="FOLDER", help="use the tokenizer of this folder (prepared data or a checkpoint)"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what is understood of each file, and what would become of its first rows; write nothing",
+    )
+    parser.add_argument(
+        "--max-rejected",
+        type=float,
+        metavar="FRACTION",
+        default=0.05,
+        help="fraction of the rows that may be set aside; with more, nothing is written",
+    )
 
 
 def _smiles(options: argparse.Namespace) -> int:
+    from exlm_dist.prepare.dry_run import preview_smiles
     from exlm_dist.prepare.smiles import prepare_smiles
 
-    print(prepare_smiles(**_settings(options, input="inputs")))
+    settings = _settings(options, input="inputs")
+    if settings.pop("dry_run"):
+        print(preview_smiles(**settings, options=input_options(options)))
+    else:
+        print(prepare_smiles(**settings))
     return 0
 
 
 def _text(options: argparse.Namespace) -> int:
+    from exlm_dist.prepare.dry_run import preview_text
     from exlm_dist.prepare.text import prepare_text
 
-    print(prepare_text(**_settings(options, input="inputs")))
+    settings = _settings(options, input="inputs")
+    if settings.pop("dry_run"):
+        print(preview_text(**settings, options=input_options(options)))
+    else:
+        print(prepare_text(**settings))
     return 0
 
 
@@ -93,5 +114,5 @@ def _demo_text(options: argparse.Namespace) -> int:
 
 def _settings(options: argparse.Namespace, **renamed: str) -> dict[str, Any]:
     """The command's own options, named as the parameters of the function that takes them."""
-    own = {"command", "handler", "overrides"}
+    own = {"command", "handler", "overrides", "local_rank"}
     return {renamed.get(name, name): value for name, value in vars(options).items() if name not in own}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from exlm_dist.cli.command import Commands, add_command, add_group
 from exlm_dist.utils.errors import EXIT_RETRY
+from exlm_dist.utils.outputs import user_path
 
 _CHECKPOINT = "run folder (its newest checkpoint) or checkpoint folder"
 
@@ -17,19 +17,19 @@ def register(commands: Commands) -> None:
         commands, "report", _report, "plots, and a table that compares runs at equal steps and equal seconds"
     )
     report.add_argument(
-        "runs", nargs="+", type=Path, help="run folders; fine-tuned models and evaluations, each by itself"
+        "runs", nargs="+", type=user_path, help="run folders; fine-tuned models and evaluations, each by itself"
     )
     sync = add_command(commands, "sync", _sync, "send what the tracking server has not received yet")
-    sync.add_argument("runs", nargs="+", type=Path, help="run folders, or fine-tuned models")
+    sync.add_argument("runs", nargs="+", type=user_path, help="run folders, or fine-tuned models")
     sync.add_argument("--timeout", type=float, default=60.0, help="seconds to try")
     formats = add_group(commands, "export", "write a checkpoint for other libraries", metavar="FORMAT")
     hf = add_command(formats, "hf", _export_hf, "folder that the transformers library loads")
-    hf.add_argument("checkpoint", type=Path, help=_CHECKPOINT)
-    hf.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
+    hf.add_argument("checkpoint", type=user_path, help=_CHECKPOINT)
+    hf.add_argument("--out", type=user_path, required=True, metavar="FOLDER", help="folder to write")
     hf.add_argument("--overwrite", action="store_true", help="replace an ExLM model for transformers in --out")
     fairseq = add_command(formats, "fairseq", _export_fairseq, "weights in the layout of the authors' fairseq code")
-    fairseq.add_argument("checkpoint", type=Path, help=_CHECKPOINT)
-    fairseq.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
+    fairseq.add_argument("checkpoint", type=user_path, help=_CHECKPOINT)
+    fairseq.add_argument("--out", type=user_path, required=True, metavar="FILE", help="safetensors file to write")
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from exlm_dist.cli.command import Commands, add_command, add_group, positive
+from exlm_dist.utils.outputs import user_path
+
+if TYPE_CHECKING:
+    from exlm_dist.config import RunConfig
 
 #: Options of `exlm launch slurm` that make up a job.
 _JOB_OPTIONS = ("account", "partition", "nodes", "gpus_per_node", "tasks_per_node", "time", "warning", "array")
@@ -23,7 +27,7 @@ def register(commands: Commands) -> None:
         overrides=True,
     )
     pretrain.add_argument("config", help="YAML file, say configs/pretrain/demo_smiles_exlm.yaml")
-    pretrain.add_argument("--local_rank", help=argparse.SUPPRESS)
+    pretrain.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)
     _add_allow_changes(pretrain)
     _register_plan(commands)
     _register_launch(commands)
@@ -99,7 +103,7 @@ def _register_launch(commands: Commands) -> None:
         _add_allow_changes(parser)
     deepspeed.add_argument(
         "--hostfile",
-        type=Path,
+        type=user_path,
         help="hosts and slots; default: processes on this machine, launch.processes or what the layout needs",
     )
     slurm.add_argument("--account", default="my-account", help="account that the cluster bills")
@@ -110,14 +114,17 @@ def _register_launch(commands: Commands) -> None:
     slurm.add_argument("--time", default="24:00:00", help="time limit of one start; the job requeues itself until done")
     slurm.add_argument("--warning", type=int, default=300, help="seconds before the limit at which the ranks save")
     slurm.add_argument("--array", default="", help="indices of array tasks, say 1-8%%2; needs --sweep")
-    slurm.add_argument("--sweep", type=Path, help="file: line n has the overrides of array task n")
+    slurm.add_argument("--sweep", type=user_path, help="file: line n has the overrides of array task n")
 
 
 def _pretrain(options: argparse.Namespace) -> int:
     from exlm_dist.config import check_init, load_config
 
     config = load_config(options.config, options.overrides)
-    check_init(config)
+    if "RANK" in os.environ:
+        check_init(config)
+    else:
+        _check_run(config)
     if "RANK" not in os.environ and (config.local_processes > 1 or config.launch.restarts):
         from exlm_dist.launch.local import rank_arguments, run_local
         from exlm_dist.launch.restart import Restarts
@@ -127,6 +134,12 @@ def _pretrain(options: argparse.Namespace) -> int:
     from exlm_dist.training.loop import train
 
     return train(config, allow_changes=options.allow_changes)
+
+
+def _check_run(config: RunConfig) -> None:
+    from exlm_dist.doctor.preflight import check_run
+
+    check_run(config)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -156,14 +169,20 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _launch_local(options: argparse.Namespace) -> int:
+    from exlm_dist.config import load_config
     from exlm_dist.launch.start import launch_local
 
+    if not options.dry_run:
+        _check_run(load_config(options.config, options.overrides))
     return launch_local(options.config, options.overrides, allow_changes=options.allow_changes, dry_run=options.dry_run)
 
 
 def _launch_deepspeed(options: argparse.Namespace) -> int:
+    from exlm_dist.config import load_config
     from exlm_dist.launch.start import launch_deepspeed
 
+    if not options.dry_run:
+        _check_run(load_config(options.config, options.overrides))
     return launch_deepspeed(
         options.config,
         options.overrides,

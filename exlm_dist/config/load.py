@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from exlm_dist.config.check import check_config
 from exlm_dist.config.schema import RESUMABLE, RunConfig, is_among
 from exlm_dist.utils.errors import ConfigError
+from exlm_dist.utils.outputs import user_path
 
 _NULL = "tag:yaml.org,2002:null"
 #: Settings younger than the first checkpoints, and what runs that do not have them were trained with.
@@ -32,7 +33,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: missing file or invalid YAML; unknown keys, wrong types or ranges (all, with file and line);
             settings that contradict each other.
     """
-    tree, origins = read_yaml(Path(path))
+    tree, origins = read_yaml(user_path(path))
     for key, text in parse_overrides(overrides):
         _set(tree, key, _argument(key, text), key)
         parts = key.split(".")
@@ -128,7 +129,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
     base = tree.pop("base", None)
     if base is None:
         return tree, origins
-    below, origins_below = _read(path.parent / str(base), (*seen, path.resolve()))
+    below, origins_below = _read(path.parent / user_path(str(base)), (*seen, path.resolve()))
     return _merge(below, tree), {**origins_below, **origins}
 
 

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -29,6 +30,8 @@ def _renamed_backend(value: object) -> object:
     return "torch" if value == "reference" else value
 
 
+#: A path of the file system, a leading `~` expanded.
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 #: Width and floor of each prior over jumps where they are 0.
 JUMP_SHAPES = {"gaussian": (1.0, 8.0), "laplace": (1.0, 8.0), "group": (0.125, 12.0)}
 #: The models for which the prior `auto` is one.
@@ -40,7 +43,7 @@ AutoCount = Annotated[Literal["auto"] | int, PlainValidator(_auto_count)]
 class DataConfig(Section):
     """Where the prepared shards are and how they are read."""
 
-    path: str = Field(description="Folder written by `exlm prepare`: shards, index, tokenizer, manifest.")
+    path: UserPath = Field(description="Folder written by `exlm prepare`: shards, index, tokenizer, manifest.")
     bucket: int = Field(
         1,
         ge=1,
@@ -335,9 +338,9 @@ class RunConfig(Section):
     """One run: everything that decides what it computes and where it is stored."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
-    runs: str = Field("runs", description="Folder of the run folders.")
+    runs: UserPath = Field("runs", description="Folder of the run folders.")
     seed: int = Field(0, ge=0, lt=2**63, description="Decides initial weights, sample order, masks and dropout.")
-    init: str = Field(
+    init: UserPath = Field(
         "",
         description="Checkpoint whose weights a new run starts with: a run or checkpoint folder, or a folder of `exlm export hf` (docs/training.md); empty: initial weights that `seed` decides.",
     )

@@ -21,6 +21,7 @@ from exlm_dist.data.manifest import MANIFEST, SPLITS, TOKENIZER, read_manifest
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.files import sha256_file
 from exlm_dist.utils.logs import get_logger
+from exlm_dist.utils.outputs import user_path
 
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc", "<u4")])
 OPEN_FILES = 128
@@ -76,7 +77,7 @@ class ShardDataset:
         Checks the manifest, the size of every shard and the hash of every index (DataError); the payload is checked as
         it is read. `max_bad_records`: fraction of the split that may be damaged before `read` raises DataError.
         """
-        folder = Path(path)
+        folder = user_path(path)
         manifest = read_manifest(folder)
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is none of {SPLITS}")

@@ -14,7 +14,7 @@ from exlm_dist.doctor.rank_checks import check_ranks
 from exlm_dist.model.cost import count_parameters
 from exlm_dist.planning.report import ASSUMED_VOCABULARY, prepared_sizes
 from exlm_dist.tracking.uri import redact, tracking_uri
-from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.errors import ConfigError, DataError
 
 Checks = list[tuple[str, Callable[[], Finding | list[Finding]]]]
 
@@ -46,7 +46,10 @@ def _checks_of_run(config: RunConfig) -> Checks:
     parameters = sum(count_parameters(config.model, vocab_size).values())
 
     def tracking() -> Finding:
-        uri = tracking_uri(config.tracking.uri, Path(config.runs))
+        try:
+            uri = tracking_uri(config.tracking.uri, Path(config.runs))
+        except ConfigError as error:
+            return machine_checks.unusable_tracking(config, str(error))
         return machine_checks.check_tracking(config, uri, redact(uri))
 
     return [

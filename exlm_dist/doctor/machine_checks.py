@@ -22,7 +22,9 @@ from exlm_dist.config.schema import RunConfig
 from exlm_dist.data.manifest import MANIFEST, read_manifest
 from exlm_dist.doctor.findings import Finding, bad, doubtful, good
 from exlm_dist.launch.deadline import end_of_job
+from exlm_dist.utils.cores import available_cores
 from exlm_dist.utils.files import sha256_file
+from exlm_dist.utils.outputs import nearest_folder
 
 PYTHONS = ((3, 10), (3, 13))
 #: Shards of each split whose hashes are compared.
@@ -32,6 +34,7 @@ PROBE_BYTES = 32 << 20
 SLOW_DISK = 50e6
 #: Seconds within which a tracking server must answer.
 PATIENCE = 5.0
+_NO_TRACKING = "tracking.mlflow is off: events.jsonl only"
 _REQUIREMENT = re.compile(r"^([A-Za-z0-9_.-]+)\s*>=\s*([0-9.]+)$")
 
 
@@ -68,7 +71,7 @@ def _numbers(version: str) -> list[int]:
 def check_limits() -> Finding:
     """The limit on open files (shards, connections between ranks, logs), and the cores."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    text = f"{files} open files, {len(os.sched_getaffinity(0))} cores"
+    text = f"{files} open files, {available_cores()} cores"
     return good("limits", text) if files >= 1024 else doubtful("limits", text, "Raise it: ulimit -n 4096.")
 
 
@@ -109,7 +112,7 @@ def check_shards(config: RunConfig, seed: int = 0) -> list[Finding]:
 
 def check_space(config: RunConfig, parameters: int) -> Finding:
     """Space for all checkpoints that are kept, and for the one being written."""
-    folder = _existing(Path(config.runs))
+    folder = nearest_folder(Path(config.runs))
     kept = config.checkpoint.keep + config.checkpoint.best + 1
     needed, free = kept * parameters * BYTES_PER_PARAMETER, shutil.disk_usage(folder).free
     text = (
@@ -123,7 +126,7 @@ def check_space(config: RunConfig, parameters: int) -> Finding:
 
 def check_disk(config: RunConfig, parameters: int) -> Finding:
     """Write speed of the file system of the runs, fsync included, and what that means for a checkpoint."""
-    folder = _existing(Path(config.runs))
+    folder = nearest_folder(Path(config.runs))
     probe = folder / f".exlm-doctor-{socket.gethostname()}-{os.getpid()}"
     block = os.urandom(1 << 20)
     begun = time.monotonic()
@@ -145,13 +148,20 @@ def check_disk(config: RunConfig, parameters: int) -> Finding:
     return good("disk", text) if speed > SLOW_DISK else doubtful("disk", text, "Set `runs` to a faster file system.")
 
 
+def unusable_tracking(config: RunConfig, why: str) -> Finding:
+    """What to say of an address that MLflow does not accept."""
+    if not config.tracking.mlflow:
+        return good("tracking", _NO_TRACKING)
+    return doubtful("tracking", why, "Training would work, and send the events later (`exlm sync`).")
+
+
 def check_tracking(config: RunConfig, uri: str, shown: str) -> Finding:
     """Whether MLflow answers at `uri`; `shown`: the same without passwords. Never FAIL: training works without it."""
     if not config.tracking.mlflow:
-        return good("tracking", "tracking.mlflow is off: events.jsonl only")
+        return good("tracking", _NO_TRACKING)
     remedy = "Start it or set tracking.uri. Training would work, and send the events later (`exlm sync`)."
     if uri.startswith("sqlite:"):
-        folder = _existing(Path(uri.removeprefix("sqlite:///")).parent)
+        folder = nearest_folder(Path(uri.removeprefix("sqlite:///")).parent)
         if os.access(folder, os.W_OK):
             return good("tracking", f"{shown} can be written")
         return doubtful("tracking", f"{shown}: {folder} cannot be written", remedy)
@@ -210,9 +220,3 @@ def _measured_step(events: Path) -> float | None:
         if "perf/step_seconds" in line and line.endswith("}"):
             last = json.loads(line)["values"]["perf/step_seconds"]
     return last
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder at or above `path` that exists."""
-    path = path.resolve()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())

@@ -26,11 +26,13 @@ from exlm_dist.inference.loading import choose_device, load_model
 from exlm_dist.model.build import LanguageModel
 from exlm_dist.model.scoring import score
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
-from exlm_dist.tracking import EVENTS, EventLog, sync
-from exlm_dist.utils.errors import ConfigError, DataError
+from exlm_dist.tracking import EVENTS, EventLog, redact, sync
+from exlm_dist.utils.errors import ConfigError, DataError, UserError
+from exlm_dist.utils.logs import get_logger
 
 #: Seconds that `evaluate_checkpoint` gives MLflow to take its result; it stays in the run folder anyway.
 TRACKING_PATIENCE = 30.0
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,18 @@ def check_tokenizer(tokenizer: Tokenizer, checkpoint: Path, dataset: ShardDatase
 
 
 def record_evaluation(result: Evaluation) -> None:
-    """Log the result as a child run in the event log of its run, and try to send it to MLflow.
+    """Log the result as a child run in the event log of its run, and try to send it to MLflow. Where that is not
+    possible, a warning says so: the numbers are there already.
 
     Does nothing for a checkpoint outside a run folder.
     """
+    try:
+        _record(result)
+    except (UserError, OSError) as error:
+        logger.warning("the evaluation is not recorded with its run (%s)", redact(str(error)))
+
+
+def _record(result: Evaluation) -> None:
     run_folder = run_folder_of(Path(result.checkpoint))
     if run_folder is None or not (run_folder / EVENTS).is_file():
         return

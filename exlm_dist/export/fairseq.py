@@ -34,6 +34,7 @@ from exlm_dist.tokenizers.tokenizer import MASK
 from exlm_dist.utils.errors import CheckpointError, ConfigError
 from exlm_dist.utils.files import sync_path
 from exlm_dist.utils.logs import get_logger
+from exlm_dist.utils.outputs import check_writable, user_path
 
 logger = get_logger(__name__)
 
@@ -142,12 +143,12 @@ def export_fairseq(checkpoint: Path, out: Path) -> str:
     """Write the weights of a checkpoint (or of a run's newest) for the authors' code to `out`; a line that says so.
 
     Its metadata say what `exlm import fairseq` needs to make a checkpoint of it again. An earlier export at `out` is
-    replaced. ConfigError if `out` is anything else, or if their code cannot compute what the model does;
-    CheckpointError if the checkpoint is not whole.
+    replaced. ConfigError if `out` is anything else, or if their code cannot compute what the model does; OutputError if
+    it cannot be written; CheckpointError if the checkpoint is not whole.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(user_path(out)))
     _check_target(out)
-    folder = find_checkpoint(Path(checkpoint))
+    folder = find_checkpoint(user_path(checkpoint))
     config, about = read_config(folder), read_state(folder)
     if config.model.jump_prior != "none":
         raise ConfigError(
@@ -193,6 +194,7 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def _check_target(out: Path) -> None:
+    check_writable(out)
     if out.exists() and read_metadata(out) is None:
         raise ConfigError(
             f"--out {out} exists and is no earlier output of `exlm export fairseq`. Choose another, or remove it "

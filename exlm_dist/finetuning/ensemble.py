@@ -37,6 +37,7 @@ from exlm_dist.tables.records import InputOptions, expand_inputs
 from exlm_dist.tokenizers.encoding import EncodedTexts
 from exlm_dist.utils.errors import ConfigError, DataError
 from exlm_dist.utils.files import sha256_file
+from exlm_dist.utils.outputs import user_path
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def finetune(
     inputs: the column of texts or molecules, or the two of pairs. task: 'classification' or 'regression' where the
     values leave it open. Errors: see `read_dataset`, `split_dataset`, `check_parts`, `open_partial`.
     """
-    out = Path(out)
+    out = user_path(out)
     check_free(out)
     refuse_model(checkpoint)
     loaded = load_checkpoint(checkpoint, device=device)

@@ -22,6 +22,7 @@ from torch import Tensor
 from exlm_dist.checkpoint.reader import CONFIG_FILE, TOKENIZER_FOLDER
 from exlm_dist.utils.errors import CheckpointError, ConfigError
 from exlm_dist.utils.files import sha256_file, sync_path, write_json
+from exlm_dist.utils.outputs import check_writable
 
 FORMAT = 1
 FINETUNED_FILE = "finetuned.json"
@@ -64,14 +65,10 @@ def partial_folder(out: Path) -> Path:
 
 
 def check_free(out: Path) -> None:
-    """ConfigError if something is at `out` already, or the folder it would be in is not there."""
+    """ConfigError if something is at `out` already; OutputError if nothing can be written there."""
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out}: exists. Choose another --out, or remove it: rm -r {shlex.quote(str(out))}")
-    if not out.parent.is_dir():
-        where = shlex.quote(str(out.parent))
-        raise ConfigError(
-            f"{out}: there is no folder {out.parent}. Make it (mkdir -p {where}), or choose another --out."
-        )
+    check_writable(out)
 
 
 @contextmanager

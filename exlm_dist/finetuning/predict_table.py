@@ -14,6 +14,7 @@ from exlm_dist.tables.failed_rows import FailedRows, failed_rows_path
 from exlm_dist.tables.records import InputOptions, Record, column_names, expand_inputs, read_records
 from exlm_dist.tables.table_writer import TableWriter
 from exlm_dist.utils.errors import ConfigError, DataError
+from exlm_dist.utils.outputs import user_path
 from exlm_dist.utils.progress import Progress
 
 ROWS_AT_ONCE = 4096
@@ -32,7 +33,7 @@ def predict_table(
     """Write the rows of `data`, in their order and with all their columns, with predictions to the table `out`. Rows
     that failed have none, and are listed in `out`.failed.tsv. `inputs`: the columns to read, by default those of the
     training data. Returns what is to be said. DataError if a column is missing or all rows failed."""
-    out = Path(out)
+    out = user_path(out)
     writer = TableWriter(out, overwrite)
     finetuned = load_finetuned(model, device)
     names = list(inputs) or list(finetuned.inputs)

@@ -21,6 +21,7 @@ from exlm_dist.finetuning.targets import Target, output_slices
 from exlm_dist.inference.loading import choose_device
 from exlm_dist.model.build import build_model
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
+from exlm_dist.utils.outputs import user_path
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class FinetunedModel:
 def load_finetuned(path: Path | str, device: str = "auto") -> FinetunedModel:
     """Load the folder that `exlm finetune` wrote. CheckpointError if it is not whole; ConfigError for a device that is
     not there."""
-    folder, place = Path(path), choose_device(device)
+    folder, place = user_path(path), choose_device(device)
     content = read_finetuned(folder)
     config, tokenizer = read_config(folder), load_tokenizer(folder / TOKENIZER_FOLDER)
     targets = tuple(Target.from_json(target) for target in content["targets"])

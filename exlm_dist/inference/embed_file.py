@@ -21,9 +21,11 @@ from exlm_dist.tables.records import InputOptions, Record
 from exlm_dist.tables.table_writer import TableWriter
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tokenizers.encoding import EncodedTexts, encode_texts
+from exlm_dist.utils.cores import available_cores
 from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.outputs import user_path
 from exlm_dist.utils.progress import Progress
-from exlm_dist.utils.workers import default_workers, ordered_map
+from exlm_dist.utils.workers import ordered_map
 
 EMBEDDING = "embedding"
 #: Rows that are encoded by one task of a worker process, and then embedded.
@@ -83,13 +85,13 @@ def embed_file(
     encode = functools.partial(
         encode_chunk, str(loaded.folder / TOKENIZER_FOLDER), max_tokens=loaded.max_tokens, truncate=truncate
     )
-    result = Embedded(Path(out))
+    result = Embedded(user_path(out))
     with (
         TableWriter(result.out, overwrite) as table,
         FailedRows(failed_rows_path(result.out)) as failed,
         Progress("embedding", "rows") as progress,
     ):
-        for records, encoded in _encoded_chunks(source, encode, workers or default_workers()):
+        for records, encoded in _encoded_chunks(source, encode, workers or available_cores()):
             vectors = np.full((len(records), loaded.config.model.width), np.nan, np.float32)
             vectors[encoded.rows] = embed_encoded(loaded, encoded, pooling, layer)
             for index, reason in sorted(encoded.failures.items()):

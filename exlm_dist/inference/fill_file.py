@@ -15,6 +15,7 @@ from exlm_dist.tables.failed_rows import FailedRows, failed_rows_path
 from exlm_dist.tables.records import InputOptions
 from exlm_dist.tables.table_writer import TableWriter
 from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.outputs import user_path
 from exlm_dist.utils.progress import Progress
 
 #: Columns that the table has beside those of the input: of every model, of molecules, and with `marginal`.
@@ -75,8 +76,8 @@ def fill_file(
     source = InputRows(inputs, options, domain, added=names)
     rows, reason = 0, ""
     with (
-        TableWriter(Path(out), overwrite) as table,
-        FailedRows(failed_rows_path(Path(out))) as failed,
+        TableWriter(user_path(out), overwrite) as table,
+        FailedRows(failed_rows_path(user_path(out))) as failed,
         Progress("filling", "rows") as progress,
     ):
         for records in source.chunks(CHUNK):

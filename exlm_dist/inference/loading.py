@@ -13,6 +13,7 @@ from exlm_dist.config import RunConfig
 from exlm_dist.model.build import LanguageModel, build_model
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.utils.errors import CheckpointError, ConfigError
+from exlm_dist.utils.outputs import user_path
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def load_checkpoint(path: Path | str, *, device: str = "auto", dtype: torch.dtyp
     ConfigError for a device that is not there.
     """
     chosen = choose_device(device)
-    folder = find_checkpoint(Path(path))
+    folder = find_checkpoint(user_path(path))
     config = read_config(folder)
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
     model = load_model(folder, config, tokenizer).to(device=chosen, dtype=dtype)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from exlm_dist.launch.restart import Restarts
+from exlm_dist.utils.cores import available_cores
 from exlm_dist.utils.errors import CHOSEN_PORT, ERROR_FILE, EXIT_RETRY
 from exlm_dist.utils.signals import caught_signals, die_with_parent, leave_lost_terminal
 
@@ -56,8 +57,7 @@ def rank_environments(processes: int, folder: Path) -> list[dict[str, str]]:
     }
     if not shared.get("MASTER_PORT"):
         shared |= {"MASTER_PORT": str(free_port()), CHOSEN_PORT: "1"}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    shared.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    shared.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
     if Path("/sys/class/net/lo").exists():
         # The host's name may resolve to an address that is not reachable from here.
         shared.setdefault("GLOO_SOCKET_IFNAME", "lo")

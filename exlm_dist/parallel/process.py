@@ -24,6 +24,7 @@ from exlm_dist.parallel.layout import Layout
 from exlm_dist.parallel.network import interface_towards
 from exlm_dist.parallel.process_groups import Grid
 from exlm_dist.utils import errors
+from exlm_dist.utils.cores import available_cores
 from exlm_dist.utils.errors import EXIT_RETRY, ConfigError, UserError
 
 Result = TypeVar("Result")
@@ -238,4 +239,4 @@ def threads(wanted: int, processes: int) -> int:
         return wanted
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():
         return max(1, int(os.environ["OMP_NUM_THREADS"]))
-    return max(1, len(os.sched_getaffinity(0)) // max(1, processes))
+    return max(1, available_cores() // max(1, processes))

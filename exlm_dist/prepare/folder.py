@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +16,19 @@ from exlm_dist.data.manifest import MANIFEST, QUARANTINE, SCHEMA, SPLITS, TOKENI
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.prepare.shard_writer import ShardWriter
 from exlm_dist.prepare.summary import Summary
-from exlm_dist.tables.failed_rows import HEADER, failed_line
 from exlm_dist.tables.input_files import InputOptions, expand_inputs, resolved
 from exlm_dist.tables.records import Row, read_rows, text_column
 from exlm_dist.tokenizers.tokenizer import UNK, Tokenizer
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.files import sha256_file, write_json
 from exlm_dist.utils.logs import get_logger
-from exlm_dist.utils.staging import FolderKind, staged_folder
+from exlm_dist.utils.staging import FolderKind, check_output, staged_folder
 
 _log = get_logger(__name__)
 Item = TypeVar("Item")
 VALID_FRACTION = 0.02
 VALID_CAP = 10_000
-PREPARED = FolderKind("a folder of prepared data", lambda folder: (folder / MANIFEST).is_file())
+PREPARED = FolderKind("a folder of prepared data", lambda folder: (folder / MANIFEST).is_file(), MANIFEST)
 
 
 @dataclass(frozen=True)
@@ -58,47 +56,28 @@ class Source:
         lines = frozenset(str(path) for path, form in files.items() if form.format == "txt")
         return cls(identity, rows, of_lines=lines)
 
+    def is_blank(self, row: Row) -> bool:
+        """Whether `row` is a blank line of a text file, which is no row."""
+        return not row.problem and row.file in self.of_lines and not row.text.strip()
+
 
 def find_sources(
     inputs: Sequence[str] | Source, valid_inputs: Sequence[str], options: InputOptions, default_column: str
 ) -> tuple[Source, Source | None]:
     """Sources of both splits: the files that paths and patterns name. DataError if one of them does not exist, or has
     no such column, before the first one is read."""
-    train_files = {} if isinstance(inputs, Source) else _forms(inputs, options, default_column)
-    valid_files = _forms(valid_inputs, options, default_column) if valid_inputs else {}
+    train_files = {} if isinstance(inputs, Source) else read_forms(inputs, options, default_column)
+    valid_files = read_forms(valid_inputs, options, default_column) if valid_inputs else {}
     train = inputs if isinstance(inputs, Source) else Source.of_files(train_files, default_column)
     return train, Source.of_files(valid_files, default_column) if valid_files else None
 
 
-def _forms(inputs: Sequence[str], options: InputOptions, default_column: str) -> dict[Path, InputOptions]:
-    """The files, and how each is read."""
+def read_forms(inputs: Sequence[str], options: InputOptions, default_column: str) -> dict[Path, InputOptions]:
+    """The files that paths and patterns name, and how each is read. DataError as in `find_sources`."""
     forms = {path: resolved(path, options) for path in expand_inputs(inputs, options)}
     for path, form in forms.items():
         text_column(path, form, default_column)
     return forms
-
-
-class Quarantine:
-    """Rows that cannot be used, each with its position and the reason, in `quarantine.tsv`."""
-
-    def __init__(self, path: Path):
-        self.counts: Counter[str] = Counter()
-        self.first: dict[str, tuple[Row, str]] = {}
-        self._file = open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n")
-        self._file.write(HEADER)
-
-    def __enter__(self) -> Quarantine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def add(self, row: Row, reason: str) -> None:
-        """Set `row` aside; it is counted under the part of `reason` before the first colon."""
-        kind = reason.split(":")[0]
-        self.counts[kind] += 1
-        self.first.setdefault(kind, (row, reason))
-        self._file.write(failed_line(row.file, row.row, reason, row.text))
 
 
 def content_hash(content: bytes | memoryview) -> int:
@@ -198,6 +177,12 @@ def request_for(domain: str, train: Source, valid: Source | None, settings: dict
     return {"domain": domain, "inputs": train.identity, "valid_inputs": valid.identity if valid else [], **settings}
 
 
+def check_out(out: Path, overwrite: bool) -> None:
+    """OutputError, before any input is read, if `out` may not or cannot be written."""
+    if overwrite or not PREPARED.matches(out):  # a finished one is compared with the request
+        check_output(out, PREPARED, overwrite)
+
+
 def prepare_folder(
     out: Path, request: dict[str, Any], overwrite: bool, work: Callable[[Path], dict[str, Any]]
 ) -> Summary:
@@ -206,7 +191,7 @@ def prepare_folder(
     A finished `out` of the same `request` is reused; one of another request is a DataError unless `overwrite`.
     """
     start = time.monotonic()
-    if not overwrite and (out / MANIFEST).is_file():
+    if not overwrite and PREPARED.matches(out):
         return _reuse(out, request)
     with staged_folder(out, PREPARED, overwrite=overwrite) as folder:
         content = work(folder)

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from exlm_dist.data.manifest import QUARANTINE, TOKENIZER
 from exlm_dist.prepare.folder import (
     VALID_FRACTION,
-    Quarantine,
     Source,
     SplitWriter,
     check_fraction,
     check_max_length,
+    check_out,
     choose_valid,
     chunked,
     content_hash,
@@ -30,14 +30,17 @@ from exlm_dist.prepare.folder import (
     save_tokenizer,
 )
 from exlm_dist.prepare.summary import Summary
+from exlm_dist.prepare.tally import MAX_REJECTED, Tally, check_max_rejected
 from exlm_dist.tables.input_files import InputOptions
 from exlm_dist.tables.records import Row
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
-from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles, make_policy
+from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles, make_policy, smiles_in
 from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer, split_smiles
+from exlm_dist.utils.cores import available_cores
 from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.outputs import user_path
 from exlm_dist.utils.progress import Progress
-from exlm_dist.utils.workers import default_workers, ordered_map
+from exlm_dist.utils.workers import ordered_map
 
 ROWS_PER_TASK = 512
 MOLECULES_PER_TASK = 8192
@@ -62,6 +65,7 @@ def prepare_smiles(
     valid_inputs: Sequence[str] = (),
     valid_fraction: float = VALID_FRACTION,
     min_count: int = 1,
+    max_rejected: float = MAX_REJECTED,
     workers: int | None = None,
     tokenizer: Path | str | None = None,
     overwrite: bool = False,
@@ -72,15 +76,19 @@ def prepare_smiles(
     counted. stereo, salts: see `make_policy`; default 'keep', or the policy of a given tokenizer. valid_inputs: files
     of the held-out split; default `valid_fraction` of the molecules. min_count: occurrences a token needs to enter the
     vocabulary. tokenizer: folder of a SMILES tokenizer to use instead of a new one. Raises DataError for input that
-    cannot be used; single such rows go to `quarantine.tsv`.
+    cannot be used; single such rows go to `quarantine.tsv`, up to the fraction max_rejected of all rows.
     """
     check_fraction(valid_fraction)
     check_max_length(max_length)
+    check_max_rejected(max_rejected)
+    out = user_path(out)
+    check_out(out, overwrite)
     asked = InputOptions(column, format, delimiter, header)
     train, valid = find_sources(inputs, valid_inputs, asked, "smiles")
-    given = None if tokenizer is None else _given_tokenizer(tokenizer)
-    policy = _policy_for(given, stereo, salts)
-    job = SmilesJob(train, valid, policy, given, max_length, valid_fraction, min_count, workers or default_workers())
+    given = None if tokenizer is None else given_tokenizer(tokenizer)
+    policy = policy_for(given, stereo, salts)
+    workers = workers or available_cores()
+    job = SmilesJob(train, valid, policy, given, max_length, valid_fraction, min_count, max_rejected, workers)
     settings = {
         **asked.given(),
         "max_length": max_length,
@@ -89,10 +97,11 @@ def prepare_smiles(
         "min_count": None if given else min_count,
         "tokenizer": given and given.fingerprint,
     }
-    return prepare_folder(Path(out), request_for("smiles", train, valid, settings), overwrite, job.run)
+    return prepare_folder(out, request_for("smiles", train, valid, settings), overwrite, job.run)
 
 
-def _given_tokenizer(folder: Path | str) -> SmilesTokenizer:
+def given_tokenizer(folder: Path | str) -> SmilesTokenizer:
+    """The tokenizer in a folder; DataError if it is none of molecules."""
     tokenizer = load_tokenizer(folder)
     if not isinstance(tokenizer, SmilesTokenizer):
         raise DataError(
@@ -101,7 +110,7 @@ def _given_tokenizer(folder: Path | str) -> SmilesTokenizer:
     return tokenizer
 
 
-def _policy_for(given: SmilesTokenizer | None, stereo: str | None, salts: str | None) -> dict[str, Any]:
+def policy_for(given: SmilesTokenizer | None, stereo: str | None, salts: str | None) -> dict[str, Any]:
     """The canonicalisation policy: that of a given tokenizer, else the one asked for; DataError if they differ."""
     if given is None:
         return make_policy(stereo or "keep", salts or "keep")
@@ -125,11 +134,15 @@ class SmilesJob:
     max_length: int
     valid_fraction: float
     min_count: int
+    max_rejected: float
     workers: int
 
     def run(self, folder: Path) -> dict[str, Any]:
-        with TemporaryDirectory(prefix="spool.", dir=folder) as spool, Quarantine(folder / QUARANTINE) as quarantine:
-            molecules = _Molecules(Path(spool) / "molecules.smi", quarantine)
+        with (
+            TemporaryDirectory(prefix="spool.", dir=folder) as spool,
+            Tally(folder / QUARANTINE, self.max_rejected) as tally,
+        ):
+            molecules = _Molecules(Path(spool) / "molecules.smi", tally)
             self._read(molecules)
             if self.valid is not None:
                 is_valid = np.arange(len(molecules.hashes)) < molecules.held_out
@@ -145,12 +158,7 @@ class SmilesJob:
             "policy": dict(self.policy),
             "tokenizer": described,
             "splits": splits,
-            "statistics": {
-                "unit": "rows",
-                "rows": molecules.rows,
-                "duplicates": molecules.duplicates,
-                "quarantined": dict(quarantine.counts),
-            },
+            "statistics": {"unit": "rows", **tally.statistics(sum(part["sequences"] for part in splits.values()))},
         }
 
     def _read(self, molecules: _Molecules) -> None:
@@ -159,22 +167,25 @@ class SmilesJob:
             for source in filter(None, (self.valid, self.train)):
                 trusted = source.canonical_under == self.policy
                 clean = partial(clean_rows, None if trusted else dict(self.policy), self.max_length)
+                rows = molecules.tally.reading(row for row in source.rows() if not source.is_blank(row))
                 workers = 1 if trusted else self.workers
-                for results in ordered_map(clean, chunked(source.rows(), ROWS_PER_TASK), workers):
+                for results in ordered_map(clean, chunked(rows, ROWS_PER_TASK), workers):
                     molecules.add(results)
                     progress.update(len(results))
                 if source is self.valid:
                     molecules.held_out = len(molecules.hashes)
-        if molecules.rows == molecules.quarantine.counts["empty"]:
+        tally = molecules.tally
+        if tally.done == tally.aside["empty"]:
             raise DataError("all rows of the input are empty.")
         molecules.refuse_if_hopeless(1)
         if not molecules.hashes:
-            row, reason = next(iter(molecules.quarantine.first.values()))
+            row, reason = next(iter(tally.examples.values()))[0]
             advice = "Raise --max-length, or check" if reason.startswith("too long") else "Check"
             raise DataError(
-                f"none of {molecules.rows:,} rows can be used (first: {row.file}, row {row.row}: {reason}). "
+                f"none of {tally.done:,} rows can be used (first: {row.file}, row {row.row}: {reason}). "
                 f"{advice} the input."
             )
+        tally.check_limit(1)
 
     def _make_tokenizer(self, molecules: _Molecules, is_valid: np.ndarray) -> SmilesTokenizer:
         """Vocabulary of the training split."""
@@ -207,13 +218,13 @@ class SmilesJob:
 class _Molecules:
     """The distinct canonical molecules in order, one per line of a file, and their hashes."""
 
-    def __init__(self, path: Path, quarantine: Quarantine):
+    def __init__(self, path: Path, tally: Tally):
         self._path = path
         self._file = open(path, "w", encoding="ascii", newline="\n")
         self._seen: set[int] = set()
-        self.quarantine = quarantine
+        self.tally = tally
         self.hashes = array("Q")
-        self.rows = self.duplicates = self.held_out = 0
+        self.held_out = 0
 
     def __enter__(self) -> _Molecules:
         return self
@@ -221,29 +232,30 @@ class _Molecules:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def add(self, results: list[tuple[Row | None, str]]) -> None:
+    def add(self, results: list[CleanedRow]) -> None:
         """Store results of `clean_rows`. DataError as soon as the input turns out not to be SMILES."""
-        for row, text in results:
-            self.rows += 1
-            if row is not None:
-                self.quarantine.add(row, text)
+        for result in results:
+            if result.unusable is not None:
+                self.tally.set_aside(result.unusable, result.text)
                 continue
-            key = content_hash(text.encode())
+            key = content_hash(result.text.encode())
             if key in self._seen:
-                self.duplicates += 1
+                self.tally.duplicate(result.file)
                 continue
             self._seen.add(key)
             self.hashes.append(key)
-            self._file.write(text + "\n")
+            self._file.write(result.text + "\n")
+            self.tally.keep(result.file)
         self.refuse_if_hopeless(HOPELESS_ROWS)
+        self.tally.check_limit()
 
     def refuse_if_hopeless(self, rows: int) -> None:
         """DataError if at least `rows` rows are not empty and nearly none of them is SMILES."""
-        counts = self.quarantine.counts
-        filled, wrong = self.rows - counts["empty"], counts[UNPARSABLE] + counts["not UTF-8"]
-        if filled < rows or wrong < HOPELESS * filled or UNPARSABLE not in self.quarantine.first:
+        counts = self.tally.aside
+        filled, wrong = self.tally.done - counts["empty"], counts[UNPARSABLE] + counts["not UTF-8"]
+        if filled < rows or wrong < HOPELESS * filled or not counts[UNPARSABLE]:
             return
-        row, _ = self.quarantine.first[UNPARSABLE]
+        row, _ = self.tally.examples[UNPARSABLE][0]
         hint = (
             "it looks like text: use `exlm prepare text`"
             if " " in row.text.strip() or len(row.text) > 200
@@ -260,23 +272,27 @@ class _Molecules:
                 yield line[:-1]
 
 
-def clean_rows(policy: Mapping[str, Any] | None, max_length: int, rows: list[Row]) -> list[tuple[Row | None, str]]:
-    """For each row (None, canonical SMILES) or (the row, why it is unusable). policy None: rows are canonical."""
-    results: list[tuple[Row | None, str]] = []
+class CleanedRow(NamedTuple):
+    """What became of a row of `file`: its canonical SMILES; or the row itself, and as text why it is unusable."""
+
+    file: str
+    text: str
+    unusable: Row | None = None
+
+
+def clean_rows(policy: Mapping[str, Any] | None, max_length: int, rows: list[Row]) -> list[CleanedRow]:
+    """What becomes of each row. policy None: the rows are canonical."""
+    results = []
     for row in rows:
         problem, smiles = row.problem, ""
-        parts = row.text.split()
-        if not problem and not parts:
-            problem = "empty"
-        elif not problem and len(parts) > 1 and not parts[1].startswith("|"):  # |...| is a CXSMILES extension
-            problem = UNPARSABLE
         if not problem:
             try:
-                smiles = parts[0] if policy is None else canonical_smiles(parts[0], policy)
+                smiles = smiles_in(row.text)
+                smiles = smiles if policy is None else canonical_smiles(smiles, policy)
                 problem = _token_problem(smiles, max_length)
             except MoleculeError as error:
                 problem = str(error)
-        results.append((row, problem) if problem else (None, smiles))
+        results.append(CleanedRow(row.file, problem, row) if problem else CleanedRow(row.file, smiles))
     return results
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exlm_dist.data.manifest import QUARANTINE, SPLITS
+from exlm_dist.data.manifest import MANIFEST, QUARANTINE, SPLITS
+from exlm_dist.prepare.tally import reasons
+
+#: Files that are listed one by one: those with the most rows set aside.
+FILES_SHOWN = 10
+#: Fraction of tokens for single bytes from which a tokenizer does not suit the text.
+MANY_BYTES = 0.05
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,7 @@ class Summary:
 
     def lines(self) -> list[tuple[str, str]]:
         """Label and value of each line of the table."""
-        statistics, splits = self.manifest["statistics"], self.manifest["splits"]
-        aside = sum(self.quarantined.values())
+        splits = self.manifest["splits"]
         reused = "  (prepared before from the same input and settings)" if self.reused else ""
         lines = [
             ("folder", f"{self.path}{reused}"),
@@ -45,12 +51,7 @@ class Summary:
                 f"{self.manifest['domain']}, vocabulary {self.manifest['vocab_size']:,}, "
                 f"max length {self.manifest['max_length']}",
             ),
-            (
-                "read",
-                f"{statistics['rows']:,} {statistics['unit']}"
-                + (f", {statistics['duplicates']:,} duplicates left out" if statistics["duplicates"] else ""),
-            ),
-            ("set aside", f"{aside:,}" + (f" ({_reasons(self.quarantined)}), see {QUARANTINE}" if aside else "")),
+            *self._rows(),
         ]
         for split in SPLITS:
             part = splits[split]
@@ -66,6 +67,32 @@ class Summary:
             lines.append(("time", f"{self.seconds:.1f} s"))
         return lines
 
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        """What became of the rows, and of those of each file if there are several."""
+        statistics = self.manifest["statistics"]
+        files = statistics.get("files", [])  # data prepared by earlier versions has no counts of files
+        of_files = f" of {len(files):,} files" if len(files) > 1 else ""
+        yield "read", f"{statistics['rows']:,} {statistics['unit']}{of_files}"
+        if "kept" in statistics:
+            documents = f", in {statistics['documents']:,} documents" if "documents" in statistics else ""
+            yield "kept", f"{statistics['kept']:,}{documents}"
+        if statistics["duplicates"]:
+            yield "duplicates", f"{statistics['duplicates']:,} left out"
+        aside = sum(self.quarantined.values())
+        yield "set aside", f"{aside:,}" + (f" ({reasons(self.quarantined)}), see {QUARANTINE}" if aside else "")
+        if len(files) > 1:
+            worst = sorted(files, key=lambda file: -sum(file["quarantined"].values()))[:FILES_SHOWN]
+            for file in sorted(worst, key=files.index):
+                yield "", _of_file(file)
+            if len(files) > FILES_SHOWN:
+                yield "", f"{len(files) - FILES_SHOWN:,} more files, with fewer rows set aside: see {MANIFEST}"
+        if in_bytes := statistics.get("byte_tokens", 0):
+            fraction = in_bytes / sum(part["tokens"] for part in self.manifest["splits"].values())
+            advice = (
+                "; a larger --vocab-size, or another --tokenizer, has more of them" if fraction > MANY_BYTES else ""
+            )
+            yield "bytes", f"{fraction:.2%} of the tokens are bytes of characters without a token{advice}"
+
     def table(self) -> str:
         """The lines with their values aligned."""
         lines = self.lines()
@@ -75,7 +102,8 @@ class Summary:
     __str__ = table
 
 
-def _reasons(counts: dict[str, int]) -> str:
-    return ", ".join(
-        f"{count:,} {kind}" for kind, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    )
+def _of_file(counts: dict[str, Any]) -> str:
+    parts = [f"{counts['kept']:,} kept"]
+    parts += [f"{counts['duplicates']:,} duplicates"] if counts["duplicates"] else []
+    parts += [reasons(counts["quarantined"])] if counts["quarantined"] else []
+    return f"{counts['name']}: {counts['rows']:,} rows: {', '.join(parts)}"

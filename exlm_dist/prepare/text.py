@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from exlm_dist.data.manifest import QUARANTINE, TOKENIZER
+from exlm_dist.prepare.documents import Documents
 from exlm_dist.prepare.folder import (
     VALID_FRACTION,
-    Quarantine,
     Source,
     SplitWriter,
     check_fraction,
     check_max_length,
+    check_out,
     choose_valid,
     chunked,
     content_hash,
@@ -29,25 +30,24 @@ from exlm_dist.prepare.folder import (
     save_tokenizer,
 )
 from exlm_dist.prepare.summary import Summary
+from exlm_dist.prepare.tally import MAX_REJECTED, Tally, check_max_rejected
 from exlm_dist.tables.input_files import InputOptions
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
-from exlm_dist.tokenizers.smiles_tokenizer import split_smiles
+from exlm_dist.utils.cores import available_cores
 from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.outputs import user_path
 from exlm_dist.utils.progress import Progress
-from exlm_dist.utils.workers import default_workers, ordered_map
+from exlm_dist.utils.workers import ordered_map
 
 CHARACTERS_PER_TASK = 200_000
 BLOCKS_PER_WRITE = 8192
-SENTENCE_CHARACTERS = 1000
 #: What the manifest says about how text becomes sequences.
 POLICY = {
     "whitespace": "runs become one space",
     "normalization": "none",
     "documents": "joined in order, cut at word starts",
 }
-#: An input is refused as molecules if of so many first words more than this fraction parse as SMILES.
-FIRST_WORDS, LIKE_SMILES = 2000, 0.9
 
 
 def prepare_text(
@@ -64,6 +64,7 @@ def prepare_text(
     valid_fraction: float = VALID_FRACTION,
     model_type: str = "unigram",
     sample_bytes: int = 50_000_000,
+    max_rejected: float = MAX_REJECTED,
     workers: int | None = None,
     tokenizer: Path | str | None = None,
     overwrite: bool = False,
@@ -77,13 +78,18 @@ def prepare_text(
     """
     check_fraction(valid_fraction)
     check_max_length(max_length)
+    check_max_rejected(max_rejected)
+    out = user_path(out)
+    check_out(out, overwrite)
     asked = InputOptions(column, format, delimiter, header)
     train, valid = find_sources(inputs, valid_inputs, asked, "text")
     if model_type not in ("unigram", "bpe"):
         raise DataError(f"model_type = {model_type!r}: must be one of unigram, bpe.")
-    given = None if tokenizer is None else _given_tokenizer(Path(tokenizer))
-    workers = workers or default_workers()
-    job = TextJob(train, valid, given, vocab_size, model_type, sample_bytes, max_length, valid_fraction, workers)
+    given = None if tokenizer is None else _given_tokenizer(user_path(tokenizer))
+    workers = workers or available_cores()
+    job = TextJob(
+        train, valid, given, vocab_size, model_type, sample_bytes, max_length, valid_fraction, max_rejected, workers
+    )
     settings = {
         **asked.given(),
         "max_length": max_length,
@@ -93,7 +99,7 @@ def prepare_text(
         "sample_bytes": None if given else sample_bytes,
         "tokenizer": given and given.fingerprint,
     }
-    return prepare_folder(Path(out), request_for("text", train, valid, settings), overwrite, job.run)
+    return prepare_folder(out, request_for("text", train, valid, settings), overwrite, job.run)
 
 
 def _given_tokenizer(path: Path) -> SentencePieceTokenizer:
@@ -118,28 +124,34 @@ class TextJob:
     sample_bytes: int
     max_length: int
     valid_fraction: float
+    max_rejected: float
     workers: int
 
     def run(self, folder: Path) -> dict[str, Any]:
-        with TemporaryDirectory(prefix="spool.", dir=folder) as spool, Quarantine(folder / QUARANTINE) as quarantine:
-            documents = [_Documents(Path(spool) / name) for name in ("train.txt", "valid.txt")]
+        with (
+            TemporaryDirectory(prefix="spool.", dir=folder) as spool,
+            Tally(folder / QUARANTINE, self.max_rejected) as tally,
+        ):
+            documents = [Documents(Path(spool) / name) for name in ("train.txt", "valid.txt")]
             for part, source in zip(documents, (self.train, self.valid)):
                 if source is not None:
-                    part.write(source, quarantine)
+                    part.write(source, tally)
             documents[0].refuse_molecules()
             tokenizer = self.tokenizer or SentencePieceTokenizer.train(
                 documents[0].sentences(self.sample_bytes), self.vocab_size, self.model_type
             )
             described = save_tokenizer(tokenizer, folder)
-            blocks = _Blocks(Path(spool) / "blocks.bin")
+            blocks = _Blocks(Path(spool) / "blocks.bin", tokenizer.is_byte)
             held_out = self._cut(documents, tokenizer, folder, blocks)
             splits = self._write(blocks, held_out, tokenizer, folder)
+            blocks.check_sum(splits)
+        words = sum(part.words for part in documents)
         statistics = {
-            "unit": "documents",
-            "rows": sum(part.count for part in documents),
-            "duplicates": 0,
-            "words": sum(part.words for part in documents),
-            "quarantined": dict(quarantine.counts),
+            "unit": "rows",
+            "documents": sum(part.count for part in documents),
+            "words": words,
+            "byte_tokens": blocks.byte_tokens,
+            **tally.statistics(tally.kept),
         }
         return {
             "domain": "text",
@@ -152,7 +164,7 @@ class TextJob:
         }
 
     def _cut(
-        self, documents: list[_Documents], tokenizer: SentencePieceTokenizer, folder: Path, blocks: _Blocks
+        self, documents: list[Documents], tokenizer: SentencePieceTokenizer, folder: Path, blocks: _Blocks
     ) -> np.ndarray:
         """Encode the documents and cut them into `blocks`; returns which are held-out ones, bool [m]."""
         encode = partial(encode_documents, str(folder / TOKENIZER))
@@ -162,6 +174,7 @@ class TextJob:
                 cutter = BlockCutter(self.max_length - 2, tokenizer.starts_word)
                 with blocks, Progress("tokens", "tokens") as progress:
                     for tokens in ordered_map(encode, chunked(part.read(), CHARACTERS_PER_TASK, len), self.workers):
+                        blocks.count(tokens)
                         blocks.add(*cutter.feed(tokens))
                         progress.update(len(tokens))
                     blocks.add(*cutter.finish())
@@ -181,67 +194,6 @@ class TextJob:
                 first += len(lengths)
                 progress.update(len(lengths))
             return writer.close()
-
-
-class _Documents:
-    """Documents of one source, one per line of a file, with each run of white space made one space."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self.count = self.words = self.characters = 0
-
-    def write(self, source: Source, quarantine: Quarantine) -> None:
-        """Write all documents of the source; DataError if there is no word in them."""
-        with (
-            open(self._path, "w", encoding="utf-8", newline="\n") as file,
-            Progress("documents", "documents") as progress,
-        ):
-            for text in read_documents(source, quarantine):
-                words = text.split()
-                text = " ".join(words)
-                file.write(text + "\n")
-                self.count += 1
-                self.words += len(words)
-                self.characters += len(text)
-                progress.update(1)
-        if not self.words:
-            names = ", ".join(str(item["name"]) for item in source.identity[:5])
-            why = "the input is empty, or is this the right column (--column)?"
-            if quarantine.first:
-                row, reason = next(iter(quarantine.first.values()))
-                aside = sum(quarantine.counts.values())
-                why = f"{aside:,} rows cannot be used, first {row.file}, row {row.row}: {reason} ({row.text[:80]!r})."
-            raise DataError(f"no words in {names}: {why}")
-
-    def read(self) -> Iterator[str]:
-        if not self.count:
-            return
-        with open(self._path, encoding="utf-8", newline="\n") as file:
-            for line in file:
-                yield line[:-1]
-
-    def sentences(self, sample_bytes: int) -> Iterator[str]:
-        """About `sample_bytes` of the text, chosen by hash, in pieces of `SENTENCE_CHARACTERS` or up to a word more."""
-        limit = int(min(1.0, sample_bytes / max(self.characters, 1)) * 2**64)
-        for document in self.read():
-            for words in chunked(document.split(" "), SENTENCE_CHARACTERS, lambda word: len(word) + 1):
-                sentence = " ".join(words)
-                if content_hash(sentence.encode()) < limit:
-                    yield sentence
-
-    def refuse_molecules(self) -> None:
-        """DataError if nearly all of the first words are SMILES."""
-        words: list[str] = []
-        for document in self.read():
-            words += document.split(" ")[: FIRST_WORDS - len(words)]
-            if len(words) >= FIRST_WORDS:
-                break
-        matches = sum(len(word) > 4 and split_smiles(word) is not None for word in words)
-        if matches > LIKE_SMILES * len(words):
-            raise DataError(
-                f"{matches} of the first {len(words)} words read as SMILES (first: {words[0][:60]!r}); "
-                "molecules are prepared with `exlm prepare smiles`."
-            )
 
 
 class BlockCutter:
@@ -275,9 +227,10 @@ class BlockCutter:
 class _Blocks:
     """The blocks in order in a file, and their lengths and hashes; `add` works inside `with`."""
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, path: Path, is_byte: np.ndarray):
+        self._path, self._is_byte = path, is_byte
         self.lengths, self.hashes = array("q"), array("Q")
+        self.byte_tokens = self.tokens_in = 0
 
     def __enter__(self) -> _Blocks:
         self._file = open(self._path, "ab")
@@ -285,6 +238,17 @@ class _Blocks:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    def count(self, tokens: np.ndarray) -> None:
+        """Count `tokens` before they are cut into blocks."""
+        self.tokens_in += len(tokens)
+        self.byte_tokens += int(np.count_nonzero(self._is_byte[tokens]))
+
+    def check_sum(self, splits: dict[str, Any]) -> None:
+        """RuntimeError if not every token of the documents is in a shard."""
+        tokens = sum(part["tokens"] for part in splits.values())
+        if tokens != self.tokens_in:
+            raise RuntimeError(f"{self.tokens_in} tokens of documents, but {tokens} in shards")
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         content = memoryview(tokens.astype("<i4", copy=False).tobytes())
@@ -301,31 +265,6 @@ class _Blocks:
             for first in range(0, len(lengths), BLOCKS_PER_WRITE):
                 part = lengths[first : first + BLOCKS_PER_WRITE]
                 yield np.fromfile(file, dtype="<i4", count=int(part.sum())), part
-
-
-def read_documents(source: Source, quarantine: Quarantine) -> Iterator[str]:
-    """Documents with at least one word: the lines between blank lines in txt files, single rows elsewhere."""
-    lines: list[str] = []
-    file = None
-    for row in source.rows():
-        if row.file != file:
-            if lines:
-                yield "\n".join(lines)
-            lines, file, grouped = [], row.file, row.file in source.of_lines
-        if row.problem:
-            quarantine.add(row, row.problem)
-        elif row.text.strip():
-            if grouped:
-                lines.append(row.text)
-            else:
-                yield row.text
-        elif not grouped:
-            quarantine.add(row, "empty")
-        elif lines:
-            yield "\n".join(lines)
-            lines = []
-    if lines:
-        yield "\n".join(lines)
 
 
 def encode_documents(folder: str, documents: list[str]) -> np.ndarray:

@@ -16,8 +16,8 @@ from exlm_dist.suites.methods import Method, find_methods
 from exlm_dist.suites.out_folder import PreparedTask, open_folder, prepare_tasks
 from exlm_dist.suites.suite import Suite
 from exlm_dist.suites.worker_pool import BUSY, DONE, FAILED, PRESENT, Outcome, Slot, run_orders
+from exlm_dist.utils.cores import available_cores
 from exlm_dist.utils.errors import ConfigError
-from exlm_dist.utils.workers import default_workers
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _planned(
 
 def _slots(request: SuiteRequest) -> list[Slot]:
     """As many as `jobs` says; by default one for each GPU, or for each core where there is none."""
-    devices, cores = visible_devices(request.device), default_workers()
+    devices, cores = visible_devices(request.device), available_cores()
     jobs = request.jobs or (cores if devices == ["cpu"] else len(devices))
     return [Slot(devices[number % len(devices)], max(1, cores // jobs)) for number in range(jobs)]
 

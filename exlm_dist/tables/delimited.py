@@ -41,26 +41,24 @@ def split_rows(lines: Iterable[str], delimiter: str, quoted: bool) -> Iterator[F
 
 
 class DelimitedTable:
-    """A csv or tsv file. names: those of its header; without one, the numbers of its columns from 1."""
+    """A csv or tsv file. names: those of its header; without one, the numbers of its columns from 1, of which it has as
+    many as most of its first rows."""
 
     def __init__(self, path: Path, file: TextIO, delimiter: str, quoted: bool, header: bool):
         self._rows = split_rows(file, delimiter, quoted)
         self._delimiter = delimiter
         self.not_text: dict[str, str] = {}
-        self._before: list[Fields] = []  # read to find the number of columns
-        first = next(self._rows, None)
-        while not header and first is not None and first.problem:
-            self._before.append(first)
-            first = next(self._rows, None)
-        if first is None:
+        self._before = list(islice(self._rows, 1 if header else _RECENT))  # read to find the columns
+        good = [fields.values for fields in self._before if not fields.problem]
+        if not self._before or (not good and not header):
             raise DataError(f"{path}: the file is empty (no row in it).")
-        if first.problem:
-            raise DataError(f"{path}: its header cannot be read ({first.problem}): {first.raw[:200]!r}.")
         if header:
+            first = self._before.pop()
+            if first.problem:
+                raise DataError(f"{path}: its header cannot be read ({first.problem}): {first.raw[:200]!r}.")
             self.names = unique_names(first.values)
         else:
-            self._before.append(first)
-            self.names = [str(number) for number in range(1, len(first.values) + 1)]
+            self.names = [str(number) for number in range(1, width_without_header(good) + 1)]
 
     def texts(self, column: str) -> Iterator[tuple[int, str | None, str]]:
         """(number, text, problem) of each row; with a problem, the text is the row as it stands in the file."""
@@ -93,7 +91,7 @@ def _split_quoted(lines: Iterator[str], delimiter: str) -> Iterator[Fields]:
     again: deque[str] = deque()  # lines given back
     taken: list[str] = []  # lines of the row that is being read
     recent: deque[list[str]] = deque(maxlen=_RECENT)
-    header = True  # what the first row may be
+    header: list[str] = []  # the first row, which may be one
 
     def pull() -> Iterator[str]:
         while True:
@@ -115,7 +113,7 @@ def _split_quoted(lines: Iterator[str], delimiter: str) -> Iterator[Fields]:
             return
         except csv.Error as error:
             problem = str(error)
-        if not problem and len(taken) > 1 and _swallowed_rows(values, taken, recent, delimiter):
+        if not problem and len(taken) > 1 and _swallowed_rows(values, taken, recent, header or values, delimiter):
             problem = f"the quoted text up to line {first + len(taken) - 1} looks like rows"
         if problem:
             again.extendleft(reversed(taken[1:]))
@@ -125,16 +123,21 @@ def _split_quoted(lines: Iterator[str], delimiter: str) -> Iterator[Fields]:
             continue
         first += len(taken)
         if values:
-            if not header:
+            if header:
                 recent.append(values)
-            header = False
+            header = header or values
             yield Fields(values)
 
 
-def _swallowed_rows(values: list[str], lines: list[str], before: Sequence[list[str]], delimiter: str) -> bool:
-    """Whether a field over several lines has rows in it: each line of it is one word, like all values of its column in
-    the rows before; or its lines have as many fields as rows have, one of them a number or SMILES in all."""
-    width = mode(map(len, before)) if before else len(values)
+def _swallowed_rows(
+    values: list[str], lines: list[str], before: Sequence[list[str]], header: list[str], delimiter: str
+) -> bool:
+    """Whether a field over several lines has rows in it: its row has another number of fields than the rows before (not
+    to count empty ones at the end); each line of it is one word, like all values of its column before; or its lines
+    have as many fields as rows have, one of them a number or SMILES in all."""
+    width = mode(map(len, before or [header]))
+    if _filled(values) > width or len(values) < min(width, max(map(_filled, before or [header]))):
+        return True
     columns = [[row[index] for row in before if len(row) == width] for index in range(width)]
     at = next((index for index, value in enumerate(values) if "\n" in value or "\r" in value), 0)
     texts = [text for text in columns[at] if text] if at < width else []
@@ -153,6 +156,16 @@ def _swallowed_rows(values: list[str], lines: list[str], before: Sequence[list[s
         if enough and kind_of_column(column + inside) in ("number", "molecule"):
             return True
     return False
+
+
+def _filled(row: list[str]) -> int:
+    """How many fields a row has, not to count empty ones at the end."""
+    return max((number for number, value in enumerate(row, 1) if value.strip()), default=0)
+
+
+def width_without_header(rows: Sequence[list[str]]) -> int:
+    """How many columns most of the first rows have, of several numbers as frequent the one that comes first."""
+    return mode(map(len, rows))
 
 
 def first_rows(lines: Iterable[str], delimiter: str, quoted: bool, count: int) -> list[list[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -17,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from exlm_dist.tables.columns import kind_of, kind_of_column, suggestion, unique_names
-from exlm_dist.tables.delimited import first_rows
+from exlm_dist.tables.delimited import first_rows, width_without_header
 from exlm_dist.tables.json_lines import refuse_documents
 from exlm_dist.tables.text_files import COMPRESSED, encoding, open_text
 from exlm_dist.utils.errors import ConfigError, DataError
 from exlm_dist.utils.logs import get_logger
+from exlm_dist.utils.outputs import user_path
 
 _log = get_logger(__name__)
 FORMATS = ("csv", "tsv", "txt", "smi", "jsonl", "parquet")
@@ -44,6 +46,9 @@ DELIMITERS = {",": "','", ";": "';'", "\t": "tab", "|": "'|'"}
 _SAMPLE, _LONGEST = 50, 1 << 20
 #: A column is of a kind, for telling a header, if this fraction of its values are: files have bad rows.
 _MOST = 0.9
+#: How many files have had the same said of them, and how many are named.
+_said: Counter[str] = Counter()
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def expand_inputs(inputs: Sequence[str], options: InputOptions = InputOptions())
     """The files that paths and patterns name, in the order given, those of one pattern sorted. DataError if missing."""
     files: dict[Path, None] = {}
     for item in inputs:
-        path = Path(item).expanduser()
+        path = user_path(item)
         if path.is_dir():
             raise DataError(
                 f"{item}: is a folder; name files, or quote a pattern such as '{item.rstrip('/')}/*.smi.gz'."
@@ -136,7 +141,7 @@ def resolved(path: Path, options: InputOptions) -> InputOptions:
         said += [why] if why else []
         options = replace(options, header=header)
     if said:
-        _say_once(f"{path}: {'; '.join(said)}")
+        _say_once(path, "; ".join(said))
     return options
 
 
@@ -147,9 +152,13 @@ def head(path: Path) -> list[str]:
         return list(islice((line.rstrip("\r\n") for line in lines if line.strip()), _SAMPLE))
 
 
-@lru_cache(maxsize=10_000)
-def _say_once(message: str) -> None:
-    _log.info(message)
+@lru_cache(maxsize=100_000)
+def _say_once(path: Path, what: str) -> None:
+    """Of many files of which there is the same to say, only the first are named."""
+    _said[what] += 1
+    if _said[what] <= _NAMED:
+        more = " (and so on: further files are not listed)" if _said[what] == _NAMED else ""
+        _log.info("%s: %s%s", path, what, more)
 
 
 def _ending(path: Path) -> str:
@@ -240,12 +249,12 @@ def _header(path: Path, options: InputOptions) -> tuple[bool, str]:
 
 def _refuse_ragged(path: Path, rows: list[list[str]], options: InputOptions) -> None:
     """DataError if the first row names no column, or most of the others do not have its columns."""
-    width = len(unique_names(rows[0]))
+    width = width_without_header(rows) if options.header is False else len(unique_names(rows[0]))
     if not width and options.header is not False:
         raise DataError(f"{path}: its first row is empty, so its columns have no names. If data, say --no-header.")
     if rows[0][0].lower().startswith("sep="):
         raise DataError(f"{path}: its first line is for Excel alone. Take it off: sed -i 1d {shlex.quote(str(path))}")
-    ragged = [row for row in rows[1:] if len(row) < width or any(cell.strip() for cell in row[width:])]
+    ragged = [row for row in rows if len(row) < width or any(cell.strip() for cell in row[width:])]
     if len(ragged) <= len(rows) / 2:
         return
     name = DELIMITERS.get(options.delimiter or ",", repr(options.delimiter))

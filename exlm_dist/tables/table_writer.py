@@ -24,6 +24,7 @@ from exlm_dist.tables.table_formats import (
 )
 from exlm_dist.utils.errors import ConfigError, DataError
 from exlm_dist.utils.files import sync_path
+from exlm_dist.utils.outputs import check_writable, user_path
 
 #: Endings of the tables that can be written.
 OUTPUTS: dict[str, Callable[[Path], TableFormat]] = {
@@ -47,12 +48,12 @@ class TableWriter:
     in jsonl and parquet.
 
     The file is written beside its place and renamed when the block succeeds; if the block fails, nothing is left.
-    ConfigError at once if the ending is unknown, the folder missing, or the file there already and not `overwrite`;
-    DataError if writing fails.
+    At once ConfigError if the ending is unknown, or the file there already and not `overwrite`, and OutputError if it
+    cannot be made; its folder is made. DataError if writing fails.
     """
 
     def __init__(self, path: Path, overwrite: bool = False):
-        self._path, self._overwrite = Path(path), overwrite
+        self._path, self._overwrite = user_path(path), overwrite
         self._check()
         self._target = Path(os.path.realpath(self._path))  # a link stays, and leads to the new file
         self._temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}.tmp")
@@ -60,6 +61,7 @@ class TableWriter:
 
     def __enter__(self) -> TableWriter:
         with self._explained():
+            self._target.parent.mkdir(parents=True, exist_ok=True)
             self._format = OUTPUTS[self._path.suffix.lower()](self._temporary)
         return self
 
@@ -100,7 +102,7 @@ class TableWriter:
         return numbers.astype(dtype, casting="same_kind", copy=False)
 
     def _check(self) -> None:
-        """ConfigError if the file may not be written."""
+        """ConfigError or OutputError if the file may not or cannot be written."""
         path = self._path
         if path.suffix.lower() not in OUTPUTS:
             raise ConfigError(f"{path}: the name of the table must end in one of {', '.join(OUTPUTS)}.")
@@ -110,11 +112,7 @@ class TableWriter:
             raise ConfigError(f"{path}: is a folder; name a file in it.")
         if path.exists() and not self._overwrite:
             raise ConfigError(f"{path}: exists. Choose another name, or replace it with --overwrite.")
-        folder = Path(os.path.realpath(path)).parent
-        if not folder.is_dir():
-            raise ConfigError(f"{path}: there is no folder {folder}. Make it: mkdir -p {folder}")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise ConfigError(f"{path}: the folder {folder} cannot be written. Choose another one.")
+        check_writable(path)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from exlm_dist.tokenizers.tokenizer import TOKENIZER_FILE, Tokenizer
 from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.outputs import user_path
 
 __all__ = ["Tokenizer", "load_tokenizer"]
 
@@ -16,7 +17,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
 
     Raises DataError if there is none or it cannot be read.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     if not (folder / TOKENIZER_FILE).is_file() and (folder / "tokenizer" / TOKENIZER_FILE).is_file():
         folder = folder / "tokenizer"
     path = folder / TOKENIZER_FILE

@@ -58,16 +58,17 @@ def encode_texts(
 
 
 def normalised(tokenizer: Tokenizer, text: str | None) -> str:
-    """The text as the tokenizer reads it; DataError, whose message is the reason alone, if it cannot be used."""
+    """The text as the tokenizer reads it, made as `exlm prepare` makes those that a model learns from; DataError, whose
+    message is the reason alone, if it cannot be used."""
     if text is None or not text.strip():
         raise DataError("empty")
     if not _is_utf8(text):
         raise DataError("not UTF-8")
     if isinstance(tokenizer, SmilesTokenizer):
-        from exlm_dist.tokenizers.molecules import canonical_smiles
+        from exlm_dist.tokenizers.molecules import canonical_smiles, smiles_in
 
-        return canonical_smiles(text.strip(), tokenizer.policy)
-    return text
+        return canonical_smiles(smiles_in(text), tokenizer.policy)
+    return " ".join(text.split())
 
 
 def _is_utf8(text: str) -> bool:

@@ -59,7 +59,7 @@ def _pieces(tokenizer: Tokenizer, text: str) -> list[int]:
         raise DataError(f"it has the private character U+{ord(_PLACEHOLDER):04X}")
     names = tokenizer.tokens()
     sign = [i for i in tokenizer.encode(_PLACEHOLDER) if names[i] != WORD_START]
-    found = tokenizer.encode(MASK_SIGNS.sub(_PLACEHOLDER, text))
+    found = tokenizer.encode(MASK_SIGNS.sub(_PLACEHOLDER, " ".join(text.split())))
     ids: list[int] = []
     position = masks = 0
     while position < len(found):

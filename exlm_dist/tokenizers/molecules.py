@@ -17,6 +17,10 @@ from exlm_dist.utils.errors import DataError
 
 STEREO = ("keep", "drop")
 SALTS = ("keep", "largest_fragment")
+#: RDKit's writer calls itself for each atom of a chain: some 10,000 of them overflow the stack and end the process.
+MOST_ATOMS, MOST_CHARACTERS = 5_000, 100_000
+#: Passes within which RDKit's canonical form must come back to one it had before.
+MOST_PASSES = 16
 
 # RDKit writes one line per bad molecule to stderr; the reasons go to the quarantine file instead.
 rdBase.DisableLog("rdApp.*")
@@ -39,10 +43,30 @@ def make_policy(stereo: str = "keep", salts: str = "keep") -> dict[str, Any]:
 
 
 def canonical_smiles(text: str, policy: Mapping[str, Any]) -> str:
-    """Canonical SMILES of `text` under `policy` (see `make_policy`). MoleculeError if it cannot be parsed, with why."""
-    molecule = Chem.MolFromSmiles(text)
-    if molecule is None:
-        raise MoleculeError(_why(text))
+    """Canonical SMILES of `text` under `policy` (see `make_policy`), which the same call leaves as it is.
+    MoleculeError, with why, if `text` is not SMILES alone, cannot be parsed, or is too large for RDKit."""
+    passes = [text]
+    while len(passes) <= MOST_PASSES:
+        passes.append(_one_pass(passes[-1], policy))
+        if passes[-1] in passes[:-1]:  # nearly always the one before; else it goes round in a circle
+            return min(passes[passes.index(passes[-1]) + 1 :])
+    raise MoleculeError(f"no stable canonical form after {MOST_PASSES} passes")
+
+
+def smiles_in(text: str) -> str:
+    """The SMILES in a cell or line, without white space around it and without the extension of CXSMILES (` |...|`).
+    MoleculeError if there is nothing or more."""
+    words = text.split()
+    if not words:
+        raise MoleculeError("empty")
+    if len(words) > 1 and not words[1].startswith("|"):
+        raise MoleculeError("not SMILES")
+    return words[0]
+
+
+def _one_pass(text: str, policy: Mapping[str, Any]) -> str:
+    """What RDKit writes of the molecule that it reads; not always what it writes of that again."""
+    molecule = _parsed(text)
     if molecule.GetNumAtoms() == 0:
         raise MoleculeError("no atoms")
     if policy["salts"] == "largest_fragment" and "." in text:
@@ -50,6 +74,21 @@ def canonical_smiles(text: str, policy: Mapping[str, Any]) -> str:
     if policy["stereo"] == "drop":
         Chem.RemoveStereochemistry(molecule)
     return Chem.MolToSmiles(molecule)
+
+
+def _parsed(text: str) -> Chem.Mol:
+    """The molecule in `text`. RDKit's parser would drop all after white space, and at both ends of the text whatever is
+    not printable ASCII."""
+    if not (text.isascii() and text.isprintable()) or " " in text:
+        raise MoleculeError("not SMILES")
+    if len(text) > MOST_CHARACTERS:
+        raise MoleculeError(f"too large: {len(text):,} characters, RDKit is given {MOST_CHARACTERS:,} at most")
+    molecule = Chem.MolFromSmiles(text)
+    if molecule is None:
+        raise MoleculeError(_why(text))
+    if molecule.GetNumAtoms() > MOST_ATOMS:  # type: ignore[unreachable]  # as below
+        raise MoleculeError(f"too large: {molecule.GetNumAtoms():,} atoms, RDKit is given {MOST_ATOMS:,} at most")
+    return molecule
 
 
 def _largest_fragment(molecule: Chem.Mol) -> Chem.Mol:
@@ -72,10 +111,7 @@ def murcko_scaffold(text: str, *, chirality: bool = True) -> str:
     for a molecule without rings. `chirality`: keep stereo centres. MoleculeError if `text` cannot be parsed."""
     from rdkit.Chem.Scaffolds import MurckoScaffold
 
-    molecule = Chem.MolFromSmiles(text)
-    if molecule is None:
-        raise MoleculeError(_why(text))
-    return MurckoScaffold.MurckoScaffoldSmiles(mol=molecule, includeChirality=chirality)
+    return MurckoScaffold.MurckoScaffoldSmiles(mol=_parsed(text), includeChirality=chirality)
 
 
 def morgan_counts(text: str, *, radius: int, size: int) -> np.ndarray:
@@ -84,8 +120,6 @@ def morgan_counts(text: str, *, radius: int, size: int) -> np.ndarray:
     `text` cannot be parsed."""
     from rdkit.Chem import rdFingerprintGenerator
 
-    molecule = Chem.MolFromSmiles(text)
-    if molecule is None:
-        raise MoleculeError(_why(text))
+    molecule = _parsed(text)
     generator = rdFingerprintGenerator.GetMorganGenerator(radius=radius, fpSize=size)
     return np.minimum(generator.GetCountFingerprintAsNumPy(molecule), 255).astype(np.uint8)

@@ -49,6 +49,8 @@ class SentencePieceTokenizer:
         self._names = [*SPECIAL_NAMES, *pieces]
         #: bool [vocab_size]: which ids start a word
         self.starts_word = np.array([False] * NUM_SPECIAL + [piece.startswith(WORD_START) for piece in pieces])
+        #: bool [vocab_size]: which ids are a byte of a character that is no piece
+        self.is_byte = np.array([False] * NUM_SPECIAL + [processor.IsByte(i) for i in ordinary])
         self._content = {
             "kind": "sentencepiece",
             "special": list(SPECIAL_NAMES),

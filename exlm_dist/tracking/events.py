@@ -211,8 +211,11 @@ class EventLog:
         return self._last_step.get(name)
 
     def flush(self) -> None:
-        """Force everything written so far to disk (called with each checkpoint)."""
-        os.fsync(self._handle)
+        """Force everything written so far to disk (called with each checkpoint). That it cannot be is logged."""
+        try:
+            os.fsync(self._handle)
+        except OSError as error:
+            logger.warning("%s is not safe on the disk (%s)", self.path, error)
 
     def close(self) -> None:
         """Flush and close; the log cannot be used afterwards."""

@@ -20,7 +20,7 @@ from exlm_dist.tracking.events import EVENTS, EventLog, parse_event, run_line
 from exlm_dist.tracking.store import MlflowRun, RunGone, import_mlflow
 from exlm_dist.tracking.system import SystemSampler
 from exlm_dist.tracking.uri import redact, tracking_uri
-from exlm_dist.utils.errors import CheckpointError
+from exlm_dist.utils.errors import CheckpointError, ConfigError
 from exlm_dist.utils.files import write_json
 from exlm_dist.utils.logs import get_logger
 from exlm_dist.utils.version import VERSION
@@ -208,18 +208,17 @@ class Tracker:
     ) -> Tracker:
         """Log settings, tags and `config.yaml` of the run, and start the threads.
 
-        ConfigError for a tracking URI that MLflow does not accept. If MLflow cannot be imported or reached, that is
-        only a warning: the events stay in the run folder for `exlm sync`.
+        Whatever hinders MLflow (an address that it does not accept, no package, no answer) is only a warning: the
+        events stay in the run folder for `exlm sync`.
         """
         run_folder = Path(run_folder)
-        uri = tracking_uri(config.tracking.uri, run_folder.parent) if config.tracking.mlflow else None
         log.status("RUNNING")
         log.params({key: redact(str(value)) for key, value in flatten(config).items()})
         log.tags({**run_tags(config, run_folder), **(tags or {})})
         if (run_folder / "config.yaml").is_file():
             log.artifact(run_folder / "config.yaml")
         sampler = SystemSampler(log, system_interval) if config.tracking.system else None
-        return cls(log, _shipper(run_folder, uri, config) if uri else None, sampler)
+        return cls(log, _shipper(run_folder, config) if config.tracking.mlflow else None, sampler)
 
     def close(self, status: str, timeout: float = 30.0) -> SyncReport | None:
         """Log the final status and send what is left, for at most `timeout` seconds; reports what remains.
@@ -305,19 +304,19 @@ def _uid_of(run_folder: Path | None) -> str | None:
     return None if begun is None else begun["uid"]
 
 
-def _shipper(run_folder: Path, uri: str, config: RunConfig) -> Shipper | None:
+def _shipper(run_folder: Path, config: RunConfig) -> Shipper | None:
     """Imports mlflow in the calling thread: when two threads import at once, one may see half-initialised modules."""
     try:
+        uri = tracking_uri(config.tracking.uri, run_folder.parent)
         import_mlflow()
-    except ImportError as error:
-        logger.warning(
-            "mlflow cannot be imported (%s): events stay in %s; install it and run: exlm sync %s",
-            error,
-            EVENTS,
-            run_folder,
-        )
-        return None
-    return Shipper(run_folder, uri, config.tracking.experiment)
+    except ConfigError as error:
+        why = str(error)
+    except Exception as error:  # packages that do not suit one another raise anything while they are imported
+        why = f"mlflow cannot be imported: {redact(f'{type(error).__name__}: {error}')}"
+    else:
+        return Shipper(run_folder, uri, config.tracking.experiment)
+    logger.warning("nothing is sent to MLflow (%s) Events stay in %s; later: exlm sync %s", why, EVENTS, run_folder)
+    return None
 
 
 @contextlib.contextmanager

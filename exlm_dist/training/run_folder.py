@@ -35,11 +35,12 @@ class RunFolder:
         path = Path(config.runs) / config.name
         try:
             (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            return RunFolder(path, _lock(path, patience))
         except OSError as error:
             raise CheckpointError(
-                f"the run folder {path} cannot be made: {error.strerror}. Set `runs` to a folder you may write."
+                f"the run folder {path} cannot be made or written: {error.strerror}. Set `runs` to a folder you may "
+                "write."
             ) from error
-        return RunFolder(path, _lock(path, patience))
 
     def close(self) -> None:
         """Let others write."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,16 +17,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def default_workers() -> int:
-    """Number of processes by default: the cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """`function` (which must be picklable) of every item, in the order of the items for any number of `workers`.
 
     With one worker or one item it runs in this process. Worker processes are spawned, because forking a process that
-    has threads can hang. Raises DataError if a worker dies.
+    has threads can hang. Raises DataError if a worker dies or cannot be started.
     """
     items = iter(items)
     first = list(islice(items, 2))
@@ -38,7 +33,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
     try:
         waiting: deque[Future[Result]] = deque()
         for item in items:
-            waiting.append(pool.submit(function, item))
+            waiting.append(_submit(pool, function, item))
             if len(waiting) >= 4 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -47,3 +42,14 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
         raise DataError("a worker process died (killed for memory?). Use fewer --workers, or free memory.") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable[[Item], Result], item: Item) -> Future[Result]:
+    """`pool.submit`, which may start a worker. DataError if the system lets no more processes start."""
+    try:
+        return pool.submit(function, item)
+    except (OSError, RuntimeError) as error:
+        limited = isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE)
+        if limited or "can't start new thread" in str(error):
+            raise DataError(f"no more worker processes can be started here ({error}). Use --workers 1.") from error
+        raise

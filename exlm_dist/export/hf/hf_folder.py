@@ -19,7 +19,8 @@ from exlm_dist.model.block import NORM_EPS
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.tokenizers.tokenizer import BOS, EOS, MASK, PAD
 from exlm_dist.utils.files import write_atomic, write_json
-from exlm_dist.utils.staging import FolderKind, check_target, staged_folder
+from exlm_dist.utils.outputs import user_path
+from exlm_dist.utils.staging import FolderKind, check_output, staged_folder
 
 #: Files of this folder that are copied into each export.
 CODE_FILES = ("configuration_exlm.py", "graph_exlm.py", "modeling_exlm.py")
@@ -38,8 +39,9 @@ def export_hf(checkpoint: Path, out: Path, *, overwrite: bool = False) -> str:
     OutputError if `out` exists, unless it is such a folder and `overwrite`, or cannot be written; CheckpointError if
     the checkpoint is not whole; DataError if its tokenizer cannot be expressed as `tokenizer.json`.
     """
-    check_target(out, TRANSFORMERS_MODEL, overwrite)
-    folder = find_checkpoint(Path(checkpoint))
+    out = user_path(out)
+    check_output(out, TRANSFORMERS_MODEL, overwrite)
+    folder = find_checkpoint(user_path(checkpoint))
     config = read_config(folder)
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
     weights = hf_weights(load_weights(folder, verified=True))
@@ -90,4 +92,4 @@ def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 #: What may be replaced: an earlier export, or what `save_pretrained` made of one.
-TRANSFORMERS_MODEL = FolderKind("a folder with an ExLM model for transformers", is_export)
+TRANSFORMERS_MODEL = FolderKind("a folder with an ExLM model for transformers", is_export, "config.json")

@@ -26,8 +26,9 @@ from exlm_dist.prepare.summary import Summary
 from exlm_dist.tables.records import Row
 from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles, make_policy
 from exlm_dist.tokenizers.smiles_tokenizer import split_smiles
+from exlm_dist.utils.cores import available_cores
 from exlm_dist.utils.errors import DataError
-from exlm_dist.utils.workers import default_workers, ordered_map
+from exlm_dist.utils.workers import ordered_map
 
 DEMO_MOLECULES = 24_000
 CANDIDATES_PER_TASK = 512
@@ -49,7 +50,7 @@ def prepare_demo_smiles(
     identity = [{"name": "demo molecules", "count": count, "seed": seed, "rdkit": RDKIT_VERSION}]
 
     def rows() -> Iterator[Row]:
-        for number, smiles in enumerate(demo_molecules(count, seed, workers or default_workers()), 1):
+        for number, smiles in enumerate(demo_molecules(count, seed, workers or available_cores()), 1):
             yield Row("demo", number, smiles)
 
     return prepare_smiles(

@@ -280,3 +280,20 @@ def test_weights_to_start_from_must_be_there_until_the_run_has_its_own(tmp_path,
     checkpoint.mkdir(parents=True)
     (checkpoint / "COMPLETE").touch()
     assert main(["config", "check", path, *config]) == 0
+
+
+def test_home_folder_in_settings_and_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text("name: x\ndata:\n  path: ~/data\nschedule:\n  steps: 1\n")
+    (tmp_path / "run.yaml").write_text("base: ~/base.yaml\n")
+    config = load_config("~/run.yaml", ["--runs=~/runs", "--init", "~/first"])
+    assert (config.data.path, config.runs, config.init) == tuple(
+        f"{tmp_path}/{part}" for part in ("data", "runs", "first")
+    )
+    assert load_config("~/run.yaml").runs == "runs"
+
+
+def test_what_torch_distributed_launch_adds_to_the_command(capsys):
+    path = str(ROOT / "configs" / "pretrain" / "demo_smiles_exlm.yaml")
+    for option in ("--local-rank=1", "--local_rank=1"):
+        assert main([option, "config", "show", path]) == 0 and "schedule:" in capsys.readouterr().out

@@ -82,7 +82,7 @@ def test_space_for_all_checkpoints_that_are_kept(config):
 
 def test_disk_that_is_not_writable(config, monkeypatch):
     assert machine_checks.check_disk(config, 10**6).status in (PASS, WARN)
-    monkeypatch.setattr(machine_checks, "_existing", lambda path: Path("/proc"))
+    monkeypatch.setattr(machine_checks, "nearest_folder", lambda path: Path("/proc"))
     assert machine_checks.check_disk(config, 10**6).status == FAIL
 
 

@@ -16,6 +16,7 @@ from packed import make_batch
 from exlm_dist.checkpoint import reader
 from exlm_dist.checkpoint.tensors import model_file
 from exlm_dist.config.schema import ModelConfig
+from exlm_dist.evaluation import masked_lm
 from exlm_dist.evaluation.exact_completions import exact_completions
 from exlm_dist.evaluation.masked_lm import Evaluation, evaluate_checkpoint
 from exlm_dist.inference.fill import batch_chains
@@ -68,6 +69,25 @@ def test_options_and_repeatability(run):
     fewer = evaluate_checkpoint(run, sequences=7, mask_ratio=0.4, split="train", complete=0, record=False)
     assert fewer.values == {name: value for name, value in once.values.items() if name != "exact"}
     assert evaluate_checkpoint(reader.checkpoint_folders(run)[0], record=False).step == 100
+
+
+@pytest.mark.parametrize("hindrance", ["address", "settings", "disk"])
+def test_the_numbers_are_there_whatever_hinders_recording_them(run, monkeypatch, caplog, hindrance):
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(
+        config.replace("mlflow: false", "mlflow: true") if hindrance == "address" else "broken: ["
+    )
+    if hindrance == "address":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///tmp/mlruns")
+    if hindrance == "disk":
+
+        def refused(*_):
+            raise OSError(30, "Read-only file system")
+
+        monkeypatch.setattr(masked_lm, "EventLog", refused)
+    with caplog.at_level("WARNING", logger="exlm_dist"):
+        assert evaluate_checkpoint(run).nll > 0
+    assert "the evaluation is not recorded with its run (" in caplog.text
 
 
 def test_the_result_becomes_a_child_run_once(run):

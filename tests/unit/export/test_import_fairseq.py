@@ -27,7 +27,7 @@ from exlm_dist.model.build import build_model
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.tokenizers.sentencepiece_tokenizer import MODEL_FILE, SentencePieceTokenizer
 from exlm_dist.tokenizers.tokenizer import MASK, NUM_SPECIAL, UNK
-from exlm_dist.utils.errors import CheckpointError, ConfigError, DataError, UserError
+from exlm_dist.utils.errors import CheckpointError, ConfigError, DataError, OutputError, UserError
 
 VARIANTS = {
     "exlm": {},
@@ -287,9 +287,9 @@ def test_an_earlier_output_is_replaced_and_nothing_else(exported, tmp_path, data
     foreign = [tmp_path / "text", tmp_path / "plain.safetensors", tmp_path / "made"]
     foreign[0].write_text("mine")
     save_file({"a": torch.zeros(1)}, foreign[1])
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(OutputError, match="text is a file"):
         export_fairseq(tmp_path / "made/run", foreign[0] / "out.safetensors")
-    with pytest.raises(CheckpointError, match="could not be written"):
+    with pytest.raises(OutputError, match="text is a file"):
         import_fairseq(exported, foreign[0] / "out", tokenizer=data)
     for out in foreign:
         with pytest.raises(ConfigError, match="no earlier output of `exlm export fairseq`"):

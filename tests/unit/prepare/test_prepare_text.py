@@ -69,15 +69,21 @@ def test_rows_are_documents_and_a_tokenizer_can_be_given(corpus: Path, tmp_path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in demo_documents()[:5]) + "{bad\n")
     (tmp_path / "v.txt").write_text("held-out")
     summary = prepare_text(
-        [str(path)], tmp_path / "b", tokenizer=tmp_path / "a", max_length=64, valid_inputs=[str(tmp_path / "v.txt")]
+        [str(path)],
+        tmp_path / "b",
+        tokenizer=tmp_path / "a",
+        max_length=64,
+        valid_inputs=[str(tmp_path / "v.txt")],
+        max_rejected=0.2,
     )
-    assert summary.manifest["statistics"]["rows"] == 6 and summary.quarantined == {"not JSON": 1}
+    assert summary.manifest["statistics"]["rows"] == 7 and summary.manifest["statistics"]["documents"] == 6
+    assert summary.quarantined == {"not JSON": 1}
     tokenizer = load_tokenizer(tmp_path / "b")
     assert tokenizer.fingerprint == load_tokenizer(tmp_path / "a").fingerprint
     joined = [token for block in blocks(tmp_path / "b", "train") for token in block]
     assert tokenizer.decode(joined).split() == " ".join(demo_documents()[:5]).split()
     model = tmp_path / "a" / "tokenizer" / "sentencepiece.model"
-    other = prepare_text([str(path)], tmp_path / "c", tokenizer=model, max_length=64, workers=1)
+    other = prepare_text([str(path)], tmp_path / "c", tokenizer=model, max_length=64, max_rejected=0.2, workers=1)
     assert other.manifest["tokenizer"]["fingerprint"] == tokenizer.fingerprint
 
 
@@ -121,7 +127,8 @@ def test_rows_without_text_are_set_aside_and_counted(corpus: Path, tmp_path: Pat
     rows[2:6] = [{"id": 2}, {"id": 3, "text": ["a", "b"]}, {"id": 4, "text": None}, {"id": 5, "text": "nul\0"}]
     path = tmp_path / "b.json"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary = prepare_text([str(path)], tmp_path / "b", tokenizer=tmp_path / "a", valid_inputs=[str(corpus)], workers=1)
+    given = {"tokenizer": tmp_path / "a", "valid_inputs": [str(corpus)], "workers": 1}
+    summary = prepare_text([str(path)], tmp_path / "b", max_rejected=0.5, **given)
     assert summary.quarantined == {"no field": 1, "not text": 1, "empty": 1, "NUL character": 1}
     tokenizer = load_tokenizer(tmp_path / "b")
     joined = tokenizer.decode([token for block in blocks(tmp_path / "b", "train") for token in block])
@@ -139,7 +146,9 @@ def test_the_format_that_is_said_decides_what_a_document_is(tmp_path: Path, corp
     for name, said in (("a.txt", {}), ("wiki_00", {"format": "txt"})):
         (tmp_path / name).write_text(text)
         summary = prepare_text([str(tmp_path / name)], tmp_path / f"o{name}", vocab_size=600, workers=1, **said)
-        assert summary.manifest["statistics"]["rows"] == len([part for part in text.split("\n\n") if part.strip()])
+        counts = summary.manifest["statistics"]
+        assert counts["documents"] == len([part for part in text.split("\n\n") if part.strip()])
+        assert counts["rows"] == counts["kept"] == len([line for line in text.split("\n") if line.strip()])
 
 
 @pytest.mark.parametrize("payload", [1, 3, 7, 50])

@@ -93,8 +93,22 @@ def test_what_may_not_be_replaced(tmp_path: Path) -> None:
     assert (out / "thesis.tex").is_file()
 
 
-def test_two_at_once_the_second_is_refused(tmp_path: Path) -> None:
+def test_two_at_once_the_second_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
+    with staged_folder(out, PREPARED, overwrite=False) as first:
+        with (
+            pytest.raises(OutputError, match="another process is writing it .*partial"),
+            staged_folder(out, PREPARED, overwrite=True),
+        ):
+            raise AssertionError("the work begins")
+        (first / MANIFEST).write_text("first")
+    assert (out / MANIFEST).read_text() == "first" and list(tmp_path.iterdir()) == [out]
+    (out / MANIFEST).unlink()
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)  # then the one that ends later is refused
     with (
         pytest.raises(OutputError, match="is a folder of prepared data already"),
         staged_folder(out, PREPARED, overwrite=False) as late,
@@ -103,6 +117,15 @@ def test_two_at_once_the_second_is_refused(tmp_path: Path) -> None:
         with staged_folder(out, PREPARED, overwrite=False) as early:
             (early / MANIFEST).write_text("early")
     assert (out / MANIFEST).read_text() == "early" and list(tmp_path.iterdir()) == [out]
+
+
+def test_no_more_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("multiprocessing.context.SpawnProcess._Popen", refused)
+    with pytest.raises(DataError, match="no more worker processes can be started here .*--workers 1"):
+        list(ordered_map(square_or_die, range(4), 2))
 
 
 def square_or_die(number: int) -> int:

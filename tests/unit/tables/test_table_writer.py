@@ -11,7 +11,7 @@ import pytest
 from exlm_dist.tables.failed_rows import FailedRows, failed_rows_path
 from exlm_dist.tables.records import InputOptions, read_records
 from exlm_dist.tables.table_writer import TableWriter
-from exlm_dist.utils.errors import ConfigError, DataError
+from exlm_dist.utils.errors import ConfigError, DataError, OutputError
 
 TEXTS = ["CCO", 'a "quoted", one', None, "F/C=C\\F", "line\nbreak", "", "naïve 日本", "tab\there", "cr\rhere", " x "]
 EMBEDDING = np.linspace(-1, 1, 30, dtype=np.float32).reshape(10, 3)
@@ -126,8 +126,10 @@ def test_what_cannot_be_written_is_said_before_the_work(tmp_path: Path, monkeypa
     (tmp_path / "old.csv").write_text("x")
     with pytest.raises(ConfigError, match="old.csv: exists.*--overwrite"):
         TableWriter(tmp_path / "old.csv")
-    with pytest.raises(ConfigError, match="there is no folder .*new. Make it: mkdir -p"):
-        TableWriter(tmp_path / "new" / "a.csv")
+    with pytest.raises(OutputError, match="cannot be made, as .*old.csv is a file"):
+        TableWriter(tmp_path / "old.csv" / "a.csv")
+    with pytest.raises(OutputError, match=r"/proc/new/a.csv: cannot be made: nothing can be written in /proc \("):
+        TableWriter(Path("/proc/new/a.csv"))
     with pytest.raises(ConfigError, match="must end in one of .csv, .tsv, .jsonl, .parquet, .npz"):
         TableWriter(tmp_path / "a.xlsx")
     (tmp_path / "a.csv").mkdir()
@@ -136,6 +138,11 @@ def test_what_cannot_be_written_is_said_before_the_work(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match="pip install pyarrow$"):
         TableWriter(tmp_path / "a.parquet")
+
+
+def test_the_folder_is_made(tmp_path: Path) -> None:
+    write(tmp_path / "new" / "deep" / "a.csv")
+    assert (tmp_path / "new" / "deep" / "a.csv").is_file()
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from exlm_dist.tracking import EventLog, Tracker, redact, sync, tracking_uri
+from exlm_dist.tracking import EventLog, Tracker, read_events, redact, shipping, sync, tracking_uri
 from exlm_dist.tracking.store import LONGEST_PARAM, cut
 from exlm_dist.tracking.system import SystemSampler, system_metrics
 from exlm_dist.utils.errors import CheckpointError, ConfigError
@@ -212,6 +212,31 @@ def test_uri(tmp_path, monkeypatch):
     for wrong in ("file:///tmp/mlruns", "mlruns", "./mlruns"):
         with pytest.raises(ConfigError, match="sqlite:///"):
             tracking_uri(wrong, tmp_path)
+
+
+def test_an_address_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tracking_uri("sqlite:///~/x/mlflow.db", tmp_path) == f"sqlite:///{tmp_path}/x/mlflow.db"
+
+
+@pytest.mark.parametrize("hindrance", ["address", "package"])
+def test_whatever_hinders_mlflow_training_goes_on(make_run, monkeypatch, caplog, hindrance):
+    folder, config = make_run(uri="./mlruns" if hindrance == "address" else "")
+    if hindrance == "package":
+
+        def broken():
+            raise TypeError("Descriptors cannot be created directly")
+
+        monkeypatch.setattr(shipping, "import_mlflow", broken)
+    log = EventLog(folder / "events.jsonl")
+    with caplog.at_level("WARNING", logger="exlm_dist"):
+        tracker = Tracker.start(folder, config, log)
+    log.metrics(1, {"train/loss": 2.0})
+    assert tracker.close("FINISHED") is None
+    log.close()
+    said = "not in plain files" if hindrance == "address" else "Descriptors cannot be created"
+    assert said in caplog.text and f"exlm sync {folder}" in caplog.text
+    assert any(event["kind"] == "metrics" for event in read_events(folder / "events.jsonl"))
 
 
 def test_two_runs_at_once_in_a_new_database(make_run, query, tmp_path):

@@ -1,0 +1,43 @@
+"""What `exlm pretrain` and `exlm launch` look at before any rank starts: seconds later each rank would find the same.
+No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from exlm_dist.config import RunConfig, check_init, check_vocabulary
+from exlm_dist.data.manifest import read_manifest
+from exlm_dist.data.recipe import Recipe
+from exlm_dist.tracking.uri import tracking_uri
+from exlm_dist.utils.errors import ConfigError, DataError
+from exlm_dist.utils.logs import get_logger
+from exlm_dist.utils.outputs import check_writable
+
+logger = get_logger(__name__)
+
+
+def check_run(config: RunConfig) -> None:
+    """The UserError with which the ranks would end: of initial weights, data, lengths, or of a run folder that cannot
+    be written. A tracking address that cannot be used is a warning, as training goes on without it."""
+    check_init(config)
+    manifest = read_manifest(Path(config.data.path))
+    check_vocabulary(manifest["vocab_size"], config.parallel.tensor)
+    _check_shards(Path(config.data.path), manifest["splits"])
+    if (histogram := manifest["splits"]["train"].get("length_histogram")) is not None:  # else the ranks read the index
+        Recipe.of(config, manifest["vocab_size"]).check_lengths(np.flatnonzero(histogram) - 2)
+    check_writable(Path(config.runs) / config.name / "checkpoints")
+    if config.tracking.mlflow:
+        try:
+            tracking_uri(config.tracking.uri, Path(config.runs))
+        except ConfigError as error:
+            logger.warning("the run will go on without MLflow: %s", error)
+
+
+def _check_shards(folder: Path, splits: dict) -> None:
+    for split in splits.values():
+        for shard in split["shards"]:
+            path = folder / shard["name"]
+            if not path.is_file() or path.stat().st_size != shard["size"]:
+                raise DataError(f"{path}: missing, or not of {shard['size']} bytes. Copy or prepare the data again.")

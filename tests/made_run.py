@@ -54,8 +54,9 @@ def make_data(folder: Path, *, extra_token: str = "[Na+]") -> Path:
 
 
 def make_config(runs: Path, name: str, data: Path, objective: str = "exlm", **sections) -> RunConfig:
-    """A tiny model of either objective."""
+    """A tiny model of either objective, with transitions as the authors' code has them."""
     model = {
+        "jump_prior": "none",
         "layers": 1,
         "width": 16,
         "heads": 2,

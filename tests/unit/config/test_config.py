@@ -73,7 +73,17 @@ def test_a_prior_is_stored_with_its_numbers(write, monkeypatch):
     assert (config.model.jump_width, config.model.jump_floor) == (0.125, 6.0)
     monkeypatch.setitem(schema.JUMP_SHAPES, "group", (9.0, 9.0))
     assert load_stored(write(dump_config(config), "stored.yaml")) == config
-    assert ModelConfig().jump_width == 0
+    assert ModelConfig(jump_prior="none").jump_width == 0
+
+
+@pytest.mark.parametrize(
+    "changes, kind",
+    [({}, "group"), ({"transitions": "sparse"}, "none"), ({"transitions": "uniform"}, "none"), ({"objective": "mlm"}, "none")],
+)
+def test_the_prior_of_new_models(changes, kind):
+    chosen = ModelConfig(**changes)
+    assert (chosen.jump_prior, chosen.jump_width) == (kind, {"group": 0.125, "none": 0.0}[kind])
+    assert ModelConfig(jump_prior="auto", **changes) == chosen
 
 
 def test_dump_and_load_give_an_equal_object(write):
@@ -228,6 +238,9 @@ def test_twins_differ_only_in_the_objective(kind):
         "model.anchors",
         "model.rotary",
         "model.transitions",
+        "model.jump_prior",
+        "model.jump_width",
+        "model.jump_floor",
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from exlm_dist.data.expansion import Expanded, expand, expanded_lengths, wrap
 from exlm_dist.data.masking import Masks
 from exlm_dist.data.packing import pack
 from exlm_dist.inference.completions import Scored, StateChain
+from exlm_dist.inference.cores import on_cores
 from exlm_dist.inference.loading import LoadedCheckpoint
 from exlm_dist.model.build import run_layers
 from exlm_dist.model.stream import Stream
@@ -24,7 +26,7 @@ from exlm_dist.utils.errors import ConfigError, DataError
 
 #: Prefixes that the search keeps by default, and tokens that are named for each mask.
 BEAM, LIKELY = 64, 5
-#: Expanded tokens of a micro-batch, by the type of the device, and the most logits that it may have.
+#: Expanded tokens of a micro-batch, by the type of the device, and the most logits of all those at work.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 BATCH_LOGITS = 1 << 26
 
@@ -109,17 +111,23 @@ def state_chains(loaded: LoadedCheckpoint, rows: Sequence[np.ndarray]) -> Iterat
     """The joint distribution at the masks of each sequence of ids (with MASK, without BOS and EOS), in order."""
     model = loaded.config.model
     sizes = [_expanded_length(row, model) for row in rows]
-    room = min(BATCH_TOKENS[loaded.device.type], BATCH_LOGITS // loaded.tokenizer.vocab_size)
-    first = 0
-    while first < len(rows):
-        last, total = first + 1, sizes[first]
-        while last < len(rows) and total + sizes[last] <= room:
-            total, last = total + sizes[last], last + 1
-        yield from _chains(loaded, rows[first:last])
-        first = last
+    at_work = torch.get_num_threads() if loaded.device.type == "cpu" else 1
+    room = min(BATCH_TOKENS[loaded.device.type], BATCH_LOGITS // (at_work * loaded.tokenizer.vocab_size))
+
+    def micro_batches() -> Iterator[Sequence[np.ndarray]]:
+        first = 0
+        while first < len(rows):
+            last, total = first + 1, sizes[first]
+            while last < len(rows) and total + sizes[last] <= room:
+                total, last = total + sizes[last], last + 1
+            yield rows[first:last]
+            first = last
+
+    for chains in on_cores(functools.partial(_chains, loaded), micro_batches(), loaded.device):
+        yield from chains
 
 
-def _chains(loaded: LoadedCheckpoint, rows: Sequence[np.ndarray]) -> Iterator[StateChain]:
+def _chains(loaded: LoadedCheckpoint, rows: Sequence[np.ndarray]) -> list[StateChain]:
     settings, output = loaded.config.model, loaded.model.output
     assert output is not None  # a loaded model has all its layers
     nobody = np.full(len(rows), -1)
@@ -134,14 +142,15 @@ def _chains(loaded: LoadedCheckpoint, rows: Sequence[np.ndarray]) -> Iterator[St
         step=0,
         index=0,
     )
-    with torch.inference_mode():
-        stream = run_layers(loaded.model.layers[:-1], Stream.from_batch(batch, loaded.device), recompute=False)
-        log_tokens, transitions = output.distributions(stream)
+    stream = run_layers(loaded.model.layers[:-1], Stream.from_batch(batch, loaded.device), recompute=False)
+    log_tokens, transitions = output.distributions(stream)
+    chains = []
     for row in range(len(rows)):
         targets, states = slice(*batch.cu_targets[row : row + 2]), slice(*batch.cu_states[row : row + 2])
         count = states.stop - states.start
         edges = None if transitions is None else transitions[row, :count, :count].float().cpu().numpy()
-        yield StateChain(log_tokens[states].cpu().numpy(), edges, batch.is_masked[targets], output.ends)
+        chains.append(StateChain(log_tokens[states].cpu().numpy(), edges, batch.is_masked[targets], output.ends))
+    return chains
 
 
 def _expanded(rows: Sequence[np.ndarray], states: int, anchors: bool) -> Expanded:

@@ -33,6 +33,11 @@ def test_results_are_in_order_and_without_gradients(threads):
     assert torch.get_num_threads() == threads and torch.is_grad_enabled()
 
 
+def test_a_single_one_has_all_threads(threads):
+    assert list(on_cores(lambda _: torch.get_num_threads(), [0], CPU)) == [threads]
+    assert list(on_cores(lambda _: 0, [], CPU)) == []
+
+
 def test_as_many_at_a_time_as_torch_has_threads(threads):
     meeting = threading.Barrier(threads, timeout=60)
     assert len(list(on_cores(lambda _: meeting.wait(), range(4 * threads), CPU))) == 4 * threads

@@ -15,7 +15,7 @@ from exlm_dist.data.expansion import Expanded, expand, expanded_lengths, wrap
 from exlm_dist.data.masking import Masks
 from exlm_dist.data.packing import pack
 from exlm_dist.inference.completions import Scored, StateChain
-from exlm_dist.inference.cores import on_cores
+from exlm_dist.inference.side_by_side import on_cores
 from exlm_dist.inference.loading import LoadedCheckpoint
 from exlm_dist.model.build import run_layers
 from exlm_dist.model.stream import Stream

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from exlm_dist.inference.cores import on_cores
+from exlm_dist.inference.side_by_side import on_cores
 
 CPU = torch.device("cpu")
 

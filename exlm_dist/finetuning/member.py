@@ -19,9 +19,9 @@ from exlm_dist.finetuning.losses import predicted_values, weighted_loss
 from exlm_dist.finetuning.metrics import evaluate_predictions
 from exlm_dist.finetuning.property_model import HEAD, PropertyModel
 from exlm_dist.finetuning.targets import Target, label_weights
-from exlm_dist.inference.side_by_side import on_cores
 from exlm_dist.inference.embed import BATCH_TOKENS
 from exlm_dist.inference.sequences import length_batches, take_sequences, unmasked_stream
+from exlm_dist.inference.side_by_side import on_cores
 from exlm_dist.utils.errors import RunStopped
 from exlm_dist.utils.seeding import seed_from
 

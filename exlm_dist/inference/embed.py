@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exlm_dist.inference.side_by_side import on_cores
 from exlm_dist.inference.loading import LoadedCheckpoint
 from exlm_dist.inference.sequences import hidden_states, length_batches, take_sequences, unmasked_stream
+from exlm_dist.inference.side_by_side import on_cores
 from exlm_dist.model.stream import Stream
 from exlm_dist.tokenizers.encoding import EncodedTexts, encode_texts
 from exlm_dist.utils.errors import ConfigError

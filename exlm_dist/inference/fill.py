@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from exlm_dist.data.expansion import Expanded, expand, expanded_lengths, wrap
 from exlm_dist.data.masking import Masks
 from exlm_dist.data.packing import pack
 from exlm_dist.inference.completions import Scored, StateChain
-from exlm_dist.inference.side_by_side import on_cores
 from exlm_dist.inference.loading import LoadedCheckpoint
+from exlm_dist.inference.side_by_side import on_cores
 from exlm_dist.model.build import run_layers
 from exlm_dist.model.stream import Stream
 from exlm_dist.tokenizers import Tokenizer
@@ -123,11 +122,11 @@ def state_chains(loaded: LoadedCheckpoint, rows: Sequence[np.ndarray]) -> Iterat
             yield rows[first:last]
             first = last
 
-    for chains in on_cores(functools.partial(_chains, loaded), micro_batches(), loaded.device):
+    for chains in on_cores(lambda some: list(_chains(loaded, some)), micro_batches(), loaded.device):
         yield from chains
 
 
-def _chains(loaded: LoadedCheckpoint, rows: Sequence[np.ndarray]) -> list[StateChain]:
+def _chains(loaded: LoadedCheckpoint, rows: Sequence[np.ndarray]) -> Iterator[StateChain]:
     settings, output = loaded.config.model, loaded.model.output
     assert output is not None  # a loaded model has all its layers
     nobody = np.full(len(rows), -1)
@@ -142,15 +141,14 @@ def _chains(loaded: LoadedCheckpoint, rows: Sequence[np.ndarray]) -> list[StateC
         step=0,
         index=0,
     )
-    stream = run_layers(loaded.model.layers[:-1], Stream.from_batch(batch, loaded.device), recompute=False)
-    log_tokens, transitions = output.distributions(stream)
-    chains = []
+    with torch.inference_mode():
+        stream = run_layers(loaded.model.layers[:-1], Stream.from_batch(batch, loaded.device), recompute=False)
+        log_tokens, transitions = output.distributions(stream)
     for row in range(len(rows)):
         targets, states = slice(*batch.cu_targets[row : row + 2]), slice(*batch.cu_states[row : row + 2])
         count = states.stop - states.start
         edges = None if transitions is None else transitions[row, :count, :count].float().cpu().numpy()
-        chains.append(StateChain(log_tokens[states].cpu().numpy(), edges, batch.is_masked[targets], output.ends))
-    return chains
+        yield StateChain(log_tokens[states].cpu().numpy(), edges, batch.is_masked[targets], output.ends)
 
 
 def _expanded(rows: Sequence[np.ndarray], states: int, anchors: bool) -> Expanded:

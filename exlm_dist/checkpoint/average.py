@@ -15,7 +15,7 @@ from exlm_dist.checkpoint import reader
 from exlm_dist.checkpoint.tensors import TensorReader
 from exlm_dist.checkpoint.weights_only import AVERAGE, check_target, write_weights
 from exlm_dist.config import flatten
-from exlm_dist.config.schema import CHANGEABLE, is_among
+from exlm_dist.config.pinned import CHANGEABLE, is_among
 from exlm_dist.utils.errors import ConfigError
 from exlm_dist.utils.outputs import user_path
 

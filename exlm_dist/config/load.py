@@ -15,7 +15,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from exlm_dist.config.check import check_config
-from exlm_dist.config.schema import RESUMABLE, RunConfig, is_among
+from exlm_dist.config.pinned import RESUMABLE, is_among
+from exlm_dist.config.schema import RunConfig
 from exlm_dist.utils.errors import ConfigError
 from exlm_dist.utils.outputs import user_path
 

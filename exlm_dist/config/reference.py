@@ -10,7 +10,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from exlm_dist.config.load import suggestion
-from exlm_dist.config.schema import CHANGEABLE, RESUMABLE, AutoCount, RunConfig, is_among
+from exlm_dist.config.pinned import CHANGEABLE, RESUMABLE, is_among
+from exlm_dist.config.schema import AutoCount, RunConfig
 from exlm_dist.utils.errors import ConfigError
 
 HEADER = """# Configuration

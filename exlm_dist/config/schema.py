@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
@@ -369,38 +368,3 @@ class RunConfig(Section):
         replicas = 1 if self.parallel.data == "auto" else self.parallel.data
         needed = self.parallel.tensor * self.parallel.pipeline * replicas
         return needed if self.launch.processes == "auto" else max(needed, self.launch.processes)
-
-
-#: Settings that may change when a run is resumed: they decide where and how fast, not what is computed.
-RESUMABLE = (
-    "runs",
-    "budget",
-    "data.path",
-    "data.bucket",
-    "data.prefetch",
-    "data.max_bad_records",
-    "batch.micro",
-    "loss.max_invalid",
-    "precision",
-    "parallel",
-    "kernels",
-    "checkpoint",
-    "evaluation",
-    "tracking",
-    "launch",
-    "watchdog",
-)
-#: Settings that a run may change with `--allow-changes`: they decide how its next steps learn, not what it has learned.
-CHANGEABLE = (
-    "masking",
-    "model.dropout",
-    "model.attention_dropout",
-    "loss.reduction",
-    "optimizer",
-    "schedule",
-)
-
-
-def is_among(key: str, names: Iterable[str]) -> bool:
-    """Whether a dotted key is one of `names`, or in a section of these."""
-    return any(key == name or key.startswith(name + ".") for name in names)

@@ -21,6 +21,7 @@ from exlm_dist.finetuning.property_model import HEAD, PropertyModel
 from exlm_dist.finetuning.targets import Target, label_weights
 from exlm_dist.inference.embed import BATCH_TOKENS
 from exlm_dist.inference.sequences import length_batches, take_sequences, unmasked_stream
+from exlm_dist.inference.side_by_side import on_cores
 from exlm_dist.utils.errors import RunStopped
 from exlm_dist.utils.seeding import seed_from
 
@@ -123,10 +124,13 @@ def evaluate(model: PropertyModel, targets: Sequence[Target], examples: Examples
 
 
 def outputs_of(model: PropertyModel, tokens: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """(rows, their outputs fp32 [B, O]) of each micro-batch of a ragged batch, longest first."""
+    """(rows, their outputs fp32 [B, O]) of each micro-batch of a ragged batch, longest first; without gradients."""
     device = next(model.head.parameters()).device
-    for chosen in length_batches(lengths, BATCH_TOKENS[device.type]):
-        yield chosen, model(unmasked_stream(*take_sequences(tokens, lengths, chosen), device)).float()
+
+    def outputs(chosen: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        return chosen, model(unmasked_stream(*take_sequences(tokens, lengths, chosen), device)).float()
+
+    yield from on_cores(outputs, length_batches(lengths, BATCH_TOKENS[device.type]), device)
 
 
 def _evaluated(model: PropertyModel, examples: Examples) -> Iterator[tuple[np.ndarray, Tensor]]:

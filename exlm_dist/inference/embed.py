@@ -12,6 +12,7 @@ from torch import Tensor
 
 from exlm_dist.inference.loading import LoadedCheckpoint
 from exlm_dist.inference.sequences import hidden_states, length_batches, take_sequences, unmasked_stream
+from exlm_dist.inference.side_by_side import on_cores
 from exlm_dist.model.stream import Stream
 from exlm_dist.tokenizers.encoding import EncodedTexts, encode_texts
 from exlm_dist.utils.errors import ConfigError
@@ -52,13 +53,17 @@ def embed_texts(
     return Embeddings(vectors, encoded.failures, encoded.unknown, encoded.truncated)
 
 
-@torch.inference_mode()
 def embed_encoded(loaded: LoadedCheckpoint, encoded: EncodedTexts, pooling: str, layer: int | None) -> np.ndarray:
     """Vectors of sequences that are encoded already, fp32 [m, D]."""
-    result = np.empty((len(encoded.lengths), loaded.config.model.width), np.float32)
-    for chosen in length_batches(encoded.lengths, BATCH_TOKENS[loaded.device.type]):
+
+    def vectors(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         stream = unmasked_stream(*take_sequences(encoded.tokens, encoded.lengths, chosen), loaded.device)
-        result[chosen] = pool(hidden_states(loaded.model, stream, layer), stream, pooling).float().cpu().numpy()
+        return chosen, pool(hidden_states(loaded.model, stream, layer), stream, pooling).float().cpu().numpy()
+
+    result = np.empty((len(encoded.lengths), loaded.config.model.width), np.float32)
+    batches = length_batches(encoded.lengths, BATCH_TOKENS[loaded.device.type])
+    for chosen, found in on_cores(vectors, batches, loaded.device):
+        result[chosen] = found
     return result
 
 

@@ -19,8 +19,7 @@ from exlm_dist.inference.loading import LoadedCheckpoint
 from exlm_dist.tables.failed_rows import FailedRows, failed_rows_path
 from exlm_dist.tables.records import InputOptions, Record
 from exlm_dist.tables.table_writer import TableWriter
-from exlm_dist.tokenizers import Tokenizer, load_tokenizer
-from exlm_dist.tokenizers.encoding import EncodedTexts, encode_texts
+from exlm_dist.tokenizers.encoding import EncodedTexts, encode_as_saved
 from exlm_dist.utils.cores import available_cores
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.outputs import user_path
@@ -83,7 +82,7 @@ def embed_file(
     started = time.perf_counter()
     source = InputRows(inputs, options, loaded.tokenizer.domain, added=[EMBEDDING])
     encode = functools.partial(
-        encode_chunk, str(loaded.folder / TOKENIZER_FOLDER), max_tokens=loaded.max_tokens, truncate=truncate
+        encode_as_saved, str(loaded.folder / TOKENIZER_FOLDER), max_tokens=loaded.max_tokens, truncate=truncate
     )
     result = Embedded(user_path(out))
     with (
@@ -106,16 +105,6 @@ def embed_file(
             raise DataError(source.none_usable(result.rows, result.reason))
     result.seconds, result.failures = time.perf_counter() - started, failed.path
     return result
-
-
-def encode_chunk(folder: str, texts: list[str | None], *, max_tokens: int, truncate: bool) -> EncodedTexts:
-    """`encode_texts`, in whichever process, with the tokenizer saved in `folder`."""
-    return encode_texts(_tokenizer(folder), texts, max_tokens=max_tokens, truncate=truncate)
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(folder: str) -> Tokenizer:
-    return load_tokenizer(folder)
 
 
 def _encoded_chunks(

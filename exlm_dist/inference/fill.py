@@ -16,6 +16,7 @@ from exlm_dist.data.masking import Masks
 from exlm_dist.data.packing import pack
 from exlm_dist.inference.completions import Scored, StateChain
 from exlm_dist.inference.loading import LoadedCheckpoint
+from exlm_dist.inference.side_by_side import on_cores
 from exlm_dist.model.build import LanguageModel, run_layers
 from exlm_dist.model.stream import Stream
 from exlm_dist.tokenizers import Tokenizer
@@ -25,7 +26,7 @@ from exlm_dist.utils.errors import ConfigError, DataError
 
 #: Prefixes that the search keeps by default, and tokens that are named for each mask.
 BEAM, LIKELY = 64, 5
-#: Expanded tokens of a micro-batch, by the type of the device, and the most logits that it may have.
+#: Expanded tokens of a micro-batch, by the type of the device, and the most logits of all those at work.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 BATCH_LOGITS = 1 << 26
 
@@ -110,14 +111,20 @@ def state_chains(loaded: LoadedCheckpoint, rows: Sequence[np.ndarray]) -> Iterat
     """The joint distribution at the masks of each sequence of ids (with MASK, without BOS and EOS), in order."""
     model = loaded.config.model
     sizes = [_expanded_length(row, model) for row in rows]
-    room = min(BATCH_TOKENS[loaded.device.type], BATCH_LOGITS // loaded.tokenizer.vocab_size)
-    first = 0
-    while first < len(rows):
-        last, total = first + 1, sizes[first]
-        while last < len(rows) and total + sizes[last] <= room:
-            total, last = total + sizes[last], last + 1
-        yield from _chains(loaded, rows[first:last])
-        first = last
+    at_work = torch.get_num_threads() if loaded.device.type == "cpu" else 1
+    room = min(BATCH_TOKENS[loaded.device.type], BATCH_LOGITS // (at_work * loaded.tokenizer.vocab_size))
+
+    def micro_batches() -> Iterator[Sequence[np.ndarray]]:
+        first = 0
+        while first < len(rows):
+            last, total = first + 1, sizes[first]
+            while last < len(rows) and total + sizes[last] <= room:
+                total, last = total + sizes[last], last + 1
+            yield rows[first:last]
+            first = last
+
+    for chains in on_cores(lambda some: list(_chains(loaded, some)), micro_batches(), loaded.device):
+        yield from chains
 
 
 def _chains(loaded: LoadedCheckpoint, rows: Sequence[np.ndarray]) -> Iterator[StateChain]:

@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.elementwise import gelu_gradient_
-from exlm_dist.kernels.linear import BiasPassingLinear, product
+from exlm_dist.kernels.linear import BiasPassingLinear, linear, linear_gelu, product
 from exlm_dist.parallel.region import Sharding
 
 #: Inner activations [rows, F] worked on at a time on a CPU, in elements: few enough to stay in its cache.
@@ -25,7 +25,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.up = BiasPassingLinear(width, inner)
+        self.up = UpLinear(width, inner)
         self.down = GeluLinear(inner, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -33,11 +33,21 @@ class FeedForward(nn.Module):
         return self.down(*self.up(hidden))
 
 
+class UpLinear(BiasPassingLinear):
+    """`BiasPassingLinear` that applies the gelu too where nothing is kept for a backward pass."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x [T, D] -> what comes before the gelu [T, F] and the bias in it; without gradients (gelu of it, None)."""
+        return super().forward(x) if torch.is_grad_enabled() else (linear_gelu(x, self.weight, self.bias), None)
+
+
 class GeluLinear(nn.Linear):
     """Linear map of gelu(x) that keeps x alone for the backward pass and makes gelu(x) again there."""
 
-    def forward(self, x: Tensor, inner_bias: Tensor) -> Tensor:
-        """x [T, F], before the gelu, in which inner_bias [F] has been added -> [T, D]."""
+    def forward(self, x: Tensor, inner_bias: Tensor | None) -> Tensor:
+        """x [T, F], before the gelu, in which inner_bias [F] has been added -> [T, D]. None: x is after the gelu."""
+        if inner_bias is None:
+            return linear(x, self.weight, self.bias)
         return self.product(x, self.weight, self.bias, inner_bias)
 
     @staticmethod

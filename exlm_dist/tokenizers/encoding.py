@@ -5,11 +5,14 @@ The one way in for a trained model: molecules pass through the canonicalisation 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
+from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer
 from exlm_dist.tokenizers.tokenizer import UNK, Tokenizer
 from exlm_dist.utils.errors import DataError
@@ -35,12 +38,12 @@ def encode_texts(
     A text that is empty or None, not UTF-8 or (for a SMILES tokenizer) no molecule fails with the reason.
     """
     failures: dict[int, str] = {}
-    kept: list[np.ndarray] = []
+    kept: list[Sequence[int]] = []
     rows: list[int] = []
     unknown = truncated = 0
     for row, text in enumerate(texts):
         try:
-            ids = np.asarray(tokenizer.encode(normalised(tokenizer, text)), np.int32)
+            ids: Sequence[int] = tokenizer.encode(normalised(tokenizer, text))
         except DataError as error:
             failures[row] = str(error)
             continue
@@ -49,12 +52,22 @@ def encode_texts(
                 failures[row] = f"{len(ids)} tokens, but the model takes {max_tokens} at most"
                 continue
             ids, truncated = ids[:max_tokens], truncated + 1
-        unknown += bool((ids == UNK).any())
+        unknown += UNK in ids
         kept.append(ids)
         rows.append(row)
     lengths = np.array([len(ids) for ids in kept], np.int64)
-    tokens = np.concatenate(kept) if kept else np.zeros(0, np.int32)
+    tokens = np.fromiter(chain.from_iterable(kept), np.int32, lengths.sum())
     return EncodedTexts(tokens, lengths, np.array(rows, np.int64), failures, unknown, truncated)
+
+
+def encode_as_saved(folder: str, texts: Sequence[str | None], *, max_tokens: int, truncate: bool) -> EncodedTexts:
+    """`encode_texts` with the tokenizer saved in `folder`, for worker processes: without torch they start at once."""
+    return encode_texts(_tokenizer(folder), texts, max_tokens=max_tokens, truncate=truncate)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(folder: str) -> Tokenizer:
+    return load_tokenizer(folder)
 
 
 def normalised(tokenizer: Tokenizer, text: str | None) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from exlm_dist.config import RunConfig, config_difference
-from exlm_dist.config.schema import CHANGEABLE, is_among
+from exlm_dist.config.pinned import CHANGEABLE, is_among
 from exlm_dist.training.advice import ALLOW_CHANGES, new_run_command, same_command
 from exlm_dist.training.schedule import learning_rate, rates_agree
 from exlm_dist.training.warm_start import ARCHITECTURE

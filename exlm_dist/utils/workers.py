@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -12,6 +13,7 @@ from itertools import chain, islice
 from typing import TypeVar
 
 from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.signals import die_with_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -21,7 +23,8 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
     """`function` (which must be picklable) of every item, in the order of the items for any number of `workers`.
 
     With one worker or one item it runs in this process. Worker processes are spawned, because forking a process that
-    has threads can hang. Raises DataError if a worker dies or cannot be started.
+    has threads can hang; they end with this one, however it ends. Raises DataError if a worker dies or cannot be
+    started.
     """
     items = iter(items)
     first = list(islice(items, 2))
@@ -29,7 +32,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
     if workers <= 1 or len(first) < 2:
         yield from map(function, items)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
     try:
         waiting: deque[Future[Result]] = deque()
         for item in items:
@@ -42,6 +45,12 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
         raise DataError("a worker process died (killed for memory?). Use fewer --workers, or free memory.") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin() -> None:
+    """Of a worker process: Ctrl-C ends it at once without a word, and it does not outlive the one that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    die_with_parent()
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[[Item], Result], item: Item) -> Future[Result]:

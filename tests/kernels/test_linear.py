@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from exlm_dist.kernels import linear as module
-from exlm_dist.kernels.linear import BiasPassingLinear, Linear, linear, product
+from exlm_dist.kernels.linear import BiasPassingLinear, Linear, linear, linear_gelu, product
 
 SHAPES = [(1, 1, 1), (2, 3, 5), (63, 64, 65), (191, 256, 96), (746, 32, 257), (3, 513, 2)]
 
@@ -45,6 +45,16 @@ def test_product_of_every_layout(rows, inner, columns, left, right):
         exact = a.double() @ b.double() + (0 if added is None else added.double())
         plain = a @ b if added is None else a @ b + added
         assert_as_good(product(a, b, added), plain, exact)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("rows", "inner", "columns"), SHAPES)
+def test_gelu_of_a_product(rows, inner, columns, layout):
+    x, weight = matrix(rows, inner, layout, 0), matrix(columns, inner, layout, 1)
+    bias = matrix(1, columns, "contiguous", 2)[0]
+    exact = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
+    assert_as_good(linear_gelu(x, weight, bias), F.gelu(F.linear(x, weight, bias)), exact)
+    assert linear_gelu(x.double(), weight.double(), bias.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.checks import check_shape
 
-__all__ = ["BiasPassingLinear", "Linear", "linear", "passed_bias", "product"]
+__all__ = ["BiasPassingLinear", "Linear", "linear", "linear_gelu", "passed_bias", "product"]
 
 
 class Linear(nn.Linear):
@@ -53,6 +53,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     check_shape("x", x, (None, weight.shape[1]))
     return _Linear.apply(x, weight, bias) if _by_onednn(x, weight) else F.linear(x, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x weight^T + bias) with the exact (erf) gelu, [R, N], without gradients; oneDNN does both in one pass.
+
+    ValueError on shapes that do not fit.
+    """
+    check_shape("x", x, (None, weight.shape[1]))
+    if not _by_onednn(x, weight):
+        return F.gelu(F.linear(x, weight, bias))
+    return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, "gelu", [], "none")
 
 
 def passed_bias(x: Tensor, bias: Tensor) -> Tensor:

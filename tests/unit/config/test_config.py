@@ -78,7 +78,12 @@ def test_a_prior_is_stored_with_its_numbers(write, monkeypatch):
 
 @pytest.mark.parametrize(
     "changes, kind",
-    [({}, "group"), ({"transitions": "sparse"}, "none"), ({"transitions": "uniform"}, "none"), ({"objective": "mlm"}, "none")],
+    [
+        ({}, "group"),
+        ({"transitions": "sparse"}, "none"),
+        ({"transitions": "uniform"}, "none"),
+        ({"objective": "mlm"}, "none"),
+    ],
 )
 def test_the_prior_of_new_models(changes, kind):
     chosen = ModelConfig(**changes)

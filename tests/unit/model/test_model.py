@@ -9,7 +9,7 @@ from packed import make_batch
 
 from exlm_dist.config.schema import ModelConfig
 from exlm_dist.model.build import build_model
-from exlm_dist.model.feedforward import GeluLinear
+from exlm_dist.model.feedforward import FeedForward, GeluLinear
 from exlm_dist.model.objective import loss_sum
 from exlm_dist.model.stream import Stream
 
@@ -189,6 +189,16 @@ def test_gelu_linear_is_linear_of_gelu(monkeypatch):
     grad, leaves = torch.randn_like(expected), (raw, inner, layer.weight, layer.bias)
     for ours, other in zip(*(torch.autograd.grad(out, leaves, grad) for out in (passed(), expected))):
         assert torch.allclose(ours, other, rtol=1e-12)
+
+
+def test_feed_forward_without_gradients_is_the_same():
+    layer, hidden = FeedForward(6, 20), torch.randn(9, 6)
+    with_gradients = layer(hidden)
+    with torch.inference_mode():
+        assert torch.allclose(layer(hidden), with_gradients, atol=1e-6)
+    with torch.no_grad():
+        exact = F.linear(F.gelu(F.linear(hidden, layer.up.weight, layer.up.bias)), layer.down.weight, layer.down.bias)
+    assert with_gradients.requires_grad and torch.allclose(with_gradients, exact, atol=1e-6)
 
 
 def test_token_dropout_only_acts_in_training():

@@ -150,6 +150,31 @@ def test_a_worker_that_dies_is_an_error_not_a_hang() -> None:
         list(ordered_map(square_or_die, range(20), 2))
 
 
+WORKERS = """
+import os, sys, time
+from exlm_dist.utils.workers import ordered_map
+
+def begun(number):
+    os.write(1, b"%d\\n" % os.getpid())
+    time.sleep(100)
+
+if __name__ == "__main__":
+    list(ordered_map(begun, range(9), 2))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a kernel that kills orphans")
+def test_workers_do_not_outlive_a_process_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(WORKERS)
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    workers = [int(parent.stdout.readline()) for _ in range(2)]
+    assert len({*workers, parent.pid}) == 3
+    parent.kill()
+    parent.wait()
+    parent.stdout.read()  # ends when nobody can write any more
+
+
 def test_progress_is_plain_lines_without_a_terminal(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from made_run import make_config, write_initial_checkpoint
 
 from exlm_dist.cli import build_parser
 from exlm_dist.config import RunConfig, dump_config, flatten, load_config
-from exlm_dist.config.schema import CHANGEABLE, RESUMABLE, is_among
+from exlm_dist.config.pinned import CHANGEABLE, RESUMABLE, is_among
 from exlm_dist.training.advice import lower_rate, same_command
 from exlm_dist.training.changes import accept_changes, describe, find_changes
 from exlm_dist.utils.errors import CheckpointError

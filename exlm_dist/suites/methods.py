@@ -21,7 +21,17 @@ from exlm_dist.utils.files import fingerprint_of
 
 RANDOM, FINGERPRINTS = "random", "fingerprints"
 #: Settings of a model that its encoder does not depend on where nothing is masked.
-_NOT_OF_THE_ENCODER = {"objective", "states", "transitions", "transition_positions", "anchors", "tie_head"}
+_NOT_OF_THE_ENCODER = {
+    "objective",
+    "states",
+    "transitions",
+    "jump_prior",
+    "jump_width",
+    "jump_floor",
+    "transition_positions",
+    "anchors",
+    "tie_head",
+}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ TINY = """
 name: tiny
 runs: {runs}
 data: {{path: {data}}}
-model: {{layers: 1, width: 16, heads: 2, ffn: 32, states: 2, max_positions: 128}}
+model: {{jump_prior: none, layers: 1, width: 16, heads: 2, ffn: 32, states: 2, max_positions: 128}}
 batch: {{sequences: 8, micro: 2}}
 schedule: {{steps: 6, warmup: 2}}
 checkpoint: {{every: 3}}

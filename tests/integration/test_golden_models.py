@@ -114,6 +114,7 @@ def model_config(settings: dict[str, Any]) -> ModelConfig:
         states=settings["k"],
         norm="pre" if settings.get("prenorm", True) else "post",
         tie_head=not settings.get("untie", False),
+        jump_prior="none",
         dropout=0.0,
         attention_dropout=0.0,
         max_positions=MAX_POSITIONS,

@@ -51,6 +51,7 @@ def settings(**changes):
         "heads": 4,
         "ffn": 24,
         "states": 3,
+        "jump_prior": "none",
         "max_positions": 64,
         "dropout": 0.0,
         "attention_dropout": 0.0,

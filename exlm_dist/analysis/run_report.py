@@ -84,7 +84,8 @@ def _page(histories: Sequence[History], table: str, figures: list[Path], missing
         f"Written {time.strftime('%Y-%m-%d %H:%M')}. Every number below is of the budget named beside it.\n",
         "## Comparison\n",
         table,
-        "\nnll (nats) and accuracy are per masked token of held-out sequences, at the same positions for all runs.\n",
+        "\nnll (nats, each masked token by itself), joint nll (all of a sequence at once) and accuracy are per masked "
+        "token of held-out sequences, at the same positions for all runs.\n",
     ]
     if len(histories) > 1:
         parts += ["## Settings that differ\n", _differences(histories)]

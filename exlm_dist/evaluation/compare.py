@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from exlm_dist.evaluation.history import History, read_history
+from exlm_dist.evaluation.history import History, Series, read_history
 
 COLUMNS = ("run", "objective", "k", "budget", "steps", "seconds", "tokens/s")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run of a comparison; nan: not logged. `nll` is in nats per masked token of held-out sequences."""
+    """One run of a comparison; nan: not logged. `nll`, of each masked token of held-out sequences by itself, and
+    `joint`, of all of a sequence at once, are in nats per masked token.
+    """
 
     run: str
     objective: str
@@ -26,8 +28,10 @@ class Row:
     seconds: float
     tokens_per_second: float
     nll_at_steps: float
+    joint_at_steps: float
     accuracy_at_steps: float
     nll_at_seconds: float
+    joint_at_seconds: float
     accuracy_at_seconds: float
 
 
@@ -44,8 +48,10 @@ class Comparison:
         header = [
             *COLUMNS,
             f"nll @{_whole(self.steps)} steps",
+            "joint nll",
             "accuracy",
             f"nll @{_whole(self.seconds)} s",
+            "joint nll",
             "accuracy",
         ]
         return [
@@ -60,8 +66,10 @@ class Comparison:
                     _whole(row.seconds),
                     _whole(row.tokens_per_second),
                     _fixed(row.nll_at_steps),
+                    _fixed(row.joint_at_steps),
                     _percent(row.accuracy_at_steps),
                     _fixed(row.nll_at_seconds),
+                    _fixed(row.joint_at_seconds),
                     _percent(row.accuracy_at_seconds),
                 ]
                 for row in self.rows
@@ -83,7 +91,7 @@ class Comparison:
 def compare(runs: Sequence[Path]) -> Comparison:
     """Compare run folders by the held-out curves in their event logs, interpolated linearly between evaluations.
 
-    nll and accuracy are per masked token at the same positions for all runs (docs/metric.md).
+    nll, joint nll and accuracy are per masked token at the same positions for all runs (docs/metric.md).
     CheckpointError for a folder that contains no run.
     """
     return compare_histories([read_history(run) for run in runs])
@@ -100,6 +108,7 @@ def compare_histories(histories: Sequence[History]) -> Comparison:
 
 def _row(history: History, steps: float, seconds: float) -> Row:
     nll, accuracy = history.series("valid/nll"), history.series("valid/accuracy")
+    joint = _joint(history)
     speed = history.series("perf/tokens_per_second").values
     return Row(
         run=history.name,
@@ -110,10 +119,21 @@ def _row(history: History, steps: float, seconds: float) -> Row:
         seconds=float(history.seconds(np.array([history.last_step]))[0]),
         tokens_per_second=float(np.median(speed)) if len(speed) else math.nan,
         nll_at_steps=nll.at(steps, nll.steps),
+        joint_at_steps=joint.at(steps, joint.steps),
         accuracy_at_steps=accuracy.at(steps, accuracy.steps),
         nll_at_seconds=nll.at(seconds, history.seconds(nll.steps)),
+        joint_at_seconds=joint.at(seconds, history.seconds(joint.steps)),
         accuracy_at_seconds=accuracy.at(seconds, history.seconds(accuracy.steps)),
     )
+
+
+def _joint(history: History) -> Series:
+    """The joint nll, which is the nll for a plain model; empty for an ExLM that was trained before it was logged: then
+    `joint_nll` was the name of what is `objective_nll` now.
+    """
+    if history.config.model.objective == "mlm":
+        return history.series("valid/nll")
+    return history.series("valid/joint_nll" if len(history.series("valid/objective_nll")) else "")
 
 
 def _whole(value: float) -> str:

@@ -17,7 +17,7 @@ from exlm_dist.utils.errors import CheckpointError
 def make_curve(tmp_path):
     """Run with held-out points {step: nll} and a constant time per step."""
 
-    def make(name, points, seconds_per_step, objective="exlm"):
+    def make(name, points, seconds_per_step, objective="exlm", **more):
         model = {"objective": "mlm", "states": 1, "anchors": False} if objective == "mlm" else {}
         config = RunConfig.model_validate(
             {
@@ -34,6 +34,8 @@ def make_curve(tmp_path):
         log = EventLog(folder / "events.jsonl")
         for step, nll in points.items():
             log.metrics(step, {"valid/nll": nll, "valid/accuracy": 1 / (1 + nll), "perf/tokens_per_second": 100.0})
+            if more:
+                log.metrics(step, {f"valid/{key}": value for key, value in more.items()})
             if seconds_per_step:
                 log.metrics(step, {"progress/seconds": step * seconds_per_step})
         log.close()
@@ -53,7 +55,19 @@ def test_equal_steps_and_equal_seconds(make_curve):
     assert (first.states, second.states, first.objective, second.objective) == (4, 1, "exlm", "mlm")
     for text in (str(table), table.markdown()):
         assert "nll @250 steps" in text and "nll @250 s" in text and "2.7500" in text
-    assert [len(line.split("|")) for line in table.markdown().splitlines()] == [13] * 4
+    assert [len(line.split("|")) for line in table.markdown().splitlines()] == [15] * 4
+
+
+def test_the_joint_of_each_kind_of_run(make_curve):
+    runs = [
+        make_curve("today", {10: 3.0, 20: 1.0}, 1.0, joint_nll=0.5, objective_nll=0.4),
+        make_curve("before", {10: 3.0, 20: 1.0}, 1.0, joint_nll=0.4),
+        make_curve("plain", {10: 3.0, 20: 1.0}, 1.0, "mlm", joint_nll=0.4),
+    ]
+    today, before, plain = compare(runs).rows
+    assert (today.joint_at_steps, today.joint_at_seconds) == (0.5, 0.5)
+    assert math.isnan(before.joint_at_steps) and math.isnan(before.joint_at_seconds)
+    assert (plain.joint_at_steps, plain.joint_at_seconds) == (1.0, 1.0)
 
 
 def test_every_row_carries_its_budget(make_curve):

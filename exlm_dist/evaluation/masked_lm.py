@@ -80,7 +80,7 @@ class Evaluation:
             f"  each by itself: nll {self.nll:.4f} nats per masked token (perplexity {values['perplexity']:.3f}), "
             f"accuracy {values['accuracy']:.2%}",
             f"  all of a sequence at once: nll {values['joint_nll']:.4f} nats per masked token "
-            f"(coupling {values['coupling']:+.4f}){exact}",
+            f"(coupling {round(values['coupling'], 4) + 0.0:+.4f}){exact}",
             f"  -log P per target {values['objective_nll']:.4f} (as trained; not comparable across objectives)",
             f"  sequences without a path: {values['invalid']:.2%}",
         ]

@@ -33,6 +33,7 @@ from exlm_dist.finetuning.splits import PARTS, Parts, repeated_rows, split_hash
 from exlm_dist.finetuning.targets import Target, task_of, with_scaling
 from exlm_dist.inference.embed import embed_encoded
 from exlm_dist.inference.loading import LoadedCheckpoint, load_checkpoint
+from exlm_dist.kernels.determinism import repeatable
 from exlm_dist.tables.records import InputOptions, expand_inputs
 from exlm_dist.tokenizers.encoding import EncodedTexts
 from exlm_dist.utils.errors import ConfigError, DataError
@@ -177,18 +178,12 @@ def train_members(
             dropout=settings.dropout,
             frozen=settings.frozen,
         )
-        progress = train_member(
-            model,
-            targets,
-            examples["train"],
-            examples["valid"],
-            settings,
-            seed,
-            store=None if folder is None else MemberState(folder, number),
-            watcher=EpochProgress(f"member {number + 1}/{settings.seeds}", settings.epochs, settings.metric)
-            if watched
-            else None,
-        )
+        store = None if folder is None else MemberState(folder, number)
+        title = f"member {number + 1}/{settings.seeds}"
+        watcher = EpochProgress(title, settings.epochs, settings.metric) if watched else None
+        with repeatable(loaded.device):
+            train, valid = examples["train"], examples["valid"]
+            progress = train_member(model, targets, train, valid, settings, seed, store=store, watcher=watcher)
         scored = [part for part in PARTS[1:] if part in examples and len(examples[part])]
         values = {part: evaluate(model, targets, examples[part])[0] for part in scored}
         scores = {part: evaluate_predictions(own, examples[part].labels, targets) for part, own in values.items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.utils.deterministic
@@ -19,3 +21,18 @@ def compute_repeatably() -> None:
     torch.set_deterministic_debug_mode("warn")
     # torch would also fill fresh memory with NaN, to find readers of what nobody wrote; that costs a pass over it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """`compute_repeatably` for what is done inside, where `device` is a GPU; torch is left as it was found."""
+    if device.type != "cuda":
+        yield
+        return
+    mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    compute_repeatably()
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

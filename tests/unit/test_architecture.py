@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "planning": BASE | {"data", "model"},
     "training": BASE | {"checkpoint", "data", "launch", "model", "parallel", "tokenizers", "tracking"},
     "evaluation": BASE | {"checkpoint", "data", "inference", "model", "tokenizers", "tracking"},
-    "finetuning": BASE | {"checkpoint", "data", "inference", "model", "tables", "tokenizers", "tracking"},
+    "finetuning": BASE | {"checkpoint", "data", "inference", "kernels", "model", "tables", "tokenizers", "tracking"},
     "export": BASE | {"checkpoint", "data", "model", "tokenizers", "tracking"},
     "suites": BASE | {"checkpoint", "finetuning", "inference", "model", "tables", "tokenizers", "tracking"},
     "analysis": BASE

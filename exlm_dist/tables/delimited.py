@@ -132,9 +132,13 @@ def _split_quoted(lines: Iterator[str], delimiter: str) -> Iterator[Fields]:
 def _swallowed_rows(
     values: list[str], lines: list[str], before: Sequence[list[str]], header: list[str], delimiter: str
 ) -> bool:
-    """Whether a field over several lines has rows in it: its row has another number of fields than the rows before (not
-    to count empty ones at the end); each line of it is one word, like all values of its column before; or its lines
-    have as many fields as rows have, one of them a number or SMILES in all."""
+    """Whether a field over several lines has rows in it: a field beside it has a quote without standing in quotes; its
+    row has another number of fields than the rows before (not to count empty ones at the end); each line of it is one
+    word, like all values of its column before; or its lines have as many fields as rows have, one of them a number or
+    SMILES in all."""
+    raw = "".join(lines)
+    if any('"' in value and '"' + value.replace('"', '""') + '"' not in raw for value in values):
+        return True
     width = mode(map(len, before or [header]))
     if _filled(values) > width or len(values) < min(width, max(map(_filled, before or [header]))):
         return True

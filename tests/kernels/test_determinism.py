@@ -1,4 +1,4 @@
-"""torch's settings are those of a GPU's computation inside, and as they were found after it, whatever happens inside."""
+"""torch is set for a GPU inside, and as it was found afterwards, whatever happens inside."""
 
 from __future__ import annotations
 

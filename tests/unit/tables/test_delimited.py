@@ -126,3 +126,18 @@ def test_quotes_are_ordinary_characters_in_tsv() -> None:
         ["a", '"b'],
         ['"c"', "d"],
     ]
+
+
+def test_a_stray_quote_that_the_next_quoted_field_closes() -> None:
+    """The three rows would make one of three fields, of which the second, `CCO"`, has a quote but no quotes."""
+    lines = ['";<0>\n', ";<1>\n", '";CCO";<2>\n']
+    first, *others = split_rows(lines, ";", True)
+    assert first.problem.startswith("stray quote: line 1: ") and first.raw == '";<0>'
+    assert [fields.values for fields in others] == [["", "<1>"], [";CCO", "<2>"]]
+
+
+def test_escaped_quotes_beside_a_field_over_several_lines() -> None:
+    rows = [["name", "text"], ['5" pipe', 'a\n"b"'], ['say ""', "c"]]
+    file = io.StringIO()
+    csv.writer(file).writerows(rows)
+    assert [fields.values for fields in split_rows(file.getvalue().splitlines(keepends=True), ",", True)] == rows

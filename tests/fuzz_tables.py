@@ -205,6 +205,12 @@ def check(table: Table, folder: Path) -> str:
         and len(table.texts) < 3
     ):
         return "of unknown width"  # which row has too many cells?
+    lines = "".join(_line(table, *row) for row in zip(table.texts, table.other))
+    if not whole and table.format == "csv" and table.damage == "quote" and set(lines) & set("\r\n"):
+        # What lies between a stray quote and that of a later field over several lines may be a well-formed field too.
+        cells = [row.text for row in rows] + [str(value) for record in records for value in record.values.values()]
+        assert all(any(f"<{n}>" in cell for cell in cells) for n in range(len(table.texts))), "a row is nowhere"
+        return "of two readings"
     _check_marks(table, rows)
     _check_others(table, rows, whole)
     return "whole" if whole else "damaged"

@@ -31,7 +31,7 @@ ARMS: dict[str, dict[str, object]] = {
     "plain": {"model.objective": "mlm", "model.states": 1, "model.anchors": False, "model.rotary": "1d",
               "model.transitions": "uniform"},
     "sparse": {"model.transitions": "sparse"},
-    "dense": DENSE,
+    "dense": {**DENSE, "model.jump_prior": "none"},
     "dense-gaussian": {**DENSE, "model.jump_prior": "gaussian"},
     "dense-laplace": {**DENSE, "model.jump_prior": "laplace"},
     "dense-group": {**DENSE, "model.jump_prior": "group"},

@@ -2,10 +2,10 @@
 
     python benchmarks/train_cpu.py                     # 4 layers, width 256, 128 tokens, k 4, vocabulary 8192
 
-Both sides start from the same weights; their losses must agree in fp32 without dropout before anything is timed. Steps
-(forward, backward, AdamW) are interleaved in one process; the peak memory of each side is measured in a process of its
-own, less what that process used before the model was built. On a busy machine, pass `--threads 1` and read the
-processor time. Writes a CSV with hardware, versions and commit to results/.
+Both sides start from the same weights; their losses and gradients must agree in fp64 without dropout before anything is
+timed. Steps (forward, backward, AdamW) are interleaved in one process; the peak memory of each side is measured in a
+process of its own, less what that process used before the model was built. On a busy machine, pass `--threads 1` and
+read the processor time. Writes a CSV with hardware, versions and commit to results/.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL  # noqa: E402
 
 SIDES = ("ours", "straightforward")
 SETTINGS = ("layers", "width", "heads", "length", "shortest", "states", "vocabulary", "sequences", "dropout", "rounds")
-TOLERANCE = 1e-5
+TOLERANCE = 1e-8
 
 
 def options() -> argparse.Namespace:
@@ -126,9 +126,9 @@ def make_side(side: str, args: argparse.Namespace) -> Callable[[object, int], fl
 
 
 def check_equal(args: argparse.Namespace) -> tuple[float, float]:
-    """Relative differences of the loss and of the worst parameter's gradient, without dropout."""
+    """Relative differences of the loss and of the worst parameter's gradient, in fp64 and without dropout."""
     batch = make_batch(args, 0)
-    models = build_ours(args, 0.0), build_straightforward(args, 0.0)
+    models = build_ours(args, 0.0).double(), build_straightforward(args, 0.0).double()
     losses = ours_loss(models[0], batch), straightforward_loss(models[1], batch)
     for loss in losses:
         loss.backward()
@@ -200,7 +200,7 @@ def main() -> None:
         print_memory(args.memory_of, args)
         return
     loss, gradient = check_equal(args)
-    print(f"equal in fp32 without dropout: loss to {loss:.1e}, gradients to {gradient:.1e} (relative)")
+    print(f"equal in fp64 without dropout: loss to {loss:.1e}, gradients to {gradient:.1e} (relative)")
     seconds = time_sides(args)
     rows = []
     for side in SIDES:

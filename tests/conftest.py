@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
     launch.DEFAULT_CAPABILITY = (int(chosen[:-1]), int(chosen[-1]))
     install(launch.DEFAULT_CAPABILITY)
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """Give back the environment after each test. `exlm`, called in a test's own process, sets variables for the
+    processes that it starts; with PYTHONSAFEPATH a script that a later test runs does not find the files beside it."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from exlm_dist.analysis import style
 from exlm_dist.config import RunConfig
 from exlm_dist.data.expansion import expanded_lengths
 from exlm_dist.data.masking import num_masks, sample_keys
+from exlm_dist.data.opening import open_dataset
 from exlm_dist.data.order import sample_at
-from exlm_dist.data.shards import ShardDataset
 from exlm_dist.evaluation.history import History
 
 #: Sequences that are counted, in training order.
@@ -35,7 +35,7 @@ class Lengths:
 
 def training_lengths(config: RunConfig, sequences: int = SEQUENCES) -> Lengths:
     """Lengths of the first sequences that training sees; DataError if there is no data."""
-    dataset = ShardDataset.open(Path(config.data.path), "train")
+    dataset = open_dataset(Path(config.data.path), "train")
     count = min(sequences, max(len(dataset), config.batch.sequences))
     epochs, samples = sample_at(np.arange(count), config.seed, len(dataset))
     payload = dataset.lengths[samples].astype(np.int64)

@@ -42,7 +42,9 @@ AutoCount = Annotated[Literal["auto"] | int, PlainValidator(_auto_count)]
 class DataConfig(Section):
     """Where the prepared shards are and how they are read."""
 
-    path: UserPath = Field(description="Folder written by `exlm prepare`: shards, index, tokenizer, manifest.")
+    path: UserPath = Field(
+        description="Folder written by `exlm prepare` or `exlm data index`: manifest, tokenizer, index, shards; or its address (http, s3, gs, hf)."
+    )
     bucket: int = Field(
         1,
         ge=1,
@@ -50,6 +52,12 @@ class DataConfig(Section):
     )
     prefetch: int = Field(
         2, ge=0, le=64, description="Global steps packed ahead by a background thread; 0 packs in the training thread."
+    )
+    workers: int = Field(
+        2,
+        ge=0,
+        le=64,
+        description="Processes of each rank that read and tokenize shards of `exlm data index`; 0 does it in the background thread. Prepared shards need none.",
     )
     max_bad_records: float = Field(
         1e-4,

@@ -8,23 +8,25 @@ and tar readers mistake many kinds of damage for the end of the archive, so the 
 
 from __future__ import annotations
 
-import os
 import threading
 import zlib
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from exlm_dist.data.manifest import MANIFEST, SPLITS, TOKENIZER, read_manifest
+from exlm_dist.data.manifest import MANIFEST, SPLITS, TOKENIZER, TOKENS, form_of, read_manifest
+from exlm_dist.data.mirror import data_folder, local_shard, shard_root
+from exlm_dist.data.shard_files import open_shards
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.files import sha256_file
 from exlm_dist.utils.logs import get_logger
-from exlm_dist.utils.outputs import user_path
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc", "<u4")])
-OPEN_FILES = 128
 _log = get_logger(__name__)
 
 
@@ -52,6 +54,8 @@ class ShardDataset:
     on the data, and on every size that follows from the lengths, without communication. Thread-safe.
     """
 
+    form = TOKENS
+
     def __init__(self, folder: Path, split: str, manifest: dict, max_bad_records: float):
         self.path, self.split, self.manifest = folder, split, manifest
         self.fingerprint: str = manifest["fingerprint"]
@@ -67,25 +71,28 @@ class ShardDataset:
         self._indexes = [_load_index(folder, shard) for shard in self._shards]
         self._starts = np.cumsum([0] + [len(index) for index in self._indexes], dtype=np.int64)
         self.lengths = np.concatenate([index["length"] for index in self._indexes]).astype(np.int32)
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files = open_shards(shard_root(folder), self._shards)
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: Path | str, split: str, *, max_bad_records: float = 1e-4) -> ShardDataset:
+    def open(cls, path: Path | str, split: str, *, max_bad_records: float = 1e-4) -> Self:
         """Open `split` ('train' or 'valid') of the prepared folder `path`.
 
         Checks the manifest, the size of every shard and the hash of every index (DataError); the payload is checked as
         it is read. `max_bad_records`: fraction of the split that may be damaged before `read` raises DataError.
         """
-        folder = user_path(path)
+        folder = data_folder(path)
         manifest = read_manifest(folder)
+        if form_of(manifest) != cls.form:
+            raise ValueError(f"{folder} holds {form_of(manifest)}: open it with `open_dataset`")
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is none of {SPLITS}")
         shards = manifest["splits"][split]["shards"]
         if not shards:
             raise DataError(f"{folder}: its {split} split has no shards. Prepare the data again.")
         for shard in shards:
-            _check_size(folder / shard["name"], shard["size"])
+            if (local := local_shard(folder, shard["name"])) is not None:
+                _check_size(local, shard["size"])
             _check_size(folder / shard["index"], shard["index_size"])
         return cls(folder, split, manifest, max_bad_records)
 
@@ -106,11 +113,29 @@ class ShardDataset:
         tokens = np.frombuffer(b"".join(payloads), dtype=self._dtype).astype(np.int32)
         return tokens, self.lengths[ids].astype(np.int64)
 
+    @property
+    def retries(self) -> int:
+        """How often something was read again."""
+        return self._files.retries
+
+    def record(self, sample: int) -> tuple[int, np.void]:
+        """The shard of a sample, and its row in the index of that."""
+        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        return shard, self._indexes[shard][sample - self._starts[shard]]
+
+    def place(self, shard: int) -> str:
+        """Path or address of a shard."""
+        return self._files.place(shard)
+
+    def raw(self, sample: int) -> tuple[bytes, int, int]:
+        """The ids of a sample as bytes, read anew: (content, crc32 expected, crc32 got or -1 if bytes are missing)."""
+        with self._lock:
+            return self._attempt(sample)
+
     def close(self) -> None:
         """Close the shard files; reading again reopens them."""
         with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
+            self._files.close()
 
     def _payloads(self, ids: np.ndarray) -> list[bytes]:
         order = np.argsort(ids, kind="stable")
@@ -126,13 +151,13 @@ class ShardDataset:
         """Read the samples `ids` of one shard into `payloads[rows]`."""
         records = self._indexes[shard][ids - self._starts[shard]]
         sizes = records["length"].astype(np.int64) * self._dtype.itemsize
-        handle = self._handle(shard)
-        pread, crc32 = os.pread, zlib.crc32
+        self._files.expect(shard, records["offset"].astype(np.int64), sizes)
+        read, crc32 = self._files.reader(shard), zlib.crc32
         wrong = []
         for row, offset, size, crc in zip(
             rows.tolist(), records["offset"].tolist(), sizes.tolist(), records["crc"].tolist()
         ):
-            content = pread(handle, size, offset)
+            content = read(size, offset)
             if len(content) != size or crc32(content) != crc:
                 wrong.append(row)
             payloads[row] = content
@@ -141,29 +166,13 @@ class ShardDataset:
             for row in wrong:
                 payloads[row] = self._replaced(sample_of[row])
 
-    def _handle(self, shard: int) -> int:
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
-        if len(self._files) >= OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        path = self.path / self._shards[shard]["name"]
-        try:
-            self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be opened ({error.strerror}); it was there when the data was opened."
-            ) from error
-        return self._files[shard]
-
     def _attempt(self, sample: int) -> tuple[bytes, int, int]:
         """Reopen the file and read one record: (content, crc32 expected, crc32 got or -1 if bytes are missing)."""
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         record = self._indexes[shard][sample - self._starts[shard]]
-        if shard in self._files:
-            os.close(self._files.pop(shard))
         size = int(record["length"]) * self._dtype.itemsize
-        content = os.pread(self._handle(shard), size, int(record["offset"]))
+        self._files.forget(shard, int(record["offset"]), size)
+        content = self._files.reader(shard)(size, int(record["offset"]))
         return content, int(record["crc"]), zlib.crc32(content) if len(content) == size else -1
 
     def _replaced(self, sample: int) -> bytes:
@@ -174,7 +183,7 @@ class ShardDataset:
         if got == expected:
             return content
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        name = str(self.path / self._shards[shard]["name"])
+        name = self._files.place(shard)
         offset = int(self._indexes[shard][sample - self._starts[shard]]["offset"])
         substitute, content = self._substitute(sample)
         event = BadRecord(sample, name, offset, expected, got, substitute)

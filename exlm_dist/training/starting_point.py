@@ -11,6 +11,7 @@ from exlm_dist.checkpoint import reader, storage
 from exlm_dist.checkpoint.hf_export import is_export
 from exlm_dist.checkpoint.weights_only import describe_origin
 from exlm_dist.config import RunConfig, check_vocabulary, check_world
+from exlm_dist.data.opening import open_dataset
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.parallel.process import Process
 from exlm_dist.tokenizers import load_tokenizer
@@ -143,7 +144,8 @@ def _open_folder(config: RunConfig, resources: Resources) -> str:
 
 
 def _open_split(config: RunConfig, split: str) -> ShardDataset:
-    return ShardDataset.open(config.data.path, split, max_bad_records=config.data.max_bad_records)
+    workers = config.data.workers if split == "train" else 0
+    return open_dataset(config.data.path, split, max_bad_records=config.data.max_bad_records, workers=workers)
 
 
 def _rejection(folder: Path, process: Process) -> str | None:

@@ -6,7 +6,7 @@ import errno
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
@@ -45,6 +45,30 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
         raise DataError("a worker process died (killed for memory?). Use fewer --workers, or free memory.") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class WorkerPool:
+    """Worker processes that stay, for the short tasks of a process that goes on. They end with the thread that makes
+    the pool."""
+
+    def __init__(self, workers: int):
+        self.workers = workers
+        self._pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
+        self._started = _submit(self._pool, abs, 0)
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item], seconds: float) -> list[Result]:
+        """`function` (picklable) of every item, in order. DataError if a worker died or none answers in time."""
+        try:
+            self._started.result(seconds)
+            return list(self._pool.map(function, items, timeout=seconds))
+        except BrokenProcessPool as error:
+            raise DataError("a worker process that reads data died (killed for memory?). Start again.") from error
+        except TimeoutError as error:
+            raise DataError(f"the worker processes that read data gave nothing within {seconds:g} s.") from error
+
+    def close(self) -> None:
+        """End the workers."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _begin() -> None:

@@ -1,0 +1,117 @@
+"""Shards that others wrote, read by an index of their records and tokenized on the way.
+
+To all that reads it this is a `ShardDataset`: the same order, masks and packing, the same checks and replacements.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exlm_dist.data.manifest import MEMBERS, TOKENIZER
+from exlm_dist.data.records import encoder_of
+from exlm_dist.data.shards import ShardDataset
+from exlm_dist.utils.workers import WorkerPool
+
+#: Seconds that the reading of a few hundred sequences may take, all attempts over a network included.
+PATIENCE = 500.0
+#: Sequences below which a worker process would cost more than it saves.
+FEWEST = 32
+
+
+class IndexedDataset(ShardDataset):
+    """One split of a folder of `exlm data index`. A record is its bytes in the tar until its crc32 is right, then token
+    ids; what stands in for a damaged one is chosen by lengths in tokens, as for prepared shards."""
+
+    form = MEMBERS
+
+    def __init__(self, folder: Path, split: str, manifest: dict[str, Any], max_bad_records: float):
+        super().__init__(folder, split, manifest, max_bad_records)
+        self._encoder = encoder_of(str(folder / TOKENIZER), manifest["field"], self.max_length - 2)
+        self._workers: WorkerPool | None = None
+        self._retries_of_workers = 0
+
+    def tokenize_in(self, workers: int) -> None:
+        """From now on read and tokenize in so many processes; call it in the main thread, with which they end."""
+        if workers:
+            self._workers = WorkerPool(workers)
+
+    @property
+    def retries(self) -> int:
+        """How often something was read again, by workers too."""
+        return super().retries + self._retries_of_workers
+
+    def close(self) -> None:
+        """Close the shard files and end the workers."""
+        super().close()
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
+
+    def read_whole(self, ids: np.ndarray) -> list[bytes | None]:
+        """Token ids of the samples `ids` as bytes, of the type in which they are stored; None for a damaged one."""
+        order = np.argsort(ids, kind="stable")
+        edges = np.searchsorted(ids[order], self._starts)
+        payloads: list[bytes | None] = [None] * len(ids)
+        for shard in np.flatnonzero(np.diff(edges)).tolist():
+            rows = order[edges[shard] : edges[shard + 1]]
+            self._read_records(shard, ids[rows], rows, payloads)
+        return payloads
+
+    def _payloads(self, ids: np.ndarray) -> list[bytes]:
+        pool = self._workers
+        if pool is None or len(ids) < 2 * FEWEST:
+            found = self.read_whole(ids)
+        else:
+            found = [None] * len(ids)
+            order = np.argsort(ids, kind="stable")
+            parts = np.array_split(order, min(pool.workers, len(ids) // FEWEST))
+            read = functools.partial(_read_in_worker, str(self.path), self.split)
+            for rows, (payloads, retries) in zip(parts, pool.map(read, [ids[rows] for rows in parts], PATIENCE)):
+                self._retries_of_workers += retries
+                for row, payload in zip(rows.tolist(), payloads):
+                    found[row] = payload
+        return [self._replaced(sample) if payload is None else payload for sample, payload in zip(ids.tolist(), found)]
+
+    def _read_records(self, shard: int, ids: np.ndarray, rows: np.ndarray, payloads: list[bytes | None]) -> None:
+        """Read the samples `ids` of one shard into `payloads[rows]`."""
+        records = self._indexes[shard][ids - self._starts[shard]]
+        offsets, sizes = records["offset"].astype(np.int64), records["size"].astype(np.int64)
+        self._files.expect(shard, offsets, sizes)
+        read, crc32 = self._files.reader(shard), zlib.crc32
+        contents = [read(size, offset) for size, offset in zip(sizes.tolist(), offsets.tolist())]
+        whole = np.array([crc32(content) for content in contents], np.uint32) == records["crc"]
+        whole &= np.array([len(content) for content in contents]) == sizes
+        good = np.flatnonzero(whole).tolist()
+        tokens = self._encoder.tokens(records[whole], [contents[i] for i in good])
+        for i, ids_of_one in zip(good, tokens):
+            payloads[rows[i]] = ids_of_one.astype(self._dtype).tobytes()
+
+    def _attempt(self, sample: int) -> tuple[bytes, int, int]:
+        """As in `ShardDataset`: the content is that of the tokens, the checksums are those of the record."""
+        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        record = self._indexes[shard][sample - self._starts[shard]]
+        offset, size, expected = int(record["offset"]), int(record["size"]), int(record["crc"])
+        self._files.forget(shard, offset, size)
+        content = self._files.reader(shard)(size, offset)
+        got = zlib.crc32(content) if len(content) == size else -1
+        if got != expected:
+            return b"", expected, got
+        (tokens,) = self._encoder.tokens(self._indexes[shard][sample - self._starts[shard] :][:1], [content])
+        return tokens.astype(self._dtype).tobytes(), expected, got
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(folder: str, split: str) -> IndexedDataset:
+    return IndexedDataset.open(folder, split)
+
+
+def _read_in_worker(folder: str, split: str, ids: np.ndarray) -> tuple[list[bytes | None], int]:
+    """In a worker process: `read_whole`, and how often it read again."""
+    dataset = _opened(folder, split)
+    before = dataset.retries
+    return dataset.read_whole(ids), dataset.retries - before

@@ -90,15 +90,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _stats(options: argparse.Namespace) -> int:
-    from exlm_dist.data.manifest import read_manifest
-    from exlm_dist.data.mirror import data_folder
-    from exlm_dist.prepare.data_check import length_lines
-    from exlm_dist.prepare.summary import Summary
+    from exlm_dist.prepare.data_check import describe_data
 
-    folder = data_folder(options.folder)
-    manifest = read_manifest(folder)
-    print(Summary(folder, manifest, 0.0))
-    print("\n".join(length_lines(manifest)))
+    print(describe_data(options.folder))
     return EXIT_DONE
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from exlm_dist.data.manifest import MEMBERS, TOKENIZER
-from exlm_dist.data.records import encoder_of
+from exlm_dist.data.record_tokens import encoder_of
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.utils.workers import WorkerPool
 

@@ -92,9 +92,7 @@ def _copy(remote: Remote, address: str, manifest: bytes, files: dict[str, str | 
     new = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=folder.parent))
     try:
         for name, expected in files.items():
-            content = _whole(remote, f"{address}/{name}")
-            if expected is not None and (got := hashlib.sha256(content).hexdigest()) != expected:
-                raise DataError(f"{address}/{name}: sha256 {got}, expected {expected} (damaged). Copy it there again.")
+            content = _checked(remote, f"{address}/{name}", expected)
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_bytes(content)
         if SHARDS_AT not in files:
@@ -106,6 +104,16 @@ def _copy(remote: Remote, address: str, manifest: bytes, files: dict[str, str | 
         shutil.rmtree(new, ignore_errors=True)
     if not (folder / _MANIFEST).is_file():
         raise DataError(f"{folder}: the copy of {address} could not be put here. Set EXLM_CACHE to another folder.")
+
+
+def _checked(remote: Remote, address: str, expected: str | None) -> bytes:
+    """The file at `address`, read once more if it is not as expected."""
+    for _ in range(2):
+        content = _whole(remote, address)
+        got = hashlib.sha256(content).hexdigest()
+        if expected in (None, got):
+            return content
+    raise DataError(f"{address}: sha256 {got}, expected {expected} (damaged). Copy it there again.")
 
 
 def _whole(remote: Remote, address: str) -> bytes:

@@ -116,7 +116,7 @@ class RemoteShards:
         self._cache = BlockCache(cache_folder(), cache_limit())
         self._remote = remote or Remote()
         self._open: OrderedDict[tuple[int, int], int] = OrderedDict()
-        self._ahead: dict[tuple[int, int], Callable[[], None]] = {}
+        self._ahead: OrderedDict[tuple[int, int], Callable[[], None]] = OrderedDict()
         self._forgotten = 0
         self._lock = threading.RLock()
 
@@ -138,14 +138,14 @@ class RemoteShards:
         blocks = sorted({block for low, high in zip(first.tolist(), last.tolist()) for block in range(low, high + 1)})
         missing = [block for block in blocks if not self._is_here(shard, block)]
         for start in range(0, len(missing), AT_A_TIME):
-            some = missing[start : start + AT_A_TIME]
-            for block in some:
-                self._start(shard, block)
-            for block in some:
-                self._ahead.pop((shard, block))()
+            results = [self._started(shard, block) for block in missing[start : start + AT_A_TIME]]
+            for result in results:
+                result()
         after = blocks[-1] + 1
         if missing and after * BLOCK < self._sizes[shard] and not self._is_here(shard, after):
-            self._start(shard, after)
+            self._ahead[shard, after] = self._started(shard, after)
+            while len(self._ahead) > AT_A_TIME:
+                self._ahead.popitem(last=False)
 
     def forget(self, shard: int, offset: int, size: int) -> None:
         self._forgotten += 1
@@ -157,11 +157,9 @@ class RemoteShards:
         for shard, block in list(self._open):
             self._close_block(shard, block)
 
-    def _start(self, shard: int, block: int) -> None:
-        """Begin to fetch a block in the background, unless that has begun."""
-        self._ahead = {key: result for key, result in self._ahead.items() if not self._is_here(*key)}
-        if (shard, block) not in self._ahead:
-            self._ahead[shard, block] = in_background(partial(self._fetch, shard, block))
+    def _started(self, shard: int, block: int) -> Callable[[], None]:
+        """Fetching a block in the background, begun now or earlier; calling it waits for the end."""
+        return self._ahead.pop((shard, block), None) or in_background(partial(self._fetch, shard, block))
 
     def _fetch(self, shard: int, block: int) -> None:
         start, size = block * BLOCK, self._sizes[shard]

@@ -17,6 +17,7 @@ from exlm_dist.utils.errors import DataError
 BLOCK = tarfile.BLOCKSIZE
 #: The largest member that is read as a sample, and the longest name.
 MOST_BYTES, LONGEST_NAME = 64 << 20, 64 << 10
+#: First bytes of a compressed file, and the program that unpacks it.
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _OTHER = {
@@ -87,6 +88,8 @@ def read_members(stream: ShardStream) -> Iterator[Member]:
     while True:
         start = stream.position
         header = stream.read(BLOCK)
+        if start == 0:
+            _refuse_compressed(stream.name, header)
         if len(header) < BLOCK:
             raise _no_end(stream.name, start, len(header))
         if not any(header):
@@ -123,18 +126,16 @@ def _parsed(name: str, header: bytes, start: int) -> tarfile.TarInfo:
     try:
         return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        kind = next((kind for magic, kind in _COMPRESSED.items() if start == 0 and header.startswith(magic)), None)
-        if kind:
-            raise DamagedShard(
-                f"{name}: is compressed as a whole ({kind}), so no sample in it can be read without all before it. "
-                f"Decompress it ({_decompress(kind, name)}) and index the tar; members in it may be gzipped each."
-            ) from error
         raise DamagedShard(f"{name}: no header of a tar at byte {start} ({error}). {_AGAIN}") from error
 
 
-def _decompress(kind: str, name: str) -> str:
-    tool = {"gzip": "gunzip -k", "zstd": "unzstd", "bzip2": "bunzip2 -k", "xz": "unxz -k"}[kind]
-    return f"{tool} {name}"
+def _refuse_compressed(name: str, header: bytes) -> None:
+    for magic, tool in _COMPRESSED.items():
+        if header.startswith(magic):
+            raise DamagedShard(
+                f"{name}: is compressed as a whole, so no sample in it can be read without all before it. Unpack it "
+                f"and index the tar (members in it may be gzipped each): {tool} -dc {name} > NEW.tar"
+            )
 
 
 def _content(stream: ShardStream, start: int, size: int, name: str = "") -> bytes:

@@ -18,6 +18,7 @@ from exlm_dist.data.shard_files import open_shards
 from exlm_dist.data.shards import token_dtype
 from exlm_dist.data.tar_members import DamagedShard
 from exlm_dist.prepare.shard_index import shard_stream
+from exlm_dist.prepare.summary import Summary
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.files import sha256_file
@@ -92,15 +93,16 @@ def draw(place: Path | str, split: str, count: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
 
 
-def length_lines(manifest: dict[str, Any]) -> list[str]:
-    """How long the sequences of each split are: quantiles in tokens with BOS and EOS."""
-    lines = []
+def describe_data(place: Path | str) -> str:
+    """The counts of a folder, and how long the sequences of each split are, in tokens with BOS and EOS."""
+    folder = data_folder(place)
+    manifest = read_manifest(folder)
+    lines = [str(Summary(folder, manifest, 0.0))]
     for split in SPLITS:
-        counts = np.array(manifest["splits"][split]["length_histogram"])
-        below = np.cumsum(counts)
+        below = np.cumsum(manifest["splits"][split]["length_histogram"])
         found = [int(np.searchsorted(below, fraction * below[-1])) for fraction in (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)]
         lines.append(f"{split}: 1 %, 25 %, 50 %, 75 %, 99 %, longest: {', '.join(map(str, found))} tokens")
-    return lines
+    return "\n".join(lines)
 
 
 def _shard_problem(place: str, shard: dict[str, Any]) -> str:

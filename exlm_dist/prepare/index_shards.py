@@ -18,8 +18,9 @@ import numpy as np
 
 from exlm_dist.data.manifest import MEMBERS, QUARANTINE, SPLITS, ShardEntry
 from exlm_dist.data.mirror import SHARDS_AT
-from exlm_dist.data.places import common_root, expand_places
+from exlm_dist.data.places import common_root
 from exlm_dist.data.sample_text import ENDINGS, FORBIDDEN, ending_of
+from exlm_dist.data.shard_patterns import expand_places
 from exlm_dist.prepare.folder import (
     VALID_FRACTION,
     check_fraction,

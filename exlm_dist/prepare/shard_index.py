@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from exlm_dist.data.places import address_of
-from exlm_dist.data.records import RECORD_DTYPE, RecordEncoder, encoder_of
+from exlm_dist.data.record_tokens import RECORD_DTYPE, RecordEncoder, encoder_of
 from exlm_dist.data.remote import Remote
 from exlm_dist.data.sample_text import FORBIDDEN, FORMS, Ending, Unusable, ending_of, split_content
 from exlm_dist.data.tar_members import DamagedShard, Member, ShardStream, read_members

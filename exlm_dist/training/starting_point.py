@@ -59,6 +59,7 @@ def find_starting_point(
     process.run_everywhere(lambda: _check_settings(config, process))
     path = Path(process.run_on_first_rank(lambda: _open_folder(config, resources)))
     train_data = process.run_everywhere(lambda: _open_split(config, "train"))
+    resources.callback(train_data.close)
     valid_data = None
     if train_data.manifest["splits"]["valid"]["shards"]:
         valid_data = process.run_everywhere(lambda: _open_split(config, "valid"))

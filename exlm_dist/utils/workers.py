@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -66,9 +67,11 @@ class WorkerPool:
         except TimeoutError as error:
             raise DataError(f"the worker processes that read data gave nothing within {seconds:g} s.") from error
 
-    def close(self) -> None:
-        """End the workers."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    def close(self, limit: float = 10.0) -> None:
+        """End the workers, for which it waits at most `limit` seconds; they never keep the process alive."""
+        ending = threading.Thread(target=self._pool.shutdown, kwargs={"cancel_futures": True}, daemon=True)
+        ending.start()
+        ending.join(limit)
 
 
 def _begin() -> None:

@@ -14,6 +14,7 @@ from exlm_dist.data.manifest import SPLITS, read_manifest
 from exlm_dist.data.mirror import data_folder, shard_root
 from exlm_dist.data.opening import open_dataset
 from exlm_dist.data.places import joined
+from exlm_dist.data.remote import NotGiven
 from exlm_dist.data.shard_files import open_shards
 from exlm_dist.data.shards import token_dtype
 from exlm_dist.data.tar_members import DamagedShard
@@ -109,7 +110,7 @@ def _shard_problem(place: str, shard: dict[str, Any]) -> str:
     stream = shard_stream(place, shard["size"])
     try:
         size = stream.skip(1 << 62)
-    except DamagedShard as error:
+    except (DamagedShard, NotGiven) as error:
         return str(error)
     if size != shard["size"]:
         return f"{place}: {size} bytes, expected {shard['size']}"

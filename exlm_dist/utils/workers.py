@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from typing import TypeVar
 
-from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.errors import EXIT_RETRY, DataError
 from exlm_dist.utils.signals import die_with_parent
 
 Item = TypeVar("Item")
@@ -48,6 +48,12 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+class WorkerLost(DataError):
+    """A worker process that died or hangs; a later start may succeed."""
+
+    exit_code = EXIT_RETRY
+
+
 class WorkerPool:
     """Worker processes that stay, for the short tasks of a process that goes on. They end with the thread that makes
     the pool."""
@@ -58,14 +64,14 @@ class WorkerPool:
         self._started = _submit(self._pool, abs, 0)
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item], seconds: float) -> list[Result]:
-        """`function` (picklable) of every item, in order. DataError if a worker died or none answers in time."""
+        """`function` (picklable) of every item, in order. WorkerLost if a worker died or none answers in time."""
         try:
             self._started.result(seconds)
             return list(self._pool.map(function, items, timeout=seconds))
         except BrokenProcessPool as error:
-            raise DataError("a worker process that reads data died (killed for memory?). Start again.") from error
+            raise WorkerLost("a worker process that reads data died (killed for memory?). Start again.") from error
         except TimeoutError as error:
-            raise DataError(f"the worker processes that read data gave nothing within {seconds:g} s.") from error
+            raise WorkerLost(f"the worker processes that read data gave nothing within {seconds:g} s.") from error
 
     def close(self, limit: float = 10.0) -> None:
         """End the workers, for which it waits at most `limit` seconds; they never keep the process alive."""

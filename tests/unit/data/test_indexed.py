@@ -105,6 +105,18 @@ def test_workers_give_the_same_and_end_with_the_data_set(molecules):
         assert not process.is_alive()
 
 
+def test_a_worker_that_is_killed_ends_the_reading_with_the_code_for_a_new_start(molecules):
+    dataset = open_dataset(molecules, "train", workers=1)
+    dataset.read(np.arange(100))
+    for process in dataset._workers._pool._processes.values():
+        process.kill()
+    with pytest.raises(DataError, match="a worker process that reads data died") as caught:
+        for _ in range(3):
+            dataset.read(np.arange(100))
+    assert caught.value.exit_code == 76
+    dataset.close()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_damage_is_named_replaced_alike_and_counted(molecules, workers):
     whole = open_dataset(molecules, "train")

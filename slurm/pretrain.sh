@@ -116,13 +116,16 @@ messages() { # what the ranks reported, each message once
     awk 'NF && !seen[$0]++' "$EXLM_ERRORS"/rank-*[0-9] 2>/dev/null | head -n 20
 }
 
-may_restart() { # counts attempts in a row without a newer checkpoint, over all starts of this job
-    local step=0 count=0
+few=3 # steps; a job that has time for less would wait in the queue for each of them
+may_restart() { # counts attempts in a row that saved less than $1 further steps, over all starts of this job
+    local step=0 count=0 aim
     [ ! -e "$logs/stalled" ] || read -r step count <"$logs/stalled"
-    [ "$(newest)" = "$step" ] || count=0
+    [ $(($(newest) - step)) -lt "$1" ] || count=0
     echo "$(newest) $((count + 1))" >"$logs/stalled"
     [ "$count" -ge "$restarts" ] || return 0
-    say "stopped: $count restarts (launch.restarts) and none got past the checkpoint of step $(newest)"
+    aim="past the checkpoint of step $(newest)"
+    [ "$1" = 1 ] || aim="$1 steps on before it was time to save: give the job more time (--time, or a later signal)"
+    say "stopped: $count restarts (launch.restarts) and none got $aim"
     return 1
 }
 
@@ -150,7 +153,12 @@ while :; do
         say "stopped: a restart would end in the same way"
         exit "$code"
     fi
-    # An attempt that saved a newer checkpoint does not count: it cannot repeat for ever.
-    if [ "$code" != 75 ] || [ "$(newest)" = "$before" ]; then may_restart || exit 78; fi
+    # An attempt that saved a newer checkpoint does not count: it cannot repeat for ever. One that ended to save must
+    # have done more than that.
+    if [ "$code" != 75 ]; then
+        may_restart 1 || exit 78
+    elif [ $(($(newest) - before)) -lt "$few" ]; then
+        may_restart "$few" || exit 78
+    fi
     [ -z "$queue" ] || requeue "$queue"
 done

@@ -3,7 +3,7 @@ have nothing else (Python can be inside the container).
 
 What `PRETRAIN` does with the exit codes of `exlm_dist.utils.errors`: 0 ends the job; 75 requeues it; after a lost rank
 the ranks are restarted inside the allocation, which takes seconds; all others end it. More than `launch.restarts`
-attempts in a row without a newer checkpoint end the job with 78.
+attempts in a row without a newer checkpoint, or with a few steps in the time that the job has, end the job with 78.
 """
 
 from __future__ import annotations
@@ -128,13 +128,16 @@ messages() { # what the ranks reported, each message once
     awk 'NF && !seen[$0]++' "$EXLM_ERRORS"/rank-*[0-9] 2>/dev/null | head -n 20
 }
 
-may_restart() { # counts attempts in a row without a newer checkpoint, over all starts of this job
-    local step=0 count=0
+few=3 # steps; a job that has time for less would wait in the queue for each of them
+may_restart() { # counts attempts in a row that saved less than $1 further steps, over all starts of this job
+    local step=0 count=0 aim
     [ ! -e "$logs/stalled" ] || read -r step count <"$logs/stalled"
-    [ "$(newest)" = "$step" ] || count=0
+    [ $(($(newest) - step)) -lt "$1" ] || count=0
     echo "$(newest) $((count + 1))" >"$logs/stalled"
     [ "$count" -ge "$restarts" ] || return 0
-    say "stopped: $count restarts (launch.restarts) and none got past the checkpoint of step $(newest)"
+    aim="past the checkpoint of step $(newest)"
+    [ "$1" = 1 ] || aim="$1 steps on before it was time to save: give the job more time (--time, or a later signal)"
+    say "stopped: $count restarts (launch.restarts) and none got $aim"
     return 1
 }
 
@@ -162,8 +165,13 @@ while :; do
         say "stopped: a restart would end in the same way"
         exit "$code"
     fi
-    # An attempt that saved a newer checkpoint does not count: it cannot repeat for ever.
-    if [ "$code" != 75 ] || [ "$(newest)" = "$before" ]; then may_restart || exit 78; fi
+    # An attempt that saved a newer checkpoint does not count: it cannot repeat for ever. One that ended to save must
+    # have done more than that.
+    if [ "$code" != 75 ]; then
+        may_restart 1 || exit 78
+    elif [ $(($(newest) - before)) -lt "$few" ]; then
+        may_restart "$few" || exit 78
+    fi
     [ -z "$queue" ] || requeue "$queue"
 done
 """

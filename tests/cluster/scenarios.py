@@ -34,7 +34,8 @@ SCENARIOS = {
     "hang": ["[ $RANK = 0 ] && exit 76; sleep 600", "exit 0"],
     "saved": ["checkpoint 1; exit 75", "exit 0"],
     "stuck": ["exit 76"] * 9,
-    "slow": ["sleep 0.5; checkpoint 1; exit 75", *["exit 75"] * 9],
+    "slow": ["sleep 0.5; checkpoint 3; exit 75", *["exit 75"] * 9],
+    "short": [f"checkpoint {step}; exit 75" for step in range(1, 10)],
     "moving": [
         "checkpoint 1; exit 76",
         "checkpoint 2; exit 76",

@@ -24,7 +24,8 @@ LIMIT = 120.0
         ("crash", 1, 1, 0, "Traceback: a bug"),
         ("refused", 2, 0, 0, ""),
         ("stuck", 78, RESTARTS + 1, 0, "none got past the checkpoint of step 0"),
-        ("slow", 78, RESTARTS + 2, RESTARTS + 1, "none got past the checkpoint of step 1"),
+        ("slow", 78, RESTARTS + 2, RESTARTS + 1, "none got 3 steps on before it was time to save"),
+        ("short", 78, RESTARTS + 1, RESTARTS, "none got 3 steps on before it was time to save"),
     ],
 )
 def test_an_end(scenarios, scenario, code, number_of_starts, requeues, words):

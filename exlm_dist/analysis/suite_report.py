@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from exlm_dist.suites.suite_table import (
 )
 from exlm_dist.tables.table_writer import TableWriter
 from exlm_dist.utils.files import write_atomic
+from exlm_dist.utils.locks import lock
 
 REPORT, PAGE, CSV = "report", "report.md", "results.csv"
 #: Unreadable rows of a task that are listed.
@@ -37,8 +37,8 @@ def suite_report(out: Path) -> Path:
     page. CheckpointError if a file in the folder is damaged."""
     folder = out / REPORT
     folder.mkdir(exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes the last one has all results
+    with open(folder / ".lock", "w") as file:
+        lock(file.fileno(), file.name, wait=True)  # of several processes the last one has all results
         table = read_table(out)
         if table.entries:
             _write_csv(table, folder / CSV)

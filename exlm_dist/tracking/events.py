@@ -24,6 +24,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from exlm_dist.utils.locks import lock
 from exlm_dist.utils.logs import get_logger
 
 EVENTS = "events.jsonl"
@@ -267,8 +268,9 @@ class EventLog:
     def _exclusive(self) -> Iterator[None]:
         """One writer at a time among threads and processes."""
         with self._lock:
-            fcntl.flock(self._handle, fcntl.LOCK_EX)
+            locked = lock(self._handle, self.path, wait=True)
             try:
                 yield
             finally:
-                fcntl.flock(self._handle, fcntl.LOCK_UN)
+                if locked:
+                    fcntl.flock(self._handle, fcntl.LOCK_UN)

@@ -110,7 +110,7 @@ def _register_launch(commands: Commands) -> None:
     slurm.add_argument("--partition", default="gpu", help="partition of the cluster")
     slurm.add_argument("--nodes", type=int, default=2, help="nodes")
     slurm.add_argument("--gpus-per-node", type=int, default=8, help="GPUs, and ranks, per node; 0: none")
-    slurm.add_argument("--tasks-per-node", type=int, default=0, help="ranks per node; 0: one per GPU")
+    slurm.add_argument("--tasks-per-node", type=int, default=0, help="ranks per node without GPUs; 0: one per GPU")
     slurm.add_argument("--time", default="24:00:00", help="time limit of one start; the job requeues itself until done")
     slurm.add_argument("--warning", type=int, default=300, help="seconds before the limit at which the ranks save")
     slurm.add_argument("--array", default="", help="indices of array tasks, say 1-8%%2; needs --sweep")

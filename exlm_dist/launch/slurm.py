@@ -35,7 +35,8 @@ USES = {
 class Job:
     """What a user decides about a job; everything else is derived on the cluster.
 
-    `gpus_per_node` 0: a job without GPUs, with `tasks_per_node` ranks on each node. `warning`: seconds before the time
+    `gpus_per_node` 0: a job without GPUs, with `tasks_per_node` ranks on each node; else there is one for each GPU.
+    `warning`: seconds before the time
     limit at which the ranks are asked to save (Slurm may be a minute early). ConfigError for what Slurm would refuse.
     """
 
@@ -54,6 +55,11 @@ class Job:
             if getattr(self, name) < least:
                 option = "--" + name.replace("_", "-")
                 raise ConfigError(f"{option} is {getattr(self, name)}. Give {least} or more.")
+        if self.gpus_per_node and self.tasks_per_node not in (0, self.gpus_per_node):
+            raise ConfigError(
+                f"--tasks-per-node is {self.tasks_per_node} and --gpus-per-node {self.gpus_per_node}, but a rank uses "
+                f"one GPU. Leave out --tasks-per-node, or give --gpus-per-node {self.tasks_per_node} (0: no GPUs)."
+            )
         for name in ("account", "partition", "time", "array"):
             if any(character.isspace() for character in getattr(self, name)):
                 raise ConfigError(
@@ -114,8 +120,6 @@ def _editable(job: Job) -> list[str]:
 
 def _derived(job: Job) -> list[str]:
     lines = [f"--job-name=exlm-{job.kind}", "--output=slurm-%x-%j.log", "--open-mode=append", "--requeue"]
-    if job.gpus_per_node and job.tasks_per_node:
-        lines.append(f"--ntasks-per-node={job.tasks_per_node}")
     if job.kind != "evaluate":
         lines += ["--exclusive", "--mem=0"]  # whole nodes
     if job.kind == "pretrain":

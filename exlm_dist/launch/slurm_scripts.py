@@ -48,18 +48,43 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && [ -n "${EXLM_SWEEP:-}" ]; then"""
     + _LINE_OF_TASK
 )
 
-PRETRAIN = r"""
+#: Sets `per_node`: ranks on each node. Needs `refuse`.
+RANKS_PER_NODE = r"""
+# Ranks: one for each GPU that a step has on a node, whichever option has asked for them (--gpus-per-node, --gres,
+# --gpus, --gpus-per-task); without GPUs as many as --ntasks-per-node or --ntasks say, else one.
+nodes=$SLURM_JOB_NUM_NODES
+per_node=${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-0} / nodes))}
+[ "${SLURM_NTASKS:-$((per_node * nodes))}" = $((per_node * nodes)) ] ||
+    refuse "$SLURM_NTASKS tasks (--ntasks) on $nodes nodes: give --ntasks-per-node instead"
+if [ -n "${SLURM_GPUS_PER_TASK:-}" ]; then
+    [ "${SLURM_GPUS_PER_TASK##*:}" = 1 ] || refuse "--gpus-per-task=$SLURM_GPUS_PER_TASK, but a rank uses 1 GPU"
+    [ "$per_node" -gt 0 ] || refuse "--gpus-per-task without the number of tasks: give --ntasks-per-node"
+else
+    gpus=$(srun --mpi=none --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
+        bash -c 'echo "${SLURM_GPUS_ON_NODE:-0}"' | sort -nu | xargs) ||
+        gpus=${SLURM_GPUS_ON_NODE:-0} # a node may be lost: seen when the ranks are started
+    [[ $gpus != *" "* ]] || refuse "the nodes of this job have ${gpus// / and } GPUs: ask for as many on each" \
+        "(--gpus-per-node)"
+    [ "$per_node" -gt 0 ] || per_node=$gpus
+    [ "$gpus" = 0 ] || [ "$per_node" = "$gpus" ] || refuse "$per_node tasks on each node, but $gpus GPUs, and a rank" \
+        "uses one: leave out the number of tasks (--ntasks-per-node, --ntasks), or give --gpus-per-node=$per_node"
+fi
+[ "$per_node" -gt 0 ] || per_node=1
+"""
+
+PRETRAIN = (
+    r"""
 job=$SLURM_JOB_ID # as scontrol names it: a task of an array is 12_1
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-
-# Ranks: one per GPU, or --ntasks-per-node of them if that is given. Slurm numbers them; they need no ssh.
-gpus=${SLURM_GPUS_PER_NODE:-0}
-per_node=${SLURM_NTASKS_PER_NODE:-${gpus##*:}}
-[ "$per_node" -gt 0 ] || per_node=1
+refuse() { say "error: $*"; exit 2; }
+"""
+    + RANKS_PER_NODE
+    + r"""
+# Slurm numbers the ranks; they need no ssh.
 cpus=$((SLURM_CPUS_ON_NODE / per_node))
 [ "$cpus" -gt 0 ] || cpus=1
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export LOCAL_WORLD_SIZE=$per_node WORLD_SIZE=$((SLURM_JOB_NUM_NODES * per_node)) OMP_NUM_THREADS=$cpus
+export LOCAL_WORLD_SIZE=$per_node WORLD_SIZE=$((nodes * per_node)) OMP_NUM_THREADS=$cpus
 # The address that Slurm itself uses: names of nodes need not resolve everywhere.
 MASTER_ADDR=$(scontrol -o show node "$first" | grep -o ' NodeAddr=[^ ]*' | cut -d= -f2)
 export MASTER_ADDR
@@ -99,7 +124,7 @@ run_ranks() { # sets `code`: the largest exit code of the ranks, 128 and more fo
     rm -f "$EXLM_ERRORS"/rank-*
     # block: consecutive ranks, those of a tensor-parallel group, are on one node.
     # --wait: ranks that have not noticed after so many seconds that another one has ended are killed.
-    srun --mpi=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$WORLD_SIZE" --ntasks-per-node="$per_node" \
+    srun --mpi=none --nodes="$nodes" --ntasks="$WORLD_SIZE" --ntasks-per-node="$per_node" \
         --distribution=block --cpus-per-task="$cpus" --kill-on-bad-exit=0 --wait="${EXLM_GRACE:-60}" \
         --open-mode=append --output="$logs/node-%n-%N.log" \
         "${container[@]}" bash -c "$rank" rank "${exlm[@]}" pretrain "$config" "${overrides[@]}" &
@@ -175,6 +200,7 @@ while :; do
     [ -z "$queue" ] || requeue "$queue"
 done
 """
+)
 
 EVALUATE = r"""
 say "exlm evaluate $*"

@@ -35,6 +35,23 @@ def test_an_end(scenarios, scenario, code, number_of_starts, requeues, words):
     assert job.starts() == number_of_starts and words in job.log(), job.log()
 
 
+@pytest.mark.parametrize(
+    "scenario, code, words",
+    [
+        ("gres", 0, "4 ranks on"),
+        ("total", 0, "2 ranks on"),
+        ("tasks", 0, "4 ranks on"),
+        ("uneven", 2, "the nodes of this job have 1 and 2 GPUs"),
+        ("unused", 2, "1 tasks on each node, but 2 GPUs"),
+        ("odd", 2, "3 tasks (--ntasks) on 2 nodes"),
+    ],
+)
+def test_a_rank_for_each_gpu_whichever_option_asks_for_them(scenarios, scenario, code, words):
+    job = scenarios[scenario]
+    assert job.wait(LIMIT) == ("FAILED" if code else "COMPLETED"), job.log()
+    assert job.facts()["ExitCode"] == f"{code}:0" and words in job.log(), job.log()
+
+
 def test_the_warning_before_the_time_limit_reaches_the_ranks_at_once(slurm: Slurm, scenarios):
     job = scenarios["warned"]
     run_until((slurm.folder / "scenario-warned" / "ready").exists, job, "rank", LIMIT)

@@ -12,7 +12,10 @@ from exlm_dist.training.checkpointer import Checkpointer
 def seconds(parameters: float, ranks: int) -> float:
     """Of a save, where none was measured."""
     checkpointer = object.__new__(Checkpointer)
-    checkpointer._engine, checkpointer._process = SimpleNamespace(num_parameters=parameters), SimpleNamespace(world=ranks)
+    checkpointer._engine, checkpointer._process = (
+        SimpleNamespace(num_parameters=parameters),
+        SimpleNamespace(world=ranks),
+    )
     checkpointer.saver, checkpointer._slowest_save = SimpleNamespace(busy=False), 0.0
     return checkpointer.seconds_to_save(due=False)
 

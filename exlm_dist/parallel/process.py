@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from exlm_dist.config.schema import LaunchConfig, ParallelConfig
 from exlm_dist.kernels.determinism import compute_repeatably
+from exlm_dist.parallel import devices
 from exlm_dist.parallel.compiler import leave_compiler_unloaded
 from exlm_dist.parallel.layout import Layout
 from exlm_dist.parallel.network import interface_towards
@@ -116,14 +117,14 @@ class Process:
 def start(launch: LaunchConfig, parallel: ParallelConfig | None = None) -> Process:
     """Join the process group of the job and make those of the layout.
 
-    ConfigError for a layout that does not fit the ranks, a missing device, or a rendezvous address that is missing or
-    in use; PeerLost if not all ranks meet in time.
+    ConfigError for a layout that does not fit the ranks, devices that are missing or that do not fit together, or a
+    rendezvous address that is missing or in use; PeerLost if not all ranks meet in time.
     """
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
     rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     layout = Layout.of(parallel or ParallelConfig(), world)
-    device = choose_device(launch.device, local_rank)
+    device, found = _find_device(launch.device, local_rank, alone=world == 1)
     # Left to pick its accelerator itself, DeepSpeed warns, and on a GPU machine it ignores `launch.device: cpu`.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     torch.set_num_threads(threads(launch.threads, local_world(world)))
@@ -131,7 +132,7 @@ def start(launch: LaunchConfig, parallel: ParallelConfig | None = None) -> Proce
         torch.cuda.set_device(device)
         compute_repeatably()
     timeout = timedelta(seconds=launch.timeout)
-    _join("nccl" if device.type == "cuda" else "gloo", rank, world, timeout)
+    _join("nccl" if device.type == "cuda" else "gloo", rank, world, timeout, found)
     if device.type == "cpu":  # where a second of a core counts, and every layout is tested without it
         leave_compiler_unloaded()
     dist.new_group = functools.partial(_new_group, timeout=timeout)
@@ -139,7 +140,18 @@ def start(launch: LaunchConfig, parallel: ParallelConfig | None = None) -> Proce
     return Process(rank, world, local_rank, device, control, Grid.make(layout, rank))
 
 
-def _join(backend: str, rank: int, world: int, timeout: timedelta) -> None:
+def _find_device(wanted: str, local_rank: int, *, alone: bool) -> tuple[torch.device, devices.Found]:
+    """The device of this rank, and what the others are told of it. ConfigError if there is none and nobody to tell."""
+    try:
+        device = devices.choose_device(wanted, local_rank)
+    except ConfigError as error:
+        if alone:
+            raise
+        return torch.device("cpu"), devices.look(None, str(error))
+    return device, devices.look(device)
+
+
+def _join(backend: str, rank: int, world: int, timeout: timedelta, found: devices.Found) -> None:
     if world == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
@@ -154,7 +166,11 @@ def _join(backend: str, rank: int, world: int, timeout: timedelta) -> None:
     if interface := interface_towards(address):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:
-        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=timeout)
+        store, *_ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+        store.set_timeout(timeout)
+        devices.agree(store, rank, world, found)
+        store = dist.PrefixStore("default_pg", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             if errors.CHOSEN_PORT in os.environ:
@@ -210,22 +226,6 @@ def lost_peer(error: BaseException) -> bool:
         "NCCL",
     )
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
-
-
-def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """Device of this rank; ConfigError if CUDA is requested but absent, or has too few devices."""
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if count == 0:
-        raise ConfigError(
-            "launch.device is cuda but torch sees no CUDA device. Set launch.device auto, or check the driver."
-        )
-    if local_rank >= count:
-        raise ConfigError(
-            f"local rank {local_rank} has no GPU: this machine has {count}. Start at most {count} processes here."
-        )
-    return torch.device("cuda", local_rank)
 
 
 def local_world(world: int) -> int:

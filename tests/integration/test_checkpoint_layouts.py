@@ -73,7 +73,7 @@ def load_and_save(process, settings, cases):
     from exlm_dist.training.session import build_session
     from exlm_dist.training.starting_point import find_starting_point
 
-    plain = engines.deepspeed_config
+    plain, reads = engines.deepspeed_config, count_reads()
 
     def all_partitioned(*arguments):
         result = plain(*arguments)
@@ -94,8 +94,12 @@ def load_and_save(process, settings, cases):
         placed = dataclasses.replace(process, grid=grid)
         with Resources() as resources:
             start = find_starting_point(config, placed, resources)
+            reads.clear()
             session = build_session(config, placed, start, resources)
             assert session.step == STEP
+            if stage in (1, 2) and not degrees:  # with degrees also what other ranks save for this one
+                owned = sum(part.numel for part in session.checkpointer.saver._parts)
+                assert sum(reads) == 3 * owned, "it has read other elements than its own parameters and moments"
             compare_weights(session.engine, Path(config.runs) / "run/checkpoints" / f"step-{STEP:08d}")
             session.step += 1
             delay_copy(session.checkpointer.saver)
@@ -105,6 +109,20 @@ def load_and_save(process, settings, cases):
                 session.checkpointer.attend()
             session.engine.close()
             resources.status = "KILLED"
+
+
+def count_reads():
+    """A list that grows by the number of elements of each read from a checkpoint."""
+    from exlm_dist.checkpoint.tensors import TensorReader
+
+    plain, numbers = TensorReader.read, []
+
+    def read(reader, name, moment, part, start, stop):
+        numbers.append(stop - start)
+        return plain(reader, name, moment, part, start, stop)
+
+    TensorReader.read = read
+    return numbers
 
 
 def delay_copy(saver):

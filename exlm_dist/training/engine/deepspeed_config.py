@@ -69,6 +69,7 @@ def deepspeed_config(config: RunConfig, process: Process, dtype: torch.dtype, nu
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice for each micro-batch
     }
     if process.grid.pipeline.size > 1:
         # By default activations are split over the tensor ranks and gathered again on the next stage, on the assumption

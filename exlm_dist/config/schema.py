@@ -326,7 +326,11 @@ class WatchdogConfig(Section):
     """How long a rank may make no progress before the job is ended (exit code 76). Seconds; 0: no limit. Keep them below
     `launch.timeout`, so that the rank that hangs is reported before the others give up waiting for it."""
 
-    start: int = Field(540, ge=0, description="From the start of the process to the end of the first step.")
+    start: int = Field(
+        540,
+        ge=0,
+        description="For each part of the start: imports, meeting the other ranks, data, checkpoint, model, weights, first step.",
+    )
     step: int = Field(300, ge=0, description="For one micro-batch, or the reduction and update at the end of a step.")
     save: int = Field(540, ge=0, description="For one checkpoint.")
     evaluation: int = Field(540, ge=0, description="For one batch of an evaluation.")

@@ -20,8 +20,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-#: What a rank can be doing; each phase has a limit in the section `watchdog` of the configuration.
-PHASES = ("start", "step", "save", "evaluation", "end")
+#: What a rank can be doing, in this order: imports and the parts of the start that follow them, then the run.
+PHASES = ("start", "start/meet", "start/data", "start/checkpoint", "start/model", "start/weights", "start/first step")
+PHASES += ("step", "save", "evaluation", "end")
 #: Phase, step, beats so far, time of the last one (CLOCK_MONOTONIC, which all processes of a node have in common).
 BEAT = struct.Struct("<qqqd")
 #: Asks a rank for its stacks; its faulthandler answers even while a C call has the interpreter lock.
@@ -84,6 +85,11 @@ def read_ranks(folder: Path) -> list[Rank]:
     return ranks
 
 
+def limit_of(phase: str) -> str:
+    """Name of its limit in the section `watchdog` of the configuration; that of `start` counts for each part of it."""
+    return phase.partition("/")[0]
+
+
 def remove(path: Path) -> None:
     """Remove the files of the rank whose registration is `path`."""
     for suffix in (".json", ".beat", ".stack"):
@@ -100,8 +106,9 @@ def watch(folder: Path, limits: Mapping[str, float]) -> None:
         if now - seen > POLL + SUSPENDED:
             excused = now
         seen = now
+        allowed = {rank.rank: limits[limit_of(rank.phase)] for rank in ranks}
         late = {
-            rank.rank for rank in ranks if limits[rank.phase] and now - max(rank.moment, excused) > limits[rank.phase]
+            rank.rank for rank in ranks if allowed[rank.rank] and now - max(rank.moment, excused) > allowed[rank.rank]
         }
         if late & suspects:  # seen twice, so the beat was not read half-written
             end_job(folder, ranks, limits)
@@ -179,6 +186,7 @@ def find_culprits(ranks: list[Rank], stacks: Mapping[int, str]) -> list[Rank]:
 def describe(culprits: list[Rank], limits: Mapping[str, float], now: float) -> str:
     """One sentence: which ranks hang, for how long, in which phase, and its limit."""
     first = culprits[0]
+    limit = limit_of(first.phase)
     seconds = now - max(rank.moment for rank in culprits)
     who = (
         f"rank {first.rank} has"
@@ -188,7 +196,7 @@ def describe(culprits: list[Rank], limits: Mapping[str, float], now: float) -> s
     why = {"T": " (the process is stopped, by SIGSTOP or a debugger)", "D": " (the process waits for a device)"}
     return (
         f"{who} hung for {seconds:.0f} s in phase {first.phase}, after {first.step} steps"
-        f"{why.get(first.state.upper(), '')}; the limit watchdog.{first.phase} is {limits[first.phase]:g} s"
+        f"{why.get(first.state.upper(), '')}; the limit watchdog.{limit} is {limits[limit]:g} s"
     )
 
 

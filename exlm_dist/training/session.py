@@ -72,10 +72,11 @@ def build_session(config: RunConfig, process: Process, start: StartingPoint, res
     What has to be closed is pushed on `resources` as soon as it is open. ConfigError and CheckpointError as their
     parts raise them.
     """
+    heartbeat.enter("start/model")
     loader = process.run_everywhere(lambda: _loader(config, process, start))
     resources.callback(loader.close)
     length = float(start.train_data.lengths.mean()) + 2
-    engine = build_engine(config, process, start.train_data.vocab_size, length)
+    engine = build_engine(config, process, start.train_data.vocab_size, length, drawn=start.checkpoint is None)
     saver = Saver(
         start.path,
         engine,
@@ -85,6 +86,7 @@ def build_session(config: RunConfig, process: Process, start: StartingPoint, res
         log=start.path / EVENTS,
     )
     resources.callback(saver.close)
+    heartbeat.enter("start/weights")
     init = start.state.get("init")
     if start.checkpoint is not None:
         _resume(process, start, loader, engine, saver)

@@ -12,6 +12,7 @@ from exlm_dist.checkpoint.hf_export import is_export
 from exlm_dist.checkpoint.weights_only import describe_origin
 from exlm_dist.config import RunConfig, check_vocabulary, check_world
 from exlm_dist.data.shards import ShardDataset
+from exlm_dist.launch import heartbeat
 from exlm_dist.parallel.process import Process
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.training.advice import new_run_command
@@ -55,6 +56,7 @@ def find_starting_point(
     cannot be used, CheckpointError where the folder is in use, none of its checkpoints is whole, or they belong to
     another run.
     """
+    heartbeat.enter("start/data")
     process.run_everywhere(lambda: _check_settings(config, process))
     path = Path(process.run_on_first_rank(lambda: _open_folder(config, resources)))
     train_data = process.run_everywhere(lambda: _open_split(config, "train"))
@@ -62,6 +64,7 @@ def find_starting_point(
     if train_data.manifest["splits"]["valid"]["shards"]:
         valid_data = process.run_everywhere(lambda: _open_split(config, "valid"))
     check_vocabulary(train_data.vocab_size, config.parallel.tensor)
+    heartbeat.enter("start/checkpoint")
     folder, state = select_checkpoint(path, process) or (None, {"step": 0, "progress": {}})
     step, changes, source = state["step"], [], None
     if folder is not None:

@@ -74,6 +74,7 @@ def load_and_save(process, settings, cases):
     from exlm_dist.training.starting_point import find_starting_point
 
     plain, reads = engines.deepspeed_config, count_reads()
+    refuse_to_draw()
 
     def all_partitioned(*arguments):
         result = plain(*arguments)
@@ -123,6 +124,16 @@ def count_reads():
 
     TensorReader.read = read
     return numbers
+
+
+def refuse_to_draw():
+    """Initial weights that a checkpoint would replace are none that take a minute."""
+    import torch
+
+    def normal_(*arguments, **settings):
+        raise AssertionError("weights are drawn though there is a checkpoint")
+
+    torch.Tensor.normal_ = normal_
 
 
 def delay_copy(saver):

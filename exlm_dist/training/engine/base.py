@@ -124,9 +124,10 @@ class Engine(ABC):
 
 
 def build_local_model(
-    config: RunConfig, process: Process, vocab_size: int, stage: range | None = None
+    config: RunConfig, process: Process, vocab_size: int, stage: range | None = None, *, drawn: bool = True
 ) -> LanguageModel:
-    """The part of the model on this rank, with its initial weights; `stage`: indices of its layers, None: all."""
+    """The part of the model on this rank; `stage`: indices of its layers, None: all. `drawn`: with its initial weights,
+    else it is to be filled from a checkpoint."""
     shard = None
     if process.grid.tensor.size > 1:
         from exlm_dist.parallel import tensor  # megatron takes more than a second to import
@@ -136,9 +137,11 @@ def build_local_model(
     return build_model(
         config.model,
         vocab_size,
-        seed=config.seed,
+        seed=config.seed if drawn else None,
         kernel_backend=config.kernels.backend,
         activation_checkpointing=config.parallel.activation_checkpointing,
         stage=stage,
         shard=shard,
+        device=process.device,
+        dtype=working_dtype(config, process.device),
     )

@@ -76,13 +76,14 @@ class StageWork:
 class PipelineEngine(Engine):
     """Every rank runs the layers of its stage; DeepSpeed moves the micro-batches through the stages (1F1B)."""
 
-    def __init__(self, config: RunConfig, process: Process, vocab_size: int, length: float) -> None:
-        """`length`: mean tokens of a sequence, for the costs by which the layers are cut."""
+    def __init__(self, config: RunConfig, process: Process, vocab_size: int, length: float, *, drawn: bool) -> None:
+        """`length`: mean tokens of a sequence, for the costs by which the layers are cut; `drawn`: with initial
+        weights, else it is to be filled from a checkpoint."""
         pipeline = process.grid.pipeline
         costs = layer_costs(config.model, vocab_size, length, config.masking.ratio)
         bounds = cut_layers(costs, pipeline.size)
         logger.info("stages: %s", described(bounds, costs))
-        model = build_local_model(config, process, vocab_size, bounds[pipeline.rank])
+        model = build_local_model(config, process, vocab_size, bounds[pipeline.rank], drawn=drawn)
         parameters = model.sharded_parameters()
         work = StageWork(config.loss.reduction, last=pipeline.is_last)
         with quiet_deepspeed() as deepspeed:

@@ -19,6 +19,7 @@ import torch
 
 from exlm_dist.checkpoint.pieces import Piece, Slice
 from exlm_dist.checkpoint.tensors import Index, TensorReader
+from exlm_dist.launch import heartbeat
 from exlm_dist.parallel.sharded import ShardedParameter
 from exlm_dist.training.engine.base import Engine
 from exlm_dist.training.engine.fragments import fragments_of
@@ -170,7 +171,7 @@ def _fill(
     """This rank's fragments of parameters (None among `moments`) and moments, then the copies that all compute with."""
     fragments = fragments_of(engine)
     read = functools.partial(_padded, tensors)
-    for sharded in parameters:
+    for sharded in heartbeat.keep_alive(parameters):
         start, stop = fragments.bounds(sharded)
         for moment in moments:
             if stop > start:

@@ -22,8 +22,9 @@ from exlm_dist.training.engine.training_module import Objective
 class ZeroEngine(Engine):
     """Data parallelism with ZeRO 0 to 3, alone or with tensor parallelism."""
 
-    def __init__(self, config: RunConfig, process: Process, vocab_size: int) -> None:
-        model = build_local_model(config, process, vocab_size)
+    def __init__(self, config: RunConfig, process: Process, vocab_size: int, *, drawn: bool) -> None:
+        """`drawn`: with initial weights, else it is to be filled from a checkpoint."""
+        model = build_local_model(config, process, vocab_size, drawn=drawn)
         parameters = model.sharded_parameters()
         module = Objective(model, config.loss.reduction, partitioned=config.parallel.zero == 3)
         grid = process.grid

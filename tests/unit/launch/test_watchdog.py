@@ -111,6 +111,24 @@ if rank == 0: heartbeat.stop()"""
     wait_until_clean(tmp_path)
 
 
+def test_each_part_of_the_start_has_the_time_of_the_limit(tmp_path, capfd):
+    """A cold start may take longer than any of its parts may hang."""
+    limit = "heartbeat.stop(); heartbeat.start(WatchdogConfig(start=1, step=0, save=0, evaluation=0, end=0), 'parts')"
+    code = f"""
+{limit}
+for part in ('meet', 'data', 'checkpoint', 'model'):
+    heartbeat.enter('start/' + part)
+    time.sleep(0.5)
+heartbeat.enter('start/first step')
+if os.environ['RANK'] == '1': time.sleep(60)
+heartbeat.beat(1)
+heartbeat.enter('step')
+time.sleep(60)"""
+    assert run(tmp_path, code, ranks=2) == EXIT_RETRY
+    text = capfd.readouterr().err
+    assert "rank 1 has hung" in text and "in phase start/first step" in text and "watchdog.start is 1 s" in text
+
+
 def test_it_ends_with_the_ranks_even_when_they_are_killed(tmp_path):
     assert run(tmp_path, "beats(3); os.kill(os.getpid(), signal.SIGKILL)") == EXIT_RETRY
     wait_until_clean(tmp_path)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from exlm_dist.config.schema import LaunchConfig, ParallelConfig
 from exlm_dist.kernels.determinism import compute_repeatably
 from exlm_dist.parallel import devices
-from exlm_dist.parallel.compiler import leave_compiler_unloaded
+from exlm_dist.parallel.compiler import compile_on_this_node, leave_compiler_unloaded
 from exlm_dist.parallel.layout import Layout
 from exlm_dist.parallel.network import interface_towards
 from exlm_dist.parallel.process_groups import Grid
@@ -131,6 +131,8 @@ def start(launch: LaunchConfig, parallel: ParallelConfig | None = None) -> Proce
     if device.type == "cuda":
         torch.cuda.set_device(device)
         compute_repeatably()
+        if world > local_world(world):
+            compile_on_this_node()
     timeout = timedelta(seconds=launch.timeout)
     _join("nccl" if device.type == "cuda" else "gloo", rank, world, timeout, found)
     if device.type == "cpu":  # where a second of a core counts, and every layout is tested without it

@@ -74,7 +74,6 @@ def load_and_save(process, settings, cases):
     from exlm_dist.training.starting_point import find_starting_point
 
     plain, reads = engines.deepspeed_config, count_reads()
-    refuse_to_draw()
 
     def all_partitioned(*arguments):
         result = plain(*arguments)
@@ -96,7 +95,8 @@ def load_and_save(process, settings, cases):
         with Resources() as resources:
             start = find_starting_point(config, placed, resources)
             reads.clear()
-            session = build_session(config, placed, start, resources)
+            with nothing_drawn():
+                session = build_session(config, placed, start, resources)
             assert session.step == STEP
             if stage in (1, 2) and not degrees:  # with degrees also what other ranks save for this one
                 owned = sum(part.numel for part in session.checkpointer.saver._parts)
@@ -126,14 +126,15 @@ def count_reads():
     return numbers
 
 
-def refuse_to_draw():
-    """Initial weights that a checkpoint would replace are none that take a minute."""
-    import torch
+@contextlib.contextmanager
+def nothing_drawn():
+    """Inside, no weights may be drawn that a checkpoint would then replace: at 7B that takes a minute."""
+    from exlm_dist.model import initialisation
 
-    def normal_(*arguments, **settings):
-        raise AssertionError("weights are drawn though there is a checkpoint")
-
-    torch.Tensor.normal_ = normal_
+    plain = initialisation.seed_from
+    initialisation.seed_from = None
+    yield
+    initialisation.seed_from = plain
 
 
 def delay_copy(saver):

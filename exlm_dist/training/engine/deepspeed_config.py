@@ -77,6 +77,10 @@ def deepspeed_config(config: RunConfig, process: Process, dtype: torch.dtype, nu
         result["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if half:
         result[half] = {"enabled": True}
+    if half == "bf16":
+        # ZeRO 1 adds each gradient to its fp32 sum as soon as it is there and frees it. By default it keeps all of them
+        # over the backward pass, and fills them with zeros before the next.
+        result[half]["immediate_grad_update"] = True
     if dtype == torch.bfloat16 and config.parallel.zero > 0:
         # Otherwise gradients of the micro-batches, and of the ranks, are summed in 8 bits of mantissa.
         result |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}

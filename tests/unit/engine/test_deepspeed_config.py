@@ -41,7 +41,7 @@ def test_bf16_accumulates_in_fp32(tmp_path):
     made = deepspeed_config(config(tmp_path), CPU, torch.bfloat16, 10**9)
     assert (
         made["communication_data_type"] == "fp32"
-        and made["bf16"] == {"enabled": True}
+        and made["bf16"] == {"enabled": True, "immediate_grad_update": True}
         and made["data_types"] == {"grad_accum_dtype": "fp32"}
     )
     assert made["zero_optimization"]["reduce_bucket_size"] == 50_000_000

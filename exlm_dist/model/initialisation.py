@@ -42,7 +42,7 @@ def initialise(parameters: Iterable[ShardedParameter], *, seed: int | None, std:
 
 def allocate(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
     """Replace the parameters of `model` that are on the meta device by uninitialised ones. One that several modules
-    share stays one."""
+    have in common stays one."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, old in module.named_parameters(recurse=False):

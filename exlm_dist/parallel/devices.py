@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from exlm_dist.utils.errors import ConfigError
 
-#: Seconds for which the rank that has the store stays to let the others read that they do not fit together.
+#: Seconds for which the rank that has the store stays to let the others read that their devices do not fit.
 PATIENCE = 10.0
 _VERDICT = "exlm/devices"
 
@@ -65,7 +65,7 @@ def look(device: torch.device | None, error: str = "") -> Found:
 
 def agree(store: dist.Store, rank: int, world: int, mine: Found) -> None:
     """Compare what all ranks have found, over a store that they have in common; ConfigError, the same on every rank,
-    where they cannot train together. The first rank reads them all, the others what it says."""
+    where they cannot train as one job. The first rank reads them all, the others what it says."""
     store.set(f"{_VERDICT}/{rank}", json.dumps(asdict(mine)))
     if rank == 0:
         every = store.multi_get([f"{_VERDICT}/{other}" for other in range(world)])
@@ -80,7 +80,7 @@ def agree(store: dist.Store, rank: int, world: int, mine: Found) -> None:
 
 
 def judge(ranks: Sequence[Found]) -> str:
-    """Why these ranks cannot train together; empty if they can."""
+    """Why these ranks cannot train as one job; empty if they can."""
     for rank, found in enumerate(ranks):
         if found.error:
             return f"rank {rank} on {found.host}: {found.error}"

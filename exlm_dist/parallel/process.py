@@ -117,7 +117,7 @@ class Process:
 def start(launch: LaunchConfig, parallel: ParallelConfig | None = None) -> Process:
     """Join the process group of the job and make those of the layout.
 
-    ConfigError for a layout that does not fit the ranks, devices that are missing or that do not fit together, or a
+    ConfigError for a layout that does not fit the ranks, devices that are missing or differ in kind, or a
     rendezvous address that is missing or in use; PeerLost if not all ranks meet in time.
     """
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):

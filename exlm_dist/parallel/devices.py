@@ -60,7 +60,7 @@ def look(device: torch.device | None, error: str = "") -> Found:
     if device is not None and device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         gpu = str(getattr(about, "uuid", "")) or f"{os.environ.get('CUDA_VISIBLE_DEVICES', '')}/{device.index}"
-    return Found(socket.gethostname(), gpu, error)
+    return Found(os.environ.get("SLURMD_NODENAME") or socket.gethostname(), gpu, error)
 
 
 def agree(store: dist.Store, rank: int, world: int, mine: Found) -> None:

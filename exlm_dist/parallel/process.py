@@ -129,7 +129,6 @@ def start(launch: LaunchConfig, parallel: ParallelConfig | None = None) -> Proce
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     torch.set_num_threads(threads(launch.threads, local_world(world)))
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         compute_repeatably()
         if world > local_world(world):
             compile_on_this_node()
@@ -143,14 +142,18 @@ def start(launch: LaunchConfig, parallel: ParallelConfig | None = None) -> Proce
 
 
 def _find_device(wanted: str, local_rank: int, *, alone: bool) -> tuple[torch.device, devices.Found]:
-    """The device of this rank, and what the others are told of it. ConfigError if there is none and nobody to tell."""
+    """The device of this rank, made the current one, and what the others are told of it. ConfigError, or what CUDA
+    raises, if there is none that works and nobody to tell."""
     try:
         device = devices.choose_device(wanted, local_rank)
-    except ConfigError as error:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device, devices.look(device)
+    except (ConfigError, RuntimeError) as error:
         if alone:
             raise
-        return torch.device("cpu"), devices.look(None, str(error))
-    return device, devices.look(device)
+        why = str(error) if isinstance(error, ConfigError) else f"its GPU cannot be used: {str(error).splitlines()[0]}"
+        return torch.device("cpu"), devices.look(None, why)
 
 
 def _join(backend: str, rank: int, world: int, timeout: timedelta, found: devices.Found) -> None:

@@ -47,13 +47,18 @@ def test_which_ranks_fit_together():
     assert judge([Found("a", ""), Found("b", "", "no driver")]) == "rank 1 on b: no driver"
 
 
+def use(device):
+    if device.index == 2:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nMore about it")
+
+
 def start_with_gpus(rank, seen):
     """Join as a rank that sees so many GPUs."""
     from exlm_dist.config.schema import LaunchConfig
     from exlm_dist.parallel import process as processes
 
     torch.cuda.is_available, torch.cuda.device_count = (lambda: seen[rank] > 0), (lambda: seen[rank])
-    torch.cuda.set_device, torch.cuda.get_device_properties = (lambda device: None), (lambda device: FakeGpu)
+    torch.cuda.set_device, torch.cuda.get_device_properties = use, (lambda device: FakeGpu)
     processes.start(LaunchConfig(timeout=60))
 
 
@@ -62,6 +67,7 @@ def start_with_gpus(rank, seen):
     [
         ([2, 2, 0], {}, "1 of 3 ranks see no GPU"),
         ([1, 1, 1], {}, "ranks 0 and 1 on"),
+        ([4, 4, 4], {}, "its GPU cannot be used: CUDA error: uncorrectable ECC error"),
         ([0, 0, 0], {"SLURM_GPUS_ON_NODE": "8"}, "Slurm has given 8 GPUs"),
     ],
 )

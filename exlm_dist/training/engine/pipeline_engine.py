@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,11 +19,10 @@ from exlm_dist.model.stream import Stream
 from exlm_dist.parallel.process import Process
 from exlm_dist.training.engine.base import BatchResult, Engine, build_local_model
 from exlm_dist.training.engine.quiet_deepspeed import quiet_deepspeed
+from exlm_dist.training.engine.training_module import Scoring
 from exlm_dist.utils.logs import get_logger
 
 logger = get_logger(__name__)
-#: (stream that has passed all layers, masked targets [N] bool) -> sums [n].
-Scoring = Callable[[Stream, Tensor], Tensor]
 
 
 class MicroResult(NamedTuple):

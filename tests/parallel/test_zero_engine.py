@@ -1,4 +1,4 @@
-"""What the engine without stages leaves to DeepSpeed: where parameters lie, and how an evaluation gets their weights."""
+"""What the engine without stages leaves to DeepSpeed: where parameters lie, and how an evaluation gets weights."""
 
 from __future__ import annotations
 

@@ -23,7 +23,6 @@ from exlm_dist.training.engine.deepspeed_config import adamw_options, deepspeed_
 from exlm_dist.training.engine.quiet_deepspeed import quiet_deepspeed
 from exlm_dist.utils.seeding import seed_from
 
-
 #: Bytes that vectorised loads ask the address of a tensor to be a multiple of.
 ALIGNMENT = 16
 
@@ -131,8 +130,8 @@ class Engine(ABC):
 
 def aligned_order(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> list[nn.Parameter]:
     """The order in which DeepSpeed lays `parameters` end to end in one buffer of `dtype`: those whose bytes are no
-    multiple of ALIGNMENT at the end, the largest first. Wherever they stood, none of those behind them would be aligned,
-    and matrix products and kernels would have to take their slow paths."""
+    multiple of ALIGNMENT at the end, the largest first. None that stood behind one of them would be aligned, and matrix
+    products and kernels would have to take their slow paths."""
 
     def place(parameter: nn.Parameter) -> tuple[bool, int]:
         odd = parameter.numel() * dtype.itemsize % ALIGNMENT != 0

@@ -48,7 +48,7 @@ class Summary:
             ("folder", f"{self.path}{reused}"),
             (
                 "domain",
-                f"{self.manifest['domain']}, vocabulary {self.manifest['vocab_size']:,}, "
+                f"{self.manifest['domain']}, vocabulary {self.manifest['vocab_size']:,}{self._asked()}, "
                 f"max length {self.manifest['max_length']}",
             ),
             *self._rows(),
@@ -66,6 +66,11 @@ class Summary:
         if not self.reused:
             lines.append(("time", f"{self.seconds:.1f} s"))
         return lines
+
+    def _asked(self) -> str:
+        """The vocabulary that was asked for, where the text was too small for it."""
+        asked = self.manifest["statistics"].get("vocab_size_asked") or 0
+        return f" (of {asked:,}: the text has no more pieces)" if asked > self.manifest["vocab_size"] else ""
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         """What became of the rows, and of those of each file if there are several."""

@@ -144,8 +144,10 @@ newest() { # step of the newest complete checkpoint; 0 if there is none
     echo $((10#$step))
 }
 
-messages() { # what the ranks reported, each message once
-    awk 'NF && !seen[$0]++' "$EXLM_ERRORS"/rank-*[0-9] 2>/dev/null | head -n 20
+messages() { # what the ranks reported, each message once; of several nodes that name ranks which hang the one first
+    # whose ranks had come least far: the others waited for these
+    awk 'NF && !seen[$0]++ { print (match($0, / at beat [0-9]+/) ? substr($0, RSTART + 9, RLENGTH - 9) : 0) "\t" $0 }' \
+        "$EXLM_ERRORS"/rank-*[0-9] 2>/dev/null | sort -s -n -k 1,1 | cut -f 2- | head -n 20
 }
 
 may_restart() { # counts attempts in a row without a newer checkpoint, over all starts of this job

@@ -24,6 +24,7 @@ def any_of(flag: bool, rank: int, world: int, group: Any) -> bool:
     for distance in rounds(world):
         sent = dist.isend(mine.clone(), (rank + distance) % world, group=group)
         dist.recv(theirs, (rank - distance) % world, group=group)
+        assert sent is not None  # this rank is in the group
         sent.wait()
         mine |= theirs
     return bool(mine)

@@ -145,8 +145,8 @@ def start(launch: LaunchConfig, parallel: ParallelConfig | None = None) -> Proce
 
 def takes_one_connection(parallel: ParallelConfig) -> bool:
     """Whether kernels must start in the order of their launches: in the backward pass of a tensor-parallel layer
-    megatron launches a collective just before the product that is to hide it. At ZeRO 3 that order would keep the gathering of
-    weights from running beside anything."""
+    megatron launches a collective just before the product that is to hide it. At ZeRO 3 that order would keep the
+    gathering of weights from running beside anything."""
     return parallel.tensor > 1 and parallel.zero < 3
 
 

@@ -161,13 +161,11 @@ def formula(config: RunConfig, grid: Any, engine: Any, streams: list[Any]) -> Co
 
 
 def pipeline_formula(config: RunConfig, grid: Any, stream: Any) -> int:
-    """Hidden states, the packed batch and its sizes are sent on; gradients of the hidden states are sent back."""
+    """Hidden states are sent on, their gradients back."""
     splits = grid.tensor.size if config.parallel.sequence else 1
     rows = stream.aligned(splits).input_ids.numel()
     hidden = 4 * rows * config.model.width // splits
-    states, targets = stream.aligned(splits).state_index.numel(), stream.target_ids.numel()
-    integers = 8 * (3 * rows + states + targets + 3 * (stream.num_sequences + 1) + 16)
-    return hidden * (not grid.pipeline.is_first) + (hidden + integers + 4 * 256) * (not grid.pipeline.is_last)
+    return hidden * ((not grid.pipeline.is_first) + (not grid.pipeline.is_last))
 
 
 def tensor_formula(config: RunConfig, grid: Any, stream: Any) -> Counter[str]:

@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from exlm_dist.config import RunConfig
 
 #: Options of `exlm launch slurm` that make up a job.
-_JOB_OPTIONS = ("account", "partition", "nodes", "gpus_per_node", "tasks_per_node", "time", "warning", "array")
+_JOB_OPTIONS = (
+    "account",
+    "partition",
+    "nodes",
+    "gpus_per_node",
+    "tasks_per_node",
+    "time",
+    "warning",
+    "array",
+    "container",
+)
 
 
 def register(commands: Commands) -> None:
@@ -113,6 +123,13 @@ def _register_launch(commands: Commands) -> None:
     slurm.add_argument("--tasks-per-node", type=int, default=0, help="ranks per node without GPUs; 0: one per GPU")
     slurm.add_argument("--time", default="24:00:00", help="time limit of one start; the job requeues itself until done")
     slurm.add_argument("--warning", type=int, default=300, help="seconds before the limit at which the ranks save")
+    slurm.add_argument(
+        "--container",
+        default="",
+        help="image in which everything runs: a .sif file (apptainer), or a .sqsh file or name of an image (pyxis); it "
+        "sees this folder and those that the settings name",
+    )
+    slurm.add_argument("--mount", action="append", default=[], help="another folder that it is to see; repeatable")
     slurm.add_argument("--array", default="", help="indices of array tasks, say 1-8%%2; needs --sweep")
     slurm.add_argument("--sweep", type=user_path, help="file: line n has the overrides of array task n")
 
@@ -196,7 +213,7 @@ def _launch_slurm(options: argparse.Namespace) -> int:
     from exlm_dist.launch.slurm import Job
     from exlm_dist.launch.start import launch_slurm
 
-    job = Job("pretrain", **{name: getattr(options, name) for name in _JOB_OPTIONS})
+    job = Job("pretrain", mounts=tuple(options.mount), **{name: getattr(options, name) for name in _JOB_OPTIONS})
     return launch_slurm(
         job,
         options.config,

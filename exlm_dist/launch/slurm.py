@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,8 +38,9 @@ class Job:
     """What a user decides about a job; everything else is derived on the cluster.
 
     `gpus_per_node` 0: a job without GPUs, with `tasks_per_node` ranks on each node; else there is one for each GPU.
-    `warning`: seconds before the time
-    limit at which the ranks are asked to save (Slurm may be a minute early). ConfigError for what Slurm would refuse.
+    `warning`: seconds before the time limit at which the ranks are asked to save (Slurm may be a minute early).
+    `container`: image in which everything runs, a .sif file (apptainer) or what pyxis takes; `mounts`: absolute paths
+    of the folders that it sees beside the one where sbatch is called, and /tmp. ConfigError for what Slurm would refuse.
     """
 
     kind: str
@@ -49,6 +52,8 @@ class Job:
     tasks_per_node: int = 0
     array: str = ""
     warning: int = 300
+    container: str = ""
+    mounts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in (("nodes", 1), ("gpus_per_node", 0), ("tasks_per_node", 0), ("warning", 10)):
@@ -64,6 +69,12 @@ class Job:
             if any(character.isspace() for character in getattr(self, name)):
                 raise ConfigError(
                     f"--{name} {getattr(self, name)!r} contains a space. Give one word, as sbatch takes it."
+                )
+        for folder in self.mounts:
+            if re.search(r"[\s,:]", folder):
+                raise ConfigError(
+                    f"{folder!r} cannot be mounted into a container: its name has a space, a comma or a colon. "
+                    "Give the folder another name, or a symbolic link without them."
                 )
 
     @property
@@ -95,6 +106,11 @@ def render(job: Job) -> str:
         *(f"#SBATCH {line}" for line in _editable(job)),
         "",
         *(f"#SBATCH {line}" for line in _derived(job)),
+        "",
+        "# A container for everything: a .sif file (apptainer), or a .sqsh file or name of an image (pyxis); and the",
+        "# folders that it must see beside this one: data, runs, targets of symbolic links. See containers/README.md.",
+        f"image={shlex.quote(job.container) if job.container else ''}",
+        f"mounts=({' '.join(map(shlex.quote, job.mounts))})",
     ]
     return "\n".join(lines) + "\n" + COMMON + BODIES[job.kind]
 

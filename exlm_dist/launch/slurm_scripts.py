@@ -8,19 +8,45 @@ attempts in a row without a newer checkpoint, or with a few steps in the time th
 
 from __future__ import annotations
 
-#: Where Python is, and log lines.
+#: Log lines, the container, and where Python is. `image` and `mounts` are set above it (`launch/slurm.py`).
 COMMON = r"""
-# Inside a container: options of srun, or a command in front of Python. EXLM_PYTHON names the Python inside it.
-#   container=(--container-image=exlm.sqsh)    container=(apptainer exec --nv exlm.sif)
-container=()
-
 set -uo pipefail
 cd "$SLURM_SUBMIT_DIR" || exit 2
 say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
+fail() { say "error: $*"; exit 2; }
 
-# Python: EXLM_PYTHON, else that of the environment EXLM_VENV (default: .venv in the folder where sbatch was called).
+# The container sees these folders under the paths that they have outside: a configuration is valid in both.
+container=()
+if [ -n "$image" ]; then
+    case $image in
+        *.sif | *.sqsh)
+            [ -f "$image" ] || fail "no image at $image, as $HOSTNAME sees it"
+            image=$(realpath "$image") ;;
+    esac
+    folders=("$PWD" /tmp "${mounts[@]}")
+    for folder in "${folders[@]}"; do
+        [ -e "$folder" ] || fail "the container is to see $folder, which $HOSTNAME does not have: correct mounts=(...)"
+    done
+    # Files that the user has installed at home, or a temporary folder that is not there, must not change what runs.
+    export PYTHONNOUSERSITE=1 TMPDIR=/tmp
+    if [[ $image = *.sif ]]; then
+        runtime=$(command -v apptainer || command -v singularity) || fail "apptainer is not installed on $HOSTNAME"
+        container=("$runtime" exec --nv --pwd "$PWD")
+        for folder in "${folders[@]}"; do container+=(--bind "$folder"); done
+        container+=("$image")
+    else
+        [[ $(srun --help) = *--container-image* ]] ||
+            fail "srun has no --container-image here (pyxis is not installed); a .sif file runs under apptainer"
+        pairs=$(for folder in "${folders[@]}"; do printf ',%s:%s' "$folder" "$folder"; done)
+        container=(--container-image="$image" --container-workdir="$PWD" --container-mounts="${pairs#,}"
+            --container-name="exlm-$SLURM_JOB_ID") # unpacked once per node, not at every start of the ranks
+    fi
+fi
+
+# Python: EXLM_PYTHON, else that of the container, else that of the environment EXLM_VENV (default: .venv in the folder
+# where sbatch was called).
 python=${EXLM_VENV:-.venv}/bin/python
-[ ${#container[@]} = 0 ] && [ -x "$python" ] || python=python3
+[ -z "$image" ] && [ -x "$python" ] || python=python3
 exlm=("${EXLM_PYTHON:-$python}" -m exlm_dist.cli)
 """
 
@@ -122,10 +148,11 @@ run_ranks() { # sets `code`: the largest exit code of the ranks, 128 and more fo
     # became of those that waited for it, the code that a rank wrote down because it cannot work at all
     say "starting the ranks at step $before"
     rm -f "$EXLM_ERRORS"/rank-*
-    # block: consecutive ranks, those of a tensor-parallel group, are on one node.
+    # block:block: consecutive ranks, those of a tensor-parallel group, are on one node, and in it on one socket, as the
+    # GPUs of the same numbers are.
     # --wait: ranks that have not noticed after so many seconds that another one has ended are killed.
     srun --mpi=none --nodes="$nodes" --ntasks="$WORLD_SIZE" --ntasks-per-node="$per_node" \
-        --distribution=block --cpus-per-task="$cpus" --kill-on-bad-exit=0 --wait="${EXLM_GRACE:-60}" \
+        --distribution=block:block --cpus-per-task="$cpus" --kill-on-bad-exit=0 --wait="${EXLM_GRACE:-60}" \
         --open-mode=append --output="$logs/node-%n-%N.log" \
         "${container[@]}" bash -c "$rank" rank "${exlm[@]}" pretrain "$config" "${overrides[@]}" &
     srun_pid=$!
@@ -149,8 +176,10 @@ newest() { # step of the newest complete checkpoint; 0 if there is none
     echo $((10#$step))
 }
 
-messages() { # what the ranks reported, each message once
-    awk 'NF && !seen[$0]++' "$EXLM_ERRORS"/rank-*[0-9] 2>/dev/null | head -n 20
+messages() { # what the ranks reported, each message once; of several nodes that name ranks which hang the one first
+    # whose ranks had come least far: the others waited for these
+    awk 'NF && !seen[$0]++ { print (match($0, / at beat [0-9]+/) ? substr($0, RSTART + 9, RLENGTH - 9) : 0) "\t" $0 }' \
+        "$EXLM_ERRORS"/rank-*[0-9] 2>/dev/null | sort -s -n -k 1,1 | cut -f 2- | head -n 20
 }
 
 few=3 # steps; a job that has time for less would wait in the queue for each of them

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from exlm_dist.config.schema import LaunchConfig, ParallelConfig
 from exlm_dist.kernels.determinism import compute_repeatably
 from exlm_dist.parallel import devices
+from exlm_dist.parallel.agreement import any_of
 from exlm_dist.parallel.compiler import compile_on_this_node, leave_compiler_unloaded
 from exlm_dist.parallel.layout import Layout
 from exlm_dist.parallel.network import interface_towards
@@ -64,8 +65,8 @@ class Process:
         return torch.stack(every)
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on at least one rank."""
-        return bool(self.all_gather([float(flag)]).any())
+        """Whether `flag` is set on at least one rank. A collective."""
+        return any_of(flag, self.rank, self.world, self.control)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """`value` of every rank, on every rank, in the order of the ranks. Sent as JSON: never a pickle."""
@@ -123,7 +124,10 @@ def start(launch: LaunchConfig, parallel: ParallelConfig | None = None) -> Proce
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
     rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    layout = Layout.of(parallel or ParallelConfig(), world)
+    parallel = parallel or ParallelConfig()
+    layout = Layout.of(parallel, world)
+    if takes_one_connection(parallel) and launch.device != "cpu":  # read when CUDA starts
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device, found = _find_device(launch.device, local_rank, alone=world == 1)
     # Left to pick its accelerator itself, DeepSpeed warns, and on a GPU machine it ignores `launch.device: cpu`.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
@@ -139,6 +143,13 @@ def start(launch: LaunchConfig, parallel: ParallelConfig | None = None) -> Proce
     dist.new_group = functools.partial(_new_group, timeout=timeout)
     control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
     return Process(rank, world, local_rank, device, control, Grid.make(layout, rank))
+
+
+def takes_one_connection(parallel: ParallelConfig) -> bool:
+    """Whether kernels must start in the order of their launches: in the backward pass of a tensor-parallel layer
+    megatron launches a collective just before the product that is to hide it. At ZeRO 3 that order would keep the
+    gathering of weights from running beside anything."""
+    return parallel.tensor > 1 and parallel.zero < 3
 
 
 def _find_device(wanted: str, local_rank: int, *, alone: bool) -> tuple[torch.device, devices.Found]:

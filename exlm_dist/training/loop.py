@@ -65,6 +65,7 @@ def _launch(config: RunConfig, interruption: Interruption, resources: Resources,
             start.step,
             start.path,
         )
+        heartbeat.enter("end")
         return EXIT_DONE
     session = build_session(config, process, start, resources)
     code = run(session, interruption)
@@ -114,7 +115,7 @@ def _report_to_peers(error: BaseException, resources: Resources) -> BaseExceptio
         )
         error = lost.with_traceback(error.__traceback__)
     leave_message(error)
-    heartbeat.enter("end")
+    heartbeat.enter("failure")
     if processes.must_exit_hard():
         traceback.print_exception(error)
         sys.stderr.flush()

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
+import pretended_containers
 import pytest
 from cluster.scenarios import RESTARTS
 from cluster.slurm_testbed import Slurm, run_until
+
+from exlm_dist.launch.slurm import Job, render
 
 LIMIT = 120.0
 
@@ -66,3 +72,34 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm: Slurm, scenarios):
     slurm.ask("scancel", job.number)
     assert job.wait(LIMIT) == "CANCELLED" and job.restarts == 0
     assert (slurm.folder / "scenario-cancelled" / "warned").exists() and job.starts() == 1
+
+
+@pytest.mark.skipif(pretended_containers.flags() is None, reason="unshare --mount is not permitted")
+def test_ranks_on_two_nodes_in_a_container(slurm: Slurm, tmp_path):
+    """As by pyxis: srun is a stand-in that gives its tasks a namespace, and leaves the rest to the real one."""
+    python = """#!/bin/bash
+shift 2
+source run.txt
+case $1 in
+    config) [ -e "$data" ] && printf '%s\\n0\\n' "$runs/r" ;;
+    *) [ -e "$data" ] && echo "$WORLD_SIZE $LOCAL_RANK $PWD" >"$runs/r/rank-$RANK" ;;
+esac
+"""
+    world = tmp_path / "world"
+    for folder in ("data", "runs", "hidden"):
+        (world / folder).mkdir(parents=True)
+    (slurm.folder / "run.txt").write_text(f"data={world}/data runs={world}/runs\n")
+    tools = pretended_containers.install(tmp_path, world, python, pyxis=True)
+    mounts = (str(world / "data"), str(world / "runs"))
+    (tmp_path / "job.sh").write_text(render(Job("pretrain", nodes=2, container="exlm:1", mounts=mounts)))
+    job = slurm.submit(
+        tmp_path / "job.sh",
+        "run.yaml",
+        options=["--nodes=2", "--gpus-per-node=1", "--time=60", f"--output={tmp_path}/job.log"],
+        EXLM_PYTHON="",
+        EXLM_REAL_SRUN=str(shutil.which("srun")),
+        PATH=f"{tools}:{os.environ['PATH']}",
+    )
+    assert job.wait(LIMIT) == "COMPLETED", job.log()
+    found = {path.name: path.read_text() for path in (world / "runs/r").glob("rank-*")}
+    assert found == {f"rank-{rank}": f"2 0 {slurm.folder}\n" for rank in range(2)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
 import signal
@@ -169,12 +168,13 @@ def change_every_tensor(session):
 
 def compare_weights(engine, folder):
     """What the model of this rank works with is its part of the saved weights, in the working precision."""
+    import deepspeed
     import torch
 
     weights = reader.load_weights(folder)
-    local_parameters = [sharded.parameter for sharded in engine.parameters]
-    with engine._gathered_model() if engine.zero == 3 else contextlib.nullcontext() as model:
-        for sharded, local in zip(engine.parameters, local_parameters if model is None else model.parameters()):
+    for sharded in engine.parameters:
+        local = sharded.parameter
+        with deepspeed.zero.GatheredParameters([local], enabled=engine.zero == 3):
             size = int(np.prod(sharded.part_shape))
             part = elements_of(weights[sharded.name].numpy(), Piece(sharded.slice, 0, size, 0))
             wanted = torch.from_numpy(part.copy()).to(local.dtype)

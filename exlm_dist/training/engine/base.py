@@ -23,6 +23,9 @@ from exlm_dist.training.engine.deepspeed_config import adamw_options, deepspeed_
 from exlm_dist.training.engine.quiet_deepspeed import quiet_deepspeed
 from exlm_dist.utils.seeding import seed_from
 
+#: Bytes that vectorised loads ask the address of a tensor to be a multiple of.
+ALIGNMENT = 16
+
 
 @dataclass(frozen=True)
 class BatchResult:
@@ -56,6 +59,8 @@ class Engine(ABC):
         self.accumulation = config.batch.sequences // (config.batch.micro * process.grid.data.size)
         self.num_parameters = self._count_parameters()
         local = [sharded.parameter for sharded in parameters]
+        if self.zero in (1, 2):  # the others have no common buffer that the model computes with
+            local = aligned_order(local, self.dtype)
         self.optimizer = torch.optim.AdamW(local, **adamw_options(config, process.device))
         numel = sum(parameter.numel() for parameter in local)
         with quiet_deepspeed() as deepspeed:
@@ -121,6 +126,18 @@ class Engine(ABC):
     def close(self) -> None:
         """Remove DeepSpeed's hooks."""
         self.deepspeed.destroy()
+
+
+def aligned_order(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> list[nn.Parameter]:
+    """The order in which DeepSpeed lays `parameters` end to end in one buffer of `dtype`: those whose bytes are no
+    multiple of ALIGNMENT at the end, the largest first. None that stood behind one of them would be aligned, and matrix
+    products and kernels would have to take their slow paths."""
+
+    def place(parameter: nn.Parameter) -> tuple[bool, int]:
+        odd = parameter.numel() * dtype.itemsize % ALIGNMENT != 0
+        return odd, -parameter.numel() if odd else 0
+
+    return sorted(parameters, key=place)
 
 
 def build_local_model(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,8 +10,8 @@ import torch.distributed as dist
 from exlm_dist.config import RunConfig
 from exlm_dist.data.batch import PackedBatch
 from exlm_dist.launch import heartbeat
-from exlm_dist.model.build import LanguageModel
-from exlm_dist.model.scoring import Totals, score
+from exlm_dist.model.scoring import Totals, evaluation_sums
+from exlm_dist.model.stream import Stream
 from exlm_dist.parallel.process import Process
 from exlm_dist.parallel.process_groups import Mpu
 from exlm_dist.training.engine.base import BatchResult, Engine, build_local_model
@@ -32,7 +31,6 @@ class ZeroEngine(Engine):
         super().__init__(
             config, process, module, parameters, **({"mpu": Mpu(grid, replicas)} if grid.tensor.size > 1 else {})
         )
-        self._model, self._vocab_size = model, vocab_size
 
     def train(self, batches: Sequence[PackedBatch], denominator: float, *, scored: bool) -> BatchResult:
         """See `Engine.train`."""
@@ -76,23 +74,16 @@ class ZeroEngine(Engine):
         return norm
 
     def evaluate(self, batches: Iterable[PackedBatch]) -> Totals:
-        """See `Engine.evaluate`."""
-        with self._gathered_model() as model:
-            totals = score(model, batches, self.process.device)
-        return totals if self.process.grid.reports_metrics else Totals.zeros(self.config.model.states)
-
-    @contextlib.contextmanager
-    def _gathered_model(self) -> Iterator[LanguageModel]:
-        """The current weights as an ordinary model without hooks; at ZeRO 3 a temporary copy in the working
-        precision."""
-        if self.zero < 3:
-            yield self._model
-            return
-        import deepspeed
-
-        copy = build_local_model(self.config, self.process, self._vocab_size).to(self.process.device, self.dtype)
+        """See `Engine.evaluate`. Through DeepSpeed, which at ZeRO 3 gathers the weights of a layer when it runs."""
+        sums = []
+        self.deepspeed.eval()
         with torch.no_grad():
-            for sharded, target in zip(self.parameters, copy.parameters()):
-                with deepspeed.zero.GatheredParameters([sharded.parameter]):
-                    target.copy_(sharded.parameter)
-        yield copy
+            for batch in batches:
+                stream = Stream.from_batch(batch, self.process.device)
+                is_masked = torch.from_numpy(batch.is_masked).to(self.process.device)
+                _, _, scores = self.deepspeed(stream, is_masked, evaluation_sums)
+                sums.append(scores)
+        self.deepspeed.train()
+        if not self.process.grid.reports_metrics:
+            return Totals.zeros(self.config.model.states)
+        return Totals.of(torch.stack(sums).sum(0).tolist())

@@ -48,3 +48,11 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm: Slurm, scenarios):
     slurm.ask("scancel", job.number)
     assert job.wait(LIMIT) == "CANCELLED" and job.restarts == 0
     assert (slurm.folder / "scenario-cancelled" / "warned").exists() and job.starts() == 1
+
+
+def test_a_node_that_miscalculates_is_left_out_from_the_next_start_on(slurm: Slurm, scenarios):
+    job = scenarios["wrong"]
+    assert job.wait(LIMIT) == "COMPLETED" and (job.restarts, job.starts()) == (1, 2), job.log()
+    left_out = (slurm.folder / "scenario-wrong" / "left-out").read_text().strip()
+    assert f"{left_out} miscalculated: back into the queue" in job.log()
+    assert job.facts()["ExcNodeList"] == left_out and left_out not in job.nodes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ from exlm_dist.parallel.sharded import ShardedParameter
 from exlm_dist.training.engine.deepspeed_config import adamw_options, deepspeed_config, working_dtype
 from exlm_dist.training.engine.quiet_deepspeed import quiet_deepspeed
 from exlm_dist.utils.seeding import seed_from
+
+#: Called on every rank before the optimizer's update with its `digest.GradientDigest.value()`.
+Check = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,13 @@ class Engine(ABC):
             group["lr"] = rate
 
     @abstractmethod
-    def train(self, batches: Sequence[PackedBatch], denominator: float, *, scored: bool) -> BatchResult:
+    def train(
+        self, batches: Sequence[PackedBatch], denominator: float, *, scored: bool, check: Check | None = None
+    ) -> BatchResult:
         """One optimizer step on this rank's micro-batches, the loss divided by the global `denominator`.
 
-        `scored`: also measure nll and accuracy on the last one, under the dropout of training.
+        `scored`: also measure nll and accuracy on the last one, under the dropout of training. `check` is called with
+        the digest of loss and gradients of the first one; where it raises, no weight has changed.
         """
 
     @abstractmethod

@@ -140,11 +140,11 @@ def scale_table(job: Job, hardware: Hardware, cluster: Cluster, sizes: Sequence[
     head = ["GPUs", "sequences", "step s", *(f"{name} %" for name in names), "M tokens/s", "per GPU", "goodput"]
     rows = [[*head, "best every"]]
     for this in found:
-        share = this.tokens_per_second / this.job.world / (found[0].tokens_per_second / found[0].job.world)
+        per_gpu = this.tokens_per_second / this.job.world / (found[0].tokens_per_second / found[0].job.world)
         rows.append([
             str(this.job.world), str(this.job.config.batch.sequences), f"{this.path.total:.3f}",
             *(f"{getattr(this.path, name) / this.path.total:.1%}".removesuffix("%") for name in names),
-            f"{this.tokens_per_second / 1e6:.3g}", f"{share:.0%}", f"{this.goodput:.1%}", str(this.best_every),
+            f"{this.tokens_per_second / 1e6:.3g}", f"{per_gpu:.0%}", f"{this.goodput:.1%}", str(this.best_every),
         ])  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
@@ -152,8 +152,8 @@ def scale_table(job: Job, hardware: Hardware, cluster: Cluster, sizes: Sequence[
 
 def _latency(job: Job, traffic: Traffic, hardware: Hardware, cluster: Cluster) -> float:
     """Starts and hops: a tree for an all-reduce, a ring to gather and to scatter (NCCL's choices over many nodes)."""
-    together = max(1, hardware.node_size // job.tensor) if traffic.group == "data" else hardware.node_size
-    nodes = 1 if traffic.group == "tensor" else -(-traffic.ranks // together)
+    in_a_node = max(1, hardware.node_size // job.tensor) if traffic.group == "data" else hardware.node_size
+    nodes = 1 if traffic.group == "tensor" else -(-traffic.ranks // in_a_node)
     if traffic.collective == "send":
         within, between = 0, 1
     elif traffic.collective == "all_reduce":

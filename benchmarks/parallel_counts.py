@@ -6,9 +6,9 @@ in one step that is not logged unless said otherwise:
 - collectives and the bytes of their tensors (`exlm_dist.parallel.traffic`), without the ranks' agreement on the CPU;
 - that agreement: calls of `Process.all_gather` from one step to the next;
 - reads of a value from the device (`.item()`, `.tolist()`, `bool()`, `.cpu()` and the like) and calls to synchronise
-  it: on a GPU each waits. The CPU's own forms of the kernels and the collectives on the CPU, which a GPU has not, do not
-  count; what is left is an upper bound, as a tensor that is on the host anyway counts too. The CSV has the places;
-- files that the process opened, mean over the steps from `WARM` to `COUNTED`, with more shards than stay open;
+  it: on a GPU each waits. The CPU's own forms of the kernels and the collectives on the CPU, which a GPU has not, do
+  not count; the rest is an upper bound, as a tensor that is on the host anyway counts too. The CSV has the places;
+- files that the process opened, those of /proc aside, mean over the steps from `WARM` to `COUNTED`, with more shards than stay open;
 - bytes of the checkpoint that were read on resuming: to fill the rank, and to verify it.
 
 Counts are exact and the same on any machine; nothing is timed.
@@ -108,7 +108,7 @@ class Counts:
         self._reading = False
 
     def _audit(self, event: str, arguments: tuple) -> None:
-        self.opened += event == "open"
+        self.opened += event == "open" and isinstance(arguments[0], str) and not arguments[0].startswith("/proc/")
 
     def _patch(self) -> None:
         import torch

@@ -8,7 +8,8 @@ in one step that is not logged unless said otherwise:
 - reads of a value from the device (`.item()`, `.tolist()`, `bool()`, `.cpu()` and the like) and calls to synchronise
   it: on a GPU each waits. The CPU's own forms of the kernels and the collectives on the CPU, which a GPU has not, do
   not count; the rest is an upper bound, as a tensor that is on the host anyway counts too. The CSV has the places;
-- files that the process opened, those of /proc aside, mean over the steps from `WARM` to `COUNTED`, with more shards than stay open;
+- files that the process opened, those of /proc aside, mean over the steps from `WARM` to `COUNTED`, with more shards
+  than stay open;
 - bytes of the checkpoint that were read on resuming: to fill the rank, and to verify it.
 
 Counts are exact and the same on any machine; nothing is timed.

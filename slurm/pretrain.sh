@@ -146,8 +146,11 @@ exclude() { # Slurm takes no such change for a running job, and ends this script
 requeue() {
     [ "$warned" != end ] || exit 75
     say "$1: back into the queue"
-    scontrol requeue "$job" || say "error: the job could not be requeued. The same sbatch command continues the run."
-    [ ! -s "$run/excluded-hosts" ] || exclude
+    if ! scontrol requeue "$job"; then
+        say "error: the job could not be requeued. The same sbatch command continues the run."
+    elif [ -s "$run/excluded-hosts" ]; then
+        exclude
+    fi
     exit 75
 }
 

@@ -313,7 +313,7 @@ class LaunchConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if there is a GPU.")
     recheck: AutoSteps = Field(
         "auto",
-        description="Steps between checks that another replica computes the same gradient, to the bit (docs/operations.md); a step after which a checkpoint is due is checked too; 0: never; auto: 100 from two nodes on, without stages, on devices of one kind.",
+        description="Steps between checks that another replica computes the same gradient, to the bit (docs/operations.md); a step after which a checkpoint is due is checked too; 0: never; auto: 100 from two nodes on, on devices of one kind, without stages and with at most two tensor ranks.",
     )
     restarts: int = Field(
         3,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from exlm_dist.config import RunConfig, check_config
 from exlm_dist.training.engine import digest as digests
 from exlm_dist.training.engine.digest import GradientDigest, tensor_digest
-from exlm_dist.training.recheck import EXCLUDED, exclude, judge
+from exlm_dist.training.engine.zero_engine import ZeroEngine
+from exlm_dist.training.recheck import AUTO_STEPS, EXCLUDED, Recheck, exclude, judge
+from exlm_dist.utils.errors import ConfigError
 
 RIGHT, WRONG, OTHER = 1, 2, 3
 
@@ -69,3 +74,51 @@ def test_hosts_are_excluded_once_each(tmp_path):
     exclude(tmp_path, ["n2"])
     exclude(tmp_path, ["n1", "n2"])
     assert (tmp_path / EXCLUDED).read_text() == "n2\nn1\n"
+
+
+class Ranks:
+    """What `Recheck.of` asks of a `Process`: hosts and kinds of device of all ranks, and the tensor degree."""
+
+    def __init__(self, found: list[tuple[str, str]], tensor: int = 1) -> None:
+        self.device, self._found = torch.device("cpu"), found
+        self.grid = SimpleNamespace(tensor=SimpleNamespace(size=tensor))
+
+    def all_gather_object(self, value: object) -> list:
+        return [list(one) for one in self._found]
+
+
+@pytest.mark.parametrize(
+    "recheck, ranks, every",
+    [
+        ("auto", Ranks([("n1", "H100"), ("n1", "H100")]), None),
+        ("auto", Ranks([("n1", "H100"), ("n2", "H100")]), AUTO_STEPS),
+        ("auto", Ranks([("n1", "H100"), ("n2", "A100")]), None),
+        ("auto", Ranks([("n1", "H100"), ("n2", "H100")], tensor=4), None),
+        (0, Ranks([("n1", "H100"), ("n2", "H100")]), None),
+        (7, Ranks([("n1", "H100")]), 7),
+    ],
+)
+def test_when_it_is_on(recheck, ranks, every, tmp_path):
+    found = Recheck.of(config_of(recheck), ranks, engine(), None, tmp_path, None)
+    assert (found and found.every) == every
+
+
+def test_several_kinds_of_device_are_refused(tmp_path):
+    ranks = Ranks([("n1", "H100"), ("n2", "A100")])
+    with pytest.raises(ConfigError, match=r"A100 on n2; H100 on n1\). Set launch.recheck 0"):
+        Recheck.of(config_of(7), ranks, engine(), None, tmp_path, None)
+
+
+def test_stages_are_refused():
+    with pytest.raises(ConfigError, match=r"launch.recheck 5 with parallel.pipeline 2"):
+        check_config(config_of(5, parallel={"pipeline": 2}))
+    check_config(config_of("auto", parallel={"pipeline": 2}))
+
+
+def config_of(recheck: object, **sections: object) -> RunConfig:
+    plain = {"name": "x", "data": {"path": "x"}, "schedule": {"steps": 9}, "launch": {"recheck": recheck}}
+    return RunConfig.model_validate(plain | sections)
+
+
+def engine() -> ZeroEngine:
+    return object.__new__(ZeroEngine)

@@ -1,6 +1,7 @@
 """What each layout sends in a step, counted, beside the formulas of docs/parallelism.md; and the bubble of a pipeline.
 
     python benchmarks/parallel.py                      # 2 and 4 gloo processes of this machine
+    python benchmarks/parallel.py --counts             # instead: real runs, with all that `parallel_counts` counts
 
 Bytes are counted by kind of collective during one step of the real engine (`exlm_dist.parallel.traffic`), on the first
 rank of each stage; nothing is timed. For the bubble every stage is made to take the same time (it sleeps, forward once,
@@ -28,7 +29,9 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from parallel_counts import count_all  # noqa: E402
 
 from exlm_dist.config.schema import RunConfig  # noqa: E402
 from exlm_dist.launch.local import free_port  # noqa: E402
@@ -261,11 +264,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=0.1, help="time of a stage's forward pass, for the bubble")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the CSVs")
+    parser.add_argument("--counts", action="store_true", help="count steps and resumes of real runs instead")
     options = parser.parse_args()
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
     import torch
 
     about = {"commit": commit.strip(), "torch": torch.__version__, "processor": platform.machine()}
+    if options.counts:
+        count_all(options.out / f"parallel_counts_{date.today()}.csv", about, write)
+        return
     sent, fractions = [], []
     for name, parallel in LAYOUTS.items():
         found = [stage for stage in on_ranks(counted, config_of(parallel, 4)) if stage is not None]

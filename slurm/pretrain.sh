@@ -182,15 +182,38 @@ may_restart() { # counts attempts in a row that saved less than $1 further steps
     return 1
 }
 
+excluded() { # nodes of this job that miscalculated before: a rank, or you, wrote them down
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -xF -f "$run/excluded-hosts" 2>/dev/null | paste -sd ,
+}
+
+exclude() { # Slurm takes no such change for a running job, and ends this script soon after the requeue
+    local old new
+    old=$(scontrol -o show job "$job" | grep -o ' ExcNodeList=[^ ]*' | cut -d= -f2)
+    [ "$old" != "(null)" ] || old=""
+    new=$({ [ -z "$old" ] || scontrol show hostnames "$old"; cat "$run/excluded-hosts"; } | sort -u | paste -sd ,)
+    for _ in {1..20}; do
+        scontrol update "JobId=$job" "ExcNodeList=$new" 2>/dev/null && { say "without the nodes $new"; return; }
+        sleep 0.3
+    done
+    scontrol hold "$job"
+    say "error: Slurm did not take ExcNodeList=$new, the job is on hold: cancel it, and sbatch with --exclude=$new"
+}
+
 requeue() {
     [ "$warned" != end ] || exit 75
     say "$1: back into the queue"
-    scontrol requeue "$job" || say "error: the job could not be requeued. The same sbatch command continues the run."
+    if ! scontrol requeue "$job"; then
+        say "error: the job could not be requeued. The same sbatch command continues the run."
+    elif [ -s "$run/excluded-hosts" ]; then
+        exclude
+    fi
     exit 75
 }
 
 while :; do
     [ -z "$warned" ] || requeue "$warned"
+    bad=$(excluded)
+    [ -z "$bad" ] || requeue "$bad miscalculated"
     before=$(newest)
     run_ranks
     [ "$code" != 0 ] || { say "done"; exit 0; }

@@ -90,6 +90,13 @@ def _register_plan(commands: Commands) -> None:
     plan.add_argument("--length", type=int, help="sequence length; default: that of the prepared data, else 128")
     plan.add_argument("--vocab-size", type=int, help="vocabulary; default: that of the prepared data, else 32000")
     plan.add_argument("--top", type=int, default=8, help="grids shown")
+    plan.add_argument("--scale", action="store_true", help="what to expect of the layout on 8 to 4,096 GPUs, too")
+    plan.add_argument(
+        "--failure-hours",
+        type=positive,
+        default=50_700,
+        help="hours of one GPU between two failures, for --scale (Llama 3: 50,700)",
+    )
 
 
 def _register_launch(commands: Commands) -> None:
@@ -163,6 +170,7 @@ def _plan(options: argparse.Namespace) -> int:
     from exlm_dist.config import load_config
     from exlm_dist.planning.hardware import Hardware
     from exlm_dist.planning.report import plan_text
+    from exlm_dist.planning.scaling import HOUR, Cluster
 
     hardware = Hardware(
         flops=options.flops * 1e12,
@@ -180,6 +188,7 @@ def _plan(options: argparse.Namespace) -> int:
         length=options.length,
         vocab_size=options.vocab_size,
         top=options.top,
+        cluster=Cluster(failure=options.failure_hours * HOUR) if options.scale else None,
     )
     print(text)
     return 0

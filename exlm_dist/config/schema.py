@@ -18,10 +18,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def _auto_count(value: object) -> object:
-    if value == "auto" or (type(value) is int and value >= 1):
-        return value
-    raise PydanticCustomError("auto_count", "Input should be auto or a whole number from 1")
+class FromAuto:
+    """Validator of auto, or a whole number from `least`."""
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def __call__(self, value: object) -> object:
+        if value == "auto" or (type(value) is int and value >= self.least):
+            return value
+        raise PydanticCustomError("auto_count", f"Input should be auto or a whole number from {self.least}")
 
 
 def _renamed_backend(value: object) -> object:
@@ -36,7 +42,8 @@ JUMP_SHAPES = {"gaussian": (1.0, 8.0), "laplace": (1.0, 8.0), "group": (0.125, 1
 #: The models for which the prior `auto` is one.
 _DENSE = {"objective": "exlm", "transitions": "dense"}
 
-AutoCount = Annotated[Literal["auto"] | int, PlainValidator(_auto_count)]
+AutoCount = Annotated[Literal["auto"] | int, PlainValidator(FromAuto(1))]
+AutoSteps = Annotated[Literal["auto"] | int, PlainValidator(FromAuto(0))]
 
 
 class DataConfig(Section):
@@ -304,6 +311,10 @@ class LaunchConfig(Section):
     timeout: int = Field(600, ge=5, description="Seconds after which a collective that waits for another rank fails.")
     threads: int = Field(0, ge=0, description="CPU threads per process; 0: cores / local processes.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if there is a GPU.")
+    recheck: AutoSteps = Field(
+        "auto",
+        description="Steps between checks that another replica computes the same gradient, to the bit (docs/operations.md); a step after which a checkpoint is due is checked too; 0: never; auto: 100 from two nodes on, on devices of one kind, without stages and with at most two tensor ranks.",
+    )
     restarts: int = Field(
         3,
         ge=0,

@@ -66,7 +66,8 @@ class Loader:
         recipe.check_lengths(dataset.lengths)
         self._dataset, self._recipe, self._seed = dataset, recipe, seed
         self._global_batch, self._num_micro = global_batch, global_batch // recipe.micro
-        self._mine = range(rank * self._num_micro // world, (rank + 1) * self._num_micro // world)
+        self._world = world
+        self._mine = self._indices_of(rank)
         self._prefetcher = Prefetcher(self._build, prefetch)
 
     def step(self, t: int) -> StepBatches:
@@ -79,7 +80,17 @@ class Loader:
         """End the background thread."""
         self._prefetcher.close()
 
+    def first_of(self, t: int, rank: int) -> PackedBatch:
+        """The first micro-batch of global batch t on data-parallel rank `rank`, read and packed here and now."""
+        return self._built(t, self._indices_of(rank)[:1]).micro_batches[0]
+
+    def _indices_of(self, rank: int) -> range:
+        return range(rank * self._num_micro // self._world, (rank + 1) * self._num_micro // self._world)
+
     def _build(self, t: int) -> StepBatches:
+        return self._built(t, self._mine)
+
+    def _built(self, t: int, indices: range) -> StepBatches:
         recipe, total = self._recipe, self._global_batch
         epochs, samples = sample_at(np.arange(t * total, (t + 1) * total), self._seed, len(self._dataset))
         keys = sample_keys(self._seed, epochs, samples)
@@ -87,10 +98,10 @@ class Loader:
         counts = num_masks(lengths, keys, recipe.ratio)
         expanded = expanded_lengths(lengths, counts, recipe.states, recipe.anchors)
         plan = plan_micro_batches(expanded, self._num_micro)
-        mine = [plan[index] for index in self._mine]
+        mine = [plan[index] for index in indices]
         return StepBatches(
             step=t,
-            micro_batches=recipe.batches(self._dataset, mine, samples, epochs, keys, step=t, indices=list(self._mine)),
+            micro_batches=recipe.batches(self._dataset, mine, samples, epochs, keys, step=t, indices=list(indices)),
             num_sequences=total,
             num_targets=int(counts.sum()) + 2 * recipe.anchors * total,
             num_masked=int(counts.sum()),

@@ -40,7 +40,8 @@ class Job:
     `gpus_per_node` 0: a job without GPUs, with `tasks_per_node` ranks on each node; else there is one for each GPU.
     `warning`: seconds before the time limit at which the ranks are asked to save (Slurm may be a minute early).
     `container`: image in which everything runs, a .sif file (apptainer) or what pyxis takes; `mounts`: absolute paths
-    of the folders that it sees beside the one where sbatch is called, and /tmp. ConfigError for what Slurm would refuse.
+    of the folders that it sees beside the one where sbatch is called, and /tmp. ConfigError for what Slurm would
+    refuse.
     """
 
     kind: str

@@ -6,7 +6,8 @@ Names of metrics across the package (unit):
 `perplexity`, `joint_nll`, `coupling`, `objective_nll`, `invalid`, of ExLM `alignment_...`),
 `perf/tokens_per_second` (original tokens), `perf/expanded_tokens_per_second`, `perf/step_seconds`,
 `perf/wait_seconds` (for data, per step), `perf/padding_fraction`, `perf/memory_megabytes` (peak of the process or
-device), `progress/seconds` (training time so far, over all restarts), `progress/sequences`, `progress/tokens`.
+device), `progress/seconds` (training time so far, over all restarts), `progress/sequences`, `progress/tokens`,
+`recheck/failed` (checks in which replicas differed so far; a point for every check).
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from exlm_dist.training.engine import state as engine_state
 from exlm_dist.training.engine.base import Engine
 from exlm_dist.training.evaluator import Evaluator
 from exlm_dist.training.observers import Meter, Progress
+from exlm_dist.training.recheck import Recheck
 from exlm_dist.training.resources import Resources
 from exlm_dist.training.sample_log import SampleLog
 from exlm_dist.training.saver import Saver
@@ -45,6 +46,7 @@ class Session:
     checkpointer: Checkpointer
     meter: Meter
     samples: SampleLog | None
+    recheck: Recheck | None
     step: int  # optimizer steps done
     evaluation: dict[str, float] | None  # of the weights after `step` steps, once it was made
 
@@ -52,7 +54,10 @@ class Session:
         """One optimizer step, and what is noted of it."""
         batches = self.loader.step(self.step)
         heartbeat.beat(self.step)
-        result = optimizer_step(self.engine, batches, self.config, scored=self.meter.is_logged(self.step))
+        scored, check = self.meter.is_logged(self.step), None
+        if self.recheck and self.recheck.is_due(self.step + 1, saved=self.checkpointer.is_due(self.step + 1)):
+            check = self.recheck.of_step(batches, scored=scored)
+        result = optimizer_step(self.engine, batches, self.config, scored=scored, check=check)
         self.step += 1
         heartbeat.beat(self.step)
         self.evaluation = None
@@ -104,8 +109,11 @@ def build_session(config: RunConfig, process: Process, start: StartingPoint, res
         # The launch that wrote it may have been killed before it could say so.
         checkpointer.log_evaluation(start.checkpoint, start.step, evaluation)
     evaluator = Evaluator(config, process, engine, start.valid_data, events)
+    recheck = Recheck.of(config, process, engine, loader, start.path, events)
     _announce(config, process, start, engine)
-    return Session(config, process, loader, engine, evaluator, checkpointer, meter, samples, start.step, evaluation)
+    return Session(
+        config, process, loader, engine, evaluator, checkpointer, meter, samples, recheck, start.step, evaluation
+    )
 
 
 def _loader(config: RunConfig, process: Process, start: StartingPoint) -> Loader:

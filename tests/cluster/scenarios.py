@@ -46,6 +46,7 @@ SCENARIOS = {
     "warned": ["touch ready; trap 'checkpoint 1; exit 75' USR1; sleep 600 & wait; exit 3", "exit 0"],
     "cancelled": ["touch ready; trap 'touch warned; exit 75' USR1 TERM; sleep 600 & wait; exit 3", "exit 0"],
     "refused": ["exit 0"],
+    "wrong": ["[ $RANK = 1 ] && echo $SLURMD_NODENAME | tee left-out >run/excluded-hosts; exit 76", "exit 0"],
     "gres": ["exit 0"],
     "total": ["exit 0"],
     "tasks": ["exit 0"],

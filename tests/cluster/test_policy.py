@@ -103,3 +103,11 @@ esac
     assert job.wait(LIMIT) == "COMPLETED", job.log()
     found = {path.name: path.read_text() for path in (world / "runs/r").glob("rank-*")}
     assert found == {f"rank-{rank}": f"2 0 {slurm.folder}\n" for rank in range(2)}
+
+
+def test_a_node_that_miscalculates_is_left_out_from_the_next_start_on(slurm: Slurm, scenarios):
+    job = scenarios["wrong"]
+    assert job.wait(LIMIT) == "COMPLETED" and (job.restarts, job.starts()) == (1, 2), job.log()
+    left_out = (slurm.folder / "scenario-wrong" / "left-out").read_text().strip()
+    assert f"{left_out} miscalculated: back into the queue" in job.log()
+    assert job.facts()["ExcNodeList"] == left_out and left_out not in job.nodes()

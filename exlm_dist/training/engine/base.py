@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ from exlm_dist.utils.seeding import seed_from
 
 #: Bytes that vectorised loads ask the address of a tensor to be a multiple of.
 ALIGNMENT = 16
+#: Called on every rank before the optimizer's update with its `digest.GradientDigest.value()`.
+Check = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,13 @@ class Engine(ABC):
             group["lr"] = rate
 
     @abstractmethod
-    def train(self, batches: Sequence[PackedBatch], denominator: float, *, scored: bool) -> BatchResult:
+    def train(
+        self, batches: Sequence[PackedBatch], denominator: float, *, scored: bool, check: Check | None = None
+    ) -> BatchResult:
         """One optimizer step on this rank's micro-batches, the loss divided by the global `denominator`.
 
-        `scored`: also measure nll and accuracy on the last one, under the dropout of training.
+        `scored`: also measure nll and accuracy on the last one, under the dropout of training. `check` is called with
+        the digest of loss and gradients of the first one; where it raises, no weight has changed.
         """
 
     @abstractmethod

@@ -19,7 +19,7 @@ from exlm_dist.model.scoring import Totals, evaluation_sums
 from exlm_dist.model.stages import cut_layers, described, layer_costs
 from exlm_dist.model.stream import Stream
 from exlm_dist.parallel.process import Process
-from exlm_dist.training.engine.base import BatchResult, Engine, build_local_model
+from exlm_dist.training.engine.base import BatchResult, Check, Engine, build_local_model
 from exlm_dist.training.engine.deepspeed_config import working_dtype
 from exlm_dist.training.engine.quiet_deepspeed import quiet_deepspeed
 from exlm_dist.training.engine.training_module import Scoring
@@ -113,8 +113,11 @@ class PipelineEngine(Engine):
         send_no_descriptions(self.deepspeed, work.expected)
         self._work = work
 
-    def train(self, batches: Sequence[PackedBatch], denominator: float, *, scored: bool) -> BatchResult:
+    def train(
+        self, batches: Sequence[PackedBatch], denominator: float, *, scored: bool, check: Check | None = None
+    ) -> BatchResult:
         """See `Engine.train`."""
+        assert check is None, "config.layouts refuses launch.recheck with stages"
         masked = [scored and batch is batches[-1] for batch in batches]
         # DeepSpeed divides by its accumulation and averages over the replicas; both are undone.
         scale = self.process.grid.data.size * self.accumulation / denominator

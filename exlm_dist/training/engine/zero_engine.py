@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import contextlib
 import torch
 import torch.distributed as dist
 
@@ -14,7 +15,8 @@ from exlm_dist.model.scoring import Totals, evaluation_sums
 from exlm_dist.model.stream import Stream
 from exlm_dist.parallel.process import Process
 from exlm_dist.parallel.process_groups import Mpu
-from exlm_dist.training.engine.base import BatchResult, Engine, build_local_model
+from exlm_dist.training.engine.base import BatchResult, Check, Engine, build_local_model
+from exlm_dist.training.engine.digest import GradientDigest
 from exlm_dist.training.engine.training_module import Objective
 
 
@@ -32,11 +34,14 @@ class ZeroEngine(Engine):
             config, process, module, parameters, **({"mpu": Mpu(grid, replicas)} if grid.tensor.size > 1 else {})
         )
 
-    def train(self, batches: Sequence[PackedBatch], denominator: float, *, scored: bool) -> BatchResult:
+    def train(
+        self, batches: Sequence[PackedBatch], denominator: float, *, scored: bool, check: Check | None = None
+    ) -> BatchResult:
         """See `Engine.train`."""
         device = self.process.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         invalid, scores = [], None
+        digest = GradientDigest([sharded.parameter for sharded in self.parameters])
         for batch in batches:
             last = batch is batches[-1]
             is_masked = torch.from_numpy(batch.is_masked).to(device) if scored and last else None
@@ -45,13 +50,34 @@ class ZeroEngine(Engine):
             loss_sum, left_out, scores = self.deepspeed(self.stream(batch), is_masked)
             loss = loss_sum / denominator
             # DeepSpeed averages over the replicas, which is undone here; it is told not to divide by the accumulation.
-            self.deepspeed.backward(loss * self.process.grid.data.size, scale_wrt_gas=False)
+            with digest.of(loss) if check is not None and batch is batches[0] else contextlib.nullcontext():
+                self.deepspeed.backward(loss * self.process.grid.data.size, scale_wrt_gas=False)
             total += loss.detach()
             invalid.append(left_out)
+        if check is not None:
+            check(digest.value())
         norm = self._step()
         if self.process.grid.reports_metrics:
             return BatchResult(total, invalid, scores, norm)
         return BatchResult(torch.zeros_like(total), [torch.zeros_like(mask) for mask in invalid], None, norm)
+
+    def digest(self, batch: PackedBatch, denominator: float, *, scored: bool) -> int:
+        """The digest that `train` gives to its check for a step that begins with `batch`, computed without a trace. A
+        collective of the ranks of a replica, at ZeRO 3 of all."""
+        from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+        is_masked = torch.from_numpy(batch.is_masked).to(self.process.device) if scored else None
+        heartbeat.alive()
+        loss_sum, _, _ = self.deepspeed.module(self.stream(batch), is_masked)
+        loss = loss_sum / denominator
+        parameters = [sharded.parameter for sharded in self.parameters]
+        digest = GradientDigest(parameters, discard=True)
+        total = loss * self.process.grid.data.size
+        if isinstance(self.deepspeed.optimizer, ZeROOptimizer):
+            total = self.deepspeed.optimizer.scale_if_loss(total)  # as `backward` does
+        with digest.of(loss):
+            torch.autograd.grad(total, parameters, allow_unused=True)
+        return digest.value()
 
     def _step(self) -> torch.Tensor | float:
         """Clip and update; the norm of the global gradient before clipping."""

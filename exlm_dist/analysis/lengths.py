@@ -11,7 +11,7 @@ from exlm_dist.analysis import style
 from exlm_dist.config import RunConfig
 from exlm_dist.data.expansion import expanded_lengths
 from exlm_dist.data.masking import num_masks, sample_keys
-from exlm_dist.data.order import sample_at
+from exlm_dist.data.order import Order
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.evaluation.history import History
 
@@ -37,7 +37,7 @@ def training_lengths(config: RunConfig, sequences: int = SEQUENCES) -> Lengths:
     """Lengths of the first sequences that training sees; DataError if there is no data."""
     dataset = ShardDataset.open(Path(config.data.path), "train")
     count = min(sequences, max(len(dataset), config.batch.sequences))
-    epochs, samples = sample_at(np.arange(count), config.seed, len(dataset))
+    epochs, samples = Order.of(config.data, config.seed, len(dataset)).at(np.arange(count))
     payload = dataset.lengths[samples].astype(np.int64)
     masks = num_masks(payload, sample_keys(config.seed, epochs, samples), config.masking.ratio)
     return Lengths(payload + 2, expanded_lengths(payload, masks, config.model.states, config.model.anchors))

@@ -51,6 +51,16 @@ class DataConfig(Section):
     prefetch: int = Field(
         2, ge=0, le=64, description="Global steps packed ahead by a background thread; 0 packs in the training thread."
     )
+    shuffle: Literal["full", "windows"] = Field(
+        "full",
+        description="Order of the samples of an epoch. full: one permutation of all; windows: blocks of consecutive samples are permuted, and the samples within each window of them, so that data of any size is read in blocks (docs/data-order.md).",
+    )
+    block: int = Field(512, ge=1, description="Consecutive samples that are read as one block (shuffle windows).")
+    window: int = Field(
+        1024,
+        ge=1,
+        description="Blocks among which samples are permuted (shuffle windows); each rank keeps up to two windows in memory.",
+    )
     max_bad_records: float = Field(
         1e-4,
         ge=0,

@@ -12,6 +12,7 @@ from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.expansion import Expanded, expand, wrap
 from exlm_dist.data.masking import mask_batch
 from exlm_dist.data.packing import pack
+from exlm_dist.data.shard_index import Lengths
 from exlm_dist.utils.errors import ConfigError, DataError
 
 # Masking and expansion work on whole micro-batches of up to this many payload tokens at once: enough to hide numpy's
@@ -22,9 +23,11 @@ CHUNK_TOKENS = 16_384
 class Dataset(Protocol):
     """What a recipe reads from; `exlm_dist.data.shards.ShardDataset` is one."""
 
-    lengths: np.ndarray
+    lengths: np.ndarray | Lengths
 
     def __len__(self) -> int: ...
+
+    def preload(self, blocks: list[int]) -> None: ...
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 

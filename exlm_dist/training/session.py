@@ -8,6 +8,7 @@ from typing import Any
 from exlm_dist.checkpoint.tensors import TensorReader
 from exlm_dist.config import RunConfig, dump_config
 from exlm_dist.data.loader import Loader
+from exlm_dist.data.order import Order
 from exlm_dist.data.recipe import Recipe
 from exlm_dist.launch import heartbeat
 from exlm_dist.parallel.process import Process
@@ -113,7 +114,7 @@ def _loader(config: RunConfig, process: Process, start: StartingPoint) -> Loader
     return Loader(
         start.train_data,
         recipe,
-        seed=config.seed,
+        order=Order.of(config.data, config.seed, len(start.train_data)),
         global_batch=config.batch.sequences,
         rank=data.rank,
         world=data.size,

@@ -18,6 +18,7 @@ from prepared_folder import overwrite, record_offset, write_folder
 
 from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.loader import Loader, eval_batches
+from exlm_dist.data.order import Order
 from exlm_dist.data.recipe import Recipe
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.tokenizers.tokenizer import BOS, EOS, MASK
@@ -28,13 +29,14 @@ RECIPE = Recipe(
     states=3, anchors=True, ratio=0.2, keep=0.0, random=0.0, vocab_size=512, max_positions=256, bucket=1, micro=2
 )
 EVALUATION = replace(RECIPE, ratio=0.15, micro=8)
-DEFAULTS = {"seed": 5, "global_batch": 16, "rank": 0, "world": 1, "prefetch": 0}
+DEFAULTS = {"global_batch": 16, "rank": 0, "world": 1, "prefetch": 0}
 
 
-def loader(dataset: FakeDataset = DATA, **changes: object) -> Loader:
+def loader(dataset: FakeDataset = DATA, seed: int = 5, block: int = 0, window: int = 1, **changes: object) -> Loader:
     recipe = {name: value for name, value in changes.items() if name not in DEFAULTS}
     others = {name: value for name, value in changes.items() if name in DEFAULTS}
-    return Loader(dataset, replace(RECIPE, **recipe), **{**DEFAULTS, **others})
+    order = Order(seed, len(dataset), block, window)
+    return Loader(dataset, replace(RECIPE, **recipe), order=order, **{**DEFAULTS, **others})
 
 
 def same(a: PackedBatch, b: PackedBatch) -> bool:
@@ -104,14 +106,23 @@ def test_content_is_that_of_the_samples() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 60), st.sampled_from([(8, 1), (8, 2), (12, 4), (24, 8)]), st.integers(0, 2**62))
-def test_every_epoch_has_each_sample_once_over_resumes(num: int, sizes: tuple[int, int], seed: int) -> None:
+@given(
+    st.integers(1, 60),
+    st.sampled_from([(8, 1), (8, 2), (12, 4), (24, 8)]),
+    st.integers(0, 2**62),
+    st.integers(0, 9),
+    st.integers(1, 5),
+)
+def test_every_epoch_has_each_sample_once_over_resumes(
+    num: int, sizes: tuple[int, int], seed: int, block: int, window: int
+) -> None:
     batch, world = sizes
+    shuffle = {"seed": seed, "block": block, "window": window}
     dataset = FakeDataset(varied_lengths(num, high=12))
     seen: dict[int, list[int]] = {}
     for step in range(-(-3 * num // batch)):
         for rank in reversed(range(world)):  # a new loader each time: nothing is remembered
-            resumed = loader(dataset, rank=rank, world=world, global_batch=batch, micro=1, seed=seed)
+            resumed = loader(dataset, rank=rank, world=world, global_batch=batch, micro=1, **shuffle)
             for micro in resumed.step(step).micro_batches:
                 for epoch, sample in zip(micro.epochs.tolist(), micro.sample_ids.tolist()):
                     seen.setdefault(epoch, []).append(sample)

@@ -91,7 +91,8 @@ class ShardDataset:
         it is read. Processes of one node divide that work: this one, number `share[0]` of `share[1]`, checks every
         `share[1]`-th shard. `max_bad_records`: fraction of the split that may be damaged before `read` raises
         DataError. With `block`, samples are read in blocks of as many, and the last `kept_blocks` read are kept in
-        memory: for an order in windows (`order.py`), which needs two windows of them. Without it each sample is read for itself.
+        memory: for an order in windows (`order.py`), which needs two windows of them. Without it each sample is read
+        for itself.
         """
         folder = user_path(path)
         manifest = read_manifest(folder)
@@ -129,7 +130,9 @@ class ShardDataset:
                 first = block * self._block
                 last = min(first + self._block, len(self)) - 1
                 for shard in range(self.index.shard_of(first), self.index.shard_of(last) + 1):
-                    self._piece(shard, block)
+                    self._pieces[shard, block] = self._pieces.pop((shard, block), None) or self._read_piece(
+                        shard, block
+                    )
 
     def close(self) -> None:
         """Close the shard files; reading again reopens them."""
@@ -170,19 +173,21 @@ class ShardDataset:
             yield content[offset - start : offset - start + size]
 
     def _piece(self, shard: int, block: int) -> Piece:
-        """What one shard has of a block, read at once unless it is in memory."""
-        if (piece := self._pieces.get((shard, block))) is not None:
-            return piece
+        """What one shard has of a block, from memory or else from the disk."""
+        if (shard, block) not in self._pieces:
+            self._pieces[shard, block] = self._read_piece(shard, block)
+        return self._pieces[shard, block]
+
+    def _read_piece(self, shard: int, block: int) -> Piece:
+        """Read what one shard has of a block, and make room for it."""
         start, end = self.index.starts[shard : shard + 2].tolist()
         first, last = max(block * self._block, start), min((block + 1) * self._block, end) - 1
         rows = self.index.rows(shard)
         begin, tail = int(rows[first - start]["offset"]), rows[last - start]
         size = int(tail["offset"]) + int(tail["length"]) * self._dtype.itemsize - begin
-        piece = (begin, memoryview(os.pread(self._handle(shard), size, begin)))
         while len(self._pieces) >= self._kept_blocks + len(self._shards):  # of some blocks two shards have a piece
             self._pieces.pop(next(iter(self._pieces)))
-        self._pieces[shard, block] = piece
-        return piece
+        return begin, memoryview(os.pread(self._handle(shard), size, begin))
 
     def _handle(self, shard: int) -> int:
         if shard in self._files:

@@ -78,6 +78,27 @@ class MaskingConfig(Section):
         lt=1,
         description="Fraction of the ordinary tokens of a sequence that are masked in training; at least one token.",
     )
+    schedule: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0, lt=1)]], ...] = Field(
+        (),
+        description="Points [step, ratio] through which `ratio` changes from step 0 on, linearly, and stays after the last; two points at one step make it jump (docs/masking.md).",
+    )
+    spread: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="The ratio of each sequence is drawn from ratio - spread to ratio + spread, uniformly; 0: the same for all.",
+    )
+    unit: Literal["token", "word", "atom", "ring"] = Field(
+        "token",
+        description="What is masked as a whole: tokens; words (text: what spaces separate); atoms with bond and ring closures, or rings (SMILES).",
+    )
+    span_p: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Mask spans of consecutive units, with lengths geometric in this p (SpanBERT: 0.2); 0: single units.",
+    )
+    longest_span: int = Field(10, ge=1, le=1000, description="Units in the longest span.")
     eval_ratio: float = Field(
         0.15,
         gt=0,

@@ -15,7 +15,7 @@ import numpy as np
 from exlm_dist.config import check_division
 from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.expansion import expanded_lengths
-from exlm_dist.data.masking import num_masks, sample_keys
+from exlm_dist.data.masking import sample_keys
 from exlm_dist.data.order import Order
 from exlm_dist.data.packing import plan_micro_batches
 from exlm_dist.data.prefetch import Prefetcher
@@ -80,14 +80,14 @@ class Loader:
         self._prefetcher.close()
 
     def _build(self, t: int) -> StepBatches:
-        recipe, total = self._recipe, self._global_batch
+        recipe, total = self._recipe.at(t), self._global_batch
         positions = np.arange(t * total, (t + 1) * total)
         if self._order.block:
             self._dataset.preload(self._order.upcoming(positions))
         epochs, samples = self._order.at(positions)
         keys = sample_keys(self._order.seed, epochs, samples)
         lengths = self._dataset.lengths[samples].astype(np.int64)
-        counts = num_masks(lengths, keys, recipe.ratio)
+        counts = recipe.num_masks(lengths, keys)
         expanded = expanded_lengths(lengths, counts, recipe.states, recipe.anchors)
         plan = plan_micro_batches(expanded, self._num_micro)
         mine = [plan[index] for index in self._mine]
@@ -116,7 +116,7 @@ def eval_batches(dataset: Dataset, recipe: Recipe, *, sequences: int, rank: int,
     epochs = np.zeros_like(samples)
     keys = sample_keys(0, epochs, samples)
     lengths = dataset.lengths[samples].astype(np.int64)
-    counts = num_masks(lengths, keys, recipe.ratio)
+    counts = recipe.num_masks(lengths, keys)
     plan = plan_micro_batches(
         expanded_lengths(lengths, counts, recipe.states, recipe.anchors), -(-len(samples) // recipe.micro)
     )

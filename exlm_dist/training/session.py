@@ -109,7 +109,7 @@ def build_session(config: RunConfig, process: Process, start: StartingPoint, res
 
 def _loader(config: RunConfig, process: Process, start: StartingPoint) -> Loader:
     data = process.grid.data
-    recipe = Recipe.of(config, start.train_data.vocab_size)
+    recipe = Recipe.of(config, start.train_data.vocab_size, load_tokenizer(start.train_data.tokenizer_path))
     _check_lengths(config, start, recipe)
     return Loader(
         start.train_data,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from exlm_dist.config import RunConfig
+from exlm_dist.config.ratios import largest_ratio
 from exlm_dist.data.batch import PackedBatch
 from exlm_dist.launch import heartbeat
 from exlm_dist.model.build import run_layers
@@ -79,7 +80,8 @@ class PipelineEngine(Engine):
     def __init__(self, config: RunConfig, process: Process, vocab_size: int, length: float) -> None:
         """`length`: mean tokens of a sequence, for the costs by which the layers are cut."""
         pipeline = process.grid.pipeline
-        costs = layer_costs(config.model, vocab_size, length, config.masking.ratio)
+        ratio = largest_ratio(config.masking.ratio, config.masking.schedule)
+        costs = layer_costs(config.model, vocab_size, length, ratio)
         bounds = cut_layers(costs, pipeline.size)
         logger.info("stages: %s", described(bounds, costs))
         model = build_local_model(config, process, vocab_size, bounds[pipeline.rank])

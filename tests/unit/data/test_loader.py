@@ -18,6 +18,7 @@ from prepared_folder import overwrite, record_offset, write_folder
 
 from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.loader import Loader, eval_batches
+from exlm_dist.data.mask_groups import Grouping
 from exlm_dist.data.order import Order
 from exlm_dist.data.recipe import Recipe
 from exlm_dist.data.shards import ShardDataset
@@ -311,8 +312,29 @@ def test_evaluation_uses_what_a_small_split_has() -> None:
     assert [batch.num_sequences for batch in batches] == [3]
 
 
+def test_the_ratio_of_a_step_is_that_of_the_schedule() -> None:
+    falling = {"ratio": 0.4, "schedule": ((10, 0.4), (10, 0.2), (30, 0.1))}
+    assert all(same(a, b) for a, b in zip(gathered(3, 1, **falling), gathered(3, 2, ratio=0.4)))
+    assert all(same(a, b) for a, b in zip(gathered(20, 1, **falling), gathered(20, 2, ratio=0.2 + (0.1 - 0.2) * 0.5)))
+    assert all(same(a, b) for a, b in zip(gathered(99, 1, **falling), gathered(99, 2, ratio=0.1)))
+    with pytest.raises(ConfigError, match=r"with a masking ratio of 0.5"):
+        loader(ratio=0.1, spread=0.1, schedule=((10, 0.4),), max_positions=100)
+
+
+def test_windows_have_the_blocks_that_they_read_ahead() -> None:
+    dataset = FakeDataset(varied_lengths(96, high=9))
+    steps = [loader(dataset, block=4, window=4).step(step) for step in range(12)]
+    ahead = dataset.preloaded
+    assert [len(ahead), len(set(ahead[:20])), sorted(ahead)[0]] == [48, 20, 0]
+    later = {sample // 4 for part in steps[1:2] for batch in part.micro_batches for sample in batch.sample_ids.tolist()}
+    assert later == set(ahead[:4])
+
+
 def test_recipes_are_those_of_the_configuration(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "x", tmp_path, masking={"ratio": 0.4, "eval_ratio": 0.2, "keep": 0.1, "random": 0.1})
+    masking = {"ratio": 0.4, "eval_ratio": 0.2, "keep": 0.1, "random": 0.1, "spread": 0.1, "span_p": 0.2}
+    config = make_config(tmp_path, "x", tmp_path, masking={**masking, "schedule": [[9, 0.3]]})
     training = Recipe.of(config, 77)
     assert (training.ratio, training.keep, training.random, training.vocab_size) == (0.4, 0.1, 0.1, 77)
-    assert Recipe.for_evaluation(config, 77) == replace(training, ratio=0.2, keep=0.0, random=0.0)
+    assert (training.spread, training.schedule, training.grouping) == (0.1, ((9, 0.3),), Grouping("token", 0.2, 10))
+    fixed = {"spread": 0.0, "schedule": (), "grouping": None}
+    assert Recipe.for_evaluation(config, 77) == replace(training, ratio=0.2, keep=0.0, random=0.0, **fixed)

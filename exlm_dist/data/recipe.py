@@ -26,7 +26,8 @@ CHUNK_TOKENS = 16_384
 class Dataset(Protocol):
     """What a recipe reads from; `exlm_dist.data.shards.ShardDataset` is one."""
 
-    lengths: np.ndarray | Lengths
+    @property
+    def lengths(self) -> np.ndarray | Lengths: ...
 
     def __len__(self) -> int: ...
 
@@ -100,12 +101,12 @@ class Recipe:
         """Of any sequence of any step."""
         return largest_ratio(self.ratio, self.schedule) + self.spread
 
-    def longest(self, lengths: np.ndarray) -> int:
+    def longest(self, lengths: np.ndarray | Lengths) -> int:
         """The most positions to which a sequence of these lengths (BOS and EOS not counted) can expand."""
         most = int(lengths.max(initial=0)) + 2
         return longest_expansion(most, ratio=self._largest_ratio, states=self.states, anchors=self.anchors)
 
-    def check_lengths(self, lengths: np.ndarray) -> None:
+    def check_lengths(self, lengths: np.ndarray | Lengths) -> None:
         """DataError if a sequence is empty, ConfigError if one could exceed `max_positions` when expanded."""
         if len(lengths) == 0 or lengths.min() < 1:
             raise DataError("the data has no sequences, or empty ones: prepare it again")

@@ -130,9 +130,9 @@ class ShardDataset:
                 first = block * self._block
                 last = min(first + self._block, len(self)) - 1
                 for shard in range(self.index.shard_of(first), self.index.shard_of(last) + 1):
-                    self._pieces[shard, block] = self._pieces.pop((shard, block), None) or self._read_piece(
-                        shard, block
-                    )
+                    piece = self._piece(shard, block)
+                    del self._pieces[shard, block]
+                    self._pieces[shard, block] = piece  # the last of those that make room
 
     def close(self) -> None:
         """Close the shard files; reading again reopens them."""

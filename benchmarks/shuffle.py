@@ -6,8 +6,8 @@
 Two kinds of label stand for what is alike in neighbouring samples: `source`, four sources one after another in the
 data, and `topic`, drawn anew for every run of 1,000 samples. Columns, over the first 2^22 positions of an epoch:
 
-spread    standard deviation of the share of a label in a batch of 256, divided by that of independent draws
-drift     the same for 64 batches together
+spread    standard deviation of the fraction of a label in a batch of 256, divided by that of independent draws
+drift     the same for 64 batches in a row
 relation  correlation of the label with that of 1, 256 and 65,536 positions later (topic: of 1 later)
 near      probability that the next sample is one of the nearest million, minus that of independent draws
 distance  mean distance of consecutive samples / samples (independent draws: 0.3333)
@@ -33,16 +33,16 @@ POSITIONS, CHUNK, BATCH, TOPIC, NEAR = 1 << 22, 1 << 16, 256, 1000, 500_000
 SHAPES = [(0, 1), (256, 256), (256, 1024), (512, 256), (512, 512), (512, 1024), (1024, 256), (4096, 64), (700_000, 16)]
 
 
-def spread(label: np.ndarray, share: float, size: int) -> float:
+def spread(label: np.ndarray, fraction: float, size: int) -> float:
     """Standard deviation of the mean of `label` over `size` positions, relative to that of independent draws."""
     means = label[: len(label) // size * size].reshape(-1, size).mean(1)
-    return float(means.std() / np.sqrt(share * (1 - share) / size))
+    return float(means.std() / np.sqrt(fraction * (1 - fraction) / size))
 
 
-def relation(label: np.ndarray, share: float, lag: int) -> float:
+def relation(label: np.ndarray, fraction: float, lag: int) -> float:
     """Correlation of the label with that `lag` positions later."""
-    centred = label - share
-    return float((centred[:-lag] * centred[lag:]).mean() / (share * (1 - share)))
+    centred = label - fraction
+    return float((centred[:-lag] * centred[lag:]).mean() / (fraction * (1 - fraction)))
 
 
 def statistics(num_samples: int, block: int, window: int) -> dict[str, str]:

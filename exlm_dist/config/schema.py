@@ -56,11 +56,7 @@ class DataConfig(Section):
         description="Order of the samples of an epoch. full: one permutation of all; windows: blocks of consecutive samples are permuted, and the samples within each window of them, so that data of any size is read in blocks (docs/data-order.md).",
     )
     block: int = Field(512, ge=1, description="Consecutive samples that are read as one block (shuffle windows).")
-    window: int = Field(
-        1024,
-        ge=1,
-        description="Blocks among which samples are permuted (shuffle windows); each rank keeps up to two windows in memory.",
-    )
+    window: int = Field(1024, ge=1, description="Blocks whose samples are permuted as one window (shuffle windows).")
     max_bad_records: float = Field(
         1e-4,
         ge=0,

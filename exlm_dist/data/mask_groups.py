@@ -1,4 +1,4 @@
-"""Which tokens of a sequence are masked together: words, atoms, rings, and spans of them.
+"""Which tokens of a sequence are masked as a whole: words, atoms, rings, and spans of them.
 
 A group is a set of tokens of one sequence, named by a number below its length. It is a function of the tokens, and for
 spans also of the key of the sample; `masking.choose_masked` draws groups where it otherwise draws single tokens.

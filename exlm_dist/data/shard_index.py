@@ -1,4 +1,4 @@
-"""The index of a split: what is where in its shards, mapped from its files, so that ranks share what a node has read.
+"""The index of a split: what is where in its shards, mapped from its files, so that ranks use what their node has read.
 
 An index is opened when a sample of its shard is first asked for; nothing here is proportional to the number of samples.
 """

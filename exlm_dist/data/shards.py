@@ -83,13 +83,13 @@ class ShardDataset:
         max_bad_records: float = 1e-4,
         block: int = 0,
         kept_blocks: int = 0,
-        share: tuple[int, int] = (0, 1),
+        part: tuple[int, int] = (0, 1),
     ) -> ShardDataset:
         """Open `split` ('train' or 'valid') of the prepared folder `path`.
 
         Checks the manifest, the size of every shard and the hash of every index (DataError); the payload is checked as
-        it is read. Processes of one node divide that work: this one, number `share[0]` of `share[1]`, checks every
-        `share[1]`-th shard. `max_bad_records`: fraction of the split that may be damaged before `read` raises
+        it is read. Processes of one node divide that work: this one, number `part[0]` of `part[1]`, checks every
+        `part[1]`-th shard. `max_bad_records`: fraction of the split that may be damaged before `read` raises
         DataError. With `block`, samples are read in blocks of as many, and the last `kept_blocks` read are kept in
         memory: for an order in windows (`order.py`), which needs two windows of them. Without it each sample is read
         for itself.
@@ -101,7 +101,7 @@ class ShardDataset:
         if not manifest["splits"][split]["shards"]:
             raise DataError(f"{folder}: its {split} split has no shards. Prepare the data again.")
         dataset = cls(folder, split, manifest, max_bad_records, block, kept_blocks)
-        dataset.index.verify(*share)
+        dataset.index.verify(*part)
         return dataset
 
     def __len__(self) -> int:

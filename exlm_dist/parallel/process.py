@@ -233,7 +233,7 @@ def local_world(world: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
 
 
-def node_share(local_rank: int) -> tuple[int, int]:
+def node_part(local_rank: int) -> tuple[int, int]:
     """(number of this rank, number of ranks) among those of its node, for work that they divide. (0, 1), all of it,
     where the launcher does not say how many they are."""
     known = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")

@@ -12,7 +12,7 @@ from exlm_dist.checkpoint.hf_export import is_export
 from exlm_dist.checkpoint.weights_only import describe_origin
 from exlm_dist.config import RunConfig, check_vocabulary, check_world
 from exlm_dist.data.shards import ShardDataset
-from exlm_dist.parallel.process import Process, node_share
+from exlm_dist.parallel.process import Process, node_part
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.training.advice import new_run_command
 from exlm_dist.training.changes import Change, accept_changes
@@ -151,7 +151,7 @@ def _open_split(config: RunConfig, process: Process, split: str) -> ShardDataset
         max_bad_records=data.max_bad_records,
         block=data.block if in_blocks else 0,
         kept_blocks=2 * data.window,
-        share=node_share(process.local_rank),
+        part=node_part(process.local_rank),
     )
 
 

@@ -1,4 +1,4 @@
-"""What is masked together: words, atoms, rings and spans: pure functions with frozen values, all whole but for one."""
+"""What is masked at once: words, atoms, rings and spans: pure functions with frozen values, all whole but for one."""
 
 from __future__ import annotations
 
@@ -149,8 +149,8 @@ def test_tokens_of_large_and_small_groups_are_masked_nearly_alike() -> None:
     hidden = np.zeros((count, len(row)))
     hidden.reshape(-1)[masks.indices] = 1
     of_size = np.repeat([len(word) for word in words], [len(word) for word in words])
-    share = [hidden.mean(0)[of_size == size].mean() for size in (1, 2, 3, 4)]
-    assert np.abs(np.array(share) - 0.3).max() < 0.02, share
+    fraction = [hidden.mean(0)[of_size == size].mean() for size in (1, 2, 3, 4)]
+    assert np.abs(np.array(fraction) - 0.3).max() < 0.02, fraction
 
 
 @pytest.mark.parametrize("name", GROUPINGS)

@@ -155,8 +155,8 @@ def test_folder_that_is_not_prepared(tmp_path: Path, folder: Path) -> None:
 def test_ranks_of_a_node_divide_the_checking(folder: Path) -> None:
     overwrite(folder / "train/shard-000001.idx.npy", 200, b"\x01\x02")
     with pytest.raises(DataError, match="shard-000001.idx.npy: sha256"):
-        ShardDataset.open(folder, "train", share=(1, 3))
-    ShardDataset.open(folder, "train", share=(0, 3))
+        ShardDataset.open(folder, "train", part=(1, 3))
+    ShardDataset.open(folder, "train", part=(0, 3))
 
 
 def test_lengths_are_those_of_the_index(folder: Path, rows: list[np.ndarray]) -> None:
@@ -184,8 +184,8 @@ def test_windows_read_each_block_once_and_ahead(folder: Path, monkeypatch: pytes
         ids, before = order.at(positions)[1], len(reads)
         tokens, lengths = dataset.read(ids)
         demanded.append(len(reads) - before)
-        held = len(reads)
+        counted = len(reads)
         assert np.array_equal(tokens, by_sample.read(ids)[0])
-        del reads[held:]
+        del reads[counted:]
     assert sum(demanded[600 // 25 :]) == 0, "after the first windows everything was read ahead"
     assert 60 <= len(reads) <= 72 + 3 * shards, "30 blocks in each epoch and the window after them, some in two shards"

@@ -90,6 +90,7 @@ class Sequences:
 def opened(config: RunConfig) -> tuple[Any, Any, Any]:
     """(process, loader, engine) of this rank."""
     from exlm_dist.data.loader import Loader
+    from exlm_dist.data.order import Order
     from exlm_dist.data.recipe import Recipe
     from exlm_dist.parallel import process as processes
     from exlm_dist.training.engine import build_engine
@@ -99,7 +100,7 @@ def opened(config: RunConfig) -> tuple[Any, Any, Any]:
     loader = Loader(
         Sequences(),
         replace(Recipe.of(config, VOCABULARY), bucket=1),
-        seed=config.seed,
+        order=Order.of(config.data, config.seed, len(Sequences())),
         global_batch=config.batch.sequences,
         rank=data.rank,
         world=data.size,

@@ -58,6 +58,12 @@ class DataConfig(Section):
     prefetch: int = Field(
         2, ge=0, le=64, description="Global steps packed ahead by a background thread; 0 packs in the training thread."
     )
+    shuffle: Literal["full", "windows"] = Field(
+        "full",
+        description="Order of the samples of an epoch. full: one permutation of all; windows: blocks of consecutive samples are permuted, and the samples within each window of them, so that data of any size is read in blocks (docs/data-order.md).",
+    )
+    block: int = Field(512, ge=1, description="Consecutive samples that are read as one block (shuffle windows).")
+    window: int = Field(1024, ge=1, description="Blocks whose samples are permuted as one window (shuffle windows).")
     max_bad_records: float = Field(
         1e-4,
         ge=0,
@@ -75,6 +81,27 @@ class MaskingConfig(Section):
         lt=1,
         description="Fraction of the ordinary tokens of a sequence that are masked in training; at least one token.",
     )
+    schedule: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0, lt=1)]], ...] = Field(
+        (),
+        description="Points [step, ratio] through which `ratio` changes from step 0 on, linearly, and stays after the last; two points at one step make it jump (docs/masking.md).",
+    )
+    spread: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="The ratio of each sequence is drawn from ratio - spread to ratio + spread, uniformly; 0: the same for all.",
+    )
+    unit: Literal["token", "word", "atom", "ring"] = Field(
+        "token",
+        description="What is masked as a whole: tokens; words (text: what spaces separate); atoms with bond and ring closures, or rings (SMILES).",
+    )
+    span_p: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Mask spans of consecutive units, with lengths geometric in this p (SpanBERT: 0.2); 0: single units.",
+    )
+    longest_span: int = Field(10, ge=1, le=1000, description="Units in the longest span.")
     eval_ratio: float = Field(
         0.15,
         gt=0,

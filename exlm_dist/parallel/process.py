@@ -249,6 +249,13 @@ def local_world(world: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
 
 
+def node_part(local_rank: int) -> tuple[int, int]:
+    """(number of this rank, number of ranks) among those of its node, for work that they divide. (0, 1), all of it,
+    where the launcher does not say how many they are."""
+    known = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return (local_rank, int(known)) if known else (0, 1)
+
+
 def threads(wanted: int, processes: int) -> int:
     """CPU threads of this process: `wanted`, else OMP_NUM_THREADS, else an equal split of the cores of this job."""
     if wanted:

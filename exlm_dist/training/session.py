@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from exlm_dist.checkpoint.tensors import TensorReader
 from exlm_dist.config import RunConfig, dump_config
 from exlm_dist.data.loader import Loader
+from exlm_dist.data.order import Order
 from exlm_dist.data.recipe import Recipe
+from exlm_dist.data.shard_index import Lengths
 from exlm_dist.launch import heartbeat
 from exlm_dist.parallel.process import Process
 from exlm_dist.tokenizers import load_tokenizer
@@ -118,12 +122,12 @@ def build_session(config: RunConfig, process: Process, start: StartingPoint, res
 
 def _loader(config: RunConfig, process: Process, start: StartingPoint) -> Loader:
     data = process.grid.data
-    recipe = Recipe.of(config, start.train_data.vocab_size)
+    recipe = Recipe.of(config, start.train_data.vocab_size, load_tokenizer(start.train_data.tokenizer_path))
     _check_lengths(config, start, recipe)
     return Loader(
         start.train_data,
         recipe,
-        seed=config.seed,
+        order=Order.of(config.data, config.seed, len(start.train_data)),
         global_batch=config.batch.sequences,
         rank=data.rank,
         world=data.size,
@@ -134,7 +138,7 @@ def _loader(config: RunConfig, process: Process, start: StartingPoint) -> Loader
 def _check_lengths(config: RunConfig, start: StartingPoint, recipe: Recipe) -> None:
     """ConfigError, before anything is trained, if a sequence of training or evaluation could become too long; it says
     what is enough for all."""
-    uses = [(recipe, start.train_data.lengths)]
+    uses: list[tuple[Recipe, np.ndarray | Lengths]] = [(recipe, start.train_data.lengths)]
     if start.valid_data is not None:
         evaluated = start.valid_data.lengths[: config.evaluation.sequences]
         uses.append((Recipe.for_evaluation(config, recipe.vocab_size), evaluated))

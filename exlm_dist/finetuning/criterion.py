@@ -1,7 +1,7 @@
 """What a model learns from labelled rows, and how its predictions are judged: all that the training does not know.
 
-`TargetCriterion` is that of classes and values, one vector for each sequence; `spans.SpanCriterion` that of answers in a
-text, two scores for each token.
+`TargetCriterion` is that of classes and values, from one vector for each sequence; `SpanCriterion` (span_criterion.py)
+that of answers in a text, from two scores for each token.
 """
 
 from __future__ import annotations

@@ -201,9 +201,7 @@ def _train_epoch(
     return float(sum(losses) / weights.sum())
 
 
-def _train_batch(
-    model: PropertyModel, criterion: Criterion, batch: Examples, weights: np.ndarray, seed: int
-) -> float:
+def _train_batch(model: PropertyModel, criterion: Criterion, batch: Examples, weights: np.ndarray, seed: int) -> float:
     """Gradient of the mean loss of the batch's labels, added up over its micro-batches; that loss."""
     device = next(model.head.parameters()).device
     norm, total = weights.sum(), 0.0

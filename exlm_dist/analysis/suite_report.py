@@ -137,8 +137,8 @@ def _gains(table: SuiteTable) -> list[str]:
         return [f"Nothing to compare with: give {' and '.join(f'`{name}`' for name in names)} to `--checkpoint`."]
     return [
         f"Differences of the means on the {table.of.part} part, above 0 where the checkpoint is better, \u00b1 half of "
-        "the 95 % interval (Welch) that the seeds of the training leave. No difference: the interval has 0 in it. It says "
-        "nothing of other splits. Where there are several to compare with, the best on this part is taken.\n",
+        "the 95 % interval (Welch) that the seeds of the training leave. No difference: the interval has 0 in it. It "
+        "says nothing of other splits. Where there are several to compare with, the best on this part is taken.\n",
         *lines,
     ]
 

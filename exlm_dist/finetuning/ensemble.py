@@ -161,8 +161,8 @@ def train_members(
     watched: bool = True,
 ) -> list[Member]:
     """Train the members of an ensemble, one after another, on the part 'train'; 'valid' decides which epoch is the
-    best, and all parts but the first are scored. settings: those of `TrainingSettings.for_task`. folder: MODEL.partial, in whose folder `state` their states are kept. watched: show
-    the epochs."""
+    best, and all parts but the first are scored. settings: those of `TrainingSettings.for_task`. folder: MODEL.partial,
+    in whose folder `state` their states are kept. watched: show the epochs."""
     assert settings.metric is not None, "settings are those of `for_task`"
     if settings.frozen and criterion.pooled:  # all epochs of all members have the same encoder
         examples = {part: with_features(loaded, own, settings.pooling) for part, own in examples.items()}

@@ -158,8 +158,8 @@ def read_table(out: Path) -> SuiteTable:
 
 
 def difference(first: Entry, second: Entry) -> Difference:
-    """Of their means on the part that is shown, with the sign that makes more better; its 95 % interval by Welch's t, as
-    the sds of the two differ."""
+    """Of their means on the part that is shown, with the sign that makes more better; its 95 % interval by Welch's t,
+    as the sds of the two differ."""
     from scipy import stats
 
     sign = -1 if first.metric in ERRORS else 1

@@ -15,10 +15,11 @@ from exlm_dist.finetuning.model_folder import STATE_FOLDER, without_nan
 from exlm_dist.finetuning.splits import Parts, split_hash
 from exlm_dist.inference.loading import LoadedCheckpoint, load_checkpoint
 from exlm_dist.model.build import build_model
+from exlm_dist.suites.bag_of_words import predict_from_words
 from exlm_dist.suites.catalogue import SUITES
 from exlm_dist.suites.cells import Cell, claimed, publish_result
+from exlm_dist.suites.fingerprints import fingerprint_features, predict_from_fingerprints
 from exlm_dist.suites.methods import RANDOM
-from exlm_dist.suites.suite import Baseline
 from exlm_dist.suites.task_data import EncodedTask, TaskData
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.version import VERSION, git_commit
@@ -56,7 +57,8 @@ def run_cell(order: Order, device: str, threads: int) -> bool:
         data, parts = _task(order.suite, order.cell.task, order.files, order.cell.split)
         if split_hash(parts) != order.split_hash:
             raise DataError(
-                f"{order.files[0].parent}: a file of {order.cell.task} has changed since the evaluation began. Begin anew with another --out."
+                f"{order.files[0].parent}: a file of {order.cell.task} has changed since the evaluation began. "
+                "Begin anew with another --out."
             )
         own = _baseline if order.cell.method.checkpoint is None else _finetuned
         result = own(order, data, parts, partial, device, threads)
@@ -90,11 +92,10 @@ def _finetuned(order: Order, data: TaskData, parts: Parts, partial: Path, device
 
 def _baseline(order: Order, data: TaskData, parts: Parts, partial: Path, device: str, threads: int) -> dict[str, Any]:
     """Scores of a baseline; it is trained at once, so there is nothing to keep in `partial`, and on the CPU."""
-    baseline, kind = _baseline_of(order.suite), order.cell.method.kind
+    kind, seed = order.cell.method.kind, order.cell.seed
+    predict = predict_from_fingerprints if SUITES[order.suite].domain == "smiles" else predict_from_words
     features = _features(order.suite, order.cell.task, order.files)
-    predicted = baseline.predict(
-        kind, features, data.labels, data.targets, parts, seed=order.cell.seed, threads=threads
-    )
+    predicted = predict(kind, features, data.labels, data.targets, parts, seed=seed, threads=threads)
     scores = {
         part: evaluate_predictions(values, data.labels[parts[part]], data.targets) for part, values in predicted.items()
     }
@@ -122,12 +123,6 @@ class _Weights(NamedTuple):
     checkpoint: Path
     device: str
     initial: int | None
-
-
-def _baseline_of(suite: str) -> Baseline:
-    baseline = SUITES[suite].baseline
-    assert baseline is not None, "a cell of a baseline is of a suite that has one"
-    return baseline
 
 
 # The cells of a task, and those of a method, come one after another: what they have in common stays in memory.
@@ -162,4 +157,6 @@ def _encoded(used: _Weights, suite: str, task: str, files: tuple[Path, ...], poo
 
 @functools.lru_cache(maxsize=1)
 def _features(suite: str, task: str, files: tuple[Path, ...]) -> Any:
-    return _baseline_of(suite).features(_data(suite, task, files).columns)
+    """What a baseline reads: of molecules fingerprints, of texts the texts, as their words are those of a part."""
+    columns = list(_data(suite, task, files).columns.values())
+    return fingerprint_features(columns[0]) if SUITES[suite].domain == "smiles" else columns

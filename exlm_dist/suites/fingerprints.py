@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from exlm_dist.finetuning.splits import Parts
 from exlm_dist.finetuning.targets import Target
-from exlm_dist.suites.suite import Baseline
 from exlm_dist.tokenizers.molecules import morgan_counts
 
 RADIUS, SIZE = 2, 2048
@@ -70,10 +69,3 @@ def _model(kind: str, task: str, seed: int, threads: int) -> Any:
     if task == "regression":
         return ensemble.RandomForestRegressor(TREES, max_features="sqrt", n_jobs=threads, random_state=seed)
     return ensemble.RandomForestClassifier(TREES, class_weight="balanced", n_jobs=threads, random_state=seed)
-
-
-def _of_columns(columns: Mapping[str, list[str]]) -> np.ndarray:
-    return fingerprint_features(columns["smiles"])
-
-
-FINGERPRINTS = Baseline("fingerprints", ("forest", "boosting"), _of_columns, predict_from_fingerprints)

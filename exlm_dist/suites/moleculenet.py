@@ -8,9 +8,8 @@ Uni-Mol publishes for each set (github.com/deepmodeling/Uni-Mol, unimol/README.m
 from __future__ import annotations
 
 from exlm_dist.finetuning.finetune_settings import TrainingSettings
-from exlm_dist.suites.fingerprints import FINGERPRINTS
 from exlm_dist.suites.molecule_task import MoleculeTask
-from exlm_dist.suites.suite import Suite
+from exlm_dist.suites.suite import Baseline, Suite
 
 UNIMOL, QUICK = "unimol", "quick"
 #: A short training, the same for all sets: to see that all works, not for figures that are to be compared.
@@ -98,5 +97,5 @@ MOLECULENET = Suite(
     default_splits=("scaffold", "scaffold-chiral"),
     protocols=(UNIMOL, QUICK),
     probe={"frozen": True, "lr": 1e-3, "batch": 32, "epochs": 100, "dropout": 0.0, "patience": 20},
-    baseline=FINGERPRINTS,
+    baseline=Baseline("fingerprints", ("forest", "boosting")),
 )

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from exlm_dist.finetuning.splits import Parts
-from exlm_dist.suites.suite import Suite, Task
-from exlm_dist.suites.task_data import OFFICIAL, TaskData
+from exlm_dist.suites.suite import OFFICIAL, Suite, Task
+from exlm_dist.suites.task_data import TaskData
 from exlm_dist.tables.table_writer import TableWriter
 from exlm_dist.utils.errors import CheckpointError, ConfigError, DataError, UserError
 from exlm_dist.utils.files import write_json

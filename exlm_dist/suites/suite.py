@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from exlm_dist.finetuning.finetune_settings import TrainingSettings
-from exlm_dist.suites.task_data import TaskData
 from exlm_dist.utils.errors import ConfigError
 
+if TYPE_CHECKING:  # the command knows the suites before it needs torch
+    from exlm_dist.suites.task_data import TaskData
+
+#: Name of the split whose parts are those of the files.
+OFFICIAL = "official"
 #: (part, metric)
 Figure = tuple[str, str]
 
@@ -47,18 +49,10 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class Baseline:
-    """What knows no pretraining.
-
-    Args:
-        name: as `--checkpoint` has it. kinds: its methods. features: columns of inputs -> what is made of them once.
-        predict: (kind, features, labels, targets, parts, seed=, threads=) -> what is predicted for each part but
-        'train', float64 [rows, outputs].
-    """
+    """What knows no pretraining. name: as `--checkpoint` has it. kinds: its methods."""
 
     name: str
     kinds: tuple[str, ...]
-    features: Callable[[Mapping[str, list[str]]], Any]
-    predict: Callable[..., dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True, kw_only=True)

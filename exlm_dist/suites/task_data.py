@@ -20,13 +20,11 @@ from exlm_dist.finetuning.finetune_settings import TrainingSettings
 from exlm_dist.finetuning.inputs import encode_inputs
 from exlm_dist.finetuning.splits import Parts, repeated_rows, split_hash
 from exlm_dist.finetuning.targets import Target, class_counts, with_scaling
+from exlm_dist.suites.suite import OFFICIAL
 from exlm_dist.tables.columns import kind_of
 from exlm_dist.tokenizers import Tokenizer
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.files import fingerprint_of, sha256_file
-
-#: Name of the split whose parts are those of the files.
-OFFICIAL = "official"
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,7 @@ def test_missing_labels_stay_missing_and_a_column_of_one_class_is_left_out(molec
 
 def test_files_are_found_as_people_have_them(moleculenet: Path, tmp_path: Path) -> None:
     assert found_file(ESOL, moleculenet) == moleculenet / "delaney-processed.csv.gz"
-    assert {target.kind for target in read(ESOL, moleculenet / "delaney-processed.csv.gz").targets} == {
-        "regression"
-    }
+    assert {target.kind for target in read(ESOL, moleculenet / "delaney-processed.csv.gz").targets} == {"regression"}
     raw = tmp_path / "bbbp" / "raw"
     raw.mkdir(parents=True)
     (raw / "BBBP.csv").write_bytes((moleculenet / "BBBP.csv").read_bytes())

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def read_sentences(task: GlueTask, files: tuple[Path, ...]) -> TaskData:
-    """The rows of the files of a task, one for each part. DataError for a missing column, a label that the task does not
-    have, and if no row or less than half of a file can be used."""
+    """The rows of the files of a task, one for each part. DataError for a missing column, a label that the task does
+    not have, and if no row or less than half of a file can be used."""
     sentences: list[tuple[str, ...]] = []
     labels: list[float] = []
     places: list[tuple[str, int]] = []

@@ -24,7 +24,7 @@ from exlm_dist.tokenizers import Tokenizer
 from exlm_dist.utils.errors import DataError
 
 _REMEDY = "Take the file as SQuAD has it."
-_TARGET = Target("answer", "binary", ("unanswerable", "answerable"))
+_TARGET = Target("answer", "binary", ("absent", "present"))
 
 
 @dataclass(frozen=True)

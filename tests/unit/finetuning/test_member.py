@@ -265,3 +265,13 @@ def test_features_that_are_read_once_train_the_same_head(loaded: LoadedCheckpoin
     assert np.allclose(values, member.evaluate(other, LEARNED, examples)[0], atol=1e-3)
     names = {name.split("/", 1)[1].split(".")[0] for name in store.state[0]}
     assert names == {"head"}, "the state is of what is trained"
+
+
+def test_the_weights_of_the_last_epoch_are_kept_where_that_is_asked_for(
+    loaded: LoadedCheckpoint, examples: Examples
+) -> None:
+    """A later epoch is not better here, and patience does not end the training."""
+    settings = TrainingSettings(epochs=3, batch=40, lr=1e-9, patience=1, keep="last")
+    model, progress = train(loaded, examples, settings)
+    assert progress.best_epoch == len(progress.history) == 3
+    assert all(torch.equal(value, progress.best[name]) for name, value in model.trainable().items())

@@ -122,7 +122,7 @@ class Counts:
         for name in READS:
             setattr(torch.Tensor, name, self._noted(getattr(torch.Tensor, name), name))
         get_accelerator().synchronize = self._noted(get_accelerator().synchronize, "synchronize")
-        fill, hashed, gather = TensorReader.read, reader.sha256_file, Process.all_gather
+        fill, hashed, gather, ask = TensorReader.read, reader.sha256_file, Process.all_gather, Process.any
 
         def read(tensors: TensorReader, *arguments: Any) -> np.ndarray:
             found = fill(tensors, *arguments)
@@ -137,7 +137,12 @@ class Counts:
             self.exchanges += 1
             return gather(process, values)
 
-        TensorReader.read, reader.sha256_file, Process.all_gather = read, sha256, all_gather  # type: ignore
+        def any_rank(process: Process, flag: bool) -> bool:
+            self.exchanges += 1
+            return ask(process, flag)
+
+        TensorReader.read, reader.sha256_file = read, sha256  # type: ignore
+        Process.all_gather, Process.any = all_gather, any_rank  # type: ignore
 
     def _noted(self, plain: Callable[..., Any], name: str) -> Callable[..., Any]:
         def noted(*arguments: Any, **keywords: Any) -> Any:

@@ -12,18 +12,20 @@ from matplotlib.axes import Axes
 from exlm_dist.analysis import style
 from exlm_dist.finetuning.finetune_settings import ERRORS
 from exlm_dist.suites.methods import RANDOM
-from exlm_dist.suites.suite_table import FINGERPRINT_KINDS, Column, SuiteTable, best_entry
+from exlm_dist.suites.suite_table import BASELINE_KINDS, Column, SuiteTable, best_entry
 
 ACROSS = 3
 
 
 def plot_split(table: SuiteTable, split: str, folder: Path) -> Path:
-    """A panel for each task: a dot for each method, and a line at the better one of the fingerprints."""
+    """A panel for each task: a dot for each method, and a line at the better one of the baselines."""
     tasks = [task for task, own in table.rows if own == split]
     across, down = min(ACROSS, len(tasks)), math.ceil(len(tasks) / ACROSS)
     height = 1.3 + down * (0.9 + 0.24 * len(table.shown))
     protocol = table.suite["protocol"]
-    subtitle = f"test part, mean and sd over the seeds, protocol {protocol}; dashed: the better of the fingerprints"
+    subtitle = f"{table.of.part} part, mean and sd over the seeds, protocol {protocol}"
+    if table.of.baseline is not None:
+        subtitle += f"; dashed: the better of the {table.of.baseline.name}"
     with style.figure(2.2 + 3.1 * across, height, f"{table.suite['suite']}, split {split}", subtitle) as made:
         panels = made.subplots(down, across, squeeze=False, sharey=True).flat
         for task, axes in zip(tasks, panels):
@@ -45,7 +47,7 @@ def plot_steps(table: SuiteTable, split: str, folder: Path) -> Path | None:
     if not several or not tasks:
         return None
     across, down = min(ACROSS, len(tasks)), math.ceil(len(tasks) / ACROSS)
-    subtitle = "test part by the step of the checkpoint, mean and sd over the seeds; dotted: the head alone trained"
+    subtitle = f"{table.of.part} part by the step of the checkpoint, mean and sd over the seeds; dotted: frozen encoder"
     with style.figure(3.6 * across + 0.6, 1.3 + 2.4 * down, f"{table.suite['suite']}, split {split}", subtitle) as made:
         panels = made.subplots(down, across, squeeze=False).flat
         for task, axes in zip(tasks, panels):
@@ -92,7 +94,7 @@ def _panel(axes: Axes, table: SuiteTable, task: str, split: str) -> None:
             capsize=2.5,
             elinewidth=1.2,
         )
-    trees = [table.entries.get((task, split, one.key)) for one in table.shown if one.kind in FINGERPRINT_KINDS]
+    trees = [table.entries.get((task, split, one.key)) for one in table.shown if one.kind in BASELINE_KINDS]
     best = best_entry([entry for entry in trees if entry is not None])
     if best is not None:
         axes.axvline(best.best.mean, color=style.MUTED, linestyle="dashed", linewidth=1)
@@ -103,7 +105,7 @@ def _panel(axes: Axes, table: SuiteTable, task: str, split: str) -> None:
 
 
 def _colour(column: Column) -> str:
-    if column.kind in FINGERPRINT_KINDS:
+    if column.kind in BASELINE_KINDS:
         return style.MUTED
     if column.kind == RANDOM:
         return style.COLOURS[5]

@@ -5,38 +5,16 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, model_validator
 
+from exlm_dist.config.setting_types import AutoCount, AutoSteps, Section, UserPath, renamed_backend
 
-class Section(BaseModel):
-    """A group of settings: unknown keys are errors, values never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def _auto_count(value: object) -> object:
-    if value == "auto" or (type(value) is int and value >= 1):
-        return value
-    raise PydanticCustomError("auto_count", "Input should be auto or a whole number from 1")
-
-
-def _renamed_backend(value: object) -> object:
-    """Runs that were begun before the backend had its present name call it `reference`."""
-    return "torch" if value == "reference" else value
-
-
-#: A path of the file system, a leading `~` expanded.
-UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 #: Width and floor of each prior over jumps where they are 0.
 JUMP_SHAPES = {"gaussian": (1.0, 8.0), "laplace": (1.0, 8.0), "group": (0.125, 12.0)}
 #: The models for which the prior `auto` is one.
 _DENSE = {"objective": "exlm", "transitions": "dense"}
-
-AutoCount = Annotated[Literal["auto"] | int, PlainValidator(_auto_count)]
 
 
 class DataConfig(Section):
@@ -59,6 +37,12 @@ class DataConfig(Section):
         le=64,
         description="Processes of each rank that read and tokenize shards of `exlm data index`; 0 does it in the background thread. Prepared shards need none.",
     )
+    shuffle: Literal["full", "windows"] = Field(
+        "full",
+        description="Order of the samples of an epoch. full: one permutation of all; windows: blocks of consecutive samples are permuted, and the samples within each window of them, so that data of any size is read in blocks (docs/data-order.md).",
+    )
+    block: int = Field(512, ge=1, description="Consecutive samples that are read as one block (shuffle windows).")
+    window: int = Field(1024, ge=1, description="Blocks whose samples are permuted as one window (shuffle windows).")
     max_bad_records: float = Field(
         1e-4,
         ge=0,
@@ -76,6 +60,27 @@ class MaskingConfig(Section):
         lt=1,
         description="Fraction of the ordinary tokens of a sequence that are masked in training; at least one token.",
     )
+    schedule: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0, lt=1)]], ...] = Field(
+        (),
+        description="Points [step, ratio] through which `ratio` changes from step 0 on, linearly, and stays after the last; two points at one step make it jump (docs/masking.md).",
+    )
+    spread: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="The ratio of each sequence is drawn from ratio - spread to ratio + spread, uniformly; 0: the same for all.",
+    )
+    unit: Literal["token", "word", "atom", "ring"] = Field(
+        "token",
+        description="What is masked as a whole: tokens; words (text: what spaces separate); atoms with bond and ring closures, or rings (SMILES).",
+    )
+    span_p: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Mask spans of consecutive units, with lengths geometric in this p (SpanBERT: 0.2); 0: single units.",
+    )
+    longest_span: int = Field(10, ge=1, le=1000, description="Units in the longest span.")
     eval_ratio: float = Field(
         0.15,
         gt=0,
@@ -254,7 +259,7 @@ class ParallelConfig(Section):
 class KernelConfig(Section):
     """Implementation of the four operations of `exlm_dist.kernels`."""
 
-    backend: Annotated[Literal["auto", "triton", "torch"], BeforeValidator(_renamed_backend)] = Field(
+    backend: Annotated[Literal["auto", "triton", "torch"], BeforeValidator(renamed_backend)] = Field(
         "auto", description="auto: Triton on a GPU, plain torch elsewhere."
     )
 
@@ -312,6 +317,10 @@ class LaunchConfig(Section):
     timeout: int = Field(600, ge=5, description="Seconds after which a collective that waits for another rank fails.")
     threads: int = Field(0, ge=0, description="CPU threads per process; 0: cores / local processes.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if there is a GPU.")
+    recheck: AutoSteps = Field(
+        "auto",
+        description="Steps between checks that another replica computes the same gradient, to the bit (docs/operations.md); a step after which a checkpoint is due is checked too; 0: never; auto: 100 from two nodes on, on devices of one kind, without stages and with at most two tensor ranks.",
+    )
     restarts: int = Field(
         3,
         ge=0,
@@ -334,7 +343,11 @@ class WatchdogConfig(Section):
     """How long a rank may make no progress before the job is ended (exit code 76). Seconds; 0: no limit. Keep them below
     `launch.timeout`, so that the rank that hangs is reported before the others give up waiting for it."""
 
-    start: int = Field(540, ge=0, description="From the start of the process to the end of the first step.")
+    start: int = Field(
+        540,
+        ge=0,
+        description="For each part of the start: imports, meeting the other ranks, data, checkpoint, model, weights, first step.",
+    )
     step: int = Field(300, ge=0, description="For one micro-batch, or the reduction and update at the end of a step.")
     save: int = Field(540, ge=0, description="For one checkpoint.")
     evaluation: int = Field(540, ge=0, description="For one batch of an evaluation.")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from exlm_dist.data.manifest import MEMBERS, TOKENIZER
+from exlm_dist.data.manifest import MEMBERS, TOKENIZER, read_manifest
 from exlm_dist.data.record_tokens import encoder_of
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.utils.workers import WorkerPool
@@ -29,8 +29,10 @@ class IndexedDataset(ShardDataset):
 
     form = MEMBERS
 
-    def __init__(self, folder: Path, split: str, manifest: dict[str, Any], max_bad_records: float):
-        super().__init__(folder, split, manifest, max_bad_records)
+    def __init__(
+        self, folder: Path, split: str, manifest: dict[str, Any], max_bad_records: float, block: int, kept_blocks: int
+    ):
+        super().__init__(folder, split, manifest, max_bad_records, block, kept_blocks)
         self._encoder = encoder_of(str(folder / TOKENIZER), manifest["field"], self.max_length - 2)
         self._workers: WorkerPool | None = None
         self._retries_of_workers = 0
@@ -54,15 +56,17 @@ class IndexedDataset(ShardDataset):
 
     def read_whole(self, ids: np.ndarray) -> list[bytes | None]:
         """Token ids of the samples `ids` as bytes, of the type in which they are stored; None for a damaged one."""
-        order = np.argsort(ids, kind="stable")
-        edges = np.searchsorted(ids[order], self._starts)
         payloads: list[bytes | None] = [None] * len(ids)
-        for shard in np.flatnonzero(np.diff(edges)).tolist():
-            rows = order[edges[shard] : edges[shard + 1]]
+        for shard, rows in self.index.groups(ids):
             self._read_records(shard, ids[rows], rows, payloads)
         return payloads
 
-    def _payloads(self, ids: np.ndarray) -> list[bytes]:
+    def _preload_piece(self, shard: int, block: int) -> None:
+        """Fetch what is behind an address. Nothing is kept in memory: between records a tar has what is never read."""
+        rows = self._rows_of(shard, block)
+        self._files.expect(shard, rows["offset"].astype(np.int64), rows["size"].astype(np.int64))
+
+    def _payloads(self, ids: np.ndarray) -> tuple[list[bytes | memoryview], np.ndarray]:
         pool = self._workers
         if pool is None or len(ids) < 2 * FEWEST:
             found = self.read_whole(ids)
@@ -75,11 +79,14 @@ class IndexedDataset(ShardDataset):
                 self._retries_of_workers += retries
                 for row, payload in zip(rows.tolist(), payloads):
                     found[row] = payload
-        return [self._replaced(sample) if payload is None else payload for sample, payload in zip(ids.tolist(), found)]
+        whole: list[bytes | memoryview] = [
+            self._replaced(sample) if payload is None else payload for sample, payload in zip(ids.tolist(), found)
+        ]
+        return whole, self.lengths[ids].astype(np.int64)
 
     def _read_records(self, shard: int, ids: np.ndarray, rows: np.ndarray, payloads: list[bytes | None]) -> None:
         """Read the samples `ids` of one shard into `payloads[rows]`."""
-        records = self._indexes[shard][ids - self._starts[shard]]
+        records = self.index.rows(shard)[ids - self.index.starts[shard]]
         offsets, sizes = records["offset"].astype(np.int64), records["size"].astype(np.int64)
         self._files.expect(shard, offsets, sizes)
         read, crc32 = self._files.reader(shard), zlib.crc32
@@ -93,21 +100,21 @@ class IndexedDataset(ShardDataset):
 
     def _attempt(self, sample: int) -> tuple[bytes, int, int]:
         """As in `ShardDataset`: the content is that of the tokens, the checksums are those of the record."""
-        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        record = self._indexes[shard][sample - self._starts[shard]]
+        shard, record = self.record(sample)
         offset, size, expected = int(record["offset"]), int(record["size"]), int(record["crc"])
         self._files.forget(shard, offset, size)
         content = self._files.reader(shard)(size, offset)
         got = zlib.crc32(content) if len(content) == size else -1
         if got != expected:
             return b"", expected, got
-        (tokens,) = self._encoder.tokens(self._indexes[shard][sample - self._starts[shard] :][:1], [content])
+        (tokens,) = self._encoder.tokens(self.index.rows(shard)[sample - self.index.starts[shard] :][:1], [content])
         return tokens.astype(self._dtype).tobytes(), expected, got
 
 
 @functools.lru_cache(maxsize=4)
 def _opened(folder: str, split: str) -> IndexedDataset:
-    return IndexedDataset.open(folder, split)
+    path = Path(folder)  # the ranks of the node have checked it
+    return IndexedDataset(path, split, read_manifest(path), max_bad_records=1.0, block=0, kept_blocks=0)
 
 
 def _read_in_worker(folder: str, split: str, ids: np.ndarray) -> tuple[list[bytes | None], int]:

@@ -10,23 +10,26 @@ from __future__ import annotations
 
 import threading
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from exlm_dist.data.manifest import MANIFEST, SPLITS, TOKENIZER, TOKENS, form_of, read_manifest
-from exlm_dist.data.mirror import data_folder, local_shard, shard_root
+from exlm_dist.data.manifest import SPLITS, TOKENIZER, TOKENS, form_of, read_manifest
+from exlm_dist.data.mirror import data_folder, shard_root
 from exlm_dist.data.shard_files import open_shards
+from exlm_dist.data.shard_index import ShardIndex
 from exlm_dist.utils.errors import DataError
-from exlm_dist.utils.files import sha256_file
 from exlm_dist.utils.logs import get_logger
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc", "<u4")])
+#: A range of a shard: its first byte, and its content.
+Piece = tuple[int, memoryview]
 _log = get_logger(__name__)
 
 
@@ -56,7 +59,7 @@ class ShardDataset:
 
     form = TOKENS
 
-    def __init__(self, folder: Path, split: str, manifest: dict, max_bad_records: float):
+    def __init__(self, folder: Path, split: str, manifest: dict, max_bad_records: float, block: int, kept_blocks: int):
         self.path, self.split, self.manifest = folder, split, manifest
         self.fingerprint: str = manifest["fingerprint"]
         self.domain: str = manifest["domain"]
@@ -64,22 +67,36 @@ class ShardDataset:
         self.max_length: int = manifest["max_length"]
         self.tokenizer_path = folder / TOKENIZER
         self.bad_records: list[BadRecord] = []
+        self.index = ShardIndex(folder, manifest["splits"][split])
+        self.lengths = self.index.lengths
         self._max_bad = max_bad_records
         self._replacement: dict[int, bytes] = {}
         self._dtype = token_dtype(self.vocab_size)
         self._shards = manifest["splits"][split]["shards"]
-        self._indexes = [_load_index(folder, shard) for shard in self._shards]
-        self._starts = np.cumsum([0] + [len(index) for index in self._indexes], dtype=np.int64)
-        self.lengths = np.concatenate([index["length"] for index in self._indexes]).astype(np.int32)
+        self._block, self._kept_blocks = block, kept_blocks
+        self._pieces: dict[tuple[int, int], Piece] = {}  # by shard and block, the longest in memory first
         self._files = open_shards(shard_root(folder), self._shards)
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: Path | str, split: str, *, max_bad_records: float = 1e-4) -> Self:
+    def open(
+        cls,
+        path: Path | str,
+        split: str,
+        *,
+        max_bad_records: float = 1e-4,
+        block: int = 0,
+        kept_blocks: int = 0,
+        part: tuple[int, int] = (0, 1),
+    ) -> Self:
         """Open `split` ('train' or 'valid') of the prepared folder `path`.
 
         Checks the manifest, the size of every shard and the hash of every index (DataError); the payload is checked as
-        it is read. `max_bad_records`: fraction of the split that may be damaged before `read` raises DataError.
+        it is read. Processes of one node divide that work: this one, number `part[0]` of `part[1]`, checks every
+        `part[1]`-th shard. `max_bad_records`: fraction of the split that may be damaged before `read` raises
+        DataError. With `block`, samples are read in blocks of as many, and the last `kept_blocks` read are kept in
+        memory: for an order in windows (`order.py`), which needs two windows of them. Without it each sample is read
+        for itself.
         """
         folder = data_folder(path)
         manifest = read_manifest(folder)
@@ -87,14 +104,11 @@ class ShardDataset:
             raise ValueError(f"{folder} holds {form_of(manifest)}: open it with `open_dataset`")
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is none of {SPLITS}")
-        shards = manifest["splits"][split]["shards"]
-        if not shards:
+        if not manifest["splits"][split]["shards"]:
             raise DataError(f"{folder}: its {split} split has no shards. Prepare the data again.")
-        for shard in shards:
-            if (local := local_shard(folder, shard["name"])) is not None:
-                _check_size(local, shard["size"])
-            _check_size(folder / shard["index"], shard["index_size"])
-        return cls(folder, split, manifest, max_bad_records)
+        dataset = cls(folder, split, manifest, max_bad_records, block, kept_blocks)
+        dataset.index.verify(*part)
+        return dataset
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -109,9 +123,17 @@ class ShardDataset:
         if len(ids) and (ids.min() < 0 or ids.max() >= len(self)):
             raise IndexError(f"sample ids {ids.min()}..{ids.max()} outside [0, {len(self)})")
         with self._lock:
-            payloads = self._payloads(ids)
-        tokens = np.frombuffer(b"".join(payloads), dtype=self._dtype).astype(np.int32)
-        return tokens, self.lengths[ids].astype(np.int64)
+            payloads, lengths = self._payloads(ids)
+        return np.frombuffer(b"".join(payloads), dtype=self._dtype).astype(np.int32), lengths
+
+    def preload(self, blocks: list[int]) -> None:
+        """Read blocks that will be needed soon; block b has the samples from b x `block` on."""
+        with self._lock:
+            for block in blocks:
+                first = block * self._block
+                last = min(first + self._block, len(self)) - 1
+                for shard in range(self.index.shard_of(first), self.index.shard_of(last) + 1):
+                    self._preload_piece(shard, block)
 
     @property
     def retries(self) -> int:
@@ -120,8 +142,7 @@ class ShardDataset:
 
     def record(self, sample: int) -> tuple[int, np.void]:
         """The shard of a sample, and its row in the index of that."""
-        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        return shard, self._indexes[shard][sample - self._starts[shard]]
+        return self.index.shard_of(sample), self.index.record(sample)
 
     def place(self, shard: int) -> str:
         """Path or address of a shard."""
@@ -137,27 +158,24 @@ class ShardDataset:
         with self._lock:
             self._files.close()
 
-    def _payloads(self, ids: np.ndarray) -> list[bytes]:
-        order = np.argsort(ids, kind="stable")
-        ascending = ids[order]
-        edges = np.searchsorted(ascending, self._starts)
-        payloads: list[bytes] = [b""] * len(ids)
-        for shard in np.flatnonzero(np.diff(edges)).tolist():
-            group = slice(edges[shard], edges[shard + 1])
-            self._read_shard(shard, ascending[group], order[group], payloads)
-        return payloads
+    def _payloads(self, ids: np.ndarray) -> tuple[list[bytes | memoryview], np.ndarray]:
+        """Token ids of the samples `ids` [m] as bytes, and the lengths int64 [m]."""
+        payloads: list[bytes | memoryview] = [b""] * len(ids)
+        lengths = np.empty(len(ids), np.int64)
+        for shard, where in self.index.groups(ids):
+            lengths[where] = self._read_shard(shard, ids[where], where, payloads)
+        return payloads, lengths
 
-    def _read_shard(self, shard: int, ids: np.ndarray, rows: np.ndarray, payloads: list[bytes]) -> None:
-        """Read the samples `ids` of one shard into `payloads[rows]`."""
-        records = self._indexes[shard][ids - self._starts[shard]]
+    def _read_shard(
+        self, shard: int, ids: np.ndarray, rows: np.ndarray, payloads: list[bytes | memoryview]
+    ) -> np.ndarray:
+        """Read the samples `ids` (ascending) of one shard into `payloads[rows]`; their lengths."""
+        records = self.index.rows(shard)[ids - self.index.starts[shard]]
         sizes = records["length"].astype(np.int64) * self._dtype.itemsize
-        self._files.expect(shard, records["offset"].astype(np.int64), sizes)
-        read, crc32 = self._files.reader(shard), zlib.crc32
+        contents = self._contents(shard, ids, records["offset"].astype(np.int64), sizes)
+        crc32 = zlib.crc32
         wrong = []
-        for row, offset, size, crc in zip(
-            rows.tolist(), records["offset"].tolist(), sizes.tolist(), records["crc"].tolist()
-        ):
-            content = read(size, offset)
+        for row, size, crc, content in zip(rows.tolist(), sizes.tolist(), records["crc"].tolist(), contents):
             if len(content) != size or crc32(content) != crc:
                 wrong.append(row)
             payloads[row] = content
@@ -165,11 +183,52 @@ class ShardDataset:
             sample_of = dict(zip(rows.tolist(), ids.tolist()))
             for row in wrong:
                 payloads[row] = self._replaced(sample_of[row])
+        return records["length"]
+
+    def _contents(
+        self, shard: int, ids: np.ndarray, offsets: np.ndarray, sizes: np.ndarray
+    ) -> Iterator[bytes | memoryview]:
+        """The bytes at each offset of a shard, as many as there are up to each size."""
+        if not self._block:
+            self._files.expect(shard, offsets, sizes)
+            read = self._files.reader(shard)
+            for offset, size in zip(offsets.tolist(), sizes.tolist()):
+                yield read(size, offset)
+            return
+        for block, offset, size in zip((ids // self._block).tolist(), offsets.tolist(), sizes.tolist()):
+            start, content = self._piece(shard, block)
+            yield content[offset - start : offset - start + size]
+
+    def _piece(self, shard: int, block: int) -> Piece:
+        """What one shard has of a block, from memory or else from its file."""
+        if (shard, block) not in self._pieces:
+            self._pieces[shard, block] = self._read_piece(shard, block)
+        return self._pieces[shard, block]
+
+    def _preload_piece(self, shard: int, block: int) -> None:
+        piece = self._piece(shard, block)
+        del self._pieces[shard, block]
+        self._pieces[shard, block] = piece  # the last of those that make room
+
+    def _rows_of(self, shard: int, block: int) -> np.ndarray:
+        """The rows of the index that one shard has of a block."""
+        start, end = self.index.starts[shard : shard + 2].tolist()
+        first, stop = max(block * self._block, start), min((block + 1) * self._block, end)
+        return self.index.rows(shard)[first - start : stop - start]
+
+    def _read_piece(self, shard: int, block: int) -> Piece:
+        """Read what one shard has of a block, and make room for it."""
+        rows = self._rows_of(shard, block)
+        begin, tail = int(rows[0]["offset"]), rows[-1]
+        size = int(tail["offset"]) + int(tail["length"]) * self._dtype.itemsize - begin
+        while len(self._pieces) >= self._kept_blocks + len(self._shards):  # of some blocks two shards have a piece
+            self._pieces.pop(next(iter(self._pieces)))
+        self._files.expect(shard, np.array([begin]), np.array([size]))
+        return begin, memoryview(self._files.reader(shard)(size, begin))
 
     def _attempt(self, sample: int) -> tuple[bytes, int, int]:
         """Reopen the file and read one record: (content, crc32 expected, crc32 got or -1 if bytes are missing)."""
-        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        record = self._indexes[shard][sample - self._starts[shard]]
+        shard, record = self.record(sample)
         size = int(record["length"]) * self._dtype.itemsize
         self._files.forget(shard, int(record["offset"]), size)
         content = self._files.reader(shard)(size, int(record["offset"]))
@@ -179,12 +238,13 @@ class ShardDataset:
         """What to use for a record whose checksum failed: the record itself if a second read of it is intact."""
         if sample in self._replacement:
             return self._replacement[sample]
+        shard, record = self.record(sample)
+        if self._block:
+            self._pieces.pop((shard, sample // self._block), None)  # it may be whole when it is read again
         content, expected, got = self._attempt(sample)
         if got == expected:
             return content
-        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        name = self._files.place(shard)
-        offset = int(self._indexes[shard][sample - self._starts[shard]]["offset"])
+        name, offset = self.place(shard), int(record["offset"])
         substitute, content = self._substitute(sample)
         event = BadRecord(sample, name, offset, expected, got, substitute)
         self.bad_records.append(event)
@@ -195,14 +255,11 @@ class ShardDataset:
 
     def _substitute(self, sample: int) -> tuple[int, bytes]:
         """The first intact record after `sample` (wrapping around) of the same length; else a longer one, cut."""
-        size = int(self.lengths[sample]) * self._dtype.itemsize
-        for candidates in (self.lengths == self.lengths[sample], self.lengths > self.lengths[sample]):
-            found = np.flatnonzero(candidates)
-            found = found[found != sample]
-            for other in np.roll(found, -int(np.searchsorted(found, sample))).tolist():
-                content, expected, got = self._attempt(other)
-                if got == expected:
-                    return other, content[:size]
+        size = int(self.index.record(sample)["length"]) * self._dtype.itemsize
+        for other in self.index.substitutes(sample):
+            content, expected, got = self._attempt(other)
+            if got == expected:
+                return other, content[:size]
         raise DataError(
             f"{self.path}: damaged record {sample} of split {self.split} and no whole record can stand in for it. "
             "Copy or prepare the data again."
@@ -217,25 +274,3 @@ class ShardDataset:
                 f"are damaged so far, more than data.max_bad_records = {self._max_bad:g} allows. "
                 "Copy or prepare the data again, or raise the limit."
             )
-
-
-def _check_size(path: Path, expected: int) -> None:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise DataError(
-            f"{path}: listed in {MANIFEST} but {error.strerror}. Copy or prepare the data again."
-        ) from error
-    if size != expected:
-        raise DataError(
-            f"{path}: {size} bytes, {expected} expected (cut off or altered). Copy or prepare the data again."
-        )
-
-
-def _load_index(folder: Path, shard: dict) -> np.ndarray:
-    path = folder / shard["index"]
-    if (digest := sha256_file(path)) != shard["index_sha256"]:
-        raise DataError(
-            f"{path}: sha256 {digest}, expected {shard['index_sha256']} (damaged). Copy or prepare the data again."
-        )
-    return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -18,7 +18,7 @@ from exlm_dist.data.remote import NotGiven
 from exlm_dist.data.shard_files import open_shards
 from exlm_dist.data.shards import token_dtype
 from exlm_dist.data.tar_members import DamagedShard
-from exlm_dist.prepare.shard_index import shard_stream
+from exlm_dist.prepare.record_index import shard_stream
 from exlm_dist.prepare.summary import Summary
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.utils.errors import DataError

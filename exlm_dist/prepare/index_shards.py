@@ -30,7 +30,7 @@ from exlm_dist.prepare.folder import (
     prepare_folder,
     save_tokenizer,
 )
-from exlm_dist.prepare.shard_index import IndexTask, ShardPart, endings_in, index_shard, task_size
+from exlm_dist.prepare.record_index import IndexTask, ShardPart, endings_in, index_shard, task_size
 from exlm_dist.prepare.shard_writer import npy_bytes
 from exlm_dist.prepare.summary import Summary
 from exlm_dist.prepare.tally import EXAMPLES, KINDS, MAX_REJECTED, check_max_rejected, reasons

@@ -56,7 +56,7 @@ def _write_means(log: EventLog, table: SuiteTable, run: str) -> None:
         for (task, split, key), entry in table.entries.items():
             if key == column.key and entry.best.mean == entry.best.mean:
                 probe = "_frozen" if column.frozen else ""
-                name = f"{table.suite['suite']}/{task}_{split}{probe}_test_{entry.metric}"
+                name = f"{table.suite['suite']}/{task}_{split}{probe}_{entry.part}_{entry.metric}"
                 means[column.checkpoint["step"]][name] = entry.best.mean
     for step in sorted(means):
         log.metrics(step, means[step])

@@ -9,6 +9,7 @@ from prepared_folder import overwrite
 
 from exlm_dist.data.loader import Loader
 from exlm_dist.data.opening import open_dataset
+from exlm_dist.data.order import Order
 from exlm_dist.data.recipe import Recipe
 from exlm_dist.data.sample_text import Unusable, ending_of, record_value
 from exlm_dist.prepare.index_shards import index_shards
@@ -71,7 +72,7 @@ def test_long_texts_become_sequences_that_have_all_their_words_in_order(tmp_path
     assert dataset.read(shuffled)[0].tolist() == [token for i in shuffled for token in parts[i].tolist()]
     assert summary.manifest["statistics"]["kept"] == len(texts) + 1
     if ending == "txt":
-        assert dataset._indexes[0]["size"].max() < 1000  # a page of a book, not the book
+        assert dataset.index.rows(0)["size"].max() < 1000  # a page of a book, not the book
 
 
 def test_ids_and_lines(tmp_path, tokenizers):
@@ -148,8 +149,10 @@ def test_a_shard_cut_off_later_is_refused_when_opened_and_bytes_missing_are_name
         open_dataset(molecules, "train")
 
 
-def test_batches_are_the_same_for_any_world_size_and_from_any_step_on(molecules):
-    dataset = open_dataset(molecules, "train")
+@pytest.mark.parametrize("block", [0, 16])
+def test_batches_are_the_same_for_any_world_size_and_from_any_step_on(molecules, block):
+    dataset = open_dataset(molecules, "train", block=block, kept_blocks=6)
+    order = Order(3, len(dataset), block, 3)
     recipe = Recipe(
         states=2, anchors=True, ratio=0.3, keep=0.1, random=0.1, vocab_size=dataset.vocab_size, max_positions=200,
         bucket=8, micro=8,
@@ -158,7 +161,7 @@ def test_batches_are_the_same_for_any_world_size_and_from_any_step_on(molecules)
     def step(t: int, world: int) -> list[list[int]]:
         found = []
         for rank in range(world):
-            loader = Loader(dataset, recipe, seed=3, global_batch=32, rank=rank, world=world, prefetch=0)
+            loader = Loader(dataset, recipe, order, global_batch=32, rank=rank, world=world, prefetch=0)
             found += [batch.input_ids.tolist() for batch in loader.step(t).micro_batches]
         return found
 

@@ -161,7 +161,7 @@ def test_batches_are_the_same_for_any_world_size_and_from_any_step_on(molecules,
     def step(t: int, world: int) -> list[list[int]]:
         found = []
         for rank in range(world):
-            loader = Loader(dataset, recipe, order, global_batch=32, rank=rank, world=world, prefetch=0)
+            loader = Loader(dataset, recipe, order=order, global_batch=32, rank=rank, world=world, prefetch=0)
             found += [batch.input_ids.tolist() for batch in loader.step(t).micro_batches]
         return found
 

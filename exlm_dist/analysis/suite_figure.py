@@ -36,21 +36,21 @@ def plot_split(table: SuiteTable, split: str, folder: Path) -> Path:
 def plot_steps(table: SuiteTable, split: str, folder: Path) -> Path | None:
     """The metric of each task by the step of the checkpoint, for runs of which several were evaluated; None if there
     is none."""
-    runs: dict[tuple[str, bool], list[Column]] = defaultdict(list)
+    runs: dict[tuple[str, str], list[Column]] = defaultdict(list)
     for column in table.columns:
         if column.run is not None:
-            runs[column.run, column.frozen].append(column)
+            runs[column.run, column.training].append(column)
     several = {key: columns for key, columns in runs.items() if len(columns) > 1}
     tasks = [task for task, own in table.rows if own == split]
     if not several or not tasks:
         return None
     across, down = min(ACROSS, len(tasks)), math.ceil(len(tasks) / ACROSS)
-    subtitle = "test part by the step of the checkpoint, mean and sd over the seeds; dotted: the head alone trained"
+    subtitle = "test part by the step of the checkpoint, mean and sd over the seeds; dotted: the encoder not trained"
     with style.figure(3.6 * across + 0.6, 1.3 + 2.4 * down, f"{table.suite['suite']}, split {split}", subtitle) as made:
         panels = made.subplots(down, across, squeeze=False).flat
         for task, axes in zip(tasks, panels):
-            for colour, ((run, frozen), columns) in zip(style.colours(), several.items()):
-                _curve(axes, table, task, split, columns, colour, f"{Path(run).name}{' frozen' if frozen else ''}")
+            for colour, ((run, training), columns) in zip(style.colours(), several.items()):
+                _curve(axes, table, task, split, columns, colour, f"{Path(run).name} {training}".rstrip())
             style.label(axes, task, "step", table.metric(task))
             axes.legend(loc="best")
         for axes in list(panels):

@@ -146,7 +146,7 @@ def _compared(
 def _rivals(table: SuiteTable, column: Column) -> dict[str, list[Column]]:
     """What a checkpoint is compared with: initial weights of its shape, fingerprints, and of ExLM the plain models; all
     but the fingerprints trained as it is, frozen or not."""
-    alike = [one for one in table.shown if one.frozen == column.frozen]
+    alike = [one for one in table.shown if one.training == column.training]
     shape, exlm = column.checkpoint["shape"], column.checkpoint["objective"] == "exlm"
     plain = [one for one in alike if one.kind == "checkpoint" and one.checkpoint["objective"] != "exlm"]
     return {
@@ -158,8 +158,10 @@ def _rivals(table: SuiteTable, column: Column) -> dict[str, list[Column]]:
 
 def _checkpoints(table: SuiteTable) -> list[str]:
     lines = ["| checkpoint | objective | step | budget | sha256 | truncated molecules |", "| --- |" * 1 + " --- |" * 5]
+    listed: set[str] = set()
     for column in table.shown:
-        if column.kind == "checkpoint" and not column.frozen:
+        if column.kind == "checkpoint" and column.checkpoint["sha256"] not in listed:
+            listed.add(column.checkpoint["sha256"])
             origin = column.checkpoint
             kind = f"ExLM, k={origin['states']}" if origin["objective"] == "exlm" else "plain MLM"
             cut = {e.task: e.truncated for e in table.entries.values() if e.method == column.key and e.truncated}
@@ -250,6 +252,7 @@ def _row(entry: Entry, column: Column, part: str, metric: str) -> dict[str, Any]
         "method": column.label,
         "kind": column.kind,
         "frozen": str(column.frozen).lower(),
+        "probe": str(column.probe).lower(),
         "grid": " ".join(f"{name}={value}" for name, value in entry.grid.items()),
         "part": part,
         "metric": metric,

@@ -26,6 +26,7 @@ _OF_SUITE = {
     "grid": None,
     "seeds": None,
     "frozen": False,
+    "embed_once": False,
     "jobs": None,
     "watch": None,
     "idle": None,
@@ -100,6 +101,11 @@ def _add_suite(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seeds", type=positive, help="trainings of each cell of the table (default: 3)")
     group.add_argument("--frozen", action="store_true", help="each checkpoint also with its head alone trained")
     group.add_argument(
+        "--embed-once",
+        action="store_true",
+        help="no training of checkpoints: each molecule embedded once, and linear probes on the embeddings; minutes",
+    )
+    group.add_argument(
         "--watch",
         type=user_path,
         metavar="RUN",
@@ -154,6 +160,8 @@ def _evaluate_suite(options: argparse.Namespace) -> int:
         raise ConfigError(f"exlm evaluate {options.what} needs --checkpoint, or --watch.")
     if options.idle and not options.watch:
         raise ConfigError("--idle is of a training that is watched: give --watch RUN.")
+    if options.frozen and options.embed_once:
+        raise ConfigError("--frozen trains heads and --embed-once trains none: give one of them, then the other.")
     request = SuiteRequest(
         options.what,
         options.checkpoint or (),
@@ -165,6 +173,7 @@ def _evaluate_suite(options: argparse.Namespace) -> int:
         grid=options.grid or (),
         seeds=options.seeds or 3,
         frozen=options.frozen,
+        embed_once=options.embed_once,
         jobs=options.jobs,
         device=options.device,
     )

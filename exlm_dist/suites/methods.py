@@ -42,7 +42,8 @@ class Method:
         kind: 'checkpoint', 'random' (its shape alone), 'forest' or 'boosting' (on fingerprints).
         label: what the table calls it. key: the same as the name of a folder; no other method has it.
         checkpoint: the one whose weights, or whose shape, it has; None for fingerprints.
-        frozen: the head alone is trained. facts: what is recorded of the checkpoint.
+        frozen: the encoder is not trained. probe: nor is a head: a linear model on the embeddings takes its place.
+        facts: what is recorded of the checkpoint.
     """
 
     kind: str
@@ -51,13 +52,30 @@ class Method:
     checkpoint: Path | None
     frozen: bool
     facts: dict[str, Any]
+    probe: bool = False
+
+    @property
+    def trained(self) -> bool:
+        """Whether it is trained as a protocol says: neither trees nor linear models are."""
+        return self.checkpoint is not None and not self.probe
+
+    @property
+    def seeded(self) -> bool:
+        """Whether its results depend on the seed."""
+        return not self.probe or self.kind == RANDOM
 
 
 def find_methods(
-    names: Sequence[str], suite: Suite, *, frozen: bool, pinned: Mapping[str, Path] | None = None
+    names: Sequence[str],
+    suite: Suite,
+    *,
+    frozen: bool = False,
+    embed_once: bool = False,
+    pinned: Mapping[str, Path] | None = None,
 ) -> list[Method]:
     """The methods that the names of `--checkpoint` stand for, in their order; with `frozen` each checkpoint twice, the
-    second time as a frozen probe. pinned: of checkpoints, where their files are meanwhile.
+    second time with the head alone trained; with `embed_once` each as a linear probe on its embeddings instead.
+    pinned: of checkpoints, where their files are meanwhile.
 
     CheckpointError for what is no whole checkpoint; ConfigError for one that reads what the suite does not have, for
     `random` without a checkpoint that has a shape, and for fingerprints of texts.
@@ -68,7 +86,9 @@ def find_methods(
     if RANDOM in names:
         methods += _random(methods)
     if frozen:
-        methods = [one for method in methods for one in (method, _probe(method))]
+        methods = [one for method in methods for one in (method, _frozen(method))]
+    if embed_once:
+        methods = [_probe(method) for method in methods]
     if FINGERPRINTS in names:
         if suite.domain != "smiles":
             raise ConfigError(f"{FINGERPRINTS} are of molecules, but the suite {suite.name} has texts.")
@@ -120,8 +140,12 @@ def _random(checkpoints: Sequence[Method]) -> list[Method]:
     return found
 
 
-def _probe(method: Method) -> Method:
+def _frozen(method: Method) -> Method:
     return replace(method, label=f"{method.label} frozen", key=f"{method.key}-frozen", frozen=True)
+
+
+def _probe(method: Method) -> Method:
+    return replace(method, label=f"{method.label} linear", key=f"{method.key}-linear", frozen=True, probe=True)
 
 
 def _shape(config: RunConfig, tokenizer: str) -> str:

@@ -41,7 +41,8 @@ class Suite:
         domain: of the checkpoints that it can judge: 'smiles' or 'text'.
         splits: how its rows can be divided up. default_splits: those that are, where the user says nothing.
         protocols: their names, the first one being that where the user says nothing. probe: what differs from them
-        where the encoder is frozen and the head alone is trained.
+        where the encoder is frozen and the head alone is trained. embed_once: whether linear probes on embeddings can
+        do its tasks.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Suite:
     default_splits: tuple[str, ...]
     protocols: tuple[str, ...]
     probe: Mapping[str, float | int | bool]
+    embed_once: bool = False
 
     def task(self, name: str) -> Task:
         """The task of that name. ConfigError, which lists them, if there is none."""

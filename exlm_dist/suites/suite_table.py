@@ -57,6 +57,12 @@ class Entry:
         return self.score(self.metric)
 
     @property
+    def seeded(self) -> bool:
+        """Whether the seed has a say in its results: a linear probe of a checkpoint has no randomness."""
+        method = self.results[0]["method"]
+        return not method.get("probe", False) or method["kind"] == RANDOM
+
+    @property
     def truncated(self) -> int:
         """Molecules of which the checkpoint sees the beginning alone."""
         return self.results[0].get("truncated", 0)
@@ -64,13 +70,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Column:
-    """A method. label: unlike that of any other column."""
+    """A method. label: unlike that of any other column. frozen, probe: see `Method`."""
 
     key: str
     label: str
     kind: str
     frozen: bool
     checkpoint: dict[str, Any]
+    probe: bool = False
+
+    @property
+    def training(self) -> str:
+        """What is trained: '' (all of it), 'frozen' (the head), 'linear' (a linear model on the embeddings)."""
+        return "linear" if self.probe else "frozen" if self.frozen else ""
 
     @property
     def run(self) -> str | None:
@@ -151,13 +163,14 @@ def read_table(out: Path) -> SuiteTable:
 
 def difference(first: Entry, second: Entry) -> Difference:
     """Of their means on the test part, with the sign that makes more better; its 95 % interval by Welch's t, as the sds
-    of the two differ."""
+    of the two differ. What no seed has a say in has an sd of 0, unless that is so of both."""
     from scipy import stats
 
     sign = -1 if first.metric in ERRORS else 1
     value = sign * (first.best.mean - second.best.mean)
-    parts = [score.sd**2 / score.seeds for score in (first.best, second.best)]
-    degrees = [score.seeds - 1 for score in (first.best, second.best)]
+    seeded = [entry.best for entry in (first, second) if entry.seeded]
+    parts = [score.sd**2 / score.seeds for score in seeded] or [math.nan]
+    degrees = [score.seeds - 1 for score in seeded]
     if math.isnan(sum(parts)) or not sum(parts):
         return Difference(value, sum(parts))
     freedom = sum(parts) ** 2 / sum(part**2 / number for part, number in zip(parts, degrees))
@@ -198,12 +211,18 @@ def _columns(results: Sequence[Mapping[str, Any]]) -> list[Column]:
     for result in results:
         method = result["method"]
         found[method["key"]] = Column(
-            method["key"], method["label"], method["kind"], method["frozen"], result["checkpoint"]
+            method["key"],
+            method["label"],
+            method["kind"],
+            method["frozen"],
+            result["checkpoint"],
+            method.get("probe", False),
         )
     labels = Counter(column.label for column in found.values())
     columns = [
         replace(one, label=f"{one.label} ({one.key})") if labels[one.label] > 1 else one for one in found.values()
     ]
     return sorted(
-        columns, key=lambda one: (ORDER.index(one.kind), one.frozen, one.checkpoint.get("step", 0), one.label)
+        columns,
+        key=lambda one: (ORDER.index(one.kind), one.frozen, one.probe, one.checkpoint.get("step", 0), one.label),
     )

@@ -55,8 +55,8 @@ def _write_means(log: EventLog, table: SuiteTable, run: str) -> None:
             continue
         for (task, split, key), entry in table.entries.items():
             if key == column.key and entry.best.mean == entry.best.mean:
-                probe = "_frozen" if column.frozen else ""
-                name = f"{table.suite['suite']}/{task}_{split}{probe}_test_{entry.metric}"
+                training = f"_{column.training}" if column.training else ""
+                name = f"{table.suite['suite']}/{task}_{split}{training}_test_{entry.metric}"
                 means[column.checkpoint["step"]][name] = entry.best.mean
     for step in sorted(means):
         log.metrics(step, means[step])
@@ -64,8 +64,8 @@ def _write_means(log: EventLog, table: SuiteTable, run: str) -> None:
 
 def _name(result: Mapping[str, Any]) -> str:
     """Of the child run. Its end differs where the data, the split or the settings do."""
-    probe = "-frozen" if result["method"]["frozen"] else ""
-    details = {name: result[name] for name in ("data_sha256", "split_hash", "settings")}
+    probe = "-linear" if result["method"].get("probe") else "-frozen" if result["method"]["frozen"] else ""
+    details = {name: result.get(name) for name in ("data_sha256", "split_hash", "settings")}
     where = f"{result['suite']}-{result['task']}-{result['split']}{probe}"
     return f"{where}-seed{result['seed']}-{fingerprint_of(details)[:8]}"
 
@@ -84,7 +84,8 @@ def _tags(result: Mapping[str, Any]) -> dict[str, Any]:
     origin = result["checkpoint"]
     return {
         "kind": "evaluation",
-        **{name: result[name] for name in ("suite", "task", "split", "protocol", "seed", "best_epoch")},
+        **{name: result[name] for name in ("suite", "task", "split", "protocol", "seed")},
+        **{name: result[name] for name in ("best_epoch", "strength") if name in result},
         "grid": " ".join(f"{name}={value}" for name, value in result["grid"].items()),
         "frozen": str(result["method"]["frozen"]).lower(),
         "split.hash": result["split_hash"],

@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from exlm_dist.analysis import style
+from exlm_dist.analysis.beside_published import published_of
 from exlm_dist.finetuning.finetune_settings import ERRORS
 from exlm_dist.suites.methods import RANDOM
 from exlm_dist.suites.suite_table import FINGERPRINT_KINDS, Column, SuiteTable, best_entry
@@ -21,9 +22,11 @@ def plot_split(table: SuiteTable, split: str, folder: Path) -> Path:
     """A panel for each task: a dot for each method, and a line at the better one of the fingerprints."""
     tasks = [task for task, own in table.rows if own == split]
     across, down = min(ACROSS, len(tasks)), math.ceil(len(tasks) / ACROSS)
-    height = 1.3 + down * (0.9 + 0.24 * len(table.shown))
+    height = 1.3 + down * (0.9 + 0.24 * len(_labels(table)))
     protocol = table.suite["protocol"]
     subtitle = f"test part, mean and sd over the seeds, protocol {protocol}; dashed: the better of the fingerprints"
+    if len(_labels(table)) > len(table.shown):
+        subtitle += "; hollow diamonds: published, of a far larger budget"
     with style.figure(2.2 + 3.1 * across, height, f"{table.suite['suite']}, split {split}", subtitle) as made:
         panels = made.subplots(down, across, squeeze=False, sharey=True).flat
         for task, axes in zip(tasks, panels):
@@ -92,12 +95,15 @@ def _panel(axes: Axes, table: SuiteTable, task: str, split: str) -> None:
             capsize=2.5,
             elinewidth=1.2,
         )
+    for place, (one, score) in enumerate(published_of(table, task), len(table.shown)):
+        axes.plot(score, place, marker="D", color=_shade(one.objective), markerfacecolor="none", linestyle="none")
     trees = [table.entries.get((task, split, one.key)) for one in table.shown if one.kind in FINGERPRINT_KINDS]
     best = best_entry([entry for entry in trees if entry is not None])
     if best is not None:
         axes.axvline(best.best.mean, color=style.MUTED, linestyle="dashed", linewidth=1)
-    axes.set_yticks(range(len(table.shown)), [column.label for column in table.shown], fontsize=8)
-    axes.set_ylim(len(table.shown) - 0.4, -0.6)
+    labels = _labels(table)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
     metric = table.metric(task)
     style.label(axes, task, f"{metric} ({'lower' if metric in ERRORS else 'higher'} is better)", "")
 
@@ -107,4 +113,14 @@ def _colour(column: Column) -> str:
         return style.MUTED
     if column.kind == RANDOM:
         return style.COLOURS[5]
-    return style.COLOURS[0] if column.checkpoint["objective"] == "exlm" else style.COLOURS[2]
+    return _shade(column.checkpoint["objective"])
+
+
+def _shade(objective: str) -> str:
+    return style.COLOURS[0] if objective == "exlm" else style.COLOURS[2]
+
+
+def _labels(table: SuiteTable) -> list[str]:
+    """Of the rows of a panel: the methods, then what is published of any task."""
+    published = {one.label: None for task, _ in table.rows for one, _ in published_of(table, task)}
+    return [*(column.label for column in table.shown), *published]

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from exlm_dist.analysis.beside_published import beside_published
+from exlm_dist.analysis.html_page import write_page
 from exlm_dist.analysis.suite_figure import plot_split, plot_steps
 from exlm_dist.finetuning.finetune_settings import ERRORS
 from exlm_dist.finetuning.splits import PARTS
@@ -25,7 +27,6 @@ from exlm_dist.suites.suite_table import (
     read_table,
 )
 from exlm_dist.tables.table_writer import TableWriter
-from exlm_dist.utils.files import write_atomic
 
 REPORT, PAGE, CSV = "report", "report.md", "results.csv"
 #: Unreadable rows of a task that are listed.
@@ -33,8 +34,8 @@ LISTED = 5
 
 
 def suite_report(out: Path) -> Path:
-    """Write report.md, results.csv and the figures into OUT/report from all results that are in the folder; returns the
-    page. CheckpointError if a file in the folder is damaged."""
+    """Write report.md, the same as report.html, results.csv and the figures into OUT/report from all results in the
+    folder; returns the page. CheckpointError if a file in the folder is damaged."""
     folder = out / REPORT
     folder.mkdir(exist_ok=True)
     with open(folder / ".lock", "w") as lock:
@@ -45,7 +46,7 @@ def suite_report(out: Path) -> Path:
         splits = list(dict.fromkeys(split for _, split in table.rows))
         figures = [plot_split(table, split, folder) for split in splits]
         figures += [path for split in splits if (path := plot_steps(table, split, folder)) is not None]
-        write_atomic(folder / PAGE, _page(table, figures))
+        write_page(folder / PAGE, _page(table, figures))
     return folder / PAGE
 
 
@@ -60,17 +61,18 @@ def _page(table: SuiteTable, figures: Sequence[Path]) -> str:
         "split. **Bold**: the best of a row.\n",
     ]
     for split in dict.fromkeys(split for _, split in table.rows):
-        parts += [f"## Split: {split}\n", *_scores(table, split), ""]
+        parts += [f"## Split: {split}\n", *score_rows(table, split), ""]
     if len(table.shown) < len(table.columns):
         parts.append("Of runs with many evaluated checkpoints the last one; all are in the figures by steps.\n")
     parts += ["## What pretraining buys\n", *_gains(table), ""]
+    parts += beside_rows(table)
     parts += [f"![{path.stem}]({path.name})\n" for path in figures]
     parts += ["## Checkpoints\n", *_checkpoints(table), "", "## Data\n", *_data(table), *_failures(table)]
     return "\n".join(parts) + "\n"
 
 
-def _scores(table: SuiteTable, split: str) -> list[str]:
-    """A row for each task, a column for each method."""
+def score_rows(table: SuiteTable, split: str) -> list[str]:
+    """A row for each task, a column for each method, as lines of Markdown."""
     tasks = [task for task, own in table.rows if own == split]
     lines = [
         f"| task | metric | test rows | {' | '.join(_cell(column.label) for column in table.shown)} |",
@@ -87,6 +89,12 @@ def _scores(table: SuiteTable, split: str) -> list[str]:
     if mean := _mean_row(table, split, tasks):
         lines.append(mean)
     return lines
+
+
+def beside_rows(table: SuiteTable) -> list[str]:
+    """The section on what is published, as parts of a page of Markdown; empty if nothing is."""
+    beside = beside_published(table)
+    return ["## Beside the published figures\n", *beside, ""] if beside else []
 
 
 def _mean_row(table: SuiteTable, split: str, tasks: Sequence[str]) -> str:

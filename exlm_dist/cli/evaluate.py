@@ -30,6 +30,7 @@ _OF_SUITE = {
     "jobs": None,
     "watch": None,
     "idle": None,
+    "register": None,
 }
 
 
@@ -118,6 +119,12 @@ def _add_suite(parser: argparse.ArgumentParser) -> None:
         help="with --watch: a training that has logged nothing for so long has ended, too (default: 60)",
     )
     group.add_argument(
+        "--register",
+        metavar="NAME",
+        help="make the checkpoint with the best mean rank on the validation parts a version of this registered model "
+        "in MLflow, with the alias champion",
+    )
+    group.add_argument(
         "--jobs", type=positive, help="trainings at a time (default: one for each GPU, else for each core)"
     )
 
@@ -182,9 +189,11 @@ def _evaluate_suite(options: argparse.Namespace) -> int:
             if options.watch:
                 idle = 60.0 * (options.idle or 60)
                 summary = watch_run(request, options.watch, idle=idle, after_each=lambda: _record(options.out))
+                if options.register:
+                    _record(options.out, options.register)
             else:
                 summary = evaluate_suite(request)
-                _record(options.out)
+                _record(options.out, options.register)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with what is missing", file=sys.stderr)
         return EXIT_SAVED
@@ -192,13 +201,13 @@ def _evaluate_suite(options: argparse.Namespace) -> int:
     return EXIT_STOP if summary.failed else 0
 
 
-def _record(out: Path) -> None:
+def _record(out: Path, register: str | None = None) -> None:
     """Report and MLflow of all that is in the folder."""
     from exlm_dist.analysis.suite_report import suite_report
     from exlm_dist.suites.suite_tracking import record_results
 
     print(f"report: {suite_report(out)}", flush=True)
-    record_results(out)
+    record_results(out, register)
 
 
 @contextmanager

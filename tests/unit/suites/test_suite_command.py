@@ -109,7 +109,10 @@ def recorded(run: Path) -> None:
     tags = children[0]["tags"]
     assert tags["suite"] == "moleculenet" and tags["task"] == "bbbp" and tags["budget"] == "unit-test"
     assert len(tags["checkpoint.sha256"]) == len(tags["split.hash"]) == 64
-    means = {name: value for event in events if event["kind"] == "metrics" for name, value in event["values"].items()}
+    (judged,) = [event for event in events if event["kind"] == "checkpoint"]
+    means = judged["values"]
+    assert judged["step"] == 100 and judged["tags"]["moleculenet.protocol"] == "unimol"
+    assert len(judged["tags"]["moleculenet.split.bbbp_scaffold"]) == 12
     own = [
         child["values"]["moleculenet/test_rmse"]
         for child in children

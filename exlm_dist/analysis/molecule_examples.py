@@ -30,12 +30,12 @@ def plot_molecules(loaded: LoadedCheckpoint, inspections: Sequence[Inspection], 
     for number, one in enumerate(inspections, 1):
         tokens = one.targets[1:-1] if anchors else one.targets
         cells.append((*_filled(one.text, tokens), f"{number}: the molecule, {len(tokens)} tokens masked"))
+        truth = _canonical(cells[-1][0])
         found = fill_text(loaded, one.text.replace(_MASK, "<mask>"), FillSettings(top=COMPLETIONS)).completions
         for rank, completion in enumerate(found, 1):
-            right = ", right" if completion.tokens == tokens else ""
+            right = ", right" if truth and _canonical(completion.text) == truth else ""
             said = f"{number}: completion {rank}, probability {completion.probability:.2g}{right}"
             cells.append((*_filled(one.text, completion.tokens), said))
-        cells += [("", [], "")] * (COMPLETIONS - len(found))
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / f"{NAME}.png", _drawn(cells))
     return folder / f"{NAME}.png"
@@ -53,6 +53,11 @@ def _filled(text: str, tokens: Sequence[str]) -> tuple[str, list[int]]:
     return made, marked
 
 
+def _canonical(text: str) -> str | None:
+    molecule = Chem.MolFromSmiles(text)
+    return None if molecule is None else Chem.MolToSmiles(molecule)
+
+
 def _drawn(cells: Sequence[tuple[str, list[int], str]]) -> bytes:
     across = COMPLETIONS + 1
     drawer = rdMolDraw2D.MolDraw2DCairo(across * WIDTH, len(cells) // across * HEIGHT, WIDTH, HEIGHT)
@@ -61,7 +66,9 @@ def _drawn(cells: Sequence[tuple[str, list[int], str]]) -> bytes:
     for smiles, marked, said in cells:
         molecule = Chem.MolFromSmiles(smiles)
         if molecule is None:
-            molecule, said = Chem.Mol(), f"{said}: not a molecule"
+            molecule = Chem.MolFromSmiles("*")  # a legend is drawn below atoms alone
+            molecule.GetAtomWithIdx(0).SetProp("atomLabel", "not a molecule")
+            marked = []
         molecules.append(molecule)
         legends.append(said)
         marks.append(marked if max(marked, default=-1) < molecule.GetNumAtoms() else [])

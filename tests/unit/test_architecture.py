@@ -68,7 +68,7 @@ SEAMS = {
     "matplotlib": ("analysis/",),
     "sentencepiece": ("tokenizers/",),
     "safetensors": ("export/", "finetuning/model_folder.py"),
-    "sklearn": ("finetuning/", "suites/fingerprints.py", "analysis/finetuning_figures.py"),
+    "sklearn": ("finetuning/", "suites/fingerprints.py", "suites/linear_probe.py", "analysis/finetuning_figures.py"),
     "scipy": ("suites/suite_table.py",),
     "pyarrow": ("tables/",),
     "zstandard": ("tables/",),

@@ -2,10 +2,14 @@
 
     python benchmarks/alignment.py --data data/zinc     # the size of the demonstration, on two cores
     python benchmarks/alignment.py --data data/zinc --size small --jobs 9 --arms plain sparse dense-group
+    python benchmarks/alignment.py --data data/novels --domain text --out runs/text
+    python benchmarks/alignment.py --data data/zinc --masking.ratio 0.5 --out runs/half    # any setting, for all arms
 
 Each arm is trained once per seed by `exlm pretrain`, `--jobs` runs at a time, and evaluated on held-out sequences at
-several ratios of masking. Curves stay in the runs' `events.jsonl`; the figures go to `<out>/alignment.csv` and, mean
-and standard deviation over the seeds, to the screen. Runs that are there are not trained again, but continued.
+several ratios of masking. The arm `plain-long` takes as many steps more as ExLM costs more. Curves stay in the runs'
+`events.jsonl`; the figures go to `<out>/alignment.csv` and, mean and standard deviation over the seeds, to the screen.
+`processor_seconds` is what a run's processes used, evaluations included (with `--jobs 1`; 0 where it was trained
+before). Runs that are there are not trained again, but continued.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -25,11 +30,20 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT)]
 
-BASE = ROOT / "configs/pretrain/demo_smiles_exlm.yaml"
+BASES = {domain: ROOT / f"configs/pretrain/demo_{domain}_exlm.yaml" for domain in ("smiles", "text")}
 DENSE = {"model.transitions": "dense"}
+PLAIN = {
+    "model.objective": "mlm",
+    "model.states": 1,
+    "model.anchors": False,
+    "model.rotary": "1d",
+    "model.transitions": "uniform",
+}
+#: Steps of the plain model in the processor time of a step of ExLM, at the size of the demonstration.
+LONGER = 2
 ARMS: dict[str, dict[str, object]] = {
-    "plain": {"model.objective": "mlm", "model.states": 1, "model.anchors": False, "model.rotary": "1d",
-              "model.transitions": "uniform"},
+    "plain": PLAIN,
+    "plain-long": PLAIN,
     "sparse": {"model.transitions": "sparse"},
     "dense": {**DENSE, "model.jump_prior": "none"},
     "dense-gaussian": {**DENSE, "model.jump_prior": "gaussian"},
@@ -56,7 +70,8 @@ def command(arm: str, seed: int, options: argparse.Namespace) -> list[str]:
     }  # fmt: skip
     if options.steps:
         settings |= {"schedule.steps": options.steps, "schedule.warmup": max(1, options.steps // 20)}
-    steps = int(settings["schedule.steps"])
+    steps = int(settings["schedule.steps"]) * (LONGER if arm == "plain-long" else 1)
+    settings["schedule.steps"] = steps
     settings |= {
         "checkpoint.every": steps,
         "evaluation.every": max(1, steps // 12),
@@ -64,11 +79,12 @@ def command(arm: str, seed: int, options: argparse.Namespace) -> list[str]:
     }
     settings |= {"evaluation.sequences": min(1024, options.sequences)}
     flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    return [sys.executable, "-m", "exlm_dist.cli", "pretrain", str(BASE), *flags]
+    return [sys.executable, "-m", "exlm_dist.cli", "pretrain", str(BASES[options.domain]), *flags, *options.settings]
 
 
-def train(arm: str, seed: int, options: argparse.Namespace) -> float:
-    """Train one run, if it is not there, and return the seconds of its steps."""
+def train(arm: str, seed: int, options: argparse.Namespace) -> tuple[float, float]:
+    """Train one run, if it is not there, and return the seconds of its steps and its processor seconds."""
+    before = processor_seconds()
     log = options.out / f"{arm}_{seed}.log"
     with log.open("a") as file:
         subprocess.run(
@@ -77,7 +93,14 @@ def train(arm: str, seed: int, options: argparse.Namespace) -> float:
     points = [
         json.loads(line) for line in (run_of(arm, seed, options) / "events.jsonl").read_text().splitlines() if line
     ]
-    return max(point["values"].get("progress/seconds", 0.0) for point in points if point["kind"] == "metrics")
+    seconds = max(point["values"].get("progress/seconds", 0.0) for point in points if point["kind"] == "metrics")
+    return seconds, processor_seconds() - before if options.jobs == 1 else 0.0
+
+
+def processor_seconds() -> float:
+    """Of all processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def run_of(arm: str, seed: int, options: argparse.Namespace) -> Path:
@@ -85,7 +108,9 @@ def run_of(arm: str, seed: int, options: argparse.Namespace) -> Path:
     return options.out / "runs" / f"{arm}_{seed}"
 
 
-def rows_of(arm: str, seed: int, seconds: float, options: argparse.Namespace) -> Iterable[dict[str, object]]:
+def rows_of(
+    arm: str, seed: int, seconds: tuple[float, float], options: argparse.Namespace
+) -> Iterable[dict[str, object]]:
     """A line of the table for each ratio."""
     from exlm_dist.evaluation.masked_lm import evaluate_checkpoint
 
@@ -98,7 +123,8 @@ def rows_of(arm: str, seed: int, seconds: float, options: argparse.Namespace) ->
             record=False,
         )
         values = {name: found.values[name] for name in METRICS}
-        yield {"arm": arm, "seed": seed, "step": found.step, "seconds": round(seconds, 1), "ratio": ratio, **values}
+        spent = {"seconds": round(seconds[0], 1), "processor_seconds": round(seconds[1], 1)}
+        yield {"arm": arm, "seed": seed, "step": found.step, **spent, "ratio": ratio, **values}
 
 
 def table(rows: list[dict[str, object]], options: argparse.Namespace) -> str:
@@ -123,6 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="prepared folder")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["plain", "sparse", "dense", "dense-group"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--domain", choices=BASES, default="smiles", help="of the data")
     parser.add_argument("--size", choices=SIZES, default="demo")
     parser.add_argument("--steps", type=int, default=0, help="instead of those of the size")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.15, 0.3, 0.5])
@@ -130,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--limit", type=float, default=36000, help="seconds for one run")
     parser.add_argument("--out", type=Path, default=Path("runs/alignment"))
-    options = parser.parse_args(argv)
+    options, options.settings = parser.parse_known_args(argv)
     options.data, options.out = options.data.resolve(), options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

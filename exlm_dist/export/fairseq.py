@@ -34,12 +34,17 @@ from exlm_dist.tokenizers.tokenizer import MASK
 from exlm_dist.utils.errors import CheckpointError, ConfigError
 from exlm_dist.utils.files import sync_path
 from exlm_dist.utils.logs import get_logger
-from exlm_dist.utils.outputs import check_writable, user_path
+from exlm_dist.utils.outputs import check_space, check_writable, user_path
 
 logger = get_logger(__name__)
 
 #: Entry of the metadata of a file that `export_fairseq` writes; its value is JSON.
 METADATA = "exlm_dist"
+WITHOUT_PRIOR = (
+    "warning: their code has no prior over jumps (model.jump_prior {}). Hidden states, and what is fine-tuned on them, "
+    "are the same there; transitions, and with them the likelihood of masked tokens, are not. `exlm import fairseq` "
+    "and `exlm export hf` keep the prior."
+)
 #: Their parameters with a row per token.
 EMBEDDING = "encoder.sentence_encoder.embed_tokens.weight"
 TIED_COPY = "encoder.lm_head.weight"
@@ -142,20 +147,16 @@ def to_fairseq(
 def export_fairseq(checkpoint: Path, out: Path) -> str:
     """Write the weights of a checkpoint (or of a run's newest) for the authors' code to `out`; a line that says so.
 
-    Its metadata say what `exlm import fairseq` needs to make a checkpoint of it again. An earlier export at `out` is
-    replaced. ConfigError if `out` is anything else, or if their code cannot compute what the model does; OutputError if
-    it cannot be written; CheckpointError if the checkpoint is not whole.
+    Its metadata say what `exlm import fairseq` needs to make a checkpoint of it again, the prior over jumps among it,
+    which their code has not: the line says so. An earlier export at `out` is replaced. ConfigError if `out` is anything
+    else; OutputError if it cannot be written; CheckpointError if the checkpoint is not whole.
     """
     out = Path(os.path.realpath(user_path(out)))
     _check_target(out)
     folder = find_checkpoint(user_path(checkpoint))
     config, about = read_config(folder), read_state(folder)
-    if config.model.jump_prior != "none":
-        raise ConfigError(
-            f"{folder} was trained with model.jump_prior {config.model.jump_prior}, which the authors' code does not "
-            "have: it would compute other transitions with these weights. `exlm export hf` can export it."
-        )
     state = to_fairseq(load_weights(folder, verified=True), heads=config.model.heads, mask_last=True)
+    check_space(out, sum(value.nbytes for value in state.values()), "the export")
     metadata = {
         "name": config.name,
         "step": step_of(folder),
@@ -167,7 +168,8 @@ def export_fairseq(checkpoint: Path, out: Path) -> str:
         _write(out, state, metadata)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--out {out} cannot be written: {error}.") from error
-    return f"{out}: {len(state)} tensors of {folder} in the layout of the authors' code (<mask> is the last id)"
+    done = f"{out}: {len(state)} tensors of {folder} in the layout of the authors' code (<mask> is the last id)"
+    return done if config.model.jump_prior == "none" else f"{done}\n{WITHOUT_PRIOR.format(config.model.jump_prior)}"
 
 
 def _write(out: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:

@@ -147,9 +147,9 @@ def _settings(file: Path, about: Mapping[str, Any] | None, config: Path | None) 
     }
     settings = validate(tree, origins, str(config or file))
     check_config(settings)
-    if settings.model.jump_prior != "none":
+    if about is None and settings.model.jump_prior != "none":
         raise ConfigError(
-            f"{origins.get('model.jump_prior', file)}: model.jump_prior {settings.model.jump_prior}, but the authors' "
+            f"{origins['model.jump_prior']}: model.jump_prior {settings.model.jump_prior}, but the authors' "
             "code has no prior over jumps. Set it to none, or leave it out."
         )
     return settings

@@ -48,7 +48,7 @@ class Summary:
             ("folder", f"{self.path}{reused}"),
             (
                 "domain",
-                f"{self.manifest['domain']}, vocabulary {self.manifest['vocab_size']:,}, "
+                f"{self.manifest['domain']}, vocabulary {self.manifest['vocab_size']:,}{self._asked()}, "
                 f"max length {self.manifest['max_length']}",
             ),
             *self._rows(),
@@ -67,6 +67,11 @@ class Summary:
             lines.append(("time", f"{self.seconds:.1f} s"))
         return lines
 
+    def _asked(self) -> str:
+        """The vocabulary that was asked for, where the text was too small for it."""
+        asked = self.manifest["statistics"].get("vocab_size_asked") or 0
+        return f" (of {asked:,}: the text has no more pieces)" if asked > self.manifest["vocab_size"] else ""
+
     def _rows(self) -> Iterator[tuple[str, str]]:
         """What became of the rows, and of those of each file if there are several."""
         statistics = self.manifest["statistics"]
@@ -81,11 +86,12 @@ class Summary:
         aside = sum(self.quarantined.values())
         yield "set aside", f"{aside:,}" + (f" ({reasons(self.quarantined)}), see {QUARANTINE}" if aside else "")
         if len(files) > 1:
-            worst = sorted(files, key=lambda file: -sum(file["quarantined"].values()))[:FILES_SHOWN]
+            told = files if len(files) <= FILES_SHOWN else [f for f in files if f["quarantined"] or f["duplicates"]]
+            worst = sorted(told, key=lambda file: -sum(file["quarantined"].values()))[:FILES_SHOWN]
             for file in sorted(worst, key=files.index):
                 yield "", _of_file(file)
-            if len(files) > FILES_SHOWN:
-                yield "", f"{len(files) - FILES_SHOWN:,} more files, with fewer rows set aside: see {MANIFEST}"
+            if len(told) > FILES_SHOWN:
+                yield "", f"{len(told) - FILES_SHOWN:,} more files, with fewer rows set aside: see {MANIFEST}"
         if in_bytes := statistics.get("byte_tokens", 0):
             fraction = in_bytes / sum(part["tokens"] for part in self.manifest["splits"].values())
             advice = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,10 +34,10 @@ from exlm_dist.prepare.summary import Summary
 from exlm_dist.prepare.tally import MAX_REJECTED, Tally, check_max_rejected
 from exlm_dist.tables.input_files import InputOptions
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
-from exlm_dist.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from exlm_dist.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer, VocabularyTooLarge
 from exlm_dist.utils.cores import available_cores
 from exlm_dist.utils.errors import DataError
-from exlm_dist.utils.outputs import user_path
+from exlm_dist.utils.outputs import check_space, user_path
 from exlm_dist.utils.progress import Progress
 from exlm_dist.utils.workers import ordered_map
 
@@ -73,7 +74,8 @@ def prepare_text(
 
     Documents are separated by blank lines in txt files and are one per row elsewhere; they are joined in order and cut,
     at word starts, into blocks of at most max_length tokens with BOS and EOS. vocab_size, model_type ('unigram' or
-    'bpe'), sample_bytes: of the sentencepiece model trained here; or `tokenizer`: a folder with a text tokenizer, or a
+    'bpe'), sample_bytes: of the sentencepiece model trained here (a text with too few pieces for vocab_size gets the
+    largest vocabulary that it fills, and the summary says so); or `tokenizer`: a folder with a text tokenizer, or a
     sentencepiece `.model` file. The rest as in `prepare_smiles`.
     """
     check_fraction(valid_fraction)
@@ -128,6 +130,8 @@ class TextJob:
     workers: int
 
     def run(self, folder: Path) -> dict[str, Any]:
+        files = [path for source in (self.train, self.valid) if source for path in source.of_lines]
+        check_space(folder, sum(os.path.getsize(path) for path in files), "the text of the input alone")
         with (
             TemporaryDirectory(prefix="spool.", dir=folder) as spool,
             Tally(folder / QUARANTINE, self.max_rejected) as tally,
@@ -137,9 +141,7 @@ class TextJob:
                 if source is not None:
                     part.write(source, tally)
             documents[0].refuse_molecules()
-            tokenizer = self.tokenizer or SentencePieceTokenizer.train(
-                documents[0].sentences(self.sample_bytes), self.vocab_size, self.model_type
-            )
+            tokenizer = self.tokenizer or self._train_tokenizer(documents[0])
             described = save_tokenizer(tokenizer, folder)
             blocks = _Blocks(Path(spool) / "blocks.bin", tokenizer.is_byte)
             held_out = self._cut(documents, tokenizer, folder, blocks)
@@ -151,6 +153,7 @@ class TextJob:
             "documents": sum(part.count for part in documents),
             "words": words,
             "byte_tokens": blocks.byte_tokens,
+            "vocab_size_asked": None if self.tokenizer else self.vocab_size,
             **tally.statistics(tally.kept),
         }
         return {
@@ -162,6 +165,17 @@ class TextJob:
             "splits": splits,
             "statistics": statistics,
         }
+
+    def _train_tokenizer(self, documents: Documents) -> SentencePieceTokenizer:
+        """Of the size that was asked for, or of the largest that a smaller text fills: the summary says so."""
+
+        def train(vocab_size: int) -> SentencePieceTokenizer:
+            return SentencePieceTokenizer.train(documents.sentences(self.sample_bytes), vocab_size, self.model_type)
+
+        try:
+            return train(self.vocab_size)
+        except VocabularyTooLarge as error:
+            return train(error.most)
 
     def _cut(
         self, documents: list[Documents], tokenizer: SentencePieceTokenizer, folder: Path, blocks: _Blocks

@@ -22,6 +22,16 @@ WORD_START = "\u2581"
 TRAINER_THREADS = 4
 
 
+class VocabularyTooLarge(DataError):
+    """The text has fewer pieces than the vocabulary should; `most` is the largest vocabulary that it fills."""
+
+    def __init__(self, vocab_size: int, most: int):
+        super().__init__(
+            f"vocab_size {vocab_size} is too large for this text: at most {most} fits. Use --vocab-size {most}."
+        )
+        self.most = most
+
+
 class SentencePieceTokenizer:
     """See `Tokenizer`. The ordinary pieces of the model keep their order and get the ids from 5 up.
 
@@ -62,7 +72,8 @@ class SentencePieceTokenizer:
     def train(cls, sentences: Iterable[str], vocab_size: int, model_type: str = "unigram") -> SentencePieceTokenizer:
         """Train on `sentences`; `vocab_size` includes the five special ids and the 256 bytes of the byte fallback.
 
-        model_type: 'unigram' or 'bpe'. DataError, with the size that fits, if the text does not suit `vocab_size`.
+        model_type: 'unigram' or 'bpe'. VocabularyTooLarge, with the size that fits, or another DataError if the text
+        does not suit `vocab_size`.
         """
         import sentencepiece
 
@@ -90,7 +101,7 @@ class SentencePieceTokenizer:
                 minloglevel=2,
             )
         except (RuntimeError, OSError) as error:
-            raise DataError(_training_problem(str(error), vocab_size)) from error
+            raise _training_problem(str(error), vocab_size) from error
         return cls(model.getvalue())
 
     @classmethod
@@ -151,13 +162,12 @@ class SentencePieceTokenizer:
         return list(self._names)
 
 
-def _training_problem(message: str, vocab_size: int) -> str:
+def _training_problem(message: str, vocab_size: int) -> DataError:
     if limit := re.search(r"Please set it to a value <= (\d+)", message):
-        most = limit.group(1)
-        return f"vocab_size {vocab_size} is too large for this text: at most {most} fits. Use --vocab-size {most}."
+        return VocabularyTooLarge(vocab_size, int(limit.group(1)))
     if limit := re.search(r"smaller than required_chars\. (\d+) vs (\d+)", message):
-        return (
+        return DataError(
             f"vocab_size {vocab_size} is too small: the characters, bytes and special ids alone need {limit.group(2)}. "
             "Use a larger --vocab-size."
         )
-    return f"sentencepiece cannot be trained on this text with vocab_size {vocab_size}: {message.strip()}"
+    return DataError(f"sentencepiece cannot be trained on this text with vocab_size {vocab_size}: {message.strip()}")

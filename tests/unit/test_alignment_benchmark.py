@@ -19,14 +19,25 @@ def alignment(monkeypatch):
 
 @pytest.mark.parametrize("size", ["demo", "small"])
 def test_arms_are_what_they_are_called(alignment, size: str) -> None:
-    options = argparse.Namespace(out=Path("out"), data=Path("data"), size=size, steps=0, sequences=2048)
+    options = argparse.Namespace(
+        out=Path("out"),
+        data=Path("data"),
+        size=size,
+        steps=0,
+        sequences=2048,
+        domain="smiles",
+        settings=["--masking.ratio", "0.5"],
+    )
     found = {}
     for arm in alignment.ARMS:
         _, _, _, _, config, *settings = alignment.command(arm, 0, options)
-        model = load_config(config, settings).model
+        loaded = load_config(config, settings)
+        assert loaded.masking.ratio == 0.5
+        model = loaded.model
         found[arm] = (model.objective, model.transitions, model.jump_prior, model.jump_width)
     assert found == {
         "plain": ("mlm", "uniform", "none", 0),
+        "plain-long": ("mlm", "uniform", "none", 0),
         "sparse": ("exlm", "sparse", "none", 0),
         "dense": ("exlm", "dense", "none", 0),
         "dense-gaussian": ("exlm", "dense", "gaussian", 1),

@@ -86,7 +86,7 @@ def config(exported, tmp_path) -> Path:
     return tmp_path / "model.yaml"
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "prior"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_there_and_back_and_there_again(variant, tmp_path, data):
     source = make_checkpoint(tmp_path / "made", data, variant)
     first, second = tmp_path / "1.safetensors", tmp_path / "new/2.safetensors"
@@ -101,10 +101,15 @@ def test_there_and_back_and_there_again(variant, tmp_path, data):
     assert second.read_bytes() == first.read_bytes()
 
 
-def test_a_prior_over_jumps_neither_goes_out_nor_comes_in(theirs, config, tmp_path, data, capsys):
-    source, out = make_checkpoint(tmp_path / "with a prior", data, "prior"), tmp_path / "out.safetensors"
-    assert main(["export", "fairseq", str(source), "--out", str(out)]) == 2 and not out.exists()
-    assert "model.jump_prior group" in capsys.readouterr().err
+def test_a_prior_over_jumps_goes_out_with_a_warning_and_comes_in_from_our_files_alone(
+    theirs, config, tmp_path, data, capsys
+):
+    for variant, warned in (("prior", True), ("exlm", False)):
+        source = make_checkpoint(tmp_path / variant, data, variant)
+        assert main(["export", "fairseq", str(source), "--out", str(tmp_path / f"{variant}.safetensors")]) == 0
+        assert ("warning: their code has no prior over jumps (model.jump_prior group)" in capsys.readouterr().out) == (
+            warned
+        )
     model = yaml.safe_load(config.read_text())["model"]
     config.write_text(yaml.safe_dump({"model": model | {"jump_prior": "laplace"}}))
     with pytest.raises(ConfigError, match=r"model.yaml:\d+: model.jump_prior laplace.*Set it to none"):

@@ -11,6 +11,7 @@ from exlm_dist.prepare.demo.demo_text import demo_documents, prepare_demo_text
 from exlm_dist.prepare.smiles import prepare_smiles
 from exlm_dist.prepare.text import BlockCutter, prepare_text
 from exlm_dist.tokenizers import load_tokenizer
+from exlm_dist.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer, VocabularyTooLarge
 from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL
 from exlm_dist.utils.errors import DataError
 
@@ -94,9 +95,20 @@ def test_demo_text(tmp_path: Path) -> None:
     assert prepare_demo_text(tmp_path / "b").manifest["fingerprint"] == first.manifest["fingerprint"]
 
 
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_a_text_with_too_few_pieces_gets_the_vocabulary_that_it_fills(
+    corpus: Path, tmp_path: Path, model_type: str
+) -> None:
+    summary = prepare_text([str(corpus)], tmp_path / "o", vocab_size=90_000, model_type=model_type, workers=1)
+    size = summary.manifest["vocab_size"]
+    assert 300 < size < 90_000 and f"vocabulary {size:,} (of 90,000: the text has no more pieces)" in summary.table()
+    with pytest.raises(VocabularyTooLarge, match=r"at most \d+ fits") as caught:
+        SentencePieceTokenizer.train(corpus.read_text().splitlines(), 90_000, model_type)
+    fitting = SentencePieceTokenizer.train(corpus.read_text().splitlines(), caught.value.most, model_type)
+    assert fitting.vocab_size == caught.value.most
+
+
 def test_input_that_cannot_be_used(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"vocab_size 90000 is too large for this text: at most \d+ fits"):
-        prepare_text([str(corpus)], tmp_path / "o", vocab_size=90_000, workers=1)
     with pytest.raises(DataError, match="model_type = 'word'"):
         prepare_text([str(corpus)], tmp_path / "o", model_type="word")
     blank = tmp_path / "blank.txt"

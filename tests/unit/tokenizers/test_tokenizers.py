@@ -1,5 +1,6 @@
 """Both tokenizers: nothing is lost, no text produces special ids, loading restores what was saved."""
 
+import importlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -168,3 +169,9 @@ def test_saved_json_is_plain(tmp_path: Path) -> None:
     SmilesTokenizer(["C", "O"], POLICY).save(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     assert content["vocabulary"] == ["C", "O"] and content["policy"]["stereo"] == "keep"
+
+
+def test_the_former_place_of_the_loader_says_where_it_is_now() -> None:
+    with pytest.warns(DeprecationWarning, match="exlm_dist.tokenizers; import from there"):
+        former = importlib.reload(importlib.import_module("exlm_dist.data.tokenizer"))
+    assert former.load_tokenizer is load_tokenizer

@@ -34,7 +34,8 @@ def predict_by_probe(
     scaled = (features - mean) / np.where(sd > 0, sd, 1.0)
     rows = {part: own for part, own in parts.items() if part != "train"}
     sign = -1 if metric in ERRORS else 1
-    best, found, chosen = -math.inf, {}, STRENGTHS[0]
+    best, chosen = -math.inf, STRENGTHS[0]
+    found: dict[str, np.ndarray] = {}
     for strength in STRENGTHS:
         models = [_fitted(scaled[train], column, target, strength) for target, column in zip(targets, labels[train].T)]
         predicted = {

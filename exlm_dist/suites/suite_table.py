@@ -59,8 +59,7 @@ class Entry:
     @property
     def seeded(self) -> bool:
         """Whether the seed has a say in its results: a linear probe of a checkpoint has no randomness."""
-        method = self.results[0]["method"]
-        return not method.get("probe", False) or method["kind"] == RANDOM
+        return "strength" not in self.results[0] or self.results[0]["method"]["kind"] == RANDOM
 
     @property
     def truncated(self) -> int:

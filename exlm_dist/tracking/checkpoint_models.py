@@ -62,8 +62,9 @@ class CheckpointModels:
         found = next((one for one in versions if one.tags.get(UID_TAG) == uid), None)
         if found is None:
             source = self._client.get_logged_model(model).artifact_location
+            own = {UID_TAG: uid, **{key: tags[key] for key in tags if key.startswith(("checkpoint.", "budget"))}}
             found = self._client.create_model_version(
-                name, source, self._run_id, tags={**tags, UID_TAG: uid}, description=why, model_id=model
+                name, source, self._run_id, tags=own, description=why, model_id=model
             )
         self._client.set_registered_model_alias(name, ALIAS, found.version)
         logger.info("MLflow: %s@%d is version %s of the registered model %s", self._name, step, found.version, name)

@@ -60,6 +60,11 @@ def _page(table: SuiteTable, figures: Sequence[Path]) -> str:
         "best on the validation part; mean \u00b1 standard deviation (n - 1) over the seeds of the training, on one "
         "split. **Bold**: the best of a row.\n",
     ]
+    if any(column.probe for column in table.columns):
+        parts.append(
+            "Linear: nothing is trained but a linear model on the embeddings, with the strength of regularisation that "
+            "is the best on the validation part. That of a checkpoint has no randomness, hence no deviation.\n"
+        )
     for split in dict.fromkeys(split for _, split in table.rows):
         parts += [f"## Split: {split}\n", *score_rows(table, split), ""]
     if len(table.shown) < len(table.columns):

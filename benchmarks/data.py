@@ -34,6 +34,7 @@ import webdataset as wds  # noqa: E402
 
 from exlm_dist.data.loader import Loader  # noqa: E402
 from exlm_dist.data.manifest import MANIFEST, SCHEMA, sealed  # noqa: E402
+from exlm_dist.data.order import Order  # noqa: E402
 from exlm_dist.data.recipe import Recipe  # noqa: E402
 from exlm_dist.data.shards import ShardDataset, token_dtype  # noqa: E402
 from exlm_dist.prepare.shard_writer import ShardWriter  # noqa: E402
@@ -123,7 +124,7 @@ def contenders(
             bucket=64,
             micro=args.micro,
         ),
-        seed=0,
+        order=Order(0, count),
         global_batch=args.batch,
         rank=0,
         world=1,

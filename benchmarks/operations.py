@@ -93,7 +93,7 @@ class Run:
 
         def stepping() -> bool:
             ranks = self.ranks()
-            fresh = [rank for rank in ranks if rank.pid not in without and rank.phase != "start"]
+            fresh = [rank for rank in ranks if rank.pid not in without and not rank.phase.startswith("start")]
             return len(fresh) == self.config.local_processes
 
         return self.wait("a step of all ranks", stepping)

@@ -1,6 +1,7 @@
 """What each layout sends in a step, counted, beside the formulas of docs/parallelism.md; and the bubble of a pipeline.
 
     python benchmarks/parallel.py                      # 2 and 4 gloo processes of this machine
+    python benchmarks/parallel.py --counts             # instead: real runs, with all that `parallel_counts` counts
 
 Bytes are counted by kind of collective during one step of the real engine (`exlm_dist.parallel.traffic`), on the first
 rank of each stage; nothing is timed. For the bubble every stage is made to take the same time (it sleeps, forward once,
@@ -28,7 +29,9 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from parallel_counts import count_all  # noqa: E402
 
 from exlm_dist.config.schema import RunConfig  # noqa: E402
 from exlm_dist.launch.local import free_port  # noqa: E402
@@ -87,6 +90,7 @@ class Sequences:
 def opened(config: RunConfig) -> tuple[Any, Any, Any]:
     """(process, loader, engine) of this rank."""
     from exlm_dist.data.loader import Loader
+    from exlm_dist.data.order import Order
     from exlm_dist.data.recipe import Recipe
     from exlm_dist.parallel import process as processes
     from exlm_dist.training.engine import build_engine
@@ -96,7 +100,7 @@ def opened(config: RunConfig) -> tuple[Any, Any, Any]:
     loader = Loader(
         Sequences(),
         replace(Recipe.of(config, VOCABULARY), bucket=1),
-        seed=config.seed,
+        order=Order.of(config.data, config.seed, len(Sequences())),
         global_batch=config.batch.sequences,
         rank=data.rank,
         world=data.size,
@@ -161,13 +165,11 @@ def formula(config: RunConfig, grid: Any, engine: Any, streams: list[Any]) -> Co
 
 
 def pipeline_formula(config: RunConfig, grid: Any, stream: Any) -> int:
-    """Hidden states, the packed batch and its sizes are sent on; gradients of the hidden states are sent back."""
+    """Hidden states are sent on, their gradients back."""
     splits = grid.tensor.size if config.parallel.sequence else 1
     rows = stream.aligned(splits).input_ids.numel()
     hidden = 4 * rows * config.model.width // splits
-    states, targets = stream.aligned(splits).state_index.numel(), stream.target_ids.numel()
-    integers = 8 * (3 * rows + states + targets + 3 * (stream.num_sequences + 1) + 16)
-    return hidden * (not grid.pipeline.is_first) + (hidden + integers + 4 * 256) * (not grid.pipeline.is_last)
+    return hidden * ((not grid.pipeline.is_first) + (not grid.pipeline.is_last))
 
 
 def tensor_formula(config: RunConfig, grid: Any, stream: Any) -> Counter[str]:
@@ -263,11 +265,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=0.1, help="time of a stage's forward pass, for the bubble")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the CSVs")
+    parser.add_argument("--counts", action="store_true", help="count steps and resumes of real runs instead")
     options = parser.parse_args()
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
     import torch
 
     about = {"commit": commit.strip(), "torch": torch.__version__, "processor": platform.machine()}
+    if options.counts:
+        count_all(options.out / f"parallel_counts_{date.today()}.csv", about, write)
+        return
     sent, fractions = [], []
     for name, parallel in LAYOUTS.items():
         found = [stage for stage in on_ranks(counted, config_of(parallel, 4)) if stage is not None]

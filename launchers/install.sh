@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv and installs exlm_dist into it with pinned versions. A second run only checks.
 #   launchers/install.sh [EXTRA]     EXTRA: test, lint, parquet or hf
-# Without a GPU it takes the CPU build of torch, from PyTorch's CPU index if that answers quickly, else from the default index.
+# Without a GPU it takes the CPU build of torch, from PyTorch's CPU index if that answers quickly, else from the default index;
+# EXLM_TORCH_INDEX names another index (as containers, which are built on machines without a GPU).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -36,7 +37,10 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
 install() { pip install -q --no-compile "$@"; }  # compiled below, on all cores
 
 if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
-    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    if [ -n "${EXLM_TORCH_INDEX:-}" ]; then
+        say "installing torch $torch_version from $EXLM_TORCH_INDEX"
+        install --index-url "$EXLM_TORCH_INDEX" "torch==$torch_version"
+    elif command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then
         say "installing torch $torch_version for CUDA"
         install "torch==$torch_version"
     else

@@ -15,17 +15,48 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 
-# Inside a container: options of srun, or a command in front of Python. EXLM_PYTHON names the Python inside it.
-#   container=(--container-image=exlm.sqsh)    container=(apptainer exec --nv exlm.sif)
-container=()
+# A container for everything: a .sif file (apptainer), or a .sqsh file or name of an image (pyxis); and the
+# folders that it must see beside this one: data, runs, targets of symbolic links. See containers/README.md.
+image=
+mounts=()
 
 set -uo pipefail
 cd "$SLURM_SUBMIT_DIR" || exit 2
 say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
+fail() { say "error: $*"; exit 2; }
 
-# Python: EXLM_PYTHON, else that of the environment EXLM_VENV (default: .venv in the folder where sbatch was called).
+# The container sees these folders under the paths that they have outside: a configuration is valid in both.
+container=()
+if [ -n "$image" ]; then
+    case $image in
+        *.sif | *.sqsh)
+            [ -f "$image" ] || fail "no image at $image, as $HOSTNAME sees it"
+            image=$(realpath "$image") ;;
+    esac
+    folders=("$PWD" /tmp "${mounts[@]}")
+    for folder in "${folders[@]}"; do
+        [ -e "$folder" ] || fail "the container is to see $folder, which $HOSTNAME does not have: correct mounts=(...)"
+    done
+    # Files that the user has installed at home, or a temporary folder that is not there, must not change what runs.
+    export PYTHONNOUSERSITE=1 TMPDIR=/tmp
+    if [[ $image = *.sif ]]; then
+        runtime=$(command -v apptainer || command -v singularity) || fail "apptainer is not installed on $HOSTNAME"
+        container=("$runtime" exec --nv --pwd "$PWD")
+        for folder in "${folders[@]}"; do container+=(--bind "$folder"); done
+        container+=("$image")
+    else
+        [[ $(srun --help) = *--container-image* ]] ||
+            fail "srun has no --container-image here (pyxis is not installed); a .sif file runs under apptainer"
+        pairs=$(for folder in "${folders[@]}"; do printf ',%s:%s' "$folder" "$folder"; done)
+        container=(--container-image="$image" --container-workdir="$PWD" --container-mounts="${pairs#,}"
+            --container-name="exlm-$SLURM_JOB_ID") # unpacked once per node, not at every start of the ranks
+    fi
+fi
+
+# Python: EXLM_PYTHON, else that of the container, else that of the environment EXLM_VENV (default: .venv in the folder
+# where sbatch was called).
 python=${EXLM_VENV:-.venv}/bin/python
-[ ${#container[@]} = 0 ] && [ -x "$python" ] || python=python3
+[ -z "$image" ] && [ -x "$python" ] || python=python3
 exlm=("${EXLM_PYTHON:-$python}" -m exlm_dist.cli)
 
 # sbatch --array=1-8: each task appends its line of the file EXLM_SWEEP to the arguments (a sweep, many evaluations).

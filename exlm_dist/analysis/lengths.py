@@ -9,9 +9,11 @@ import numpy as np
 
 from exlm_dist.analysis import style
 from exlm_dist.config import RunConfig
+from exlm_dist.config.ratios import describe_masking
 from exlm_dist.data.expansion import expanded_lengths
-from exlm_dist.data.masking import num_masks, sample_keys
-from exlm_dist.data.order import sample_at
+from exlm_dist.data.masking import sample_keys
+from exlm_dist.data.order import Order
+from exlm_dist.data.recipe import Recipe
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.evaluation.history import History
 
@@ -34,12 +36,13 @@ class Lengths:
 
 
 def training_lengths(config: RunConfig, sequences: int = SEQUENCES) -> Lengths:
-    """Lengths of the first sequences that training sees; DataError if there is no data."""
+    """Lengths of the first sequences that training sees, masked as in its first step; DataError if there is no data."""
     dataset = ShardDataset.open(Path(config.data.path), "train")
     count = min(sequences, max(len(dataset), config.batch.sequences))
-    epochs, samples = sample_at(np.arange(count), config.seed, len(dataset))
+    epochs, samples = Order.of(config.data, config.seed, len(dataset)).at(np.arange(count))
     payload = dataset.lengths[samples].astype(np.int64)
-    masks = num_masks(payload, sample_keys(config.seed, epochs, samples), config.masking.ratio)
+    recipe = Recipe.of(config, dataset.vocab_size).at(0)
+    masks = recipe.num_masks(payload, sample_keys(config.seed, epochs, samples))
     return Lengths(payload + 2, expanded_lengths(payload, masks, config.model.states, config.model.anchors))
 
 
@@ -48,7 +51,8 @@ def plot_lengths(history: History, lengths: Lengths, folder: Path) -> Path:
     config = history.config
     packed = history.series("perf/padding_fraction").values
     subtitle = (
-        f"{history.name} ({history.kind}), {len(lengths.original)} sequences, masking {config.masking.ratio:.0%}: "
+        f"{history.name} ({history.kind}), {len(lengths.original)} sequences, "
+        f"masked {describe_masking(config.masking)}: "
         f"{lengths.expanded.mean() / lengths.original.mean():.2f} times as many tokens after expansion"
     )
     with style.figure(8, 3.8, "Sequence lengths before and after expansion", subtitle) as made:

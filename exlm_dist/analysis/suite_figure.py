@@ -13,18 +13,20 @@ from exlm_dist.analysis import style
 from exlm_dist.analysis.beside_published import published_of
 from exlm_dist.finetuning.finetune_settings import ERRORS
 from exlm_dist.suites.methods import RANDOM
-from exlm_dist.suites.suite_table import FINGERPRINT_KINDS, Column, SuiteTable, best_entry
+from exlm_dist.suites.suite_table import BASELINE_KINDS, Column, SuiteTable, best_entry
 
 ACROSS = 3
 
 
 def plot_split(table: SuiteTable, split: str, folder: Path) -> Path:
-    """A panel for each task: a dot for each method, and a line at the better one of the fingerprints."""
+    """A panel for each task: a dot for each method, and a line at the better one of the baselines."""
     tasks = [task for task, own in table.rows if own == split]
     across, down = min(ACROSS, len(tasks)), math.ceil(len(tasks) / ACROSS)
     height = 1.3 + down * (0.9 + 0.24 * len(_labels(table)))
     protocol = table.suite["protocol"]
-    subtitle = f"test part, mean and sd over the seeds, protocol {protocol}; dashed: the better of the fingerprints"
+    subtitle = f"{table.of.part} part, mean and sd over the seeds, protocol {protocol}"
+    if table.of.baseline is not None:
+        subtitle += f"; dashed: the better of the {table.of.baseline.name}"
     if len(_labels(table)) > len(table.shown):
         subtitle += "; hollow diamonds: published, of a far larger budget"
     with style.figure(2.2 + 3.1 * across, height, f"{table.suite['suite']}, split {split}", subtitle) as made:
@@ -48,7 +50,8 @@ def plot_steps(table: SuiteTable, split: str, folder: Path) -> Path | None:
     if not several or not tasks:
         return None
     across, down = min(ACROSS, len(tasks)), math.ceil(len(tasks) / ACROSS)
-    subtitle = "test part by the step of the checkpoint, mean and sd over the seeds; dotted: the encoder not trained"
+    subtitle = f"{table.of.part} part by the step of the checkpoint, mean and sd over the seeds"
+    subtitle += "; dotted: the encoder not trained"
     with style.figure(3.6 * across + 0.6, 1.3 + 2.4 * down, f"{table.suite['suite']}, split {split}", subtitle) as made:
         panels = made.subplots(down, across, squeeze=False).flat
         for task, axes in zip(tasks, panels):
@@ -97,7 +100,7 @@ def _panel(axes: Axes, table: SuiteTable, task: str, split: str) -> None:
         )
     for place, (one, score) in enumerate(published_of(table, task), len(table.shown)):
         axes.plot(score, place, marker="D", color=_shade(one.objective), markerfacecolor="none", linestyle="none")
-    trees = [table.entries.get((task, split, one.key)) for one in table.shown if one.kind in FINGERPRINT_KINDS]
+    trees = [table.entries.get((task, split, one.key)) for one in table.shown if one.kind in BASELINE_KINDS]
     best = best_entry([entry for entry in trees if entry is not None])
     if best is not None:
         axes.axvline(best.best.mean, color=style.MUTED, linestyle="dashed", linewidth=1)
@@ -109,7 +112,7 @@ def _panel(axes: Axes, table: SuiteTable, task: str, split: str) -> None:
 
 
 def _colour(column: Column) -> str:
-    if column.kind in FINGERPRINT_KINDS:
+    if column.kind in BASELINE_KINDS:
         return style.MUTED
     if column.kind == RANDOM:
         return style.COLOURS[5]

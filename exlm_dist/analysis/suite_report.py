@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -13,11 +12,9 @@ from exlm_dist.analysis.beside_published import beside_published
 from exlm_dist.analysis.html_page import write_page
 from exlm_dist.analysis.suite_figure import plot_split, plot_steps
 from exlm_dist.finetuning.finetune_settings import ERRORS
-from exlm_dist.finetuning.splits import PARTS
-from exlm_dist.suites.catalogue import SUITES
 from exlm_dist.suites.methods import RANDOM
 from exlm_dist.suites.suite_table import (
-    FINGERPRINT_KINDS,
+    BASELINE_KINDS,
     Column,
     Entry,
     Score,
@@ -27,8 +24,15 @@ from exlm_dist.suites.suite_table import (
     read_table,
 )
 from exlm_dist.tables.table_writer import TableWriter
+from exlm_dist.utils.locks import lock
 
 REPORT, PAGE, CSV = "report", "report.md", "results.csv"
+#: What the figures of a part are, and how the weights and the point of a grid are chosen.
+_CHOSEN = {
+    "test": "Test part, with the weights of the epoch that is the best on the validation part",
+    "valid": "Validation part, as the labels of the test part are hidden. Where the protocol keeps the best epoch, and "
+    "of several points of a grid, it is the best on this same part, as in published figures",
+}
 #: Unreadable rows of a task that are listed.
 LISTED = 5
 
@@ -38,8 +42,8 @@ def suite_report(out: Path) -> Path:
     folder; returns the page. CheckpointError if a file in the folder is damaged."""
     folder = out / REPORT
     folder.mkdir(exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes the last one has all results
+    with open(folder / ".lock", "w") as file:
+        lock(file.fileno(), file.name, wait=True)  # of several processes the last one has all results
         table = read_table(out)
         if table.entries:
             _write_csv(table, folder / CSV)
@@ -56,9 +60,8 @@ def _page(table: SuiteTable, figures: Sequence[Path]) -> str:
     changed = "".join(f", {name} {value}" for name, value in (grid[0] if len(grid) == 1 else []))
     parts = [
         f"# {table.suite['suite']}\n",
-        f"Protocol `{table.suite['protocol']}`{changed}{tried}. Test part, with the weights of the epoch that is the "
-        "best on the validation part; mean \u00b1 standard deviation (n - 1) over the seeds of the training, on one "
-        "split. **Bold**: the best of a row.\n",
+        f"Protocol `{table.suite['protocol']}`{changed}{tried}. {_CHOSEN[table.of.part]}; mean \u00b1 standard "
+        "deviation (n - 1) over the seeds of the training, on one split. **Bold**: the best of a row.\n",
     ]
     if any(column.probe for column in table.columns):
         parts.append(
@@ -77,20 +80,18 @@ def _page(table: SuiteTable, figures: Sequence[Path]) -> str:
 
 
 def score_rows(table: SuiteTable, split: str) -> list[str]:
-    """A row for each task, a column for each method, as lines of Markdown."""
+    """A row for each task and for what else is shown of it, a column for each method, as lines of Markdown."""
+    part = table.of.part
     tasks = [task for task, own in table.rows if own == split]
     lines = [
-        f"| task | metric | test rows | {' | '.join(_cell(column.label) for column in table.shown)} |",
+        f"| task | metric | {part} rows | {' | '.join(_cell(column.label) for column in table.shown)} |",
         "| --- | --- | --- |" + " ---: |" * len(table.shown),
     ]
     for task in tasks:
-        entries = [table.entries.get((task, split, column.key)) for column in table.shown]
-        best = best_entry([entry for entry in entries if entry is not None])
-        cells = [
-            "-" if one is None else _bold(_score(one.best), best is not None and one.best.mean == best.best.mean)
-            for one in entries
-        ]
-        lines.append(f"| {task} | {table.metric(task)} | {_rows(table, task, split)} | {' | '.join(cells)} |")
+        for number, (own, metric) in enumerate([(part, table.metric(task)), *table.of.task(task).also]):
+            name = task if own == part else f"{task} {own}"
+            rows = _labels(table.tasks[task]["splits"][split], own) if number == 0 or own != part else ""
+            lines.append(f"| {name} | {metric} | {rows} | {' | '.join(_row_scores(table, task, split, own, metric))} |")
     if mean := _mean_row(table, split, tasks):
         lines.append(mean)
     return lines
@@ -102,12 +103,23 @@ def beside_rows(table: SuiteTable) -> list[str]:
     return ["## Beside the published figures\n", *beside, ""] if beside else []
 
 
+def _row_scores(table: SuiteTable, task: str, split: str, part: str, metric: str) -> list[str]:
+    """A metric of a part for each method, the best in bold."""
+    entries = [table.entries.get((task, split, column.key)) for column in table.shown]
+    scores = [None if entry is None else entry.score(metric, part) for entry in entries]
+    means = [score.mean for score in scores if score is not None and not math.isnan(score.mean)]
+    best = (min if metric in ERRORS else max)(means, default=math.nan)
+    return ["-" if score is None else _bold(_score(score), score.mean == best) for score in scores]
+
+
 def _mean_row(table: SuiteTable, split: str, tasks: Sequence[str]) -> str:
-    """Means over the tasks of classes that all methods have results of; '' of less than two."""
+    """Means over the tasks that count in it, but for errors, and that all methods have results of; '' of less than
+    two."""
     common = [
         task
         for task in tasks
         if table.metric(task) not in ERRORS
+        and table.of.task(task).averaged
         and all((task, split, column.key) in table.entries for column in table.shown)
     ]
     if len(common) < 2:
@@ -115,7 +127,8 @@ def _mean_row(table: SuiteTable, split: str, tasks: Sequence[str]) -> str:
     means = [
         sum(table.entries[task, split, column.key].best.mean for task in common) / len(common) for column in table.shown
     ]
-    return f"| mean of {len(common)} | {table.metric(common[0])} | | {' | '.join(map(_number, means))} |"
+    metrics = list(dict.fromkeys(map(table.metric, common)))
+    return f"| mean of {len(common)} | {', '.join(metrics)} | | {' | '.join(map(_number, means))} |"
 
 
 def _gains(table: SuiteTable) -> list[str]:
@@ -133,11 +146,12 @@ def _gains(table: SuiteTable) -> list[str]:
                 lines.append(f"- **{_cell(column.label)}** against {name}: {said}.")
                 lines += [f"    - {text}" for text, _ in known]
     if not lines:
-        return ["Nothing to compare with: give `random` and `fingerprints` to `--checkpoint`."]
+        names = [RANDOM, *([table.of.baseline.name] if table.of.baseline else [])]
+        return [f"Nothing to compare with: give {' and '.join(f'`{name}`' for name in names)} to `--checkpoint`."]
     return [
-        "Differences of the means on the test part, above 0 where the checkpoint is better, \u00b1 half of the 95 % "
-        "interval (Welch) that the seeds of the training leave. No difference: the interval has 0 in it. It says "
-        "nothing of other splits. Where there are several to compare with, the best on the test part is taken.\n",
+        f"Differences of the means on the {table.of.part} part, above 0 where the checkpoint is better, \u00b1 half of "
+        "the 95 % interval (Welch) that the seeds of the training leave. No difference: the interval has 0 in it. It "
+        "says nothing of other splits. Where there are several to compare with, the best on this part is taken.\n",
         *lines,
     ]
 
@@ -157,20 +171,21 @@ def _compared(
 
 
 def _rivals(table: SuiteTable, column: Column) -> dict[str, list[Column]]:
-    """What a checkpoint is compared with: initial weights of its shape, fingerprints, and of ExLM the plain models; all
-    but the fingerprints trained as it is, frozen or not."""
+    """What a checkpoint is compared with: initial weights of its shape, the baseline, and of ExLM the plain models; all
+    but the baseline trained as it is, frozen or not."""
+    baseline = table.of.baseline
     alike = [one for one in table.shown if one.training == column.training]
     shape, exlm = column.checkpoint["shape"], column.checkpoint["objective"] == "exlm"
     plain = [one for one in alike if one.kind == "checkpoint" and one.checkpoint["objective"] != "exlm"]
     return {
         "random initial weights": [one for one in alike if one.kind == RANDOM and one.checkpoint["shape"] == shape],
-        "fingerprints": [one for one in table.shown if one.kind in FINGERPRINT_KINDS],
+        baseline.name if baseline else "": [one for one in table.shown if one.kind in BASELINE_KINDS],
         "the plain masked language model": plain if exlm else [],
     }
 
 
 def _checkpoints(table: SuiteTable) -> list[str]:
-    lines = ["| checkpoint | objective | step | budget | sha256 | truncated molecules |", "| --- |" * 1 + " --- |" * 5]
+    lines = ["| checkpoint | objective | step | budget | sha256 | truncated rows |", "| --- |" * 1 + " --- |" * 5]
     listed: set[str] = set()
     for column in table.shown:
         if column.kind == "checkpoint" and column.checkpoint["sha256"] not in listed:
@@ -186,27 +201,28 @@ def _checkpoints(table: SuiteTable) -> list[str]:
 
 
 def _data(table: SuiteTable) -> list[str]:
+    splits = [(task, split, own) for task, recorded in table.tasks.items() for split, own in recorded["splits"].items()]
+    names = list(dict.fromkeys(part for *_, own in splits for part in own["sizes"]))
     lines = [
-        "| task | split | train | valid | test | in an earlier part too | hash |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| task | split | {' | '.join(names)} | in an earlier part too | hash |",
+        "| --- | --- |" + " --- |" * (len(names) + 2),
     ]
-    for task, recorded in table.tasks.items():
-        for split, own in recorded["splits"].items():
-            parts = " | ".join(_labels(own, part) for part in PARTS)
-            repeated = ", ".join(f"{part} {count}" for part, count in own["repeated"].items() if count) or "none"
-            lines.append(f"| {task} | {split} | {parts} | {repeated} | `{own['hash'][:12]}` |")
-    if absent := [task.name for task in SUITES[table.suite["suite"]].tasks if task.name not in table.tasks]:
+    for task, split, own in splits:
+        parts = " | ".join(_labels(own, part) if part in own["sizes"] else "-" for part in names)
+        repeated = ", ".join(f"{part} {count}" for part, count in own["repeated"].items() if count) or "none"
+        lines.append(f"| {task} | {split} | {parts} | {repeated} | `{own['hash'][:12]}` |")
+    if absent := [task.name for task in table.of.tasks if task.name not in table.tasks]:
         lines.append(f"\nNot evaluated here: {', '.join(absent)} ({len(absent)} tasks of the suite).")
     lines.append(
-        "\nRows of each part, with their labels of class 1 in brackets; of several targets the fewest and the "
-        "most. `splits/` has the part of every row.\n"
+        "\nRows of each part, with their labels of class 1 of two in brackets; of several targets the fewest and the "
+        "most. `splits/` has the part of every row, where the files do not say it.\n"
     )
     for task, recorded in table.tasks.items():
         rows = recorded["rows"]
         undefined = recorded["undefined_targets"]
         lines.append(
             f"- {task}: {rows['read']} rows, {rows['used']} used, {len(recorded['failed'])} unreadable or without label"
-            f", {recorded['duplicates']} of a molecule that is there before"
+            f", {recorded['duplicates']} of an input that is there before"
             + (f", targets left out as all their labels are the same: {len(undefined)}" if undefined else "")
             + _unreadable(recorded["failed"])
         )
@@ -231,16 +247,12 @@ def _failures(table: SuiteTable) -> list[str]:
 
 
 def _labels(split: dict[str, Any], part: str) -> str:
-    """Rows of a part, and positive labels."""
+    """Rows of a part, and of two classes the positive labels."""
     size, counts = split["sizes"][part], list(split["counts"][part].values())
-    if "values" in counts[0]:
+    if any(len(own) != 2 for own in counts):
         return f"{size}"
     positive = [list(own.values())[1] for own in counts]
     return f"{size} ({min(positive)})" if len(positive) == 1 else f"{size} ({min(positive)} to {max(positive)})"
-
-
-def _rows(table: SuiteTable, task: str, split: str) -> str:
-    return _labels(table.tasks[task]["splits"][split], "test")
 
 
 def _write_csv(table: SuiteTable, path: Path) -> None:
@@ -271,6 +283,7 @@ def _row(entry: Entry, column: Column, part: str, metric: str) -> dict[str, Any]
         "metric": metric,
         "mean": score.mean,
         "sd": score.sd,
+        "median": score.median,
         "seeds": score.seeds,
         "targets_left_out": int(skipped),
     }

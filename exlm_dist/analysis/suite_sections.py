@@ -30,8 +30,8 @@ def judged_by_suites(histories: Sequence[History], home: Path) -> list[str]:
         page = os.path.relpath(folder / REPORT / PAGE, home)
         parts += [
             f"## Downstream: {table.suite['suite']}\n",
-            f"Protocol `{table.suite['protocol']}`; test part, mean \u00b1 sd over the seeds. The whole report: "
-            f"[{page}]({page}).\n",
+            f"Protocol `{table.suite['protocol']}`; {table.of.part} part, mean \u00b1 sd over the seeds. The whole "
+            f"report: [{page}]({page}).\n",
         ]
         for split in dict.fromkeys(split for _, split in table.rows):
             parts += [f"### Split: {split}\n", *score_rows(table, split), ""]

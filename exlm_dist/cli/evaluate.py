@@ -81,13 +81,14 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _add_suite(parser: argparse.ArgumentParser) -> None:
     splits = sorted({split for suite in SUITES.values() for split in suite.splits})
     protocols = sorted({protocol for suite in SUITES.values() for protocol in suite.protocols})
+    baselines = ", ".join(f"`{one.baseline.name}` of {one.name}" for one in SUITES.values() if one.baseline)
     group = parser.add_argument_group("exlm evaluate SUITE")
     group.add_argument(
         "--checkpoint",
         nargs="+",
         metavar="WHAT",
         help="run folders (their newest checkpoint) and checkpoints; also `random`, initial weights of the same "
-        "shapes, and `fingerprints`, trees on Morgan fingerprints",
+        f"shapes, and the baseline of the suite ({baselines})",
     )
     group.add_argument("--out", type=user_path, metavar="FOLDER", help="folder of the results and the report")
     group.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all whose file is in the folder of data")

@@ -9,6 +9,7 @@ from dataclasses import fields
 from exlm_dist.cli.command import Commands, add_command, add_input_options, input_options, positive
 from exlm_dist.finetuning.finetune_settings import (
     CLASS_WEIGHTS,
+    KEEP,
     METRICS,
     POOLINGS,
     SPLITS,
@@ -95,6 +96,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         choices=sorted({*METRICS["classification"], *METRICS["regression"]}),
         help="of the validation part, decides which epoch is the best; default: roc_auc or rmse",
     )
+    group.add_argument("--keep", choices=KEEP, default=default.keep, help="the weights of the best or the last epoch")
     group.add_argument("--pooling", choices=POOLINGS, default=default.pooling, help="of the tokens' hidden states")
     group.add_argument("--dropout", type=float, default=default.dropout, help="in the head")
     group.add_argument("--weight-decay", type=float, default=default.weight_decay, help="of matrices")

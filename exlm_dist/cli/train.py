@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from exlm_dist.config import RunConfig
 
 #: Options of `exlm launch slurm` that make up a job.
-_JOB_OPTIONS = ("account", "partition", "nodes", "gpus_per_node", "tasks_per_node", "time", "warning", "array")
+_JOB_OPTIONS = (
+    "account",
+    "partition",
+    "nodes",
+    "gpus_per_node",
+    "tasks_per_node",
+    "time",
+    "warning",
+    "array",
+    "container",
+)
 
 
 def register(commands: Commands) -> None:
@@ -80,6 +90,13 @@ def _register_plan(commands: Commands) -> None:
     plan.add_argument("--length", type=int, help="sequence length; default: that of the prepared data, else 128")
     plan.add_argument("--vocab-size", type=int, help="vocabulary; default: that of the prepared data, else 32000")
     plan.add_argument("--top", type=int, default=8, help="grids shown")
+    plan.add_argument("--scale", action="store_true", help="what to expect of the layout on 8 to 4,096 GPUs, too")
+    plan.add_argument(
+        "--failure-hours",
+        type=positive,
+        default=50_700,
+        help="hours of one GPU between two failures, for --scale (Llama 3: 50,700)",
+    )
 
 
 def _register_launch(commands: Commands) -> None:
@@ -110,9 +127,16 @@ def _register_launch(commands: Commands) -> None:
     slurm.add_argument("--partition", default="gpu", help="partition of the cluster")
     slurm.add_argument("--nodes", type=int, default=2, help="nodes")
     slurm.add_argument("--gpus-per-node", type=int, default=8, help="GPUs, and ranks, per node; 0: none")
-    slurm.add_argument("--tasks-per-node", type=int, default=0, help="ranks per node; 0: one per GPU")
+    slurm.add_argument("--tasks-per-node", type=int, default=0, help="ranks per node without GPUs; 0: one per GPU")
     slurm.add_argument("--time", default="24:00:00", help="time limit of one start; the job requeues itself until done")
     slurm.add_argument("--warning", type=int, default=300, help="seconds before the limit at which the ranks save")
+    slurm.add_argument(
+        "--container",
+        default="",
+        help="image in which everything runs: a .sif file (apptainer), or a .sqsh file or name of an image (pyxis); it "
+        "sees this folder and those that the settings name",
+    )
+    slurm.add_argument("--mount", action="append", default=[], help="another folder that it is to see; repeatable")
     slurm.add_argument("--array", default="", help="indices of array tasks, say 1-8%%2; needs --sweep")
     slurm.add_argument("--sweep", type=user_path, help="file: line n has the overrides of array task n")
 
@@ -146,6 +170,7 @@ def _plan(options: argparse.Namespace) -> int:
     from exlm_dist.config import load_config
     from exlm_dist.planning.hardware import Hardware
     from exlm_dist.planning.report import plan_text
+    from exlm_dist.planning.scaling import HOUR, Cluster
 
     hardware = Hardware(
         flops=options.flops * 1e12,
@@ -163,6 +188,7 @@ def _plan(options: argparse.Namespace) -> int:
         length=options.length,
         vocab_size=options.vocab_size,
         top=options.top,
+        cluster=Cluster(failure=options.failure_hours * HOUR) if options.scale else None,
     )
     print(text)
     return 0
@@ -196,7 +222,7 @@ def _launch_slurm(options: argparse.Namespace) -> int:
     from exlm_dist.launch.slurm import Job
     from exlm_dist.launch.start import launch_slurm
 
-    job = Job("pretrain", **{name: getattr(options, name) for name in _JOB_OPTIONS})
+    job = Job("pretrain", mounts=tuple(options.mount), **{name: getattr(options, name) for name in _JOB_OPTIONS})
     return launch_slurm(
         job,
         options.config,

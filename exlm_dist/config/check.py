@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from exlm_dist.config.layouts import data_degree, layout_problems
+from exlm_dist.config.ratios import masking_problems
 from exlm_dist.config.schema import ModelConfig, RunConfig
 from exlm_dist.utils.checkpoint_names import newest_step
 from exlm_dist.utils.errors import ConfigError
@@ -104,10 +105,8 @@ def _model(model: ModelConfig) -> list[str]:
 
 
 def _training(config: RunConfig) -> list[str]:
-    problems = []
-    masking, schedule, batch = config.masking, config.schedule, config.batch
-    if masking.keep + masking.random > 1:
-        problems.append(f"masking.keep {masking.keep} + masking.random {masking.random} is more than 1.")
+    problems = masking_problems(config.masking)
+    schedule, batch = config.schedule, config.batch
     if schedule.warmup >= schedule.steps:
         problems.append(f"schedule.warmup {schedule.warmup} must be smaller than schedule.steps {schedule.steps}.")
     if batch.sequences % batch.micro:

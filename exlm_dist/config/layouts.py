@@ -17,6 +17,7 @@ def layout_problems(config: RunConfig) -> list[str]:
         *_too_many_stages(parallel.pipeline, model.layers),
         *_zero_under_a_pipeline(parallel),
         *_sequence_without_tensor(parallel),
+        *_recheck_with_stages(config),
     ]
 
 
@@ -115,3 +116,13 @@ def _around(value: int, fits: Iterable[int]) -> list[int]:
 
 def _listing(numbers: Iterable[int]) -> str:
     return " or ".join(map(str, numbers))
+
+
+def _recheck_with_stages(config: RunConfig) -> list[str]:
+    recheck, stages = config.launch.recheck, config.parallel.pipeline
+    if stages == 1 or recheck in ("auto", 0):
+        return []
+    return [
+        f"launch.recheck {recheck} with parallel.pipeline {stages}: micro-batches are computed a second time only "
+        "where a replica has no stages. Set launch.recheck 0 (or auto), or parallel.pipeline 1."
+    ]

@@ -72,7 +72,7 @@ def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
 
 def _kind(field: FieldInfo) -> str:
     if field.annotation == get_args(AutoCount)[0]:
-        return "auto | int, ≥ 1"
+        return f"auto | int, ≥ {field.metadata[0].func.least}"
     if get_origin(field.annotation) is not None:
         return " | ".join(_literal(choice) for choice in get_args(field.annotation))
     signs = {annotated_types.Ge: "≥", annotated_types.Gt: ">", annotated_types.Le: "≤", annotated_types.Lt: "<"}

@@ -18,10 +18,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def _auto_count(value: object) -> object:
-    if value == "auto" or (type(value) is int and value >= 1):
-        return value
-    raise PydanticCustomError("auto_count", "Input should be auto or a whole number from 1")
+class FromAuto:
+    """Validator of auto, or a whole number from `least`."""
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def __call__(self, value: object) -> object:
+        if value == "auto" or (type(value) is int and value >= self.least):
+            return value
+        raise PydanticCustomError("auto_count", f"Input should be auto or a whole number from {self.least}")
 
 
 def _renamed_backend(value: object) -> object:
@@ -36,7 +42,8 @@ JUMP_SHAPES = {"gaussian": (1.0, 8.0), "laplace": (1.0, 8.0), "group": (0.125, 1
 #: The models for which the prior `auto` is one.
 _DENSE = {"objective": "exlm", "transitions": "dense"}
 
-AutoCount = Annotated[Literal["auto"] | int, PlainValidator(_auto_count)]
+AutoCount = Annotated[Literal["auto"] | int, PlainValidator(FromAuto(1))]
+AutoSteps = Annotated[Literal["auto"] | int, PlainValidator(FromAuto(0))]
 
 
 class DataConfig(Section):
@@ -51,6 +58,12 @@ class DataConfig(Section):
     prefetch: int = Field(
         2, ge=0, le=64, description="Global steps packed ahead by a background thread; 0 packs in the training thread."
     )
+    shuffle: Literal["full", "windows"] = Field(
+        "full",
+        description="Order of the samples of an epoch. full: one permutation of all; windows: blocks of consecutive samples are permuted, and the samples within each window of them, so that data of any size is read in blocks (docs/data-order.md).",
+    )
+    block: int = Field(512, ge=1, description="Consecutive samples that are read as one block (shuffle windows).")
+    window: int = Field(1024, ge=1, description="Blocks whose samples are permuted as one window (shuffle windows).")
     max_bad_records: float = Field(
         1e-4,
         ge=0,
@@ -68,6 +81,27 @@ class MaskingConfig(Section):
         lt=1,
         description="Fraction of the ordinary tokens of a sequence that are masked in training; at least one token.",
     )
+    schedule: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0, lt=1)]], ...] = Field(
+        (),
+        description="Points [step, ratio] through which `ratio` changes from step 0 on, linearly, and stays after the last; two points at one step make it jump (docs/masking.md).",
+    )
+    spread: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="The ratio of each sequence is drawn from ratio - spread to ratio + spread, uniformly; 0: the same for all.",
+    )
+    unit: Literal["token", "word", "atom", "ring"] = Field(
+        "token",
+        description="What is masked as a whole: tokens; words (text: what spaces separate); atoms with bond and ring closures, or rings (SMILES).",
+    )
+    span_p: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Mask spans of consecutive units, with lengths geometric in this p (SpanBERT: 0.2); 0: single units.",
+    )
+    longest_span: int = Field(10, ge=1, le=1000, description="Units in the longest span.")
     eval_ratio: float = Field(
         0.15,
         gt=0,
@@ -304,6 +338,10 @@ class LaunchConfig(Section):
     timeout: int = Field(600, ge=5, description="Seconds after which a collective that waits for another rank fails.")
     threads: int = Field(0, ge=0, description="CPU threads per process; 0: cores / local processes.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if there is a GPU.")
+    recheck: AutoSteps = Field(
+        "auto",
+        description="Steps between checks that another replica computes the same gradient, to the bit (docs/operations.md); a step after which a checkpoint is due is checked too; 0: never; auto: 100 from two nodes on, on devices of one kind, without stages and with at most two tensor ranks.",
+    )
     restarts: int = Field(
         3,
         ge=0,
@@ -326,7 +364,11 @@ class WatchdogConfig(Section):
     """How long a rank may make no progress before the job is ended (exit code 76). Seconds; 0: no limit. Keep them below
     `launch.timeout`, so that the rank that hangs is reported before the others give up waiting for it."""
 
-    start: int = Field(540, ge=0, description="From the start of the process to the end of the first step.")
+    start: int = Field(
+        540,
+        ge=0,
+        description="For each part of the start: imports, meeting the other ranks, data, checkpoint, model, weights, first step.",
+    )
     step: int = Field(300, ge=0, description="For one micro-batch, or the reduction and update at the end of a step.")
     save: int = Field(540, ge=0, description="For one checkpoint.")
     evaluation: int = Field(540, ge=0, description="For one batch of an evaluation.")

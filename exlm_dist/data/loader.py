@@ -1,7 +1,7 @@
 """From a global step to this rank's packed micro-batches, and the fixed batches of evaluation.
 
-Global batch t is a pure function of (seed, t) and the lengths in the index: it does not depend on ranks, processes or
-earlier steps. `rank` and `world` only choose which of its micro-batches are read and packed here.
+Global batch t is a pure function of t, the order of the samples and the lengths in the index: it does not depend on
+ranks, processes or earlier steps. `rank` and `world` only choose which of its micro-batches are read and packed here.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from exlm_dist.config import check_division
 from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.expansion import expanded_lengths
-from exlm_dist.data.masking import num_masks, sample_keys
-from exlm_dist.data.order import sample_at
+from exlm_dist.data.masking import sample_keys
+from exlm_dist.data.order import Order
 from exlm_dist.data.packing import plan_micro_batches
 from exlm_dist.data.prefetch import Prefetcher
 from exlm_dist.data.recipe import Dataset, Recipe
@@ -49,7 +49,7 @@ class Loader:
         dataset: Dataset,
         recipe: Recipe,
         *,
-        seed: int,
+        order: Order,
         global_batch: int,
         rank: int,
         world: int,
@@ -64,9 +64,10 @@ class Loader:
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} is not below world size {world}")
         recipe.check_lengths(dataset.lengths)
-        self._dataset, self._recipe, self._seed = dataset, recipe, seed
+        self._dataset, self._recipe, self._order = dataset, recipe, order
         self._global_batch, self._num_micro = global_batch, global_batch // recipe.micro
-        self._mine = range(rank * self._num_micro // world, (rank + 1) * self._num_micro // world)
+        self._world = world
+        self._mine = self._indices_of(rank)
         self._prefetcher = Prefetcher(self._build, prefetch)
 
     def step(self, t: int) -> StepBatches:
@@ -79,18 +80,31 @@ class Loader:
         """End the background thread."""
         self._prefetcher.close()
 
+    def first_of(self, t: int, rank: int) -> PackedBatch:
+        """The first micro-batch of global batch t on data-parallel rank `rank`, read and packed here and now."""
+        return self._built(t, self._indices_of(rank)[:1]).micro_batches[0]
+
+    def _indices_of(self, rank: int) -> range:
+        return range(rank * self._num_micro // self._world, (rank + 1) * self._num_micro // self._world)
+
     def _build(self, t: int) -> StepBatches:
-        recipe, total = self._recipe, self._global_batch
-        epochs, samples = sample_at(np.arange(t * total, (t + 1) * total), self._seed, len(self._dataset))
-        keys = sample_keys(self._seed, epochs, samples)
+        if self._order.block:
+            total = self._global_batch
+            self._dataset.preload(self._order.upcoming(np.arange(t * total, (t + 1) * total)))
+        return self._built(t, self._mine)
+
+    def _built(self, t: int, indices: range) -> StepBatches:
+        recipe, total = self._recipe.at(t), self._global_batch
+        epochs, samples = self._order.at(np.arange(t * total, (t + 1) * total))
+        keys = sample_keys(self._order.seed, epochs, samples)
         lengths = self._dataset.lengths[samples].astype(np.int64)
-        counts = num_masks(lengths, keys, recipe.ratio)
+        counts = recipe.num_masks(lengths, keys)
         expanded = expanded_lengths(lengths, counts, recipe.states, recipe.anchors)
         plan = plan_micro_batches(expanded, self._num_micro)
-        mine = [plan[index] for index in self._mine]
+        mine = [plan[index] for index in indices]
         return StepBatches(
             step=t,
-            micro_batches=recipe.batches(self._dataset, mine, samples, epochs, keys, step=t, indices=list(self._mine)),
+            micro_batches=recipe.batches(self._dataset, mine, samples, epochs, keys, step=t, indices=list(indices)),
             num_sequences=total,
             num_targets=int(counts.sum()) + 2 * recipe.anchors * total,
             num_masked=int(counts.sum()),
@@ -113,7 +127,7 @@ def eval_batches(dataset: Dataset, recipe: Recipe, *, sequences: int, rank: int,
     epochs = np.zeros_like(samples)
     keys = sample_keys(0, epochs, samples)
     lengths = dataset.lengths[samples].astype(np.int64)
-    counts = num_masks(lengths, keys, recipe.ratio)
+    counts = recipe.num_masks(lengths, keys)
     plan = plan_micro_batches(
         expanded_lengths(lengths, counts, recipe.states, recipe.anchors), -(-len(samples) // recipe.micro)
     )

@@ -15,11 +15,13 @@ from exlm_dist.data.counter_rng import (
     PURPOSE_CORRUPT,
     PURPOSE_COUNT,
     PURPOSE_POSITION,
+    PURPOSE_RATIO,
     PURPOSE_REPLACE,
     hash_of,
     uniform,
     words_at,
 )
+from exlm_dist.data.mask_groups import Grouping
 from exlm_dist.tokenizers.tokenizer import MASK, NUM_SPECIAL
 from exlm_dist.utils.errors import DataError
 
@@ -48,10 +50,13 @@ def mask_batch(
     keep: float = 0.0,
     random: float = 0.0,
     vocab_size: int,
+    spread: float = 0.0,
+    grouping: Grouping | None = None,
 ) -> Masks:
     """Masks of a ragged batch: `tokens` int[sum], `lengths` int64[B], `keys` uint64[B] from `sample_keys`."""
-    counts = num_masks(lengths, keys, ratio)
-    indices = choose_masked(lengths, counts, keys)
+    counts = num_masks(lengths, keys, ratio, spread)
+    groups = None if grouping is None else grouping.groups(tokens, lengths, keys)
+    indices = choose_masked(lengths, counts, keys, groups)
     visible = visible_tokens(tokens[indices], indices, lengths, counts, keys, keep, random, vocab_size)
     return Masks(indices, counts, visible)
 
@@ -61,19 +66,25 @@ def sample_keys(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarra
     return hash_of(seed, epochs, samples)
 
 
-def num_masks(lengths: np.ndarray, keys: np.ndarray, ratio: float) -> np.ndarray:
-    """int64[B]: floor(ratio * length + u), u uniform in [0, 1), as in fairseq; at least 1, at most the length.
+def num_masks(lengths: np.ndarray, keys: np.ndarray, ratio: float, spread: float = 0.0) -> np.ndarray:
+    """int64[B]: floor(r * length + u), u uniform in [0, 1), as in fairseq; at least 1, at most the length.
 
-    Needs no tokens, so every rank knows the number of targets of every sample of a global batch from the index alone.
+    r is `ratio`, or with `spread` uniform in [ratio - spread, ratio + spread). Needs no tokens, so every rank knows the
+    number of targets of every sample of a global batch from the index alone.
     """
     chance = uniform(hash_of(PURPOSE_COUNT, keys))
-    return np.clip(np.floor(ratio * lengths + chance).astype(np.int64), 1, None).clip(max=lengths)
+    ratios = ratio + spread * (2 * uniform(hash_of(PURPOSE_RATIO, keys)) - 1) if spread else ratio
+    return np.clip(np.floor(ratios * lengths + chance).astype(np.int64), 1, None).clip(max=lengths)
 
 
-def choose_masked(lengths: np.ndarray, counts: np.ndarray, keys: np.ndarray) -> np.ndarray:
+def choose_masked(
+    lengths: np.ndarray, counts: np.ndarray, keys: np.ndarray, groups: np.ndarray | None = None
+) -> np.ndarray:
     """int64[N]: flat payload indices, ascending, of `counts[b]` tokens of each sequence b, uniform without replacement.
 
     They are the tokens with the smallest hashes. A tie of the 48 bits kept (2^-48 per pair) goes to the earlier one.
+    With `groups` (int64[sum], see `mask_groups.py`) it is the groups that are hashed: those with the smallest hashes
+    are masked as a whole, and of the next one the first tokens, as many as the count still asks for.
     DataError for a sequence longer than `MAX_LENGTH`.
     """
     if len(lengths) == 0 or counts.max() == 0:
@@ -84,7 +95,11 @@ def choose_masked(lengths: np.ndarray, counts: np.ndarray, keys: np.ndarray) -> 
             "prepare the data with shorter sequences"
         )
     positions = np.arange(lengths.max(), dtype=np.uint64)
-    words = words_at(hash_of(PURPOSE_POSITION, keys)[:, None], positions)
+    counters = positions
+    if groups is not None:
+        counters = np.zeros((len(lengths), len(positions)), np.uint64)
+        counters[positions < lengths.astype(np.uint64)[:, None]] = groups
+    words = words_at(hash_of(PURPOSE_POSITION, keys)[:, None], counters)
     words &= ~_LOW_BITS
     words |= positions
     words[positions >= lengths.astype(np.uint64)[:, None]] = _UNUSED

@@ -8,10 +8,14 @@ from typing import Protocol
 import numpy as np
 
 from exlm_dist.config import RunConfig, check_length, longest_expansion
+from exlm_dist.config.ratios import Schedule, largest_ratio, ratio_at
 from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.expansion import Expanded, expand, wrap
-from exlm_dist.data.masking import mask_batch
+from exlm_dist.data.mask_groups import Grouping
+from exlm_dist.data.masking import mask_batch, num_masks
 from exlm_dist.data.packing import pack
+from exlm_dist.data.shard_index import Lengths
+from exlm_dist.tokenizers.tokenizer import Tokenizer
 from exlm_dist.utils.errors import ConfigError, DataError
 
 # Masking and expansion work on whole micro-batches of up to this many payload tokens at once: enough to hide numpy's
@@ -22,9 +26,12 @@ CHUNK_TOKENS = 16_384
 class Dataset(Protocol):
     """What a recipe reads from; `exlm_dist.data.shards.ShardDataset` is one."""
 
-    lengths: np.ndarray
+    @property
+    def lengths(self) -> np.ndarray | Lengths: ...
 
     def __len__(self) -> int: ...
+
+    def preload(self, blocks: list[int]) -> None: ...
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -42,6 +49,9 @@ class Recipe:
     max_positions: int  # longest expanded sequence
     bucket: int  # packed sizes are rounded up to a multiple of it
     micro: int  # sequences in a micro-batch
+    schedule: Schedule = ()  # how the ratio changes from step to step
+    spread: float = 0.0  # the ratio of each sequence is uniform in ratio +- spread
+    grouping: Grouping | None = None  # what is masked as a whole; None: single tokens
 
     def __post_init__(self) -> None:
         if self.keep + self.random > 1:
@@ -51,37 +61,58 @@ class Recipe:
             )
 
     @classmethod
-    def of(cls, config: RunConfig, vocab_size: int) -> Recipe:
-        """The recipe of training."""
+    def of(cls, config: RunConfig, vocab_size: int, tokenizer: Tokenizer | None = None) -> Recipe:
+        """The recipe of training. Without the tokenizer it cannot mask whole words, atoms or rings, only tell lengths.
+        ConfigError for a unit of masking that the tokenizer's domain lacks."""
+        masking = config.masking
         return cls(
             states=config.model.states,
             anchors=config.model.anchors,
-            ratio=config.masking.ratio,
-            keep=config.masking.keep,
-            random=config.masking.random,
+            ratio=masking.ratio,
+            keep=masking.keep,
+            random=masking.random,
             vocab_size=vocab_size,
             max_positions=config.model.max_positions,
             bucket=config.data.bucket,
             micro=config.batch.micro,
+            schedule=masking.schedule,
+            spread=masking.spread,
+            grouping=Grouping.of(masking, tokenizer),
         )
 
     @classmethod
     def for_evaluation(cls, config: RunConfig, vocab_size: int) -> Recipe:
-        """The recipe of every evaluation: `masking.eval_ratio`, and all masked positions show MASK."""
-        return replace(cls.of(config, vocab_size), ratio=config.masking.eval_ratio, keep=0.0, random=0.0)
+        """The recipe of every evaluation: `masking.eval_ratio`, single tokens, and all masked positions show MASK."""
+        training = cls.of(config, vocab_size)
+        return replace(
+            training, ratio=config.masking.eval_ratio, schedule=(), spread=0.0, grouping=None, keep=0.0, random=0.0
+        )
 
-    def longest(self, lengths: np.ndarray) -> int:
+    def at(self, step: int) -> Recipe:
+        """The recipe of one global batch: with the ratio that its schedule has there."""
+        return replace(self, ratio=ratio_at(self.ratio, self.schedule, step), schedule=()) if self.schedule else self
+
+    def num_masks(self, lengths: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """int64[B]: masked tokens of each sequence, see `masking.num_masks`."""
+        return num_masks(lengths, keys, self.ratio, self.spread)
+
+    @property
+    def _largest_ratio(self) -> float:
+        """Of any sequence of any step."""
+        return largest_ratio(self.ratio, self.schedule) + self.spread
+
+    def longest(self, lengths: np.ndarray | Lengths) -> int:
         """The most positions to which a sequence of these lengths (BOS and EOS not counted) can expand."""
         most = int(lengths.max(initial=0)) + 2
-        return longest_expansion(most, ratio=self.ratio, states=self.states, anchors=self.anchors)
+        return longest_expansion(most, ratio=self._largest_ratio, states=self.states, anchors=self.anchors)
 
-    def check_lengths(self, lengths: np.ndarray) -> None:
+    def check_lengths(self, lengths: np.ndarray | Lengths) -> None:
         """DataError if a sequence is empty, ConfigError if one could exceed `max_positions` when expanded."""
         if len(lengths) == 0 or lengths.min() < 1:
             raise DataError("the data has no sequences, or empty ones: prepare it again")
         check_length(
             int(lengths.max()) + 2,
-            ratio=self.ratio,
+            ratio=self._largest_ratio,
             states=self.states,
             anchors=self.anchors,
             max_positions=self.max_positions,
@@ -131,7 +162,15 @@ class Recipe:
         assert np.array_equal(read_lengths, lengths), "a data set returns the lengths of its index"
         self._check_tokens(tokens, samples, lengths)
         masks = mask_batch(
-            tokens, lengths, keys, ratio=self.ratio, keep=self.keep, random=self.random, vocab_size=self.vocab_size
+            tokens,
+            lengths,
+            keys,
+            ratio=self.ratio,
+            keep=self.keep,
+            random=self.random,
+            vocab_size=self.vocab_size,
+            spread=self.spread,
+            grouping=self.grouping,
         )
         return expand(wrap(tokens, lengths, masks, self.anchors), self.states)
 

@@ -12,19 +12,22 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from exlm_dist.data.manifest import MANIFEST, SPLITS, TOKENIZER, read_manifest
+from exlm_dist.data.manifest import SPLITS, TOKENIZER, read_manifest
+from exlm_dist.data.shard_index import ShardIndex
 from exlm_dist.utils.errors import DataError
-from exlm_dist.utils.files import sha256_file
 from exlm_dist.utils.logs import get_logger
 from exlm_dist.utils.outputs import user_path
 
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc", "<u4")])
 OPEN_FILES = 128
+#: A range of a shard: its first byte, and its content.
+Piece = tuple[int, memoryview]
 _log = get_logger(__name__)
 
 
@@ -52,7 +55,7 @@ class ShardDataset:
     on the data, and on every size that follows from the lengths, without communication. Thread-safe.
     """
 
-    def __init__(self, folder: Path, split: str, manifest: dict, max_bad_records: float):
+    def __init__(self, folder: Path, split: str, manifest: dict, max_bad_records: float, block: int, kept_blocks: int):
         self.path, self.split, self.manifest = folder, split, manifest
         self.fingerprint: str = manifest["fingerprint"]
         self.domain: str = manifest["domain"]
@@ -60,34 +63,46 @@ class ShardDataset:
         self.max_length: int = manifest["max_length"]
         self.tokenizer_path = folder / TOKENIZER
         self.bad_records: list[BadRecord] = []
+        self.index = ShardIndex(folder, manifest["splits"][split])
+        self.lengths = self.index.lengths
         self._max_bad = max_bad_records
         self._replacement: dict[int, bytes] = {}
         self._dtype = token_dtype(self.vocab_size)
         self._shards = manifest["splits"][split]["shards"]
-        self._indexes = [_load_index(folder, shard) for shard in self._shards]
-        self._starts = np.cumsum([0] + [len(index) for index in self._indexes], dtype=np.int64)
-        self.lengths = np.concatenate([index["length"] for index in self._indexes]).astype(np.int32)
+        self._block, self._kept_blocks = block, kept_blocks
+        self._pieces: dict[tuple[int, int], Piece] = {}  # by shard and block, the longest in memory first
         self._files: OrderedDict[int, int] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: Path | str, split: str, *, max_bad_records: float = 1e-4) -> ShardDataset:
+    def open(
+        cls,
+        path: Path | str,
+        split: str,
+        *,
+        max_bad_records: float = 1e-4,
+        block: int = 0,
+        kept_blocks: int = 0,
+        part: tuple[int, int] = (0, 1),
+    ) -> ShardDataset:
         """Open `split` ('train' or 'valid') of the prepared folder `path`.
 
         Checks the manifest, the size of every shard and the hash of every index (DataError); the payload is checked as
-        it is read. `max_bad_records`: fraction of the split that may be damaged before `read` raises DataError.
+        it is read. Processes of one node divide that work: this one, number `part[0]` of `part[1]`, checks every
+        `part[1]`-th shard. `max_bad_records`: fraction of the split that may be damaged before `read` raises
+        DataError. With `block`, samples are read in blocks of as many, and the last `kept_blocks` read are kept in
+        memory: for an order in windows (`order.py`), which needs two windows of them. Without it each sample is read
+        for itself.
         """
         folder = user_path(path)
         manifest = read_manifest(folder)
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is none of {SPLITS}")
-        shards = manifest["splits"][split]["shards"]
-        if not shards:
+        if not manifest["splits"][split]["shards"]:
             raise DataError(f"{folder}: its {split} split has no shards. Prepare the data again.")
-        for shard in shards:
-            _check_size(folder / shard["name"], shard["size"])
-            _check_size(folder / shard["index"], shard["index_size"])
-        return cls(folder, split, manifest, max_bad_records)
+        dataset = cls(folder, split, manifest, max_bad_records, block, kept_blocks)
+        dataset.index.verify(*part)
+        return dataset
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -101,10 +116,23 @@ class ShardDataset:
         ids = np.asarray(ids, dtype=np.int64)
         if len(ids) and (ids.min() < 0 or ids.max() >= len(self)):
             raise IndexError(f"sample ids {ids.min()}..{ids.max()} outside [0, {len(self)})")
+        payloads: list[bytes | memoryview] = [b""] * len(ids)
+        lengths = np.empty(len(ids), np.int64)
         with self._lock:
-            payloads = self._payloads(ids)
-        tokens = np.frombuffer(b"".join(payloads), dtype=self._dtype).astype(np.int32)
-        return tokens, self.lengths[ids].astype(np.int64)
+            for shard, where in self.index.groups(ids):
+                lengths[where] = self._read_shard(shard, ids[where], where, payloads)
+        return np.frombuffer(b"".join(payloads), dtype=self._dtype).astype(np.int32), lengths
+
+    def preload(self, blocks: list[int]) -> None:
+        """Read blocks that will be needed soon; block b has the samples from b x `block` on."""
+        with self._lock:
+            for block in blocks:
+                first = block * self._block
+                last = min(first + self._block, len(self)) - 1
+                for shard in range(self.index.shard_of(first), self.index.shard_of(last) + 1):
+                    piece = self._piece(shard, block)
+                    del self._pieces[shard, block]
+                    self._pieces[shard, block] = piece  # the last of those that make room
 
     def close(self) -> None:
         """Close the shard files; reading again reopens them."""
@@ -112,27 +140,16 @@ class ShardDataset:
             while self._files:
                 os.close(self._files.popitem()[1])
 
-    def _payloads(self, ids: np.ndarray) -> list[bytes]:
-        order = np.argsort(ids, kind="stable")
-        ascending = ids[order]
-        edges = np.searchsorted(ascending, self._starts)
-        payloads: list[bytes] = [b""] * len(ids)
-        for shard in np.flatnonzero(np.diff(edges)).tolist():
-            group = slice(edges[shard], edges[shard + 1])
-            self._read_shard(shard, ascending[group], order[group], payloads)
-        return payloads
-
-    def _read_shard(self, shard: int, ids: np.ndarray, rows: np.ndarray, payloads: list[bytes]) -> None:
-        """Read the samples `ids` of one shard into `payloads[rows]`."""
-        records = self._indexes[shard][ids - self._starts[shard]]
+    def _read_shard(
+        self, shard: int, ids: np.ndarray, rows: np.ndarray, payloads: list[bytes | memoryview]
+    ) -> np.ndarray:
+        """Read the samples `ids` (ascending) of one shard into `payloads[rows]`; their lengths."""
+        records = self.index.rows(shard)[ids - self.index.starts[shard]]
         sizes = records["length"].astype(np.int64) * self._dtype.itemsize
-        handle = self._handle(shard)
-        pread, crc32 = os.pread, zlib.crc32
+        contents = self._contents(shard, ids, records["offset"].tolist(), sizes.tolist())
+        crc32 = zlib.crc32
         wrong = []
-        for row, offset, size, crc in zip(
-            rows.tolist(), records["offset"].tolist(), sizes.tolist(), records["crc"].tolist()
-        ):
-            content = pread(handle, size, offset)
+        for row, size, crc, content in zip(rows.tolist(), sizes.tolist(), records["crc"].tolist(), contents):
             if len(content) != size or crc32(content) != crc:
                 wrong.append(row)
             payloads[row] = content
@@ -140,6 +157,37 @@ class ShardDataset:
             sample_of = dict(zip(rows.tolist(), ids.tolist()))
             for row in wrong:
                 payloads[row] = self._replaced(sample_of[row])
+        return records["length"]
+
+    def _contents(
+        self, shard: int, ids: np.ndarray, offsets: list[int], sizes: list[int]
+    ) -> Iterator[bytes | memoryview]:
+        """The bytes at each offset of a shard, as many as there are up to each size."""
+        if not self._block:
+            handle, pread = self._handle(shard), os.pread
+            for offset, size in zip(offsets, sizes):
+                yield pread(handle, size, offset)
+            return
+        for block, offset, size in zip((ids // self._block).tolist(), offsets, sizes):
+            start, content = self._piece(shard, block)
+            yield content[offset - start : offset - start + size]
+
+    def _piece(self, shard: int, block: int) -> Piece:
+        """What one shard has of a block, from memory or else from the disk."""
+        if (shard, block) not in self._pieces:
+            self._pieces[shard, block] = self._read_piece(shard, block)
+        return self._pieces[shard, block]
+
+    def _read_piece(self, shard: int, block: int) -> Piece:
+        """Read what one shard has of a block, and make room for it."""
+        start, end = self.index.starts[shard : shard + 2].tolist()
+        first, last = max(block * self._block, start), min((block + 1) * self._block, end) - 1
+        rows = self.index.rows(shard)
+        begin, tail = int(rows[first - start]["offset"]), rows[last - start]
+        size = int(tail["offset"]) + int(tail["length"]) * self._dtype.itemsize - begin
+        while len(self._pieces) >= self._kept_blocks + len(self._shards):  # of some blocks two shards have a piece
+            self._pieces.pop(next(iter(self._pieces)))
+        return begin, memoryview(os.pread(self._handle(shard), size, begin))
 
     def _handle(self, shard: int) -> int:
         if shard in self._files:
@@ -158,8 +206,7 @@ class ShardDataset:
 
     def _attempt(self, sample: int) -> tuple[bytes, int, int]:
         """Reopen the file and read one record: (content, crc32 expected, crc32 got or -1 if bytes are missing)."""
-        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        record = self._indexes[shard][sample - self._starts[shard]]
+        shard, record = self.index.shard_of(sample), self.index.record(sample)
         if shard in self._files:
             os.close(self._files.pop(shard))
         size = int(record["length"]) * self._dtype.itemsize
@@ -173,9 +220,8 @@ class ShardDataset:
         content, expected, got = self._attempt(sample)
         if got == expected:
             return content
-        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        name = str(self.path / self._shards[shard]["name"])
-        offset = int(self._indexes[shard][sample - self._starts[shard]]["offset"])
+        name = str(self.path / self._shards[self.index.shard_of(sample)]["name"])
+        offset = int(self.index.record(sample)["offset"])
         substitute, content = self._substitute(sample)
         event = BadRecord(sample, name, offset, expected, got, substitute)
         self.bad_records.append(event)
@@ -186,14 +232,11 @@ class ShardDataset:
 
     def _substitute(self, sample: int) -> tuple[int, bytes]:
         """The first intact record after `sample` (wrapping around) of the same length; else a longer one, cut."""
-        size = int(self.lengths[sample]) * self._dtype.itemsize
-        for candidates in (self.lengths == self.lengths[sample], self.lengths > self.lengths[sample]):
-            found = np.flatnonzero(candidates)
-            found = found[found != sample]
-            for other in np.roll(found, -int(np.searchsorted(found, sample))).tolist():
-                content, expected, got = self._attempt(other)
-                if got == expected:
-                    return other, content[:size]
+        size = int(self.index.record(sample)["length"]) * self._dtype.itemsize
+        for other in self.index.substitutes(sample):
+            content, expected, got = self._attempt(other)
+            if got == expected:
+                return other, content[:size]
         raise DataError(
             f"{self.path}: damaged record {sample} of split {self.split} and no whole record can stand in for it. "
             "Copy or prepare the data again."
@@ -208,25 +251,3 @@ class ShardDataset:
                 f"are damaged so far, more than data.max_bad_records = {self._max_bad:g} allows. "
                 "Copy or prepare the data again, or raise the limit."
             )
-
-
-def _check_size(path: Path, expected: int) -> None:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise DataError(
-            f"{path}: listed in {MANIFEST} but {error.strerror}. Copy or prepare the data again."
-        ) from error
-    if size != expected:
-        raise DataError(
-            f"{path}: {size} bytes, {expected} expected (cut off or altered). Copy or prepare the data again."
-        )
-
-
-def _load_index(folder: Path, shard: dict) -> np.ndarray:
-    path = folder / shard["index"]
-    if (digest := sha256_file(path)) != shard["index_sha256"]:
-        raise DataError(
-            f"{path}: sha256 {digest}, expected {shard['index_sha256']} (damaged). Copy or prepare the data again."
-        )
-    return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -57,6 +57,7 @@ def _checks_of_run(config: RunConfig) -> Checks:
         ("shards", lambda: machine_checks.check_shards(config)),
         ("free space", lambda: machine_checks.check_space(config, parameters)),
         ("disk", lambda: machine_checks.check_disk(config, parameters)),
+        ("locks", lambda: machine_checks.check_locks(config)),
         ("tracking", tracking),
         ("time limit", lambda: machine_checks.check_time_limit(config)),
     ]

@@ -11,6 +11,7 @@ import re
 import resource
 import shutil
 import socket
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +25,7 @@ from exlm_dist.doctor.findings import Finding, bad, doubtful, good
 from exlm_dist.launch.deadline import end_of_job
 from exlm_dist.utils.cores import available_cores
 from exlm_dist.utils.files import sha256_file
+from exlm_dist.utils.locks import lock
 from exlm_dist.utils.outputs import nearest_folder
 
 PYTHONS = ((3, 10), (3, 13))
@@ -146,6 +148,16 @@ def check_disk(config: RunConfig, parameters: int) -> Finding:
     seconds = parameters * BYTES_PER_PARAMETER / speed
     text = f"{speed / 1e6:.0f} MB/s to {folder}; a checkpoint takes about {seconds:.1f} s to write from one process"
     return good("disk", text) if speed > SLOW_DISK else doubtful("disk", text, "Set `runs` to a faster file system.")
+
+
+def check_locks(config: RunConfig) -> Finding:
+    """Whether the file system of the runs has the locks by which a second process on the same run is refused."""
+    folder = nearest_folder(Path(config.runs))
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if lock(file.fileno(), folder):
+            return good("file locks", f"{folder} has them: a second start of a running run is refused")
+    text = f"{folder} has none: a second start of a running run is not refused"
+    return doubtful("file locks", text, "Start each run once, or have Lustre mounted with -o flock.")
 
 
 def unusable_tracking(config: RunConfig, why: str) -> Finding:

@@ -16,6 +16,7 @@ from typing import Any
 from exlm_dist.config.schema import LaunchConfig
 from exlm_dist.doctor.findings import Finding, bad, doubtful, good
 from exlm_dist.launch.local import rank_environments, supervise
+from exlm_dist.launch.slurm_scripts import RANKS_PER_NODE
 from exlm_dist.utils.errors import ConfigError
 
 MODULE = "exlm_dist.doctor.probe"
@@ -60,9 +61,7 @@ def _on_nodes(arguments: list[str]) -> int:
         raise ConfigError(
             "--nodes checks the nodes of a Slurm job, but this is not one. Call it inside salloc or sbatch."
         )
-    nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
-    gpus = os.environ.get("SLURM_GPUS_PER_NODE", "").rpartition(":")[2]
-    per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE") or gpus or 1)
+    nodes, per_node = int(os.environ["SLURM_JOB_NUM_NODES"]), _ranks_per_node()
     environment = {
         **os.environ,
         "WORLD_SIZE": str(nodes * per_node),
@@ -82,6 +81,19 @@ def _on_nodes(arguments: list[str]) -> int:
         return subprocess.run(command, env=environment, timeout=PATIENCE + 60).returncode
     except subprocess.TimeoutExpired as error:
         raise ConfigError(f"srun did not end within {PATIENCE + 60} s: {' '.join(command[:6])} ...") from error
+
+
+def _ranks_per_node() -> int:
+    """As the job file derives them; ConfigError for what it refuses."""
+    script = f'refuse() {{ echo "$*"; exit 2; }}\n{RANKS_PER_NODE}\necho "$per_node"'
+    done = subprocess.run(
+        ["bash", "-c", f"set -uo pipefail\n{script}"], capture_output=True, text=True, timeout=PATIENCE
+    )
+    if done.returncode != 0:
+        raise ConfigError(
+            f"the job was asked for in a way that no run can use: {(done.stdout or done.stderr).strip()}."
+        )
+    return int(done.stdout)
 
 
 def _first_address() -> str:

@@ -32,11 +32,12 @@ class Examples:
     lengths: np.ndarray  # int64 [m]
     labels: np.ndarray  # float64 [m, targets], NaN: missing
     features: np.ndarray | None = None  # float32 [m, D], what an encoder that does not learn makes of each row
+    ids: np.ndarray | None = None  # int64 [m], by which a criterion knows what else belongs to each row
 
     def take(self, chosen: np.ndarray) -> Examples:
         """The rows `chosen`, in that order."""
-        features = None if self.features is None else self.features[chosen]
-        return Examples(*take_sequences(self.tokens, self.lengths, chosen), self.labels[chosen], features)
+        features, ids = (None if one is None else one[chosen] for one in (self.features, self.ids))
+        return Examples(*take_sequences(self.tokens, self.lengths, chosen), self.labels[chosen], features, ids)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from exlm_dist.checkpoint.reader import reference
+from exlm_dist.finetuning.criterion import Criterion, TargetCriterion
 from exlm_dist.finetuning.dataset import ANY_INPUT, Dataset, Examples, canonical_keys, read_dataset, split_dataset
 from exlm_dist.finetuning.epoch_progress import EpochProgress
 from exlm_dist.finetuning.finetune_settings import DEFAULT_SPLIT, DEFAULT_TRAINING, SplitSettings, TrainingSettings
 from exlm_dist.finetuning.finetuned_record import described_data, described_results, finetuned_record
 from exlm_dist.finetuning.member import evaluate, train_member
-from exlm_dist.finetuning.metrics import evaluate_predictions
 from exlm_dist.finetuning.model_folder import (
     MemberState,
     check_free,
@@ -27,7 +27,7 @@ from exlm_dist.finetuning.model_folder import (
     save_member,
 )
 from exlm_dist.finetuning.prediction import FinetunedModel, Predictions, load_finetuned
-from exlm_dist.finetuning.property_model import PropertyModel, build_property_model
+from exlm_dist.finetuning.property_model import PropertyModel
 from exlm_dist.finetuning.result_tables import column_names_of_results, write_tables
 from exlm_dist.finetuning.splits import PARTS, Parts, repeated_rows, split_hash
 from exlm_dist.finetuning.targets import Target, task_of, with_scaling
@@ -137,7 +137,7 @@ def _trained(job: _Job, files: Sequence[str], folder: Path) -> dict[str, Any]:
     """Train all members and write everything but `finetuned.json` to `folder`; the content of that file."""
     copy_checkpoint(job.loaded.folder, folder)
     examples = {part: job.dataset.examples.take(rows) for part, rows in job.parts.items()}
-    members = train_members(job.loaded, job.targets, examples, job.training, folder)
+    members = train_members(job.loaded, TargetCriterion(job.targets), examples, job.training, folder)
     predictions = {
         part: Predictions.of_members(job.targets, np.stack([member.values[part] for member in members]), {})
         for part in members[0].values
@@ -153,40 +153,32 @@ def _trained(job: _Job, files: Sequence[str], folder: Path) -> dict[str, Any]:
 
 def train_members(
     loaded: LoadedCheckpoint,
-    targets: Sequence[Target],
+    criterion: Criterion,
     examples: Mapping[str, Examples],
     settings: TrainingSettings,
     folder: Path | None = None,
     *,
     watched: bool = True,
 ) -> list[Member]:
-    """Train the members of an ensemble, one after another, on the same parts. settings: those of
-    `TrainingSettings.for_task`. folder: MODEL.partial, in whose folder `state` their states are kept. watched: show
-    the epochs."""
+    """Train the members of an ensemble, one after another, on the part 'train'; 'valid' decides which epoch is the
+    best, and all parts but the first are scored. settings: those of `TrainingSettings.for_task`. folder: MODEL.partial,
+    in whose folder `state` their states are kept. watched: show the epochs."""
     assert settings.metric is not None, "settings are those of `for_task`"
-    if settings.frozen:  # all epochs of all members have the same encoder
+    if settings.frozen and criterion.pooled:  # all epochs of all members have the same encoder
         examples = {part: with_features(loaded, own, settings.pooling) for part, own in examples.items()}
     members = []
     for number in range(settings.seeds):
         seed = settings.seed + number
-        model = build_property_model(
-            loaded.model,
-            loaded.config.model,
-            sum(target.outputs for target in targets),
-            seed=seed,
-            pooling=settings.pooling,
-            dropout=settings.dropout,
-            frozen=settings.frozen,
-        )
+        model = criterion.model(loaded.model, loaded.config.model, settings, seed)
         store = None if folder is None else MemberState(folder, number)
         title = f"member {number + 1}/{settings.seeds}"
         watcher = EpochProgress(title, settings.epochs, settings.metric) if watched else None
         with repeatable(loaded.device):
             train, valid = examples["train"], examples["valid"]
-            progress = train_member(model, targets, train, valid, settings, seed, store=store, watcher=watcher)
-        scored = [part for part in PARTS[1:] if part in examples and len(examples[part])]
-        values = {part: evaluate(model, targets, examples[part])[0] for part in scored}
-        scores = {part: evaluate_predictions(own, examples[part].labels, targets) for part, own in values.items()}
+            progress = train_member(model, criterion, train, valid, settings, seed, store=store, watcher=watcher)
+        scored = [part for part in examples if part != PARTS[0] and len(examples[part])]
+        values = {part: evaluate(model, criterion, examples[part])[0] for part in scored}
+        scores = {part: criterion.score(own, examples[part]) for part, own in values.items()}
         members.append(Member(model, seed, progress.history, progress.best_epoch, scores, values))
     return members
 

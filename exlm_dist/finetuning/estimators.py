@@ -17,6 +17,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
 from exlm_dist.data.counter_rng import hash_of
+from exlm_dist.finetuning.criterion import TargetCriterion
 from exlm_dist.finetuning.dataset import Examples
 from exlm_dist.finetuning.ensemble import train_members
 from exlm_dist.finetuning.finetune_settings import TrainingSettings
@@ -50,6 +51,7 @@ class _Finetuned(BaseEstimator):
         seeds: int = 1,
         seed: int = 0,
         metric: str | None = None,
+        keep: str = "best",
         class_weights: str = "none",
         scale_targets: bool = True,
         frozen: bool = False,
@@ -71,6 +73,7 @@ class _Finetuned(BaseEstimator):
         self.seeds = seeds
         self.seed = seed
         self.metric = metric
+        self.keep = keep
         self.class_weights = class_weights
         self.scale_targets = scale_targets
         self.frozen = frozen
@@ -102,7 +105,7 @@ class _Finetuned(BaseEstimator):
         train, valid = _set_aside(labels, targets, self.validation_fraction, self.seed)
         targets = with_scaling(targets, labels[train], self.scale_targets)
         parts = {"train": examples.take(train), "valid": examples.take(valid)}
-        members = train_members(loaded, targets, parts, settings)
+        members = train_members(loaded, TargetCriterion(targets), parts, settings)
         models = tuple(member.model for member in members)
         self.model_ = FinetunedModel(loaded.tokenizer, names, tuple(targets), models, loaded.max_tokens, self.truncate)
         self.history_ = [member.history for member in members]

@@ -10,10 +10,12 @@ TASKS = ("classification", "regression")
 SPLITS = ("scaffold", "random", "column")
 POOLINGS = ("mean", "first", "max")
 CLASS_WEIGHTS = ("none", "balanced")
+KEEP = ("best", "last")
 #: Metrics of each task; the first one decides which epoch is the best unless another is chosen.
 METRICS = {
     "classification": ("roc_auc", "pr_auc", "accuracy", "mcc", "f1"),
     "regression": ("rmse", "mae", "r2", "pearson", "spearman"),
+    "answers": ("f1", "em", "best_f1", "best_em", "answerable_f1", "answerable_em", "unanswerable_em"),
 }
 #: Metrics of which a smaller value is better.
 ERRORS = ("rmse", "mae")
@@ -35,6 +37,7 @@ class TrainingSettings:
     seeds: int = 1  # members of the ensemble
     seed: int = 0  # of the first member; the others count on from it
     metric: str | None = None  # decides which epoch is the best; None: roc_auc or rmse
+    keep: str = "best"  # the weights of the best epoch, or of the last one
     class_weights: str = "none"  # balanced: every class of a target has equal weight in the loss
     scale_targets: bool = True  # regression learns (value - mean) / sd of the training part
     frozen: bool = False  # train the head alone
@@ -63,16 +66,17 @@ class TrainingSettings:
             )
         _one_of("pooling", self.pooling, POOLINGS)
         _one_of("class_weights", self.class_weights, CLASS_WEIGHTS)
+        _one_of("keep", self.keep, KEEP)
         if self.metric is not None:
-            _one_of("metric", self.metric, METRICS["classification"] + METRICS["regression"])
+            _one_of("metric", self.metric, tuple(name for names in METRICS.values() for name in names))
 
     def for_task(self, task: str) -> TrainingSettings:
         """With the metric that decides which epoch is the best. ConfigError for settings that are none of the task."""
         metric = self.metric or METRICS[task][0]
         if metric not in METRICS[task]:
             raise ConfigError(f"metric = {metric!r} is none of {task}, which has {', '.join(METRICS[task])}.")
-        if task == "regression" and self.class_weights != "none":
-            raise ConfigError(f"class_weights = {self.class_weights!r}: regression has no classes.")
+        if task != "classification" and self.class_weights != "none":
+            raise ConfigError(f"class_weights = {self.class_weights!r}: {task} has no classes.")
         return replace(self, metric=metric)
 
 

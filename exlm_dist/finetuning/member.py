@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from exlm_dist.data.counter_rng import hash_of
+from exlm_dist.finetuning.criterion import Criterion
 from exlm_dist.finetuning.dataset import Examples
 from exlm_dist.finetuning.finetune_settings import ERRORS, TrainingSettings
-from exlm_dist.finetuning.losses import predicted_values, weighted_loss
-from exlm_dist.finetuning.metrics import evaluate_predictions
 from exlm_dist.finetuning.property_model import HEAD, PropertyModel
-from exlm_dist.finetuning.targets import Target, label_weights
 from exlm_dist.inference.embed import BATCH_TOKENS
 from exlm_dist.inference.sequences import length_batches, take_sequences, unmasked_stream
 from exlm_dist.inference.side_by_side import on_cores
@@ -66,7 +64,7 @@ class Watcher(Protocol):
 
 def train_member(
     model: PropertyModel,
-    targets: Sequence[Target],
+    criterion: Criterion,
     train: Examples,
     valid: Examples,
     settings: TrainingSettings,
@@ -75,29 +73,29 @@ def train_member(
     store: StateStore | None = None,
     watcher: Watcher | None = None,
 ) -> Progress:
-    """Train `model` and leave it with the weights of the best epoch, by the metric of `valid`.
+    """Train `model` and leave it with the weights of the best epoch, by the metric of `valid`, or of the last one.
 
     What is trained depends on the arguments alone: a member that goes on from the state in `store` ends with the same
     weights. RunStopped if the loss is not finite.
     """
     optimizer = _optimizer(model, settings)
     progress = _resumed(model, optimizer, store)
-    weights = label_weights(targets, train.labels, settings.class_weights)
+    weights = criterion.weights(train.labels, settings)
     metric = settings.metric
     assert metric is not None, "settings are those of `for_task`"
     while not progress.finished(settings):
         started, epoch = time.monotonic(), len(progress.history) + 1
-        loss = _train_epoch(model, optimizer, targets, train, weights, settings, seed, epoch, watcher)
-        values, valid_loss = evaluate(model, targets, valid)
+        loss = _train_epoch(model, optimizer, criterion, train, weights, settings, seed, epoch, watcher)
+        values, valid_loss = evaluate(model, criterion, valid)
         record = {
             "epoch": epoch,
             "lr": _rate(settings, len(train), epoch * steps_of_epoch(len(train), settings)),
             "train_loss": loss,
             "valid_loss": valid_loss,
-            "valid": evaluate_predictions(values, valid.labels, targets),
+            "valid": criterion.score(values, valid),
             "seconds": time.monotonic() - started,
         }
-        if _better(metric, record, progress.history):
+        if settings.keep == "last" or _better(metric, record, progress.history):
             progress.best_epoch = epoch
             progress.best = {name: value.detach().clone() for name, value in model.trainable().items()}
         progress.history.append(record)
@@ -111,15 +109,15 @@ def train_member(
 
 
 @torch.inference_mode()
-def evaluate(model: PropertyModel, targets: Sequence[Target], examples: Examples) -> tuple[np.ndarray, float]:
+def evaluate(model: PropertyModel, criterion: Criterion, examples: Examples) -> tuple[np.ndarray, float]:
     """(what is predicted for each row, float64 [m, O]; mean loss of a label)."""
     model.eval()
-    values = np.empty((len(examples), sum(target.outputs for target in targets)))
+    values = np.empty((len(examples), criterion.width))
     total = 0.0
     for chosen, outputs in _evaluated(model, examples):
         labels = torch.from_numpy(examples.labels[chosen]).to(outputs.device)
-        total += float(weighted_loss(outputs, labels, torch.ones_like(labels), targets))
-        values[chosen] = predicted_values(outputs, targets).cpu().numpy()
+        total += float(criterion.loss(outputs, labels, torch.ones_like(labels)))
+        values[chosen] = criterion.predict(outputs).cpu().numpy()
     return values, total / int((~np.isnan(examples.labels)).sum())
 
 
@@ -173,7 +171,7 @@ def put_weights(model: PropertyModel, weights: dict[str, Tensor]) -> None:
 def _train_epoch(
     model: PropertyModel,
     optimizer: torch.optim.Optimizer,
-    targets: Sequence[Target],
+    criterion: Criterion,
     train: Examples,
     weights: np.ndarray,
     settings: TrainingSettings,
@@ -190,7 +188,7 @@ def _train_epoch(
         rate = _rate(settings, len(train), step)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        loss = _train_batch(model, targets, train.take(rows), weights[rows], seed_from(seed, "dropout", step))
+        loss = _train_batch(model, criterion, train.take(rows), weights[rows], seed_from(seed, "dropout", step))
         if not math.isfinite(loss):
             raise RunStopped(f"the loss of epoch {epoch}, batch {number + 1} is {loss}. Choose a smaller --lr.")
         if settings.clip:
@@ -203,9 +201,7 @@ def _train_epoch(
     return float(sum(losses) / weights.sum())
 
 
-def _train_batch(
-    model: PropertyModel, targets: Sequence[Target], batch: Examples, weights: np.ndarray, seed: int
-) -> float:
+def _train_batch(model: PropertyModel, criterion: Criterion, batch: Examples, weights: np.ndarray, seed: int) -> float:
     """Gradient of the mean loss of the batch's labels, added up over its micro-batches; that loss."""
     device = next(model.head.parameters()).device
     norm, total = weights.sum(), 0.0
@@ -214,7 +210,7 @@ def _train_batch(
     for number, chosen in enumerate(length_batches(batch.lengths, limit)):
         part = batch.take(chosen)
         labels, factors = (torch.from_numpy(array).to(device) for array in (part.labels, weights[chosen]))
-        loss = weighted_loss(_forward(model, part, seed_from(seed, number)), labels, factors, targets) / norm
+        loss = criterion.loss(_forward(model, part, seed_from(seed, number)), labels, factors) / norm
         loss.backward()
         total += float(loss.detach())
     return total

@@ -6,7 +6,6 @@ the checkpoint; member-0/, member-1/, ... have the weights (model.safetensors) a
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from torch import Tensor
 from exlm_dist.checkpoint.reader import CONFIG_FILE, TOKENIZER_FOLDER
 from exlm_dist.utils.errors import CheckpointError, ConfigError
 from exlm_dist.utils.files import sha256_file, sync_path, write_json
+from exlm_dist.utils.locks import lock
 from exlm_dist.utils.outputs import check_writable
 
 FORMAT = 1
@@ -79,12 +79,12 @@ def open_partial(out: Path, request: Mapping[str, Any]) -> Iterator[Path]:
     state = folder / STATE_FOLDER
     try:
         state.mkdir(parents=True, exist_ok=True)
-        lock = os.open(state / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(state / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written: {error.strerror}. Choose another --out.") from error
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle, state)
         except BlockingIOError:
             raise ConfigError(f"{folder}: another `exlm finetune` is writing there. Choose another --out.") from None
         if (state / REQUEST_FILE).exists():
@@ -93,7 +93,7 @@ def open_partial(out: Path, request: Mapping[str, Any]) -> Iterator[Path]:
             write_json(state / REQUEST_FILE, request)
         yield folder
     finally:
-        os.close(lock)
+        os.close(handle)
 
 
 def copy_checkpoint(checkpoint: Path, folder: Path) -> None:

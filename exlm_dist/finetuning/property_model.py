@@ -42,7 +42,7 @@ class Head(nn.Module):
 class PropertyModel(nn.Module):
     """The encoder, pooling and a head."""
 
-    def __init__(self, body: LanguageModel, head: Head, pooling: str, *, frozen: bool = False) -> None:
+    def __init__(self, body: LanguageModel, head: nn.Module, pooling: str, *, frozen: bool = False) -> None:
         super().__init__()
         self.body, self.head = body, head
         self.pooling, self.frozen = pooling, frozen

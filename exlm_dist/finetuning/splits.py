@@ -69,10 +69,11 @@ def split_hash(parts: Parts) -> str:
 
 
 def repeated_rows(keys: Sequence[str], parts: Parts) -> dict[str, int]:
-    """How many rows of the validation and of the test part have an input (`keys`) that an earlier part has too."""
-    seen = {keys[row] for row in parts["train"]}
+    """How many rows of each part but the first have an input (`keys`) that an earlier part has too."""
+    first, *others = parts
+    seen = {keys[row] for row in parts[first]}
     repeated = {}
-    for part in PARTS[1:]:
+    for part in others:
         own = [keys[row] for row in parts[part]]
         repeated[part] = sum(key in seen for key in own)
         seen.update(own)

@@ -51,7 +51,7 @@ def load_model(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> Languag
 
     CheckpointError if the names or shapes of its parameters are not those of the model.
     """
-    model = build_model(config.model, tokenizer.vocab_size, seed=config.seed, kernel_backend=config.kernels.backend)
+    model = build_model(config.model, tokenizer.vocab_size, seed=None, kernel_backend=config.kernels.backend)
     weights = load_weights(folder, verified=True)
     # With a tied head the output layer uses the embedding: the checkpoint has the matrix once.
     wanted = dict(model.named_parameters())

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,8 +37,11 @@ USES = {
 class Job:
     """What a user decides about a job; everything else is derived on the cluster.
 
-    `gpus_per_node` 0: a job without GPUs, with `tasks_per_node` ranks on each node. `warning`: seconds before the time
-    limit at which the ranks are asked to save (Slurm may be a minute early). ConfigError for what Slurm would refuse.
+    `gpus_per_node` 0: a job without GPUs, with `tasks_per_node` ranks on each node; else there is one for each GPU.
+    `warning`: seconds before the time limit at which the ranks are asked to save (Slurm may be a minute early).
+    `container`: image in which everything runs, a .sif file (apptainer) or what pyxis takes; `mounts`: absolute paths
+    of the folders that it sees beside the one where sbatch is called, and /tmp. ConfigError for what Slurm would
+    refuse.
     """
 
     kind: str
@@ -48,16 +53,29 @@ class Job:
     tasks_per_node: int = 0
     array: str = ""
     warning: int = 300
+    container: str = ""
+    mounts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in (("nodes", 1), ("gpus_per_node", 0), ("tasks_per_node", 0), ("warning", 10)):
             if getattr(self, name) < least:
                 option = "--" + name.replace("_", "-")
                 raise ConfigError(f"{option} is {getattr(self, name)}. Give {least} or more.")
+        if self.gpus_per_node and self.tasks_per_node not in (0, self.gpus_per_node):
+            raise ConfigError(
+                f"--tasks-per-node is {self.tasks_per_node} and --gpus-per-node {self.gpus_per_node}, but a rank uses "
+                f"one GPU. Leave out --tasks-per-node, or give --gpus-per-node {self.tasks_per_node} (0: no GPUs)."
+            )
         for name in ("account", "partition", "time", "array"):
             if any(character.isspace() for character in getattr(self, name)):
                 raise ConfigError(
                     f"--{name} {getattr(self, name)!r} contains a space. Give one word, as sbatch takes it."
+                )
+        for folder in self.mounts:
+            if re.search(r"[\s,:]", folder):
+                raise ConfigError(
+                    f"{folder!r} cannot be mounted into a container: its name has a space, a comma or a colon. "
+                    "Give the folder another name, or a symbolic link without them."
                 )
 
     @property
@@ -89,6 +107,11 @@ def render(job: Job) -> str:
         *(f"#SBATCH {line}" for line in _editable(job)),
         "",
         *(f"#SBATCH {line}" for line in _derived(job)),
+        "",
+        "# A container for everything: a .sif file (apptainer), or a .sqsh file or name of an image (pyxis); and the",
+        "# folders that it must see beside this one: data, runs, targets of symbolic links. See containers/README.md.",
+        f"image={shlex.quote(job.container) if job.container else ''}",
+        f"mounts=({' '.join(map(shlex.quote, job.mounts))})",
     ]
     return "\n".join(lines) + "\n" + COMMON + BODIES[job.kind]
 
@@ -114,8 +137,6 @@ def _editable(job: Job) -> list[str]:
 
 def _derived(job: Job) -> list[str]:
     lines = [f"--job-name=exlm-{job.kind}", "--output=slurm-%x-%j.log", "--open-mode=append", "--requeue"]
-    if job.gpus_per_node and job.tasks_per_node:
-        lines.append(f"--ntasks-per-node={job.tasks_per_node}")
     if job.kind != "evaluate":
         lines += ["--exclusive", "--mem=0"]  # whole nodes
     if job.kind == "pretrain":

@@ -3,24 +3,50 @@ have nothing else (Python can be inside the container).
 
 What `PRETRAIN` does with the exit codes of `exlm_dist.utils.errors`: 0 ends the job; 75 requeues it; after a lost rank
 the ranks are restarted inside the allocation, which takes seconds; all others end it. More than `launch.restarts`
-attempts in a row without a newer checkpoint end the job with 78.
+attempts in a row without a newer checkpoint, or with a few steps in the time that the job has, end the job with 78.
 """
 
 from __future__ import annotations
 
-#: Where Python is, and log lines.
+#: Log lines, the container, and where Python is. `image` and `mounts` are set above it (`launch/slurm.py`).
 COMMON = r"""
-# Inside a container: options of srun, or a command in front of Python. EXLM_PYTHON names the Python inside it.
-#   container=(--container-image=exlm.sqsh)    container=(apptainer exec --nv exlm.sif)
-container=()
-
 set -uo pipefail
 cd "$SLURM_SUBMIT_DIR" || exit 2
 say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
+fail() { say "error: $*"; exit 2; }
 
-# Python: EXLM_PYTHON, else that of the environment EXLM_VENV (default: .venv in the folder where sbatch was called).
+# The container sees these folders under the paths that they have outside: a configuration is valid in both.
+container=()
+if [ -n "$image" ]; then
+    case $image in
+        *.sif | *.sqsh)
+            [ -f "$image" ] || fail "no image at $image, as $HOSTNAME sees it"
+            image=$(realpath "$image") ;;
+    esac
+    folders=("$PWD" /tmp "${mounts[@]}")
+    for folder in "${folders[@]}"; do
+        [ -e "$folder" ] || fail "the container is to see $folder, which $HOSTNAME does not have: correct mounts=(...)"
+    done
+    # Files that the user has installed at home, or a temporary folder that is not there, must not change what runs.
+    export PYTHONNOUSERSITE=1 TMPDIR=/tmp
+    if [[ $image = *.sif ]]; then
+        runtime=$(command -v apptainer || command -v singularity) || fail "apptainer is not installed on $HOSTNAME"
+        container=("$runtime" exec --nv --pwd "$PWD")
+        for folder in "${folders[@]}"; do container+=(--bind "$folder"); done
+        container+=("$image")
+    else
+        [[ $(srun --help) = *--container-image* ]] ||
+            fail "srun has no --container-image here (pyxis is not installed); a .sif file runs under apptainer"
+        pairs=$(for folder in "${folders[@]}"; do printf ',%s:%s' "$folder" "$folder"; done)
+        container=(--container-image="$image" --container-workdir="$PWD" --container-mounts="${pairs#,}"
+            --container-name="exlm-$SLURM_JOB_ID") # unpacked once per node, not at every start of the ranks
+    fi
+fi
+
+# Python: EXLM_PYTHON, else that of the container, else that of the environment EXLM_VENV (default: .venv in the folder
+# where sbatch was called).
 python=${EXLM_VENV:-.venv}/bin/python
-[ ${#container[@]} = 0 ] && [ -x "$python" ] || python=python3
+[ -z "$image" ] && [ -x "$python" ] || python=python3
 exlm=("${EXLM_PYTHON:-$python}" -m exlm_dist.cli)
 """
 
@@ -48,18 +74,43 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && [ -n "${EXLM_SWEEP:-}" ]; then"""
     + _LINE_OF_TASK
 )
 
-PRETRAIN = r"""
+#: Sets `per_node`: ranks on each node. Needs `refuse`.
+RANKS_PER_NODE = r"""
+# Ranks: one for each GPU that a step has on a node, whichever option has asked for them (--gpus-per-node, --gres,
+# --gpus, --gpus-per-task); without GPUs as many as --ntasks-per-node or --ntasks say, else one.
+nodes=$SLURM_JOB_NUM_NODES
+per_node=${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-0} / nodes))}
+[ "${SLURM_NTASKS:-$((per_node * nodes))}" = $((per_node * nodes)) ] ||
+    refuse "$SLURM_NTASKS tasks (--ntasks) on $nodes nodes: give --ntasks-per-node instead"
+if [ -n "${SLURM_GPUS_PER_TASK:-}" ]; then
+    [ "${SLURM_GPUS_PER_TASK##*:}" = 1 ] || refuse "--gpus-per-task=$SLURM_GPUS_PER_TASK, but a rank uses 1 GPU"
+    [ "$per_node" -gt 0 ] || refuse "--gpus-per-task without the number of tasks: give --ntasks-per-node"
+else
+    gpus=$(srun --mpi=none --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
+        bash -c 'echo "${SLURM_GPUS_ON_NODE:-0}"' | sort -nu | xargs) ||
+        gpus=${SLURM_GPUS_ON_NODE:-0} # a node may be lost: seen when the ranks are started
+    [[ $gpus != *" "* ]] || refuse "the nodes of this job have ${gpus// / and } GPUs: ask for as many on each" \
+        "(--gpus-per-node)"
+    [ "$per_node" -gt 0 ] || per_node=$gpus
+    [ "$gpus" = 0 ] || [ "$per_node" = "$gpus" ] || refuse "$per_node tasks on each node, but $gpus GPUs, and a rank" \
+        "uses one: leave out the number of tasks (--ntasks-per-node, --ntasks), or give --gpus-per-node=$per_node"
+fi
+[ "$per_node" -gt 0 ] || per_node=1
+"""
+
+PRETRAIN = (
+    r"""
 job=$SLURM_JOB_ID # as scontrol names it: a task of an array is 12_1
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-
-# Ranks: one per GPU, or --ntasks-per-node of them if that is given. Slurm numbers them; they need no ssh.
-gpus=${SLURM_GPUS_PER_NODE:-0}
-per_node=${SLURM_NTASKS_PER_NODE:-${gpus##*:}}
-[ "$per_node" -gt 0 ] || per_node=1
+refuse() { say "error: $*"; exit 2; }
+"""
+    + RANKS_PER_NODE
+    + r"""
+# Slurm numbers the ranks; they need no ssh.
 cpus=$((SLURM_CPUS_ON_NODE / per_node))
 [ "$cpus" -gt 0 ] || cpus=1
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export LOCAL_WORLD_SIZE=$per_node WORLD_SIZE=$((SLURM_JOB_NUM_NODES * per_node)) OMP_NUM_THREADS=$cpus
+export LOCAL_WORLD_SIZE=$per_node WORLD_SIZE=$((nodes * per_node)) OMP_NUM_THREADS=$cpus
 # The address that Slurm itself uses: names of nodes need not resolve everywhere.
 MASTER_ADDR=$(scontrol -o show node "$first" | grep -o ' NodeAddr=[^ ]*' | cut -d= -f2)
 export MASTER_ADDR
@@ -97,10 +148,11 @@ run_ranks() { # sets `code`: the largest exit code of the ranks, 128 and more fo
     # became of those that waited for it, the code that a rank wrote down because it cannot work at all
     say "starting the ranks at step $before"
     rm -f "$EXLM_ERRORS"/rank-*
-    # block: consecutive ranks, those of a tensor-parallel group, are on one node.
+    # block:block: consecutive ranks, those of a tensor-parallel group, are on one node, and in it on one socket, as the
+    # GPUs of the same numbers are.
     # --wait: ranks that have not noticed after so many seconds that another one has ended are killed.
-    srun --mpi=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$WORLD_SIZE" --ntasks-per-node="$per_node" \
-        --distribution=block --cpus-per-task="$cpus" --kill-on-bad-exit=0 --wait="${EXLM_GRACE:-60}" \
+    srun --mpi=none --nodes="$nodes" --ntasks="$WORLD_SIZE" --ntasks-per-node="$per_node" \
+        --distribution=block:block --cpus-per-task="$cpus" --kill-on-bad-exit=0 --wait="${EXLM_GRACE:-60}" \
         --open-mode=append --output="$logs/node-%n-%N.log" \
         "${container[@]}" bash -c "$rank" rank "${exlm[@]}" pretrain "$config" "${overrides[@]}" &
     srun_pid=$!
@@ -124,29 +176,57 @@ newest() { # step of the newest complete checkpoint; 0 if there is none
     echo $((10#$step))
 }
 
-messages() { # what the ranks reported, each message once
-    awk 'NF && !seen[$0]++' "$EXLM_ERRORS"/rank-*[0-9] 2>/dev/null | head -n 20
+messages() { # what the ranks reported, each message once; of several nodes that name ranks which hang the one first
+    # whose ranks had come least far: the others waited for these
+    awk 'NF && !seen[$0]++ { print (match($0, / at beat [0-9]+/) ? substr($0, RSTART + 9, RLENGTH - 9) : 0) "\t" $0 }' \
+        "$EXLM_ERRORS"/rank-*[0-9] 2>/dev/null | sort -s -n -k 1,1 | cut -f 2- | head -n 20
 }
 
-may_restart() { # counts attempts in a row without a newer checkpoint, over all starts of this job
-    local step=0 count=0
+few=3 # steps; a job that has time for less would wait in the queue for each of them
+may_restart() { # counts attempts in a row that saved less than $1 further steps, over all starts of this job
+    local step=0 count=0 aim
     [ ! -e "$logs/stalled" ] || read -r step count <"$logs/stalled"
-    [ "$(newest)" = "$step" ] || count=0
+    [ $(($(newest) - step)) -lt "$1" ] || count=0
     echo "$(newest) $((count + 1))" >"$logs/stalled"
     [ "$count" -ge "$restarts" ] || return 0
-    say "stopped: $count restarts (launch.restarts) and none got past the checkpoint of step $(newest)"
+    aim="past the checkpoint of step $(newest)"
+    [ "$1" = 1 ] || aim="$1 steps on before it was time to save: give the job more time (--time, or a later signal)"
+    say "stopped: $count restarts (launch.restarts) and none got $aim"
     return 1
+}
+
+excluded() { # nodes of this job that miscalculated before: a rank, or you, wrote them down
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -xF -f "$run/excluded-hosts" 2>/dev/null | paste -sd ,
+}
+
+exclude() { # Slurm takes no such change for a running job, and ends this script soon after the requeue
+    local old new
+    old=$(scontrol -o show job "$job" | grep -o ' ExcNodeList=[^ ]*' | cut -d= -f2)
+    [ "$old" != "(null)" ] || old=""
+    new=$({ [ -z "$old" ] || scontrol show hostnames "$old"; cat "$run/excluded-hosts"; } | sort -u | paste -sd ,)
+    for _ in {1..20}; do
+        scontrol update "JobId=$job" "ExcNodeList=$new" 2>/dev/null && { say "without the nodes $new"; return; }
+        sleep 0.3
+    done
+    scontrol hold "$job"
+    say "error: Slurm did not take ExcNodeList=$new, the job is on hold: cancel it, and sbatch with --exclude=$new"
 }
 
 requeue() {
     [ "$warned" != end ] || exit 75
     say "$1: back into the queue"
-    scontrol requeue "$job" || say "error: the job could not be requeued. The same sbatch command continues the run."
+    if ! scontrol requeue "$job"; then
+        say "error: the job could not be requeued. The same sbatch command continues the run."
+    elif [ -s "$run/excluded-hosts" ]; then
+        exclude
+    fi
     exit 75
 }
 
 while :; do
     [ -z "$warned" ] || requeue "$warned"
+    bad=$(excluded)
+    [ -z "$bad" ] || requeue "$bad miscalculated"
     before=$(newest)
     run_ranks
     [ "$code" != 0 ] || { say "done"; exit 0; }
@@ -162,11 +242,17 @@ while :; do
         say "stopped: a restart would end in the same way"
         exit "$code"
     fi
-    # An attempt that saved a newer checkpoint does not count: it cannot repeat for ever.
-    if [ "$code" != 75 ] || [ "$(newest)" = "$before" ]; then may_restart || exit 78; fi
+    # An attempt that saved a newer checkpoint does not count: it cannot repeat for ever. One that ended to save must
+    # have done more than that.
+    if [ "$code" != 75 ]; then
+        may_restart 1 || exit 78
+    elif [ $(($(newest) - before)) -lt "$few" ]; then
+        may_restart "$few" || exit 78
+    fi
     [ -z "$queue" ] || requeue "$queue"
 done
 """
+)
 
 EVALUATE = r"""
 say "exlm evaluate $*"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from exlm_dist.config import RunConfig, check_init, check_world, load_config
@@ -50,11 +52,19 @@ def launch_slurm(
 
     ConfigError, before anything is submitted, for wrong settings in any line, an `init` that is not there, or ranks
     that do not divide the batch.
+
+    A container sees `job.mounts` and every folder that the settings name.
     """
-    for line in _lines(job, sweep):
-        config = load_config(path, [*overrides, *line])
+    configs = [load_config(path, [*overrides, *line]) for line in _lines(job, sweep)]
+    for config in configs:
         check_init(config)
         check_world(config, job.ranks)
+    if job.container:
+        named = [sweep.parent] if sweep else []
+        named += [Path(path).parent, *(folder for config in configs for folder in _folders_of(config))]
+        job = dataclasses.replace(job, container=_image(job.container), mounts=_mounts([*job.mounts, *named]))
+    elif job.mounts:
+        raise ConfigError("--mount needs --container: without one a job sees all folders.")
     script = _folder(load_config(path, overrides)) / "slurm" / "pretrain.sh"
     arguments = rank_arguments(path, overrides, allow_changes=allow_changes)
     if dry_run:
@@ -76,6 +86,30 @@ def _lines(job: Job, sweep: Path | None) -> list[list[str]]:
     if not sweep.is_file():
         raise ConfigError(f"no sweep file at {sweep}. Its line n has the overrides of array task n.")
     return [shlex.split(line) for line in sweep.read_text().splitlines() if line.strip()]
+
+
+def _folders_of(config: RunConfig) -> list[Path]:
+    """Folders, outside of the package, from which and to which a run reads and writes."""
+    return [Path(folder) for folder in (config.runs, config.data.path, config.init) if folder]
+
+
+def _mounts(folders: Iterable[str | Path]) -> tuple[str, ...]:
+    """Absolute paths of `folders` without those inside others, or inside the current one."""
+    inside = [Path.cwd()]
+    for folder in sorted(Path(os.path.abspath(Path(folder).expanduser())) for folder in folders):
+        if not any(folder.is_relative_to(other) for other in inside):
+            inside.append(folder)
+    return tuple(str(folder) for folder in inside[1:])
+
+
+def _image(container: str) -> str:
+    """The image with an absolute path, if it is a file; ConfigError if there is none."""
+    if not container.endswith((".sif", ".sqsh")):
+        return container
+    path = Path(os.path.abspath(Path(container).expanduser()))
+    if not path.is_file():
+        raise ConfigError(f"no image at {path}. containers/README.md says how to make one.")
+    return str(path)
 
 
 def _folder(config: RunConfig) -> Path:

@@ -1,4 +1,5 @@
-"""Ends a job that hangs: reads the heartbeats of its ranks, logs the stacks of all of them, and kills them.
+"""Ends a job that hangs, or has lost a rank without noticing: reads the heartbeats of its ranks, logs the stacks of all
+of them, and kills them.
 
 One such process per node, whatever started the ranks: every rank starts one (`exlm_dist.launch.heartbeat`), and the
 first stays. It is run by its path and needs only the standard library, so it starts in milliseconds and works when the
@@ -20,10 +21,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-#: What a rank can be doing; each phase has a limit in the section `watchdog` of the configuration.
-PHASES = ("start", "step", "save", "evaluation", "end")
+#: What a rank can be doing, in this order: imports and the parts of the start that follow them, then the run, then its
+#: end, or that on an error.
+PHASES = ("start", "start/meet", "start/data", "start/checkpoint", "start/model", "start/weights", "start/first step")
+PHASES += ("step", "save", "evaluation", "end", "failure")
 #: Phase, step, beats so far, time of the last one (CLOCK_MONOTONIC, which all processes of a node have in common).
 BEAT = struct.Struct("<qqqd")
+#: Phases in which a rank waits for others.
+WORKING = PHASES[:-2]
 #: Asks a rank for its stacks; its faulthandler answers even while a C call has the interpreter lock.
 STACK_SIGNAL = signal.SIGUSR2
 POLL = 0.5
@@ -34,8 +39,13 @@ SUSPENDED = 3.0
 STALE = 60.0
 #: Seconds within which the ranks must write their stacks, and be gone once they are killed.
 PATIENCE = 3.0
+#: Seconds within which the other ranks must notice by themselves that one of the node has died. Those that wait for it
+#: on a GPU never do.
+UNNOTICED = 10.0
+#: States of a process that a signal or a debugger has stopped.
+STOPPED = ("T", "t")
 #: Frames of a rank that only waits for another one.
-_WAITING = ("distributed_c10d", "deepspeed/comm")
+_WAITING = ("distributed_c10d", "deepspeed/comm", "torch/cuda/streams.py", "torch/cuda/__init__.py")
 
 
 @dataclass(frozen=True)
@@ -67,8 +77,9 @@ def process_state(pid: int) -> tuple[str, str] | None:
     return None if fields[0] in "ZX" else (fields[0], fields[19])
 
 
-def read_ranks(folder: Path) -> list[Rank]:
-    """The ranks that are registered in `folder` and alive; the files of dead ones are removed."""
+def read_ranks(folder: Path, lost: list[Rank] | None = None) -> list[Rank]:
+    """The ranks that are registered in `folder` and alive; the files of dead ones are removed. Those that did not die
+    at their regular end are added to `lost`."""
     ranks = []
     for path in sorted(folder.glob("rank-*.json")):
         try:
@@ -81,7 +92,14 @@ def read_ranks(folder: Path) -> list[Rank]:
             ranks.append(rank)
         elif (about_now := _read(path)) and json.loads(about_now)["pid"] == rank.pid:
             remove(path)
+            if lost is not None and rank.phase != "end":
+                lost.append(rank)
     return ranks
+
+
+def limit_of(phase: str) -> str:
+    """Name of its limit in the section `watchdog` of the configuration; that of `start` counts for each part of it."""
+    return phase.partition("/")[0]
 
 
 def remove(path: Path) -> None:
@@ -91,51 +109,72 @@ def remove(path: Path) -> None:
 
 
 def watch(folder: Path, limits: Mapping[str, float]) -> None:
-    """Poll the ranks until none is left; end the job when one has not beaten for longer than its phase allows."""
+    """Poll the ranks until none is left; end the job when one has not beaten for longer than its phase allows, or when
+    one has died and others have not noticed."""
     seen = time.monotonic()
-    excused = 0.0
+    excused = died = 0.0
     suspects: set[int] = set()
-    while ranks := read_ranks(folder):
+    lost: list[Rank] = []
+    while ranks := read_ranks(folder, lost):
         now = time.monotonic()
         if now - seen > POLL + SUSPENDED:
             excused = now
         seen = now
+        allowed = {rank.rank: limits[limit_of(rank.phase)] for rank in ranks}
         late = {
-            rank.rank for rank in ranks if limits[rank.phase] and now - max(rank.moment, excused) > limits[rank.phase]
+            rank.rank for rank in ranks if allowed[rank.rank] and now - max(rank.moment, excused) > allowed[rank.rank]
         }
         if late & suspects:  # seen twice, so the beat was not read half-written
-            end_job(folder, ranks, limits)
-            wait_until_gone(folder)
+            end_hung_job(folder, ranks, limits)
             return
         suspects = late
+        died = died or (now if lost else 0.0)
+        if died and now - max(died, excused) > UNNOTICED and any(rank.phase in WORKING for rank in ranks):
+            end_orphans(folder, [rank for rank in ranks if rank.phase in WORKING], lost)
+            return
         time.sleep(POLL)
 
 
-def end_job(folder: Path, ranks: list[Rank], limits: Mapping[str, float]) -> None:
-    """Log the stacks of all ranks and which one hangs, and kill them all."""
-    now = time.monotonic()
+def end_hung_job(folder: Path, ranks: list[Rank], limits: Mapping[str, float]) -> None:
+    """Log which ranks hang and the stacks of all, and kill them all, those that wait first: before they can report a
+    lost peer."""
     stacks = _stacks(folder, ranks)
     culprits = find_culprits(ranks, stacks)
-    message = describe(culprits, limits, now)
+    stopped = any(rank.state in STOPPED for rank in culprits)
+    elsewhere = int(os.environ.get("WORLD_SIZE", "1")) > len(ranks) == len(culprits) and not stopped
+    named = {rank.rank for rank in culprits}
+    message = describe(culprits, limits, time.monotonic(), elsewhere=elsewhere)
+    end_job(folder, sorted(ranks, key=lambda rank: rank.rank in named), message, stacks)
+
+
+def end_orphans(folder: Path, ranks: list[Rank], lost: list[Rank]) -> None:
+    """Log which ranks have died and the stacks of those that wait for them, and kill these."""
+    who = ", ".join(f"rank {rank.rank} in phase {rank.phase}, after {rank.step} steps" for rank in lost)
+    message = f"died: {who}; ranks that had not noticed after {UNNOTICED:g} s were ended"
+    end_job(folder, ranks, message, _stacks(folder, ranks))
+
+
+def end_job(folder: Path, ranks: list[Rank], message: str, stacks: Mapping[int, str]) -> None:
+    """Log `message` and the stacks, leave the message to whoever started the ranks, and kill them in this order."""
+    now = time.monotonic()
     lines = [f"==== watchdog on {socket.gethostname()}: {message}"]
-    for rank in ranks:
+    for rank in sorted(ranks, key=lambda rank: rank.rank):
         lines += [
             f"---- rank {rank.rank} (pid {rank.pid}): phase {rank.phase}, {rank.step} steps done, beat {rank.beats}, "
             f"{now - rank.moment:.1f} s ago",
             stacks[rank.rank],
         ]
-    _log("\n".join([*lines, "==== watchdog: all ranks of this node are killed now; the run may be restarted."]))
+    _log("\n".join([*lines, "==== watchdog: these ranks are killed now; the run may be restarted."]))
     for rank in ranks:
         if rank.error_file:
             try:
                 Path(rank.error_file).write_text(message)
             except OSError as error:  # a full disk must not keep the hung job alive
                 _log(f"==== watchdog: {rank.error_file} cannot be written: {error}")
-    named = {rank.rank for rank in culprits}
-    # Those that wait first, before they can report a lost peer.
-    for rank in sorted(ranks, key=lambda rank: rank.rank in named):
+    for rank in ranks:
         if rank.state:
             _send(rank, signal.SIGKILL)
+    wait_until_gone(folder, {rank.rank for rank in ranks})
 
 
 def _send(rank: Rank, signum: int) -> None:
@@ -152,10 +191,10 @@ def _read(path: Path) -> bytes:
         return b""
 
 
-def wait_until_gone(folder: Path) -> None:
-    """Wait until no rank is left, for at most PATIENCE seconds; log those that cannot be killed."""
+def wait_until_gone(folder: Path, numbers: set[int]) -> None:
+    """Wait until none of these ranks is left, for at most PATIENCE seconds; log those that cannot be killed."""
     deadline = time.monotonic() + PATIENCE
-    while left := read_ranks(folder):
+    while left := [rank for rank in read_ranks(folder) if rank.rank in numbers]:
         if time.monotonic() > deadline:
             names = ", ".join(f"rank {rank.rank} (pid {rank.pid}, state {rank.state})" for rank in left)
             _log(f"==== watchdog: {names} cannot be killed: the process waits inside the kernel. Drain this node.")
@@ -168,7 +207,7 @@ def find_culprits(ranks: list[Rank], stacks: Mapping[int, str]) -> list[Rank]:
 
     All ranks beat at the same points of the program, so the number of beats says how far each has come.
     """
-    stopped = [rank for rank in ranks if rank.state in ("T", "t")]
+    stopped = [rank for rank in ranks if rank.state in STOPPED]
     if stopped:
         return stopped
     behind = [rank for rank in ranks if rank.beats == min(rank.beats for rank in ranks)]
@@ -176,19 +215,23 @@ def find_culprits(ranks: list[Rank], stacks: Mapping[int, str]) -> list[Rank]:
     return busy or behind
 
 
-def describe(culprits: list[Rank], limits: Mapping[str, float], now: float) -> str:
-    """One sentence: which ranks hang, for how long, in which phase, and its limit."""
+def describe(culprits: list[Rank], limits: Mapping[str, float], now: float, *, elsewhere: bool = False) -> str:
+    """One sentence: which ranks hang, for how long, in which phase, and its limit. `elsewhere`: they may all be waiting
+    for a rank of another node. The beats tell: they count the same points of the program on every rank."""
     first = culprits[0]
+    limit = limit_of(first.phase)
     seconds = now - max(rank.moment for rank in culprits)
     who = (
         f"rank {first.rank} has"
         if len(culprits) == 1
         else f"ranks {', '.join(str(rank.rank) for rank in culprits)} have"
     )
-    why = {"T": " (the process is stopped, by SIGSTOP or a debugger)", "D": " (the process waits for a device)"}
+    whys = {"T": " (the process is stopped, by SIGSTOP or a debugger)", "D": " (the process waits for a device)"}
+    why = whys.get(first.state.upper(), "")
     return (
-        f"{who} hung for {seconds:.0f} s in phase {first.phase}, after {first.step} steps"
-        f"{why.get(first.state.upper(), '')}; the limit watchdog.{first.phase} is {limits[first.phase]:g} s"
+        f"{who} hung for {seconds:.0f} s in phase {first.phase}, after {first.step} steps{why}, at beat {first.beats}; "
+        f"the limit watchdog.{limit} is {limits[limit]:g} s"
+        f"{'; if another node names ranks at fewer beats, these waited for them' if elsewhere else ''}"
     )
 
 
@@ -197,7 +240,7 @@ def _stacks(folder: Path, ranks: list[Rank]) -> dict[int, str]:
     requested: dict[int, Path] = {}
     stacks = {}
     for rank in ranks:
-        if rank.state in ("T", "t"):
+        if rank.state in STOPPED:
             stacks[rank.rank] = "This process is stopped and cannot show its stack."
         elif rank.state:
             requested[rank.rank] = folder / f"rank-{rank.rank}.stack"
@@ -227,10 +270,12 @@ def main(folder: str, limits: str) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)  # these are for the ranks; the watchdog ends with them
     mine = Path(folder)
+    seconds = json.loads(limits)
+    seconds["failure"] = seconds["end"]
     # Again: a rank that started when the others had just ended left the watching to this process.
     while read_ranks(mine) and _claim(mine):
         _sweep(mine)
-        watch(mine, json.loads(limits))
+        watch(mine, seconds)
         remove_empty(mine)
     if not read_ranks(mine):  # the rank that started this was killed at once
         remove_empty(mine)

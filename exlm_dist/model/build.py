@@ -13,7 +13,7 @@ from exlm_dist.config.schema import ModelConfig
 from exlm_dist.model.block import Block, FinalNorm
 from exlm_dist.model.embedding import Embedding
 from exlm_dist.model.heads import Output
-from exlm_dist.model.initialisation import initialise
+from exlm_dist.model.initialisation import allocate, initialise
 from exlm_dist.model.stream import Stream
 from exlm_dist.parallel.sharded import ShardedParameter, sharded_parameters
 
@@ -91,19 +91,23 @@ def build_model(
     config: ModelConfig,
     vocab_size: int,
     *,
-    seed: int,
+    seed: int | None,
     kernel_backend: str = "auto",
     activation_checkpointing: bool = False,
     token_dropout: int | None = None,
     stage: range | None = None,
     shard: Callable[[nn.Module], None] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> LanguageModel:
-    """Model on the CPU in fp32 with its initial weights; they depend on `seed` and each parameter's name alone.
+    """Model with its initial weights; they depend on `seed` and each parameter's name alone. `seed` None: nothing is
+    drawn, for a model that is to be filled from a checkpoint.
 
     `stage`: indices of the layers on this rank. `shard` (`parallel.tensor.apply_tensor_parallel` with its group)
-    reduces the model to the tensor-parallel shard of this rank; the full model is never allocated.
+    reduces the model to the tensor-parallel shard of this rank, on the CPU in fp32. Without it parameters are on
+    `device` in `dtype`, rounded from fp32 one at a time: the full model is never allocated elsewhere.
     """
-    with torch.device("cpu" if shard is None else "meta"):
+    with torch.device("meta"):
         model = LanguageModel(
             config,
             vocab_size,
@@ -114,5 +118,6 @@ def build_model(
         )
     if shard is not None:
         shard(model)
+    allocate(model, device, dtype)
     initialise(model.sharded_parameters(), seed=seed, std=config.init_std)
     return model

@@ -59,27 +59,6 @@ class Stream:
         sizes = {name: int(getattr(batch, name)) for name in ("max_tokens", "max_states", "max_targets", "states")}
         return Stream(**dict(zip(_ARRAYS, moved)), **sizes).to(device)
 
-    def to_tensors(self) -> tuple[Tensor, ...]:
-        """What the next pipeline stage needs: `hidden`, if there is one yet, and one int64 vector with all the rest.
-
-        The angles are recomputed there; results of the output layer are not sent.
-        """
-        arrays = [getattr(self, name) for name in _ARRAYS]
-        numbers = [*map(len, arrays), *(int(getattr(self, name)) for name in _NUMBERS)]
-        integers = torch.cat([torch.tensor(numbers, device=arrays[0].device), *arrays])
-        return (integers,) if self.hidden is None else (self.hidden.contiguous(), integers)
-
-    @staticmethod
-    def from_tensors(tensors: tuple[Tensor, ...]) -> Stream:
-        """The inverse of `to_tensors`; waits for the device to read the sizes."""
-        *hidden, integers = tensors
-        count = len(_ARRAYS) + len(_NUMBERS)
-        numbers = integers[:count].tolist()
-        lengths, values = numbers[: len(_ARRAYS)], dict(zip(_NUMBERS, numbers[len(_ARRAYS) :]))
-        values |= {name: bool(values[name]) for name in _FLAGS}
-        arrays = dict(zip(_ARRAYS, integers[count:].split(lengths)))
-        return Stream(**arrays, **values, hidden=hidden[0] if hidden else None)
-
     def replace(self, **changes: Any) -> Stream:
         """A copy with some fields changed."""
         return replace(self, **changes)
@@ -144,9 +123,6 @@ _ARRAYS = (
     "cu_targets",
     "dropout_seed",
 )
-#: Flags, and all integers with them, that one stage sends the next beside the arrays.
-_FLAGS = ("predict", "select", "selected")
-_NUMBERS = ("max_tokens", "max_states", "max_targets", "states", *_FLAGS)
 #: Elements to which each array is aligned in the common buffer (64 bytes).
 _ALIGNMENT = 8
 

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from exlm_dist.parallel.process_groups import Grid
 
-#: What a stage does: its layers, and the tensors it received -> the tensors for the next stage, or the loss.
-Work = Callable[[Sequence[nn.Module], tuple[Tensor, ...]], Any]
+#: What a stage does: its layers, and the tensor that it received (on the first: what was loaded) -> the tensor for the
+#: next stage, or the loss.
+Work = Callable[[Sequence[nn.Module], Any], Tensor]
+#: Shape and type of the next tensor that a stage receives.
+Expected = Callable[[], tuple[Sequence[int], torch.dtype]]
 
 
 class Stages(PipelineModule):
@@ -53,9 +56,16 @@ class Stages(PipelineModule):
         with torch.no_grad():
             super()._synchronize_tied_weights()
 
-    def forward(self, tensors: tuple[Tensor, ...]) -> Any:
+    def forward(self, received: Any) -> Tensor:
         """Run this stage on what the previous one sent (the first stage: on what was loaded)."""
-        return self._work(self.forward_funcs, tensors)
+        return self._work(self.forward_funcs, received)
+
+
+def send_no_descriptions(engine: Any, expected: Expected) -> None:
+    """Have DeepSpeed's `engine` send tensors between stages alone. It would send a description before each, which the
+    next stage reads from its device, where it would wait for all the work that it has queued."""
+    engine._send_tensor_meta = lambda tensor, stage: None
+    engine._recv_tensor_meta = lambda stage: engine._allocate_or_extend_buffers(0, *expected())
 
 
 class _Made(nn.Module):

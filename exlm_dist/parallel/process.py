@@ -19,7 +19,9 @@ import torch.distributed as dist
 
 from exlm_dist.config.schema import LaunchConfig, ParallelConfig
 from exlm_dist.kernels.determinism import compute_repeatably
-from exlm_dist.parallel.compiler import leave_compiler_unloaded
+from exlm_dist.parallel import devices
+from exlm_dist.parallel.agreement import any_of
+from exlm_dist.parallel.compiler import compile_on_this_node, leave_compiler_unloaded
 from exlm_dist.parallel.layout import Layout
 from exlm_dist.parallel.network import interface_towards
 from exlm_dist.parallel.process_groups import Grid
@@ -63,8 +65,8 @@ class Process:
         return torch.stack(every)
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on at least one rank."""
-        return bool(self.all_gather([float(flag)]).any())
+        """Whether `flag` is set on at least one rank. A collective."""
+        return any_of(flag, self.rank, self.world, self.control)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """`value` of every rank, on every rank, in the order of the ranks. Sent as JSON: never a pickle."""
@@ -116,22 +118,26 @@ class Process:
 def start(launch: LaunchConfig, parallel: ParallelConfig | None = None) -> Process:
     """Join the process group of the job and make those of the layout.
 
-    ConfigError for a layout that does not fit the ranks, a missing device, or a rendezvous address that is missing or
-    in use; PeerLost if not all ranks meet in time.
+    ConfigError for a layout that does not fit the ranks, devices that are missing or differ in kind, or a
+    rendezvous address that is missing or in use; PeerLost if not all ranks meet in time.
     """
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
     rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    layout = Layout.of(parallel or ParallelConfig(), world)
-    device = choose_device(launch.device, local_rank)
+    parallel = parallel or ParallelConfig()
+    layout = Layout.of(parallel, world)
+    if takes_one_connection(parallel) and launch.device != "cpu":  # read when CUDA starts
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    device, found = _find_device(launch.device, local_rank, alone=world == 1)
     # Left to pick its accelerator itself, DeepSpeed warns, and on a GPU machine it ignores `launch.device: cpu`.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     torch.set_num_threads(threads(launch.threads, local_world(world)))
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         compute_repeatably()
+        if world > local_world(world):
+            compile_on_this_node()
     timeout = timedelta(seconds=launch.timeout)
-    _join("nccl" if device.type == "cuda" else "gloo", rank, world, timeout)
+    _join("nccl" if device.type == "cuda" else "gloo", rank, world, timeout, found)
     if device.type == "cpu":  # where a second of a core counts, and every layout is tested without it
         leave_compiler_unloaded()
     dist.new_group = functools.partial(_new_group, timeout=timeout)
@@ -139,7 +145,29 @@ def start(launch: LaunchConfig, parallel: ParallelConfig | None = None) -> Proce
     return Process(rank, world, local_rank, device, control, Grid.make(layout, rank))
 
 
-def _join(backend: str, rank: int, world: int, timeout: timedelta) -> None:
+def takes_one_connection(parallel: ParallelConfig) -> bool:
+    """Whether kernels must start in the order of their launches: in the backward pass of a tensor-parallel layer
+    megatron launches a collective just before the product that is to hide it. At ZeRO 3 that order would keep the
+    gathering of weights from running beside anything."""
+    return parallel.tensor > 1 and parallel.zero < 3
+
+
+def _find_device(wanted: str, local_rank: int, *, alone: bool) -> tuple[torch.device, devices.Found]:
+    """The device of this rank, made the current one, and what the others are told of it. ConfigError, or what CUDA
+    raises, if there is none that works and nobody to tell."""
+    try:
+        device = devices.choose_device(wanted, local_rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device, devices.look(device)
+    except (ConfigError, RuntimeError) as error:
+        if alone:
+            raise
+        why = str(error) if isinstance(error, ConfigError) else f"its GPU cannot be used: {str(error).splitlines()[0]}"
+        return torch.device("cpu"), devices.look(None, why)
+
+
+def _join(backend: str, rank: int, world: int, timeout: timedelta, found: devices.Found) -> None:
     if world == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
@@ -154,7 +182,11 @@ def _join(backend: str, rank: int, world: int, timeout: timedelta) -> None:
     if interface := interface_towards(address):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:
-        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=timeout)
+        store, *_ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+        store.set_timeout(timeout)
+        devices.agree(store, rank, world, found)
+        store = dist.PrefixStore("default_pg", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             if errors.CHOSEN_PORT in os.environ:
@@ -212,25 +244,16 @@ def lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
-def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """Device of this rank; ConfigError if CUDA is requested but absent, or has too few devices."""
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if count == 0:
-        raise ConfigError(
-            "launch.device is cuda but torch sees no CUDA device. Set launch.device auto, or check the driver."
-        )
-    if local_rank >= count:
-        raise ConfigError(
-            f"local rank {local_rank} has no GPU: this machine has {count}. Start at most {count} processes here."
-        )
-    return torch.device("cuda", local_rank)
-
-
 def local_world(world: int) -> int:
     """Ranks on this node: LOCAL_WORLD_SIZE (torchrun), LOCAL_SIZE (DeepSpeed), else all."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
+
+
+def node_part(local_rank: int) -> tuple[int, int]:
+    """(number of this rank, number of ranks) among those of its node, for work that they divide. (0, 1), all of it,
+    where the launcher does not say how many they are."""
+    known = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return (local_rank, int(known)) if known else (0, 1)
 
 
 def threads(wanted: int, processes: int) -> int:

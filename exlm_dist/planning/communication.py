@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from exlm_dist.model.cost import learns_transitions
-from exlm_dist.planning.job import FP32, INT64, Job, Stage, parameters_of_stage
+from exlm_dist.planning.job import FP32, Job, Stage, parameters_of_stage
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 #: Process groups that traffic belongs to.
@@ -65,10 +65,6 @@ def _tensor(job: Job, stage: Stage) -> list[Traffic]:
     ]
 
 
-#: Sizes and flags that a packed batch travels with.
-_SIZES = 16
-#: Bytes by which DeepSpeed describes the tensors of a micro-batch to the next stage.
-_DESCRIPTION = 1024
 #: (collective, purpose, calls, bytes) of one micro-batch.
 _Calls = list[tuple[Collective, str, int, float]]
 
@@ -140,29 +136,20 @@ def _output(job: Job) -> _Calls:
 
 
 def _pipeline(job: Job, stage: Stage) -> list[Traffic]:
-    """Hidden states and the integers of the packed batch go forward, gradients of the hidden states go back; the two
-    copies of a tied matrix sum their gradients."""
+    """Hidden states go forward, gradients of the hidden states go back; the two copies of a tied matrix sum their
+    gradients."""
     if job.pipeline == 1:
         return []
     count, hidden = job.accumulation, job.tokens * job.model.width * job.element / job.along_tokens
     found = []
     if not stage.last:
         found.append(Traffic("pipeline", "send", "hidden states", count, count * hidden, 2))
-        found.append(Traffic("pipeline", "send", "packed batch", count, count * _integers(job), 2))
     if not stage.first:
         found.append(Traffic("pipeline", "send", "gradients", count, count * hidden, 2))
     if job.model.tie_head and (stage.first or stage.last):
         table = job.vocabulary * job.model.width * job.element
         found.append(Traffic("pipeline", "all_reduce", "tied matrix", 1, table, 2))
     return found
-
-
-def _integers(job: Job) -> float:
-    """Bytes of the integers of a micro-batch: three per token, one per state and target, three boundaries, and sizes
-    (`Stream.to_tensors`); and of their description by DeepSpeed."""
-    batch = job.config.batch.micro
-    integers = 3 * job.tokens + job.states + batch * job.sizes.targets + 3 * (batch + 1) + _SIZES
-    return INT64 * integers + _DESCRIPTION
 
 
 def _data(job: Job, stage: Stage) -> list[Traffic]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from exlm_dist.config import RunConfig, data_degree
+from exlm_dist.config.ratios import largest_ratio
 from exlm_dist.config.schema import ModelConfig
 from exlm_dist.model.cost import Sizes, expected_masked, learns_transitions, part_sizes
 from exlm_dist.model.stages import cut_layers, layer_costs
@@ -68,10 +69,15 @@ class Job:
         dtype = self.config.precision.dtype
         return FP32 if dtype == "fp32" or (dtype == "auto" and not self.gpu) else 2
 
+    @property
+    def ratio(self) -> float:
+        """The masking ratio of the steps with the most masks."""
+        return largest_ratio(self.config.masking.ratio, self.config.masking.schedule)
+
     @cached_property
     def sizes(self) -> Sizes:
         """Expected sizes of one sequence."""
-        return Sizes.of(self.model, self.length, expected_masked(self.length, self.config.masking.ratio))
+        return Sizes.of(self.model, self.length, expected_masked(self.length, self.ratio))
 
     @cached_property
     def tokens(self) -> float:
@@ -117,7 +123,7 @@ class Job:
     @cached_property
     def stages(self) -> list[Stage]:
         """The layers of each pipeline stage."""
-        cut = _cut(self.model, self.vocab_size, self.length, self.config.masking.ratio, self.pipeline)
+        cut = _cut(self.model, self.vocab_size, self.length, self.ratio, self.pipeline)
         last = self.model.layers + 2
         return [
             Stage(i, sum(1 <= layer <= self.model.layers for layer in layers), 0 in layers, last in layers, len(cut))

@@ -169,14 +169,9 @@ def _gradients(job: Job, count: int, done: int) -> Parts:
     if zero >= 2:
         reduced = count if half or repeated or zero == 3 else max(0, done - bucket(count))
         return {"gradients": FP32 * reduced / job.data, "buffers": job.element * _filled(job, count, done)}
-    if zero == 1 and half:
-        return {"gradients": _twice(job, count)}
+    if zero == 1 and half:  # each bf16 gradient is added to its fp32 sum, and freed, as soon as it is there
+        return {"gradients": FP32 * count}
     return {"gradients": job.element * (count if repeated else done)}
-
-
-def _twice(job: Job, count: int) -> float:
-    """DeepSpeed's BF16 optimizer accumulates in fp32, and zeroes the bf16 gradients rather than free them."""
-    return (FP32 + job.element) * count
 
 
 def _filled(job: Job, count: int, done: int) -> float:
@@ -197,7 +192,7 @@ def _reduction(job: Job, count: int, largest: int) -> Parts:
         kept = FP32 * owned if half or zero == 3 or job.accumulation > 1 or count > BUCKET else 0
         return {"gradients": kept, "buffers": job.element * (_filled(job, count, count) + copy) + cast}
     if zero == 1 and half:
-        return {"gradients": _twice(job, count), "buffers": FP32 * copy}
+        return {"gradients": FP32 * count, "buffers": FP32 * copy}
     staged = bucket(count) if zero == 1 and (job.gpu or count > BUCKET) else 0
     return {"gradients": job.element * count, "buffers": job.element * (copy + staged)}
 
@@ -212,6 +207,6 @@ def _update(job: Job, count: int, largest: int) -> Parts:
     if zero == 0:
         return {"gradients": (job.element + (FP32 if half else 0)) * count, "scratch": temporary}
     if zero == 1 and half:
-        return {"gradients": _twice(job, count), "scratch": temporary}
+        return {"gradients": FP32 * count, "scratch": temporary}
     flat = FP32 * owned if job.gpu else 0
     return {"gradients": FP32 * owned, "scratch": max(temporary, flat)}

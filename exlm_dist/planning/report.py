@@ -14,6 +14,7 @@ from exlm_dist.planning.hardware import Hardware
 from exlm_dist.planning.job import Job
 from exlm_dist.planning.memory import KINDS, ON_HOST, memory_per_rank
 from exlm_dist.planning.planner import GIB, Plan, Request, find_plans, recommended
+from exlm_dist.planning.scaling import HOUR, Cluster, scale_table
 
 #: Assumed until the data are prepared.
 ASSUMED_LENGTH, ASSUMED_VOCABULARY = 128, 32_000
@@ -32,12 +33,12 @@ def prepared_sizes(path: Path) -> tuple[int | None, int | None]:
 
 def plan_text(
     config: RunConfig, *, gpus: int, memory: float, margin: float, hardware: Hardware,
-    length: int | None = None, vocab_size: int | None = None, top: int = 8,
+    length: int | None = None, vocab_size: int | None = None, top: int = 8, cluster: Cluster | None = None,
 ) -> str:  # fmt: skip
     """Answer of `exlm plan`: the layouts that fit, of each grid the fastest, and the lines to paste into a file.
 
-    `memory` in bytes; `length` and `vocab_size` default to those of the prepared data. ConfigError if nothing fits,
-    or `init` is not there.
+    `memory` in bytes; `length` and `vocab_size` default to those of the prepared data; with a `cluster` also what to
+    expect of the recommended layout on 8 to 4,096 GPUs. ConfigError if nothing fits, or `init` is not there.
     """
     check_init(config)
     length, vocab_size, assumed = _sizes(config, length, vocab_size)
@@ -60,7 +61,20 @@ def plan_text(
         _reasons(best),
         "",
         *config_lines(best.config),
+        *([] if cluster is None else _on_other_sizes(best, cluster)),
     ])  # fmt: skip
+
+
+def _on_other_sizes(plan: Plan, cluster: Cluster) -> list[str]:
+    return [
+        "",
+        "The recommended layout with more and fewer replicas, the global batch in proportion: percent of a step, "
+        f"goodput with checkpoint.every {plan.config.checkpoint.every} and a failure in "
+        f"{cluster.failure / HOUR:,.0f} hours of a GPU, and the checkpoint.every with the best goodput. "
+        "(docs/parallelism.md has the assumptions.)",
+        "",
+        *scale_table(plan.job, plan.hardware, cluster),
+    ]
 
 
 def config_lines(config: RunConfig) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from exlm_dist.suites.glue import GLUE
 from exlm_dist.suites.moleculenet import MOLECULENET
+from exlm_dist.suites.squad import SQUAD
 from exlm_dist.suites.suite import Suite
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (MOLECULENET,)}
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (MOLECULENET, GLUE, SQUAD)}

@@ -1,5 +1,5 @@
-"""One cell computed: a checkpoint fine-tuned by the one routine that there is, a linear probe on its embeddings, or
-trees on fingerprints."""
+"""One cell computed: a checkpoint fine-tuned by the one routine that there is, a linear probe on its embeddings, or a
+baseline."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from exlm_dist.finetuning.dataset import Examples
 from exlm_dist.finetuning.ensemble import train_members, with_features
 from exlm_dist.finetuning.finetune_settings import METRICS, TrainingSettings
-from exlm_dist.finetuning.inputs import encode_inputs
 from exlm_dist.finetuning.metrics import evaluate_predictions
 from exlm_dist.finetuning.model_folder import STATE_FOLDER, without_nan
 from exlm_dist.finetuning.splits import Parts, split_hash
-from exlm_dist.finetuning.targets import with_scaling
 from exlm_dist.inference.loading import LoadedCheckpoint, load_checkpoint
 from exlm_dist.model.build import build_model
+from exlm_dist.suites.bag_of_words import predict_from_words
 from exlm_dist.suites.catalogue import SUITES
 from exlm_dist.suites.cells import Cell, claimed, publish_result
 from exlm_dist.suites.embedded_tasks import EMBEDDINGS, Embedded, embedded
 from exlm_dist.suites.fingerprints import fingerprint_features, predict_from_fingerprints
 from exlm_dist.suites.linear_probe import predict_by_probe
 from exlm_dist.suites.methods import RANDOM
-from exlm_dist.suites.task_data import TaskData, read_task, split_task
+from exlm_dist.suites.task_data import EncodedTask, TaskData
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.version import VERSION, git_commit
 
@@ -38,12 +36,12 @@ POOLING = "mean"
 
 @dataclass(frozen=True)
 class Order:
-    """A cell to be computed. file: of the task's data. split_hash: what the split of it must be."""
+    """A cell to be computed. files: those of the task. split_hash: what the split of it must be."""
 
     out: Path
     suite: str
     protocol: str
-    file: Path
+    files: tuple[Path, ...]
     split_hash: str
     cell: Cell
 
@@ -65,11 +63,14 @@ def run_cell(order: Order, device: str, threads: int) -> bool:
         if partial is None:
             return False
         started = time.monotonic()
-        data, parts = _task(order.suite, order.cell.task, order.file, order.cell.split)
+        data, parts = _task(order.suite, order.cell.task, order.files, order.cell.split)
         if split_hash(parts) != order.split_hash:
-            raise DataError(f"{order.file} has changed since the evaluation began. Begin anew with another --out.")
+            raise DataError(
+                f"{order.files[0].parent}: a file of {order.cell.task} has changed since the evaluation began. "
+                "Begin anew with another --out."
+            )
         method = order.cell.method
-        own = _fingerprints if method.checkpoint is None else _probed if method.probe else _finetuned
+        own = _baseline if method.checkpoint is None else _probed if method.probe else _finetuned
         result = own(order, data, parts, partial, device, threads)
         result["seconds"] = round(time.monotonic() - started, 2)
         publish_result(path, without_nan({**_described(order, data), **result}))
@@ -81,19 +82,18 @@ def _finetuned(order: Order, data: TaskData, parts: Parts, partial: Path, device
     settings = settings_of(order.suite, order.protocol, order.cell)
     used = _weights(order.cell, device)
     loaded = _loaded(used)
-    pooling = settings.pooling if settings.frozen else None
-    examples, truncated, unknown = _examples(used, order.suite, order.cell.task, order.file, pooling)
-    targets = with_scaling(data.targets, data.labels[parts["train"]], settings.scale_targets)
+    pooling = settings.pooling if settings.frozen and data.pooled else None
+    encoded = _encoded(used, order.suite, order.cell.task, order.files, pooling)
     (partial / STATE_FOLDER).mkdir(exist_ok=True)
-    own = {part: examples.take(rows) for part, rows in parts.items()}
-    (member,) = train_members(loaded, targets, own, settings, partial, watched=False)
+    criterion = data.criterion(encoded, parts, settings)
+    (member,) = train_members(loaded, criterion, encoded.of_parts(parts), settings, partial, watched=False)
     return {
         "scores": member.scores,
         "best_epoch": member.best_epoch,
         "epochs": len(member.history),
         "settings": asdict(settings),
-        "truncated": truncated,
-        "unknown": unknown,
+        "truncated": encoded.truncated,
+        "unknown": encoded.unknown,
         "device": loaded.device.type,
     }
 
@@ -119,9 +119,9 @@ def embed_order(order: Order, device: str) -> int:
 
 def _embedded(order: Order, device: str, *, wait: bool = True) -> Embedded:
     def compute() -> Embedded:
-        examples, *counts = _examples(_weights(order.cell, device), order.suite, order.cell.task, order.file, POOLING)
-        assert examples.features is not None
-        return Embedded(examples.features, *counts)
+        encoded = _encoded(_weights(order.cell, device), order.suite, order.cell.task, order.files, POOLING)
+        assert encoded.examples.features is not None
+        return Embedded(encoded.examples.features, encoded.truncated, encoded.unknown)
 
     return embedded(_embedding_path(order), compute, wait=wait)
 
@@ -133,13 +133,12 @@ def _embedding_path(order: Order) -> Path:
     return order.out / EMBEDDINGS / cell.method.key / seed / f"{cell.task}.npz"
 
 
-def _fingerprints(
-    order: Order, data: TaskData, parts: Parts, partial: Path, device: str, threads: int
-) -> dict[str, Any]:
-    """Scores of trees; they are trained at once, so there is nothing to keep in `partial`, and on the CPU."""
+def _baseline(order: Order, data: TaskData, parts: Parts, partial: Path, device: str, threads: int) -> dict[str, Any]:
+    """Scores of a baseline; it is trained at once, so there is nothing to keep in `partial`, and on the CPU."""
     kind, seed = order.cell.method.kind, order.cell.seed
-    features = _features(order.suite, order.cell.task, order.file)
-    predicted = predict_from_fingerprints(kind, features, data.labels, data.targets, parts, seed=seed, threads=threads)
+    predict = predict_from_fingerprints if SUITES[order.suite].domain == "smiles" else predict_from_words
+    features = _features(order.suite, order.cell.task, order.files)
+    predicted = predict(kind, features, data.labels, data.targets, parts, seed=seed, threads=threads)
     return {"scores": _scores(predicted, data, parts)}
 
 
@@ -179,14 +178,14 @@ def _weights(cell: Cell, device: str) -> _Weights:
 
 # The cells of a task, and those of a method, come one after another: what they have in common stays in memory.
 @functools.lru_cache(maxsize=3)  # its splits take turns
-def _task(suite: str, task: str, file: Path, split: str) -> tuple[TaskData, Parts]:
-    data = _data(suite, task, file)
-    return data, split_task(data, split)
+def _task(suite: str, task: str, files: tuple[Path, ...], split: str) -> tuple[TaskData, Parts]:
+    data = _data(suite, task, files)
+    return data, data.split(split)
 
 
 @functools.lru_cache(maxsize=1)
-def _data(suite: str, task: str, file: Path) -> TaskData:
-    return read_task(SUITES[suite].task(task), file)
+def _data(suite: str, task: str, files: tuple[Path, ...]) -> TaskData:
+    return SUITES[suite].task(task).read(files)
 
 
 @functools.lru_cache(maxsize=2)  # `random` needs the checkpoint with its shape too
@@ -200,23 +199,15 @@ def _loaded(used: _Weights) -> LoadedCheckpoint:
 
 
 @functools.lru_cache(maxsize=1)
-def _examples(used: _Weights, suite: str, task: str, file: Path, pooling: str | None) -> tuple[Examples, int, int]:
-    """(all rows of a task, for a frozen encoder with what it makes of them; how many are cut; how many have a token
-    that the vocabulary lacks)."""
-    loaded, data = _loaded(used), _data(suite, task, file)
-    encoded = encode_inputs(loaded.tokenizer, [data.texts], max_tokens=loaded.max_tokens, truncate=True)
-    if encoded.failures:
-        row, reason = next(iter(encoded.failures.items()))
-        raise DataError(
-            f"{data.path}: row {data.rows[row]}: {reason} ({len(encoded.failures)} rows that other checkpoints can "
-            "read). Evaluate this one in another --out, on a file without these rows."
-        )
-    examples = Examples(encoded.tokens, encoded.lengths, data.labels)
-    if pooling is not None:
-        examples = with_features(loaded, examples, pooling)
-    return examples, encoded.truncated, encoded.unknown
+def _encoded(used: _Weights, suite: str, task: str, files: tuple[Path, ...], pooling: str | None) -> EncodedTask:
+    """All rows of a task as a checkpoint reads them, with `pooling` also what its encoder makes of each."""
+    loaded = _loaded(used)
+    encoded = _data(suite, task, files).encode(loaded.tokenizer, loaded.max_tokens)
+    return encoded if pooling is None else replace(encoded, examples=with_features(loaded, encoded.examples, pooling))
 
 
 @functools.lru_cache(maxsize=1)
-def _features(suite: str, task: str, file: Path) -> np.ndarray:
-    return fingerprint_features(_data(suite, task, file).texts)
+def _features(suite: str, task: str, files: tuple[Path, ...]) -> Any:
+    """What a baseline reads: of molecules fingerprints, of texts the texts, as their words are those of a part."""
+    columns = list(_data(suite, task, files).columns.values())
+    return fingerprint_features(columns[0]) if SUITES[suite].domain == "smiles" else columns

@@ -3,7 +3,6 @@ OUT/embeddings/METHOD/[seed-N/]TASK.npz."""
 
 from __future__ import annotations
 
-import fcntl
 import io
 import zipfile
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import numpy as np
 
 from exlm_dist.suites.cells import Busy
 from exlm_dist.utils.files import write_atomic
+from exlm_dist.utils.locks import lock
 
 EMBEDDINGS = "embeddings"
 
@@ -31,13 +31,11 @@ def embedded(path: Path, compute: Callable[[], Embedded], *, wait: bool = True) 
     """What is in the file, computed and written if it is not there (or is damaged). Of several processes one computes
     it: the others wait until that one is done or dead, or without `wait` are Busy."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
+    with open(path.with_suffix(".lock"), "w") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            lock(file.fileno(), file.name, wait=wait)  # without locks at worst two processes compute the same
         except BlockingIOError:
             raise Busy from None
-        except OSError:  # this file system has no locks: at worst two processes compute the same
-            pass
         if (found := _read(path)) is None:
             found = compute()
             content = io.BytesIO()

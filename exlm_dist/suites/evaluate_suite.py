@@ -26,7 +26,7 @@ class SuiteRequest:
     """What is to be evaluated, as `exlm evaluate SUITE` is given it.
 
     Args:
-        checkpoints: run folders, checkpoints, and the names `random` and `fingerprints`. tasks, splits, protocol: none
+        checkpoints: run folders, checkpoints, `random`, the name of the suite's baseline. tasks, splits, protocol: none
         given stands for the suite's own. grid: NAME=VALUE,VALUE. frozen, embed_once: see `find_methods`. jobs: cells
         at a time; None: as many as there are devices. device: 'auto', 'cpu', 'cuda', 'cuda:1'. pinned: of checkpoints,
         by the names given, where their files are for as long as the evaluation takes.
@@ -92,7 +92,7 @@ def evaluate_suite(request: SuiteRequest, say: Callable[[str], None] = print) ->
             if cell.split in task.problems:
                 publish_failure(cell.path(request.out), cell, task.problems[cell.split])
     orders = [
-        Order(request.out, suite.name, protocol, task.file, task.splits[cell.split], cell)
+        Order(request.out, suite.name, protocol, task.files, task.splits[cell.split], cell)
         for task in prepared
         for cell in cells[task.task.name]
         if cell.split in task.splits
@@ -136,7 +136,7 @@ def open_evaluation(request: SuiteRequest) -> _Plan:
 def _described(prepared: Sequence[PreparedTask]) -> list[str]:
     lines = []
     for task in prepared:
-        lines.append(f"{task.task.name}: {task.file}")
+        lines.append(f"{task.task.name}: {' '.join(map(str, task.files))}")
         lines += [f"  {split}: cannot be used: {reason}" for split, reason in task.problems.items()]
     return lines
 
@@ -149,7 +149,7 @@ def _planned(
     seeds: int,
 ) -> dict[str, list[Cell]]:
     """The cells of each task, in an order in which what is loaded can be used again. The grid is of trainings: it does
-    not apply to fingerprints and linear probes."""
+    not apply to a baseline and to linear probes."""
     return {
         task.task.name: [
             Cell(task.task.name, split, method, point, seed)

@@ -1,7 +1,7 @@
 """What is evaluated: checkpoints, and what a checkpoint has to be better than.
 
 Besides run folders and checkpoints two names are understood: `random`, the initial weights of models of the same
-shape, and `fingerprints`, which know no pretraining at all.
+shape, and that of the suite's baseline, which knows no pretraining at all.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 from exlm_dist.checkpoint.reader import TOKENIZER_FOLDER, find_checkpoint, read_config, reference, run_folder_of
 from exlm_dist.config import RunConfig
 from exlm_dist.finetuning.model_folder import refuse_model
+from exlm_dist.suites.catalogue import SUITES
 from exlm_dist.suites.suite import Suite
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.utils.errors import ConfigError
 from exlm_dist.utils.files import fingerprint_of
 
-RANDOM, FINGERPRINTS = "random", "fingerprints"
+RANDOM = "random"
 #: Settings of a model that its encoder does not depend on where nothing is masked.
 _NOT_OF_THE_ENCODER = {
     "objective",
@@ -39,9 +40,9 @@ class Method:
     """A column of the table.
 
     Args:
-        kind: 'checkpoint', 'random' (its shape alone), 'forest' or 'boosting' (on fingerprints).
+        kind: 'checkpoint', 'random' (its shape alone), or one of the kinds of a baseline.
         label: what the table calls it. key: the same as the name of a folder; no other method has it.
-        checkpoint: the one whose weights, or whose shape, it has; None for fingerprints.
+        checkpoint: the one whose weights, or whose shape, it has; None for a baseline.
         frozen: the encoder is not trained. probe: nor is a head: a linear model on the embeddings takes its place.
         facts: what is recorded of the checkpoint.
     """
@@ -78,9 +79,13 @@ def find_methods(
     pinned: of checkpoints, where their files are meanwhile.
 
     CheckpointError for what is no whole checkpoint; ConfigError for one that reads what the suite does not have, for
-    `random` without a checkpoint that has a shape, and for fingerprints of texts.
+    `random` without a checkpoint that has a shape, and for the baseline of another suite.
     """
-    given = [name for name in names if name not in (RANDOM, FINGERPRINTS)]
+    baseline = suite.baseline
+    given = [name for name in names if name != RANDOM and (baseline is None or name != baseline.name)]
+    for other in SUITES.values():
+        if other.baseline is not None and other.baseline.name in given:
+            raise ConfigError(f"{other.baseline.name} is a baseline of the suite {other.name}, not of {suite.name}.")
     checkpoints = [_checkpoint(Path(name), suite, (pinned or {}).get(name)) for name in given]
     methods = list({method.key: method for method in checkpoints}.values())
     if RANDOM in names:
@@ -89,12 +94,10 @@ def find_methods(
         methods = [one for method in methods for one in (method, _frozen(method))]
     if embed_once:
         methods = [_probe(method) for method in methods]
-    if FINGERPRINTS in names:
-        if suite.domain != "smiles":
-            raise ConfigError(f"{FINGERPRINTS} are of molecules, but the suite {suite.name} has texts.")
+    if baseline is not None and baseline.name in names:
         methods += [
-            Method("forest", "fingerprints, forest", "fingerprints-forest", None, False, {}),
-            Method("boosting", "fingerprints, boosting", "fingerprints-boosting", None, False, {}),
+            Method(kind, f"{baseline.name}, {kind}", f"{baseline.name}-{kind}", None, False, {})
+            for kind in baseline.kinds
         ]
     if not methods:
         raise ConfigError("--checkpoint names nothing that can be evaluated.")

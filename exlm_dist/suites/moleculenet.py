@@ -8,7 +8,8 @@ Uni-Mol publishes for each set (github.com/deepmodeling/Uni-Mol, unimol/README.m
 from __future__ import annotations
 
 from exlm_dist.finetuning.finetune_settings import TrainingSettings
-from exlm_dist.suites.suite import Suite, Task
+from exlm_dist.suites.molecule_task import MoleculeTask
+from exlm_dist.suites.suite import Baseline, Suite
 
 UNIMOL, QUICK = "unimol", "quick"
 #: A short training, the same for all sets: to see that all works, not for figures that are to be compared.
@@ -27,13 +28,22 @@ def _task(
     epochs: int,
     dropout: float,
     warmup: float,
-) -> Task:
+) -> MoleculeTask:
     kind, metric = ("regression", "rmse") if values else ("classification", "roc_auc")
     published = TrainingSettings(
         epochs=epochs, batch=batch, lr=lr, dropout=dropout, warmup=warmup, weight_decay=0.0, clip=1.0, patience=20
     )
     protocols = {UNIMOL: published, QUICK: _QUICK}
-    return Task(name, (name, *files), _INPUTS, targets, _OTHERS, kind, metric, protocols)
+    return MoleculeTask(
+        name=name,
+        kind=kind,
+        metric=metric,
+        protocols=protocols,
+        files=(name, *files),
+        inputs=_INPUTS,
+        targets=targets,
+        others=_OTHERS,
+    )
 
 
 MOLECULENET = Suite(
@@ -82,9 +92,11 @@ MOLECULENET = Suite(
             warmup=0.06,
         ),
     ),
+    part="test",
     splits=("scaffold", "scaffold-chiral", "random"),
     default_splits=("scaffold", "scaffold-chiral"),
     protocols=(UNIMOL, QUICK),
     probe={"frozen": True, "lr": 1e-3, "batch": 32, "epochs": 100, "dropout": 0.0, "patience": 20},
     embed_once=True,
+    baseline=Baseline("fingerprints", ("forest", "boosting")),
 )

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from exlm_dist.finetuning.splits import PARTS, Parts
-from exlm_dist.suites.suite import Suite, Task
-from exlm_dist.suites.task_data import TaskData, described_split, find_file, read_task, split_task
+from exlm_dist.finetuning.splits import Parts
+from exlm_dist.suites.suite import OFFICIAL, Suite, Task
+from exlm_dist.suites.task_data import TaskData
 from exlm_dist.tables.table_writer import TableWriter
 from exlm_dist.utils.errors import CheckpointError, ConfigError, DataError, UserError
 from exlm_dist.utils.files import write_json
@@ -25,10 +25,10 @@ TASKS, SPLITS = "tasks", "splits"
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task with its file. splits: the hash of each that can be used; problems: why another cannot."""
+    """A task with its files. splits: the hash of each that can be used; problems: why another cannot."""
 
     task: Task
-    file: Path
+    files: tuple[Path, ...]
     splits: dict[str, str]
     problems: dict[str, str]
 
@@ -89,46 +89,50 @@ def prepare_tasks(
     if not data.is_dir():
         raise DataError(f"{data}: is no folder. --data is the folder with the files of {suite.name}.")
     tasks = [suite.task(name) for name in names] or list(suite.tasks)
-    files = {task.name: find_file(task, data) for task in tasks}
-    missing = [name for name, file in files.items() if file is None]
+    files = {task.name: task.find(data) for task in tasks}
+    missing = [name for name, found in files.items() if None in found.values()]
     if missing and (names or len(missing) == len(tasks)):
-        known = ", ".join(f"{name}.csv" for name in suite.task(missing[0]).files)
-        raise DataError(f"{data}: has no file for {', '.join(missing)} (looked for {known}, compressed or not).")
+        absent = [known for name in missing for known, path in files[name].items() if path is None]
+        raise DataError(
+            f"{data}: has no file for {', '.join(missing)} (looked for {', '.join(absent)}, compressed or not)."
+        )
     (out / TASKS).mkdir(exist_ok=True)
     (out / SPLITS).mkdir(exist_ok=True)
-    prepared = [_prepared(task, file, splits, out) for task in tasks if (file := files[task.name]) is not None]
+    whole = [(task, [path for path in files[task.name].values() if path is not None]) for task in tasks]
+    prepared = [_prepared(task, tuple(found), splits, out) for task, found in whole if task.name not in missing]
     return prepared, missing
 
 
-def _prepared(task: Task, file: Path, splits: Sequence[str], out: Path) -> PreparedTask:
+def _prepared(task: Task, files: tuple[Path, ...], splits: Sequence[str], out: Path) -> PreparedTask:
     try:
-        data = read_task(task, file)
+        data = task.read(files)
     except UserError as error:
-        return PreparedTask(task, file, {}, dict.fromkeys(splits, str(error)))
+        return PreparedTask(task, files, {}, dict.fromkeys(splits, str(error)))
     recorded = read_tasks(out).get(task.name, {**data.described(), "splits": {}})
     if recorded["sha256"] != data.sha256:
         raise ConfigError(
-            f"{out}: was begun with another file for {task.name} ({recorded['file']}, sha256 "
-            f"{recorded['sha256'][:12]}; {file} has {data.sha256[:12]}). Choose another --out."
+            f"{out}: was begun with another file for {task.name} ({' '.join(recorded['files'])}, sha256 "
+            f"{recorded['sha256'][:12]}; {' '.join(map(str, files))} has {data.sha256[:12]}). Choose another --out."
         )
     found, problems = {}, {}
     for split in splits:
         try:
-            parts = split_task(data, split)
+            parts = data.split(split)
         except UserError as error:
             problems[split] = str(error)
             continue
-        recorded["splits"][split] = described_split(data, parts)
+        recorded["splits"][split] = data.described_split(parts)
         found[split] = recorded["splits"][split]["hash"]
-        _write_split(out / SPLITS / f"{task.name}-{split}.csv", data, parts)
+        if split != OFFICIAL:
+            _write_split(out / SPLITS / f"{task.name}-{split}.csv", data, parts)
     write_json(out / TASKS / f"{task.name}.json", recorded)
-    return PreparedTask(task, file, found, problems)
+    return PreparedTask(task, files, found, problems)
 
 
 def _write_split(path: Path, data: TaskData, parts: Parts) -> None:
     """The part of each used row, by its number in the file."""
-    part_of = np.empty(len(data.rows), object)
-    for part in PARTS:
-        part_of[parts[part]] = part
+    part_of = np.empty(len(data.places), object)
+    for part, rows in parts.items():
+        part_of[rows] = part
     with TableWriter(path, overwrite=True) as table:
-        table.write({"row": data.rows, "part": part_of.tolist(), "smiles": data.texts})
+        table.write({"row": np.array([row for _, row in data.places]), "part": part_of.tolist(), **data.columns})

@@ -1,44 +1,67 @@
-"""What a suite is: a list of tasks, each of which says its data, its labels, its metric and how it is trained."""
+"""What a suite is: tasks, each of which finds and reads its data, and says its metric and how it is trained."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from exlm_dist.finetuning.finetune_settings import TrainingSettings
 from exlm_dist.utils.errors import ConfigError
 
+if TYPE_CHECKING:  # the command knows the suites before it needs torch
+    from exlm_dist.suites.task_data import TaskData
 
-@dataclass(frozen=True)
-class Task:
-    """A data set and how it is judged.
+#: Name of the split whose parts are those of the files.
+OFFICIAL = "official"
+#: (part, metric)
+Figure = tuple[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """A data set and how it is judged. Kinds of suites differ in how they find and read their data.
 
     Args:
-        files: names that its file is known under, in lower case and without endings.
-        inputs: names that its column of texts or molecules is known under.
-        targets: its columns of labels; empty: all that are neither inputs nor `others`.
-        others: columns that are no labels, where `targets` does not name the labels.
-        kind: 'classification' or 'regression'.
-        metric: decides which epoch is the best, and is shown first.
-        protocols: how it is trained, by the name of the protocol.
+        kind: 'classification', 'regression' or 'answers'. metric: decides which epoch is the best, and is shown first.
+        protocols: how it is trained, by the name of the protocol. also: what else the table shows of it. averaged:
+        whether it counts in the mean of the suite.
     """
 
     name: str
-    files: tuple[str, ...]
-    inputs: tuple[str, ...]
-    targets: tuple[str, ...]
-    others: tuple[str, ...]
     kind: str
     metric: str
     protocols: Mapping[str, TrainingSettings]
+    also: tuple[Figure, ...] = ()
+    averaged: bool = True
+
+    @abstractmethod
+    def find(self, folder: Path) -> dict[str, Path | None]:
+        """Its files in or below the folder, each by the name that the field knows it under; None for one that is not
+        there. DataError if several could be it."""
+
+    @abstractmethod
+    def read(self, files: tuple[Path, ...]) -> TaskData:
+        """Its rows, from the files in the order of `find`. DataError if they are not what the task has."""
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """What knows no pretraining. name: as `--checkpoint` has it. kinds: its methods."""
+
+    name: str
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Suite:
     """Tasks that are evaluated on the same terms.
 
     Args:
-        domain: of the checkpoints that it can judge: 'smiles' or 'text'.
+        domain: of the checkpoints that it can judge: 'smiles' or 'text'. part: whose figures are shown: 'test', or
+        'valid' where the labels of the test part are hidden.
         splits: how its rows can be divided up. default_splits: those that are, where the user says nothing.
         protocols: their names, the first one being that where the user says nothing. probe: what differs from them
         where the encoder is frozen and the head alone is trained. embed_once: whether linear probes on embeddings can
@@ -48,11 +71,13 @@ class Suite:
     name: str
     domain: str
     tasks: tuple[Task, ...]
+    part: str
     splits: tuple[str, ...]
     default_splits: tuple[str, ...]
     protocols: tuple[str, ...]
-    probe: Mapping[str, float | int | bool]
+    probe: Mapping[str, float | int | bool | str]
     embed_once: bool = False
+    baseline: Baseline | None = None
 
     def task(self, name: str) -> Task:
         """The task of that name. ConfigError, which lists them, if there is none."""

@@ -16,10 +16,11 @@ from exlm_dist.suites.catalogue import SUITES
 from exlm_dist.suites.cells import read_results
 from exlm_dist.suites.methods import RANDOM
 from exlm_dist.suites.out_folder import read_suite, read_tasks
+from exlm_dist.suites.suite import Suite
 
 #: The kinds of methods in the order of columns: what knows no pretraining comes first.
-ORDER = ("forest", "boosting", RANDOM, "checkpoint")
-FINGERPRINT_KINDS = ("forest", "boosting")
+BASELINE_KINDS = tuple(kind for suite in SUITES.values() if suite.baseline for kind in suite.baseline.kinds)
+ORDER = (*BASELINE_KINDS, RANDOM, "checkpoint")
 CONFIDENCE = 0.95
 #: Of a run with more checkpoints the table has the last one alone.
 MOST_STEPS = 3
@@ -32,12 +33,13 @@ class Score:
     mean: float
     sd: float
     seeds: int
+    median: float
 
 
 @dataclass(frozen=True)
 class Entry:
     """A task, split and method. results: those of each seed, at the point of the grid whose mean metric of the
-    validation part is the best; points: how many there were."""
+    validation part is the best; points: how many there were; part: the one whose figures are shown."""
 
     task: str
     split: str
@@ -46,15 +48,16 @@ class Entry:
     grid: dict[str, Any]
     points: int
     results: list[dict[str, Any]]
+    part: str = "test"
 
-    def score(self, metric: str, part: str = "test") -> Score:
+    def score(self, metric: str, part: str) -> Score:
         """Mean and sd over the seeds of a metric of a part."""
         return _score([result["scores"][part][metric] for result in self.results])
 
     @property
     def best(self) -> Score:
-        """The metric of the task on the test part."""
-        return self.score(self.metric)
+        """The metric of the task on the part that is shown."""
+        return self.score(self.metric, self.part)
 
     @property
     def seeded(self) -> bool:
@@ -63,7 +66,7 @@ class Entry:
 
     @property
     def truncated(self) -> int:
-        """Molecules of which the checkpoint sees the beginning alone."""
+        """Rows of which the checkpoint does not see all."""
         return self.results[0].get("truncated", 0)
 
 
@@ -122,9 +125,14 @@ class SuiteTable:
             or column.checkpoint["step"] == max(steps[column.run])
         ]
 
+    @property
+    def of(self) -> Suite:
+        """The suite."""
+        return SUITES[self.suite["suite"]]
+
     def metric(self, task: str) -> str:
         """The metric that is shown of a task."""
-        return SUITES[self.suite["suite"]].task(task).metric
+        return self.of.task(task).metric
 
 
 @dataclass(frozen=True)
@@ -153,16 +161,16 @@ def read_table(out: Path) -> SuiteTable:
     grouped: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         grouped[result["task"], result["split"], result["method"]["key"]].append(result)
-    entries = {key: _entry(key, own) for key, own in grouped.items()}
     order = SUITES[suite["suite"]]
+    entries = {key: _entry(key, own, order.part) for key, own in grouped.items()}
     seen = {(task, split) for task, split, _ in entries}
     rows = [(task.name, split) for split in order.splits for task in order.tasks if (task.name, split) in seen]
     return SuiteTable(out, suite, read_tasks(out), rows, _columns(results), entries, results, failures)
 
 
 def difference(first: Entry, second: Entry) -> Difference:
-    """Of their means on the test part, with the sign that makes more better; its 95 % interval by Welch's t, as the sds
-    of the two differ. What no seed has a say in has an sd of 0, unless that is so of both."""
+    """Of their means on the part that is shown, with the sign that makes more better; its 95 % interval by Welch's t,
+    as the sds of the two differ. What no seed has a say in has an sd of 0, unless that is so of both."""
     from scipy import stats
 
     sign = -1 if first.metric in ERRORS else 1
@@ -177,7 +185,7 @@ def difference(first: Entry, second: Entry) -> Difference:
 
 
 def best_entry(entries: Sequence[Entry]) -> Entry | None:
-    """The entry with the best metric on the test part; None of none."""
+    """The entry with the best metric on the part that is shown; None of none."""
     known = [entry for entry in entries if not math.isnan(entry.best.mean)]
     if not known:
         return None
@@ -185,7 +193,7 @@ def best_entry(entries: Sequence[Entry]) -> Entry | None:
     return max(known, key=lambda entry: sign * entry.best.mean)
 
 
-def _entry(key: tuple[str, str, str], results: Sequence[dict[str, Any]]) -> Entry:
+def _entry(key: tuple[str, str, str], results: Sequence[dict[str, Any]], part: str) -> Entry:
     points: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for result in sorted(results, key=lambda result: result["seed"]):
         points[repr(result["grid"])].append(result)
@@ -197,12 +205,17 @@ def _entry(key: tuple[str, str, str], results: Sequence[dict[str, Any]]) -> Entr
         return -math.inf if math.isnan(value) else sign * value
 
     best = max(points.values(), key=on_valid)
-    return Entry(*key, metric, best[0]["grid"], len(points), best)
+    return Entry(*key, metric, best[0]["grid"], len(points), best, part)
 
 
 def _score(values: Sequence[float | None]) -> Score:
     known = np.array([math.nan if value is None else value for value in values])
-    return Score(float(known.mean()), float(known.std(ddof=1)) if len(known) > 1 else math.nan, len(known))
+    return Score(
+        float(known.mean()),
+        float(known.std(ddof=1)) if len(known) > 1 else math.nan,
+        len(known),
+        float(np.median(known)),
+    )
 
 
 def _columns(results: Sequence[Mapping[str, Any]]) -> list[Column]:

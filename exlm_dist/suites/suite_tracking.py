@@ -97,7 +97,7 @@ def _write_means(log: EventLog, table: SuiteTable, run: str) -> None:
             f"{table.suite['suite']}/{task}_{split}{training}_{part}_{entry.metric}": score.mean
             for (task, split, key), entry in table.entries.items()
             if key == column.key
-            for part in ("valid", "test")
+            for part in entry.results[0]["scores"]
             if (score := entry.score(entry.metric, part)).mean == score.mean
         }
         log.checkpoint(column.checkpoint["step"], means, _tags_of_checkpoint(table, column))

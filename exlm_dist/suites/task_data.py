@@ -1,188 +1,139 @@
-"""The data of a task: its file in the folder that the user has, the rows that can be used, their labels, the splits.
+"""The data of a task: the rows that can be used, their labels, the parts they are divided into.
 
-None of it depends on a checkpoint, so that all of them are judged on the same rows.
+None of it depends on a checkpoint, so that all of them are judged on the same rows; what a checkpoint reads of them,
+and what it learns, is made by `TaskData.encode` and `TaskData.criterion`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from exlm_dist.finetuning.dataset import FailedRow
-from exlm_dist.finetuning.ensemble import check_parts
-from exlm_dist.finetuning.splits import PARTS, Parts, random_split, repeated_rows, scaffold_split, split_hash
-from exlm_dist.finetuning.targets import Target, class_counts, read_targets
-from exlm_dist.suites.suite import Task
-from exlm_dist.tables.columns import kind_of, listed
-from exlm_dist.tables.input_files import ENDINGS
-from exlm_dist.tables.records import InputOptions, Record, column_names, read_records
-from exlm_dist.tables.text_files import COMPRESSED
-from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles, make_policy, murcko_scaffold
+from exlm_dist.finetuning.criterion import Criterion, TargetCriterion
+from exlm_dist.finetuning.dataset import Examples, FailedRow
+from exlm_dist.finetuning.finetune_settings import TrainingSettings
+from exlm_dist.finetuning.inputs import encode_inputs
+from exlm_dist.finetuning.splits import Parts, repeated_rows, split_hash
+from exlm_dist.finetuning.targets import Target, class_counts, with_scaling
+from exlm_dist.suites.suite import OFFICIAL
+from exlm_dist.tables.columns import kind_of
+from exlm_dist.tokenizers import Tokenizer
 from exlm_dist.utils.errors import DataError
-from exlm_dist.utils.files import sha256_file
-
-#: Fractions of the three parts, as all papers on MoleculeNet have them.
-SIZES = (0.8, 0.1, 0.1)
-#: The seed of the random split. Seeds of an evaluation are those of the training: the rows stay where they are.
-SPLIT_SEED = 0
-#: Folders below that of the data in which files are looked for: `tox21/raw/tox21.csv` is one form of download.
-DEEPEST = 3
+from exlm_dist.utils.files import fingerprint_of, sha256_file
 
 
 @dataclass(frozen=True)
+class EncodedTask:
+    """What a checkpoint reads: m examples, each of one of the rows; of a row there may be several.
+
+    Args:
+        rows: int64 [m]. truncated: rows that have lost their end. unknown: rows with a token that the vocabulary lacks.
+    """
+
+    examples: Examples
+    rows: np.ndarray
+    truncated: int
+    unknown: int
+
+    def of_parts(self, parts: Parts) -> dict[str, Examples]:
+        """The examples of each part."""
+        return {part: self.examples.take(np.flatnonzero(np.isin(self.rows, rows))) for part, rows in parts.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskData:
     """The used rows of a task: n rows with at least one label.
 
     Args:
-        texts: molecules as they are in the file, [n]. keys: equal for two spellings of the same molecule, [n].
-        rows: number of each row in the file, [n]. labels: float64 [n, targets], NaN: missing.
-        undefined: columns of labels that have no two distinct ones, which are left out.
+        sha256: see `hash_of_files`. columns: inputs by name, each [n]. keys: equal for two inputs that are the same,
+        [n]. places: file and number of each row, [n]. labels: float64 [n, targets], NaN: missing. undefined: columns of
+        labels that have no two distinct ones, which are left out. official: the parts that the files themselves are.
     """
 
-    path: Path
+    files: tuple[Path, ...]
     sha256: str
-    texts: list[str]
+    columns: Mapping[str, list[str]]
     keys: list[str]
-    rows: list[int]
+    places: list[tuple[str, int]]
     targets: tuple[Target, ...]
     labels: np.ndarray
-    undefined: tuple[str, ...]
     failed: list[FailedRow]
+    undefined: tuple[str, ...] = ()
+    official: Parts = field(default_factory=dict)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether what is learned of it is pooled (see `Criterion`)."""
+        return True
+
+    def split(self, name: str) -> Parts:
+        """The rows of each part. DataError if nothing can be learned from a part, or measured on it."""
+        assert name == OFFICIAL
+        return self.official
+
+    def encode(self, tokenizer: Tokenizer, max_tokens: int) -> EncodedTask:
+        """What a checkpoint reads of the rows; `max_tokens` without BOS and EOS. DataError if it cannot read one."""
+        encoded = encode_inputs(tokenizer, list(self.columns.values()), max_tokens=max_tokens, truncate=True)
+        if encoded.failures:
+            row, reason = next(iter(encoded.failures.items()))
+            file, number = self.places[row]
+            raise DataError(
+                f"{file}: row {number}: {reason} ({len(encoded.failures)} rows that other checkpoints can read). "
+                "Evaluate this one in another --out, on a file without these rows."
+            )
+        examples = Examples(encoded.tokens, encoded.lengths, self.labels)
+        return EncodedTask(examples, np.arange(len(self.labels)), encoded.truncated, encoded.unknown)
+
+    def criterion(self, encoded: EncodedTask, parts: Parts, settings: TrainingSettings) -> Criterion:
+        """What is learned, and how it is judged."""
+        return TargetCriterion(with_scaling(self.targets, self.labels[parts["train"]], settings.scale_targets))
 
     def described(self) -> dict[str, Any]:
         """What is recorded of it, as JSON has it."""
         return {
-            "file": str(self.path),
+            "files": [str(path) for path in self.files],
             "sha256": self.sha256,
-            "rows": {"read": len(self.rows) + len(self.failed), "used": len(self.rows)},
+            "rows": {"read": len(self.places) + len(self.failed), "used": len(self.places)},
             "failed": [{"row": one.row, "reason": one.reason, "text": one.text} for one in self.failed],
             "duplicates": sum(count - 1 for count in Counter(self.keys).values()),
             "targets": [target.name for target in self.targets],
             "undefined_targets": list(self.undefined),
         }
 
-
-def find_file(task: Task, folder: Path) -> Path | None:
-    """The file of a task in or below the folder; None if it is not there. DataError if several files could be it."""
-    names = {f"{name}{ending}{packed}" for name in task.files for ending in ENDINGS for packed in ("", *COMPRESSED)}
-    depths = ["/".join(["*"] * depth) for depth in range(1, DEEPEST + 1)]
-    found = [path for depth in depths for path in sorted(folder.glob(depth)) if path.name.lower() in names]
-    if len(found) > 1:
-        raise DataError(
-            f"{task.name}: {listed([str(path) for path in found])} could each be its file. Leave one in {folder}."
-        )
-    return found[0] if found else None
-
-
-def read_task(task: Task, path: Path) -> TaskData:
-    """Read the file of a task. DataError if a column is missing, or no row or less than half of them can be used."""
-    names = column_names(path, InputOptions())
-    column = _column(path, names, task.inputs)
-    targets = task.targets or tuple(name for name in names if name not in (*task.inputs, *task.others))
-    if missing := [name for name in targets if name not in names]:
-        raise DataError(
-            f"{path}: has no column {missing[0]!r}, whose values {task.name} is to predict. Its columns: "
-            f"{listed(names)}. Take the file as MoleculeNet offers it, or correct the header."
-        )
-    records = list(read_records(path, InputOptions(column=column)))
-    used, keys, failed = _usable(records, column, targets)
-    if not used or len(used) < len(records) / 2:
-        first = f" (the first: row {failed[0].row}: {failed[0].reason})" if failed else ""
-        raise DataError(
-            f"{path}: {len(records) - len(used)} of {len(records)} rows cannot be used{first}. The column {column!r} "
-            "must have molecules as SMILES, and each row a label."
-        )
-    columns = {name: [record.values[name] for record in used] for name in targets}
-    defined = {name: values for name, values in columns.items() if _has_two(values)}
-    if not defined:
-        raise DataError(f"{path}: all labels are the same in each column of {task.name}: there is nothing to predict.")
-    described, labels, _ = read_targets(defined, [f"{path}: row {record.row}" for record in used], task.kind)
-    return TaskData(
-        path,
-        sha256_file(path),
-        [(record.values[column] or "").strip() for record in used],
-        keys,
-        [record.row for record in used],
-        tuple(described),
-        labels,
-        tuple(name for name in targets if name not in defined),
-        failed,
-    )
+    def described_split(self, parts: Parts) -> dict[str, Any]:
+        """What is recorded of a split: its hash, rows and labels of each part, and inputs that parts have in common."""
+        counts = {
+            part: {target.name: class_counts(target, self.labels[rows, n]) for n, target in enumerate(self.targets)}
+            for part, rows in parts.items()
+        }
+        return {
+            "hash": split_hash(parts),
+            "sizes": {part: len(rows) for part, rows in parts.items()},
+            "counts": counts,
+            "repeated": repeated_rows(self.keys, parts),
+        }
 
 
-def split_task(data: TaskData, split: str) -> Parts:
-    """The rows of each part: `scaffold` without stereo centres, as DeepChem's ScaffoldSplitter has it,
-    `scaffold-chiral` with them, as Hu et al. (ICLR 2020) and those who follow them, or `random`. DataError if nothing
-    can be learned from a part, or measured on it."""
-    if split == "random":
-        parts = random_split(len(data.rows), SIZES, SPLIT_SEED)
-    else:
-        chirality = split == "scaffold-chiral"
-        parts = scaffold_split([murcko_scaffold(text, chirality=chirality) for text in data.texts], SIZES)
-    remedy = f"Leave {split} out of --splits, or give {data.path} more rows."
-    check_parts(data.labels, data.targets, parts, test=True, remedy=remedy)
-    return parts
+def hash_of_files(files: Sequence[Path]) -> str:
+    """SHA-256 of a file, or of the hashes of several."""
+    hashes = [sha256_file(path) for path in files]
+    return hashes[0] if len(hashes) == 1 else fingerprint_of({"files": hashes})
 
 
-def described_split(data: TaskData, parts: Parts) -> dict[str, Any]:
-    """What is recorded of a split: its hash, rows and labels of each part, and molecules that parts have in common."""
-    counts = {
-        part: {target.name: class_counts(target, data.labels[rows, n]) for n, target in enumerate(data.targets)}
-        for part, rows in parts.items()
-    }
-    return {
-        "hash": split_hash(parts),
-        "sizes": {part: len(parts[part]) for part in PARTS},
-        "counts": counts,
-        "repeated": repeated_rows(data.keys, parts),
-    }
+def check_used(place: object, used: int, failed: Sequence[FailedRow], remedy: str) -> None:
+    """DataError, with the reason of the first, if no row or less than half of them can be used."""
+    read = used + len(failed)
+    if used and used >= read / 2:
+        return
+    first = f" (the first: {failed[0].file}: row {failed[0].row}: {failed[0].reason})" if failed else ""
+    raise DataError(f"{place}: {len(failed)} of {read} rows cannot be used{first}. {remedy}")
 
 
-def _column(path: Path, names: Sequence[str], known: Sequence[str]) -> str:
-    found = [name for name in names if name.lower() in known]
-    if len(found) != 1:
-        raise DataError(
-            f"{path}: has {'no' if not found else 'more than one'} column of molecules ({' or '.join(known)}). Its "
-            f"columns: {listed(names)}. Call the one with the molecules {known[0]!r}."
-        )
-    return found[0]
-
-
-def _usable(
-    records: Sequence[Record], column: str, targets: Sequence[str]
-) -> tuple[list[Record], list[str], list[FailedRow]]:
-    """(rows with a molecule and a label, their canonical SMILES, all other rows with the reason)."""
-    policy = make_policy()
-    used, keys, failed = [], [], []
-    for record in records:
-        try:
-            if record.problem:
-                raise MoleculeError(record.problem)
-            key = canonical_smiles((record.values[column] or "").strip(), policy)
-            if all(_is_missing(record.values[name]) for name in targets):
-                raise MoleculeError("no label")
-        except MoleculeError as error:
-            text = record.raw or record.values.get(column) or ""
-            failed.append(FailedRow(record.file, record.row, str(error), text))
-            continue
-        used.append(record)
-        keys.append(key)
-    return used, keys, failed
-
-
-def _is_missing(value: str | None) -> bool:
+def is_missing(value: str | None) -> bool:
+    """Whether a cell has no label."""
     return value is None or kind_of(value) == "missing"
-
-
-def _has_two(values: Sequence[str | None]) -> bool:
-    """Whether the labels of a column have two distinct values; 1 and 1.0 are the same."""
-    known = {value.strip() for value in values if value is not None and not _is_missing(value)}
-    with suppress(ValueError):
-        return len({float(value) for value in known}) > 1
-    return len(known) > 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import time
@@ -16,6 +15,7 @@ from exlm_dist.suites.evaluate_suite import SuiteRequest, Summary, evaluate_suit
 from exlm_dist.tracking import EVENTS, read_events
 from exlm_dist.utils.checkpoint_names import COMPLETE_FILE
 from exlm_dist.utils.errors import CheckpointError, ConfigError
+from exlm_dist.utils.locks import lock
 
 PINNED = "pinned"
 POLL = 5.0
@@ -79,9 +79,9 @@ def _pins(out: Path) -> Iterator[Path]:
     """The folder of the links, empty and this process's alone."""
     folder = out / PINNED
     folder.mkdir(exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / ".lock", "w") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file.fileno(), file.name)
         except BlockingIOError:
             raise ConfigError(f"{out}: another process watches a training for it. Choose another --out.") from None
         for left in folder.glob("step-*"):

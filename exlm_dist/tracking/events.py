@@ -6,7 +6,8 @@ Names of metrics across the package (unit):
 `perplexity`, `joint_nll`, `coupling`, `objective_nll`, `invalid`, of ExLM `alignment_...`),
 `perf/tokens_per_second` (original tokens), `perf/expanded_tokens_per_second`, `perf/step_seconds`,
 `perf/wait_seconds` (for data, per step), `perf/padding_fraction`, `perf/memory_megabytes` (peak of the process or
-device), `progress/seconds` (training time so far, over all restarts), `progress/sequences`, `progress/tokens`.
+device), `progress/seconds` (training time so far, over all restarts), `progress/sequences`, `progress/tokens`,
+`recheck/failed` (checks in which replicas differed so far; a point for every check).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from exlm_dist.utils.locks import lock
 from exlm_dist.utils.logs import get_logger
 
 EVENTS = "events.jsonl"
@@ -287,8 +289,9 @@ class EventLog:
     def _exclusive(self) -> Iterator[None]:
         """One writer at a time among threads and processes."""
         with self._lock:
-            fcntl.flock(self._handle, fcntl.LOCK_EX)
+            locked = lock(self._handle, self.path, wait=True)
             try:
                 yield
             finally:
-                fcntl.flock(self._handle, fcntl.LOCK_UN)
+                if locked:
+                    fcntl.flock(self._handle, fcntl.LOCK_UN)

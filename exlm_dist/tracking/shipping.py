@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from exlm_dist.tracking.system import SystemSampler
 from exlm_dist.tracking.uri import redact, tracking_uri
 from exlm_dist.utils.errors import CheckpointError, ConfigError
 from exlm_dist.utils.files import write_json
+from exlm_dist.utils.locks import lock
 from exlm_dist.utils.logs import get_logger
 from exlm_dist.utils.version import VERSION
 
@@ -324,7 +324,7 @@ def _only_sender(folder: Path) -> Iterator[None]:
     """Two processes that send the same run would each create it in MLflow. The lock ends with its process."""
     with open(folder / ".tracking.lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file.fileno(), file.name)
         except BlockingIOError:
             raise RuntimeError("another process is sending this run right now") from None
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import logging
 import os
@@ -15,6 +14,7 @@ from typing import Any
 
 from exlm_dist.tracking.checkpoint_models import UID_TAG, CheckpointModels
 from exlm_dist.tracking.uri import redact
+from exlm_dist.utils.locks import lock
 from exlm_dist.utils.logs import get_logger
 
 POINTS_PER_CALL = 1000
@@ -262,7 +262,7 @@ def _complete_database(mlflow: Any, uri: str) -> Iterator[None]:
     path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(path.name + ".lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file.fileno(), file.name, wait=True)
         if not path.exists():
             _create_database(mlflow, path)
         yield

@@ -29,19 +29,27 @@ def system_metrics(folder: str | os.PathLike[str] = ".") -> dict[str, float]:
 
 
 def _gpu_metrics() -> dict[str, float]:
-    """Only if torch is loaded and has a CUDA context: sampling must not create one."""
+    """Only if torch is loaded and has a CUDA context: sampling must not create one. From NVML, which needs none; where
+    that is missing, of the devices on which this process has memory."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return {}
     values = {}
     for device in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(device)
-        values[f"gpu_{device}_memory_usage_megabytes"] = (total - free) / 1e6
-        values[f"gpu_{device}_memory_usage_percentage"] = 100 * (total - free) / total
         try:
+            used, total = torch.cuda.device_memory_used(device), torch.cuda.get_device_properties(device).total_memory
             values[f"gpu_{device}_utilization_percentage"] = torch.cuda.utilization(device)
-        except (ImportError, RuntimeError):  # NVML or its Python binding is not installed
-            continue
+        except (
+            ImportError,
+            AttributeError,
+            RuntimeError,
+        ):  # no NVML, or no Python binding of it
+            if not torch.cuda.memory_reserved(device):
+                continue  # asking CUDA would open a context of half a gigabyte there
+            free, total = torch.cuda.mem_get_info(device)
+            used = total - free
+        values[f"gpu_{device}_memory_usage_megabytes"] = used / 1e6
+        values[f"gpu_{device}_memory_usage_percentage"] = 100 * used / total
     return values
 
 

@@ -24,6 +24,7 @@ from exlm_dist.utils.errors import CheckpointError
 REASONS = {
     "init": "the initial weights are made",
     "seed": "decides order, masks and dropout: samples would come twice in an epoch, or never",
+    "data": "decides the order: samples would come twice in an epoch, or never",
     "batch.sequences": "decides which samples a step sees: step x batch.sequences is the position in the data",
     "model.init_std": "the initial weights are made",
     "model": "decides what the weights are",

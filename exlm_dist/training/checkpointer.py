@@ -25,7 +25,7 @@ from exlm_dist.utils.version import git_commit
 
 #: What is raised for a save that failed where the run cannot go on without it.
 SAVE_ERRORS = {Failure.DISK: rank_files.SaveFailed, Failure.LOST: WriterLost, Failure.VALUES: RunStopped}
-#: Bytes per second of a slow shared file system, hashing included.
+#: Bytes per second that each rank writes to a slow shared file system, hashing included.
 SLOWEST_WRITE = 100e6
 logger = get_logger(__name__)
 
@@ -63,8 +63,9 @@ class Checkpointer:
 
     def seconds_to_save(self, *, due: bool) -> float:
         """Seconds until the state after the next step could be on disk, that step not counted; `due`: a save comes
-        before. As the slowest save of this launch; before there was one, as on a slow file system."""
-        guess = BYTES_PER_PARAMETER * self._engine.num_parameters / SLOWEST_WRITE
+        before. As the slowest save of this launch; before there was one, as on a slow file system, to which every
+        rank writes its part."""
+        guess = BYTES_PER_PARAMETER * self._engine.num_parameters / (SLOWEST_WRITE * self._process.world)
         return (self._slowest_save or guess) * (2 if due or self.saving else 1)
 
     def save(self, step: int, evaluation: dict[str, float] | None, *, needed: bool = False) -> None:

@@ -65,8 +65,11 @@ class Interruption:
         if not self._out_of_time and self.deadline.is_near(seconds):
             self._out_of_time = True
             logger.info(
-                "the time of the job ends at %s: saving now",
+                "the time of the job ends at %s, one more step with a save may take %.0f s (launch.margin %.0f s): "
+                "saving now",
                 time.strftime("%H:%M:%S", time.localtime(self.deadline.end)),
+                seconds,
+                self.deadline.margin,
             )
         return process.any(self.received is not None or self._out_of_time)
 

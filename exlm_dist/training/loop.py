@@ -55,6 +55,7 @@ def _launch(config: RunConfig, interruption: Interruption, resources: Resources,
     from exlm_dist.training.session import build_session
     from exlm_dist.training.starting_point import find_starting_point
 
+    heartbeat.enter("start/meet")
     process = processes.start(config.launch, config.parallel)
     start = find_starting_point(config, process, resources, allow_changes=allow_changes)
     if start.step >= config.schedule.steps:
@@ -64,6 +65,7 @@ def _launch(config: RunConfig, interruption: Interruption, resources: Resources,
             start.step,
             start.path,
         )
+        heartbeat.enter("end")
         return EXIT_DONE
     session = build_session(config, process, start, resources)
     code = run(session, interruption)
@@ -77,6 +79,7 @@ def run(session: Session, interruption: Interruption) -> int:
     if (session.step or config.init) and session.evaluation is None and evaluator.is_due(session.step):
         # The signal that ended the last launch left no time for it; or the run begins with weights that are worth it.
         session.evaluate()
+    heartbeat.enter("start/first step")
     pace = Pace()
     while session.step < config.schedule.steps:
         with pace.phase("step"):
@@ -112,7 +115,7 @@ def _report_to_peers(error: BaseException, resources: Resources) -> BaseExceptio
         )
         error = lost.with_traceback(error.__traceback__)
     leave_message(error)
-    heartbeat.enter("end")
+    heartbeat.enter("failure")
     if processes.must_exit_hard():
         traceback.print_exception(error)
         sys.stderr.flush()

@@ -22,7 +22,7 @@ class Pace:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Run the body in phase `name` (step, save, evaluation). The first step, which compiles, belongs to `start`."""
+        """Run the body in phase `name` (step, save, evaluation). The first step, which compiles, is of the start."""
         compiles = not self._started and name == "step"
         begun = time.monotonic()
         with contextlib.nullcontext() if compiles else heartbeat.phase(name):

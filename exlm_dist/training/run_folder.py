@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -15,6 +14,7 @@ from exlm_dist.tracking import EVENTS, EventLog
 from exlm_dist.utils.checkpoint_names import CHECKPOINTS
 from exlm_dist.utils.errors import CheckpointError, ConfigError
 from exlm_dist.utils.files import write_atomic
+from exlm_dist.utils.locks import lock
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
@@ -25,9 +25,9 @@ LOCK_PATIENCE = 10.0
 class RunFolder:
     """An opened run folder, locked against a second writer until `close` or the end of the process."""
 
-    def __init__(self, path: Path, lock: int) -> None:
+    def __init__(self, path: Path, handle: int) -> None:
         self.path = path
-        self._lock = lock
+        self._lock = handle
 
     @staticmethod
     def open(config: RunConfig, *, patience: float = LOCK_PATIENCE) -> RunFolder:
@@ -77,12 +77,12 @@ def _is_another_run(file: Path, config: RunConfig) -> bool:
 
 
 def _lock(path: Path, patience: float) -> int:
-    """Exclusive lock that the kernel gives back when the process ends, however it ends."""
+    """An exclusive lock, where the file system has locks."""
     handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     deadline = time.monotonic() + patience
     while True:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle, path / LOCK)
             break
         except BlockingIOError:
             if time.monotonic() > deadline:

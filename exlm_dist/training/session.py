@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from exlm_dist.checkpoint.tensors import TensorReader
 from exlm_dist.config import RunConfig, dump_config
 from exlm_dist.data.loader import Loader
+from exlm_dist.data.order import Order
 from exlm_dist.data.recipe import Recipe
+from exlm_dist.data.shard_index import Lengths
 from exlm_dist.launch import heartbeat
 from exlm_dist.parallel.process import Process
 from exlm_dist.tokenizers import load_tokenizer
@@ -20,6 +24,7 @@ from exlm_dist.training.engine import state as engine_state
 from exlm_dist.training.engine.base import Engine
 from exlm_dist.training.evaluator import Evaluator
 from exlm_dist.training.observers import Meter, Progress
+from exlm_dist.training.recheck import Recheck
 from exlm_dist.training.resources import Resources
 from exlm_dist.training.sample_log import SampleLog
 from exlm_dist.training.saver import Saver
@@ -45,6 +50,7 @@ class Session:
     checkpointer: Checkpointer
     meter: Meter
     samples: SampleLog | None
+    recheck: Recheck | None
     step: int  # optimizer steps done
     evaluation: dict[str, float] | None  # of the weights after `step` steps, once it was made
 
@@ -52,7 +58,10 @@ class Session:
         """One optimizer step, and what is noted of it."""
         batches = self.loader.step(self.step)
         heartbeat.beat(self.step)
-        result = optimizer_step(self.engine, batches, self.config, scored=self.meter.is_logged(self.step))
+        scored, check = self.meter.is_logged(self.step), None
+        if self.recheck and self.recheck.is_due(self.step + 1, saved=self.checkpointer.is_due(self.step + 1)):
+            check = self.recheck.of_step(batches, scored=scored)
+        result = optimizer_step(self.engine, batches, self.config, scored=scored, check=check)
         self.step += 1
         heartbeat.beat(self.step)
         self.evaluation = None
@@ -72,10 +81,11 @@ def build_session(config: RunConfig, process: Process, start: StartingPoint, res
     What has to be closed is pushed on `resources` as soon as it is open. ConfigError and CheckpointError as their
     parts raise them.
     """
+    heartbeat.enter("start/model")
     loader = process.run_everywhere(lambda: _loader(config, process, start))
     resources.callback(loader.close)
     length = float(start.train_data.lengths.mean()) + 2
-    engine = build_engine(config, process, start.train_data.vocab_size, length)
+    engine = build_engine(config, process, start.train_data.vocab_size, length, drawn=start.checkpoint is None)
     saver = Saver(
         start.path,
         engine,
@@ -85,6 +95,7 @@ def build_session(config: RunConfig, process: Process, start: StartingPoint, res
         log=start.path / EVENTS,
     )
     resources.callback(saver.close)
+    heartbeat.enter("start/weights")
     init = start.state.get("init")
     if start.checkpoint is not None:
         _resume(process, start, loader, engine, saver)
@@ -102,18 +113,21 @@ def build_session(config: RunConfig, process: Process, start: StartingPoint, res
         # The launch that wrote it may have been killed before it could say so.
         checkpointer.log_evaluation(start.checkpoint, start.step, evaluation)
     evaluator = Evaluator(config, process, engine, start.valid_data, events)
+    recheck = Recheck.of(config, process, engine, loader, start.path, events)
     _announce(config, process, start, engine)
-    return Session(config, process, loader, engine, evaluator, checkpointer, meter, samples, start.step, evaluation)
+    return Session(
+        config, process, loader, engine, evaluator, checkpointer, meter, samples, recheck, start.step, evaluation
+    )
 
 
 def _loader(config: RunConfig, process: Process, start: StartingPoint) -> Loader:
     data = process.grid.data
-    recipe = Recipe.of(config, start.train_data.vocab_size)
+    recipe = Recipe.of(config, start.train_data.vocab_size, load_tokenizer(start.train_data.tokenizer_path))
     _check_lengths(config, start, recipe)
     return Loader(
         start.train_data,
         recipe,
-        seed=config.seed,
+        order=Order.of(config.data, config.seed, len(start.train_data)),
         global_batch=config.batch.sequences,
         rank=data.rank,
         world=data.size,
@@ -124,7 +138,7 @@ def _loader(config: RunConfig, process: Process, start: StartingPoint) -> Loader
 def _check_lengths(config: RunConfig, start: StartingPoint, recipe: Recipe) -> None:
     """ConfigError, before anything is trained, if a sequence of training or evaluation could become too long; it says
     what is enough for all."""
-    uses = [(recipe, start.train_data.lengths)]
+    uses: list[tuple[Recipe, np.ndarray | Lengths]] = [(recipe, start.train_data.lengths)]
     if start.valid_data is not None:
         evaluated = start.valid_data.lengths[: config.evaluation.sequences]
         uses.append((Recipe.for_evaluation(config, recipe.vocab_size), evaluated))

@@ -12,7 +12,8 @@ from exlm_dist.checkpoint.hf_export import is_export
 from exlm_dist.checkpoint.weights_only import describe_origin
 from exlm_dist.config import RunConfig, check_vocabulary, check_world
 from exlm_dist.data.shards import ShardDataset
-from exlm_dist.parallel.process import Process
+from exlm_dist.launch import heartbeat
+from exlm_dist.parallel.process import Process, node_part
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.training.advice import new_run_command
 from exlm_dist.training.changes import Change, accept_changes
@@ -55,13 +56,15 @@ def find_starting_point(
     cannot be used, CheckpointError where the folder is in use, none of its checkpoints is whole, or they belong to
     another run.
     """
+    heartbeat.enter("start/data")
     process.run_everywhere(lambda: _check_settings(config, process))
     path = Path(process.run_on_first_rank(lambda: _open_folder(config, resources)))
-    train_data = process.run_everywhere(lambda: _open_split(config, "train"))
+    train_data = process.run_everywhere(lambda: _open_split(config, process, "train"))
     valid_data = None
     if train_data.manifest["splits"]["valid"]["shards"]:
-        valid_data = process.run_everywhere(lambda: _open_split(config, "valid"))
+        valid_data = process.run_everywhere(lambda: _open_split(config, process, "valid"))
     check_vocabulary(train_data.vocab_size, config.parallel.tensor)
+    heartbeat.enter("start/checkpoint")
     folder, state = select_checkpoint(path, process) or (None, {"step": 0, "progress": {}})
     step, changes, source = state["step"], [], None
     if folder is not None:
@@ -142,8 +145,17 @@ def _open_folder(config: RunConfig, resources: Resources) -> str:
     return str(folder.path)
 
 
-def _open_split(config: RunConfig, split: str) -> ShardDataset:
-    return ShardDataset.open(config.data.path, split, max_bad_records=config.data.max_bad_records)
+def _open_split(config: RunConfig, process: Process, split: str) -> ShardDataset:
+    data = config.data
+    in_blocks = split == "train" and data.shuffle == "windows"
+    return ShardDataset.open(
+        data.path,
+        split,
+        max_bad_records=data.max_bad_records,
+        block=data.block if in_blocks else 0,
+        kept_blocks=2 * data.window,
+        part=node_part(process.local_rank),
+    )
 
 
 def _rejection(folder: Path, process: Process) -> str | None:

@@ -34,7 +34,8 @@ SCENARIOS = {
     "hang": ["[ $RANK = 0 ] && exit 76; sleep 600", "exit 0"],
     "saved": ["checkpoint 1; exit 75", "exit 0"],
     "stuck": ["exit 76"] * 9,
-    "slow": ["sleep 0.5; checkpoint 1; exit 75", *["exit 75"] * 9],
+    "slow": ["sleep 0.5; checkpoint 3; exit 75", *["exit 75"] * 9],
+    "short": [f"checkpoint {step}; exit 75" for step in range(1, 10)],
     "moving": [
         "checkpoint 1; exit 76",
         "checkpoint 2; exit 76",
@@ -45,18 +46,35 @@ SCENARIOS = {
     "warned": ["touch ready; trap 'checkpoint 1; exit 75' USR1; sleep 600 & wait; exit 3", "exit 0"],
     "cancelled": ["touch ready; trap 'touch warned; exit 75' USR1 TERM; sleep 600 & wait; exit 3", "exit 0"],
     "refused": ["exit 0"],
+    "wrong": ["[ $RANK = 1 ] && echo $SLURMD_NODENAME | tee left-out >run/excluded-hosts; exit 76", "exit 0"],
+    "gres": ["exit 0"],
+    "total": ["exit 0"],
+    "tasks": ["exit 0"],
+    "uneven": ["exit 0"],
+    "unused": ["exit 0"],
+    "odd": ["exit 0"],
+}
+#: By name: how a job asks for its GPUs; the others: one on each node.
+GPUS = {
+    "gres": ["--gres=gpu:2"],
+    "total": ["--gpus=2"],
+    "tasks": ["--gpus-per-task=1", "--ntasks-per-node=2"],
+    "uneven": ["--gpus=3"],
+    "unused": ["--gres=gpu:2", "--ntasks-per-node=1"],
+    "odd": ["--gpus-per-task=1", "--ntasks=3"],
 }
 
 
 def submit(slurm: Slurm, name: str) -> Job:
-    """The job of the scenario `name`: two ranks on two nodes."""
+    """The job of the scenario `name`: on two nodes, with a rank for each GPU."""
     folder = slurm.folder / f"scenario-{name}"
     folder.mkdir()
     (folder / "ends").write_text("\n".join(SCENARIOS[name]) + "\n")
     (folder / "run.yaml").write_text("name: run\ndata: {path: nowhere}\nschedule: {steps: 10, warmup: 1}\n")
     (folder / "python").write_text(STAND_IN)
     (folder / "python").chmod(0o755)
-    options = ["--nodes=2", "--gpus-per-node=1", "--time=60", f"--output={folder}/job.log"]
-    return slurm.submit(
-        ROOT / "slurm" / "pretrain.sh", name, options=options, EXLM_PYTHON=str(folder / "python"), EXLM_GRACE="2"
-    )
+    options = ["--nodes=2", *GPUS.get(name, ["--gpus-per-node=1"]), "--time=60", f"--output={folder}/job.log"]
+    script = folder / "pretrain.sh"  # the file of the repository without what the options say instead
+    lines = (ROOT / "slurm" / "pretrain.sh").read_text().splitlines(keepends=True)
+    script.write_text("".join(line for line in lines if not line.startswith("#SBATCH --gpus-per-node")))
+    return slurm.submit(script, name, options=options, EXLM_PYTHON=str(folder / "python"), EXLM_GRACE="2")

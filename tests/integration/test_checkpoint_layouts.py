@@ -73,7 +73,7 @@ def load_and_save(process, settings, cases):
     from exlm_dist.training.session import build_session
     from exlm_dist.training.starting_point import find_starting_point
 
-    plain = engines.deepspeed_config
+    plain, reads = engines.deepspeed_config, count_reads()
 
     def all_partitioned(*arguments):
         result = plain(*arguments)
@@ -94,8 +94,13 @@ def load_and_save(process, settings, cases):
         placed = dataclasses.replace(process, grid=grid)
         with Resources() as resources:
             start = find_starting_point(config, placed, resources)
-            session = build_session(config, placed, start, resources)
+            reads.clear()
+            with nothing_drawn():
+                session = build_session(config, placed, start, resources)
             assert session.step == STEP
+            if stage in (1, 2) and not degrees:  # with degrees also what other ranks save for this one
+                owned = sum(part.numel for part in session.checkpointer.saver._parts)
+                assert sum(reads) == 3 * owned, "it has read other elements than its own parameters and moments"
             compare_weights(session.engine, Path(config.runs) / "run/checkpoints" / f"step-{STEP:08d}")
             session.step += 1
             delay_copy(session.checkpointer.saver)
@@ -105,6 +110,31 @@ def load_and_save(process, settings, cases):
                 session.checkpointer.attend()
             session.engine.close()
             resources.status = "KILLED"
+
+
+def count_reads():
+    """A list that grows by the number of elements of each read from a checkpoint."""
+    from exlm_dist.checkpoint.tensors import TensorReader
+
+    plain, numbers = TensorReader.read, []
+
+    def read(reader, name, moment, part, start, stop):
+        numbers.append(stop - start)
+        return plain(reader, name, moment, part, start, stop)
+
+    TensorReader.read = read
+    return numbers
+
+
+@contextlib.contextmanager
+def nothing_drawn():
+    """Inside, no weights may be drawn that a checkpoint would then replace: at 7B that takes a minute."""
+    from exlm_dist.model import initialisation
+
+    plain = initialisation.seed_from
+    initialisation.seed_from = None
+    yield
+    initialisation.seed_from = plain
 
 
 def delay_copy(saver):
@@ -139,12 +169,13 @@ def change_every_tensor(session):
 
 def compare_weights(engine, folder):
     """What the model of this rank works with is its part of the saved weights, in the working precision."""
+    import deepspeed
     import torch
 
     weights = reader.load_weights(folder)
-    local_parameters = [sharded.parameter for sharded in engine.parameters]
-    with engine._gathered_model() if engine.zero == 3 else contextlib.nullcontext() as model:
-        for sharded, local in zip(engine.parameters, local_parameters if model is None else model.parameters()):
+    for sharded in engine.parameters:
+        local = sharded.parameter
+        with deepspeed.zero.GatheredParameters([local], enabled=engine.zero == 3):
             size = int(np.prod(sharded.part_shape))
             part = elements_of(weights[sharded.name].numpy(), Piece(sharded.slice, 0, size, 0))
             wanted = torch.from_numpy(part.copy()).to(local.dtype)

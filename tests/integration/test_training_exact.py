@@ -22,6 +22,7 @@ def data(tmp_path_factory) -> Path:
 def first_step(process, settings):
     """(gradients by name, loss, samples of this rank) of step 0, through the engine's own optimizer state."""
     from exlm_dist.data.loader import Loader
+    from exlm_dist.data.order import Order
     from exlm_dist.data.recipe import Recipe
     from exlm_dist.data.shards import ShardDataset
     from exlm_dist.training.engine import build_engine
@@ -32,7 +33,7 @@ def first_step(process, settings):
     loader = Loader(
         dataset,
         Recipe.of(config, dataset.vocab_size),
-        seed=config.seed,
+        order=Order.of(config.data, config.seed, len(dataset)),
         global_batch=config.batch.sequences,
         rank=process.rank,
         world=process.world,

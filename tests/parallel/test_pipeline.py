@@ -47,6 +47,7 @@ def data(tmp_path_factory) -> Path:
 def trajectory(process, settings):
     """Losses, norms and scores of ten steps, gradients of the first, the weights and the evaluation after the last."""
     from exlm_dist.data.loader import Loader, eval_batches
+    from exlm_dist.data.order import Order
     from exlm_dist.data.recipe import Recipe
     from exlm_dist.data.shards import ShardDataset
     from exlm_dist.parallel.process_groups import Grid
@@ -62,7 +63,7 @@ def trajectory(process, settings):
     loader = Loader(
         datasets["train"],
         recipe,
-        seed=config.seed,
+        order=Order.of(config.data, config.seed, len(datasets["train"])),
         global_batch=config.batch.sequences,
         rank=data.rank,
         world=data.size,

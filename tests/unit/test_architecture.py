@@ -68,8 +68,14 @@ SEAMS = {
     "matplotlib": ("analysis/",),
     "sentencepiece": ("tokenizers/",),
     "safetensors": ("export/", "finetuning/model_folder.py"),
-    "sklearn": ("finetuning/", "suites/fingerprints.py", "suites/linear_probe.py", "analysis/finetuning_figures.py"),
-    "scipy": ("suites/suite_table.py",),
+    "sklearn": (
+        "finetuning/",
+        "suites/fingerprints.py",
+        "suites/linear_probe.py",
+        "suites/bag_of_words.py",
+        "analysis/finetuning_figures.py",
+    ),
+    "scipy": ("suites/suite_table.py", "suites/bag_of_words.py"),
     "pyarrow": ("tables/",),
     "zstandard": ("tables/",),
     "torch": ("kernels/", "parallel/", "model/", "training/", "inference/", "evaluation/", "export/", "analysis/")

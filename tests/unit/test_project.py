@@ -13,7 +13,7 @@ from locations import ROOT
 import exlm_dist
 
 TESTS = ROOT / "tests"
-FOLDERS = ("docs", "exlm_dist", "benchmarks")
+FOLDERS = ("docs", "exlm_dist", "benchmarks", "containers")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 
 

@@ -9,9 +9,9 @@ from exlm_dist.training.engine.pipeline_engine import PipelineEngine
 from exlm_dist.training.engine.zero_engine import ZeroEngine
 
 
-def build_engine(config: RunConfig, process: Process, vocab_size: int, length: float) -> Engine:
+def build_engine(config: RunConfig, process: Process, vocab_size: int, length: float, *, drawn: bool = True) -> Engine:
     """The engine for the layout of `config`; `length`: mean tokens of a sequence, by which layers are cut into
-    stages."""
+    stages; `drawn`: with initial weights, else it is to be filled from a checkpoint."""
     if process.grid.pipeline.size == 1:
-        return ZeroEngine(config, process, vocab_size)
-    return PipelineEngine(config, process, vocab_size, length)
+        return ZeroEngine(config, process, vocab_size, drawn=drawn)
+    return PipelineEngine(config, process, vocab_size, length, drawn=drawn)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,11 @@ from exlm_dist.parallel.sharded import ShardedParameter
 from exlm_dist.training.engine.deepspeed_config import adamw_options, deepspeed_config, working_dtype
 from exlm_dist.training.engine.quiet_deepspeed import quiet_deepspeed
 from exlm_dist.utils.seeding import seed_from
+
+#: Bytes that vectorised loads ask the address of a tensor to be a multiple of.
+ALIGNMENT = 16
+#: Called on every rank before the optimizer's update with its `digest.GradientDigest.value()`.
+Check = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class Engine(ABC):
         self.accumulation = config.batch.sequences // (config.batch.micro * process.grid.data.size)
         self.num_parameters = self._count_parameters()
         local = [sharded.parameter for sharded in parameters]
+        if self.zero in (1, 2):  # the others have no common buffer that the model computes with
+            local = aligned_order(local, self.dtype)
         self.optimizer = torch.optim.AdamW(local, **adamw_options(config, process.device))
         numel = sum(parameter.numel() for parameter in local)
         with quiet_deepspeed() as deepspeed:
@@ -96,10 +103,13 @@ class Engine(ABC):
             group["lr"] = rate
 
     @abstractmethod
-    def train(self, batches: Sequence[PackedBatch], denominator: float, *, scored: bool) -> BatchResult:
+    def train(
+        self, batches: Sequence[PackedBatch], denominator: float, *, scored: bool, check: Check | None = None
+    ) -> BatchResult:
         """One optimizer step on this rank's micro-batches, the loss divided by the global `denominator`.
 
-        `scored`: also measure nll and accuracy on the last one, under the dropout of training.
+        `scored`: also measure nll and accuracy on the last one, under the dropout of training. `check` is called with
+        the digest of loss and gradients of the first one; where it raises, no weight has changed.
         """
 
     @abstractmethod
@@ -123,10 +133,23 @@ class Engine(ABC):
         self.deepspeed.destroy()
 
 
+def aligned_order(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> list[nn.Parameter]:
+    """The order in which DeepSpeed lays `parameters` end to end in one buffer of `dtype`: those whose bytes are no
+    multiple of ALIGNMENT at the end, the largest first. None that stood behind one of them would be aligned, and matrix
+    products and kernels would have to take their slow paths."""
+
+    def place(parameter: nn.Parameter) -> tuple[bool, int]:
+        odd = parameter.numel() * dtype.itemsize % ALIGNMENT != 0
+        return odd, -parameter.numel() if odd else 0
+
+    return sorted(parameters, key=place)
+
+
 def build_local_model(
-    config: RunConfig, process: Process, vocab_size: int, stage: range | None = None
+    config: RunConfig, process: Process, vocab_size: int, stage: range | None = None, *, drawn: bool = True
 ) -> LanguageModel:
-    """The part of the model on this rank, with its initial weights; `stage`: indices of its layers, None: all."""
+    """The part of the model on this rank; `stage`: indices of its layers, None: all. `drawn`: with its initial weights,
+    else it is to be filled from a checkpoint."""
     shard = None
     if process.grid.tensor.size > 1:
         from exlm_dist.parallel import tensor  # megatron takes more than a second to import
@@ -136,9 +159,11 @@ def build_local_model(
     return build_model(
         config.model,
         vocab_size,
-        seed=config.seed,
+        seed=config.seed if drawn else None,
         kernel_backend=config.kernels.backend,
         activation_checkpointing=config.parallel.activation_checkpointing,
         stage=stage,
         shard=shard,
+        device=process.device,
+        dtype=working_dtype(config, process.device),
     )

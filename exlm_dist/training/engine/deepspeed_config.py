@@ -69,6 +69,7 @@ def deepspeed_config(config: RunConfig, process: Process, dtype: torch.dtype, nu
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice for each micro-batch
     }
     if process.grid.pipeline.size > 1:
         # By default activations are split over the tensor ranks and gathered again on the next stage, on the assumption
@@ -76,6 +77,10 @@ def deepspeed_config(config: RunConfig, process: Process, dtype: torch.dtype, nu
         result["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if half:
         result[half] = {"enabled": True}
+    if half == "bf16":
+        # ZeRO 1 adds each gradient to its fp32 sum as soon as it is there and frees it. By default it keeps all of them
+        # over the backward pass, and fills them with zeros before the next.
+        result[half]["immediate_grad_update"] = True
     if dtype == torch.bfloat16 and config.parallel.zero > 0:
         # Otherwise gradients of the micro-batches, and of the ranks, are summed in 8 bits of mantissa.
         result |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}

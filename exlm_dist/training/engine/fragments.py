@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from exlm_dist.parallel.sharded import ShardedParameter
 from exlm_dist.training.engine.base import Engine
+
+#: (parameter, moment, start, stop) -> these elements of the flattened local tensor, fp32, 0 where it is padding.
+Read = Callable[[ShardedParameter, str | None, int, int], torch.Tensor]
 
 
 class Fragments(ABC):
@@ -37,18 +41,10 @@ class Fragments(ABC):
         """Replace all elements of the fragment."""
         self.read(sharded, moment).copy_(values)
 
-    def local_numel(self, sharded: ShardedParameter) -> int:
-        """Elements of the local tensor, padding included."""
-        return sharded.parameter.numel()
-
-    def has_working_copy(self, sharded: ShardedParameter) -> bool:
-        """Whether this rank computes with a copy of the whole local tensor. `refresh` must fill it after a `write`, or
-        the next step uses stale weights."""
-        return True
-
-    def refresh(self, sharded: ShardedParameter, values: torch.Tensor) -> None:
-        """Replace all elements of the working copy."""
-        sharded.parameter.data.view(-1).copy_(values)
+    @abstractmethod
+    def refresh(self, parameters: Iterable[ShardedParameter], read: Read) -> None:
+        """After all `write`s to `parameters`: renew the copies that ranks compute with, or the next step uses stale
+        weights. `read`: where the fragments came from, for elements that no rank has as its own. A collective."""
 
 
 def fragments_of(engine: Engine) -> Fragments:
@@ -83,8 +79,9 @@ class _Replicated(Fragments):
         master = self._masters.get(sharded.parameter, sharded.parameter)
         return (master if moment is None else self._state[master][moment]).detach().view(-1)
 
-    def has_working_copy(self, sharded: ShardedParameter) -> bool:
-        return sharded.parameter in self._masters
+    def refresh(self, parameters: Iterable[ShardedParameter], read: Read) -> None:
+        for working, master in self._masters.items():
+            working.data.copy_(master.data)
 
 
 class _Mapped(Fragments):
@@ -99,6 +96,10 @@ class _Mapped(Fragments):
 
     def read(self, sharded: ShardedParameter, moment: str | None) -> torch.Tensor:
         return _annotated(sharded)._hp_mapping.get_hp_fragment(moment).detach()
+
+    def refresh(self, parameters: Iterable[ShardedParameter], read: Read) -> None:
+        """Each rank sends its fragments to the others, as after a step: a file system is slower."""
+        self._engine.deepspeed.optimizer.update_lp_params()
 
 
 class _Partitioned(Fragments):
@@ -125,9 +126,9 @@ class _Partitioned(Fragments):
         utils.safe_set_local_fp32_param(sharded.parameter, values)
         _annotated(sharded).ds_tensor.data.view(-1).copy_(values)
 
-    def local_numel(self, sharded: ShardedParameter) -> int:
-        return math.prod(_annotated(sharded).ds_shape)
-
-    def has_working_copy(self, sharded: ShardedParameter) -> bool:
+    def refresh(self, parameters: Iterable[ShardedParameter], read: Read) -> None:
         """Small parameters are kept gathered, and would keep their old values."""
-        return sharded.parameter.data.numel() == self.local_numel(sharded)
+        for sharded in parameters:
+            size = math.prod(_annotated(sharded).ds_shape)
+            if sharded.parameter.data.numel() == size:
+                sharded.parameter.data.view(-1).copy_(read(sharded, None, 0, size))

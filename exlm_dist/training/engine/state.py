@@ -1,14 +1,16 @@
 """State out of the engine and back into it, free of layout: fp32 parameters and moments by canonical name, in pieces.
 
-Each rank reads and writes the elements that it owns of its local parameters: no tensor travels between ranks. The
-pieces are assembled again for whatever ZeRO stage, world size, slicing and precision the run continues with.
+Each rank reads and writes the elements that it owns of its local parameters; after reading, the copies that ranks
+compute with are gathered from them, as after a step. The pieces are assembled again for whatever ZeRO stage, world
+size, slicing and precision the run continues with.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +19,7 @@ import torch
 
 from exlm_dist.checkpoint.pieces import Piece, Slice
 from exlm_dist.checkpoint.tensors import Index, TensorReader
+from exlm_dist.launch import heartbeat
 from exlm_dist.parallel.sharded import ShardedParameter
 from exlm_dist.training.engine.base import Engine
 from exlm_dist.training.engine.fragments import fragments_of
@@ -108,8 +111,11 @@ def owned_tensors(engine: Engine, parts: list[OwnedRange]) -> list[torch.Tensor]
 
 def copy_out(tensors: list[torch.Tensor], into: torch.Tensor, stream: torch.cuda.Stream | None = None) -> None:
     """Copy flat `tensors` to the flat CPU tensor `into`, one after the other. From a GPU by `stream`, concurrently with
-    its other work if the memory of `into` is pinned; complete on return."""
+    its other work if the memory of `into` is pinned; complete on return. May be called in a thread of its own."""
     at = 0
+    if stream is not None:
+        # A thread starts on GPU 0, and would open a context of half a gigabyte there when it leaves `stream`.
+        torch.cuda.set_device(stream.device)
     with torch.no_grad(), contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
         for values in tensors:
             into[at : at + len(values)].copy_(values, non_blocking=stream is not None)
@@ -142,7 +148,8 @@ def check_index(present: Index, saved: Index) -> None:
 
 
 def restore(engine: Engine, tensors: TensorReader, state: dict[str, Any]) -> None:
-    """Fill the engine from a checkpoint; each rank reads what it needs. The moments must exist: `Engine.prime`."""
+    """Fill the engine from a checkpoint; each rank reads what it owns. The moments must exist: `Engine.prime`. A
+    collective."""
     _fill(engine, engine.parameters, tensors, (None, *MOMENTS))
     for entry in engine.inner_optimizer.state.values():
         entry["step"].fill_(state["optimizer_step"])
@@ -152,23 +159,24 @@ def restore(engine: Engine, tensors: TensorReader, state: dict[str, Any]) -> Non
 
 
 def fill_parameters(engine: Engine, tensors: Tensors, names: Container[str]) -> None:
-    """Replace the parameters `names` of an engine that has not trained yet; there are no moments so far."""
+    """Replace the parameters `names` of an engine that has not trained yet; there are no moments so far. A
+    collective."""
     _fill(engine, [sharded for sharded in engine.parameters if sharded.name in names], tensors, (None,))
 
 
 @torch.no_grad()
 def _fill(
-    engine: Engine, parameters: Iterable[ShardedParameter], tensors: Tensors, moments: Iterable[str | None]
+    engine: Engine, parameters: Sequence[ShardedParameter], tensors: Tensors, moments: Sequence[str | None]
 ) -> None:
-    """This rank's fragments of parameters (None among `moments`) and moments, and its working copy."""
+    """This rank's fragments of parameters (None among `moments`) and moments, then the copies that all compute with."""
     fragments = fragments_of(engine)
-    for sharded in parameters:
+    read = functools.partial(_padded, tensors)
+    for sharded in heartbeat.keep_alive(parameters):
         start, stop = fragments.bounds(sharded)
         for moment in moments:
             if stop > start:
-                fragments.write(sharded, moment, _padded(tensors, sharded, moment, start, stop))
-        if fragments.has_working_copy(sharded):
-            fragments.refresh(sharded, _padded(tensors, sharded, None, 0, fragments.local_numel(sharded)))
+                fragments.write(sharded, moment, read(sharded, moment, start, stop))
+    fragments.refresh(parameters, read)
 
 
 def _padded(tensors: Tensors, sharded: ShardedParameter, moment: str | None, start: int, stop: int) -> torch.Tensor:

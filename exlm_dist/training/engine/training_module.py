@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from exlm_dist.model.block import Block
 from exlm_dist.model.build import LanguageModel
 from exlm_dist.model.objective import loss_sum, masked_scores
 from exlm_dist.model.stream import Stream
+
+#: (stream that has passed all layers, masked targets [N] bool) -> sums [n].
+Scoring = Callable[[Stream, Tensor], Tensor]
 
 
 class Objective(nn.Module):
@@ -25,14 +29,16 @@ class Objective(nn.Module):
         self.model = None if partitioned else model
         self.layers = nn.ModuleList(TensorLayer(layer) for layer in model.layers if partitioned)
 
-    def forward(self, stream: Stream, is_masked: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        self, stream: Stream, is_masked: Tensor | None = None, scoring: Scoring = masked_scores
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(loss sum, invalid [B] bool, scores or None); see `model.objective.loss_sum`.
 
-        With `is_masked` [N] the scores are [nll sum, correct, count] over the masked tokens, under the dropout of
-        training.
+        With `is_masked` [N] the scores are those of `scoring` over the masked tokens: by default [nll sum, correct,
+        count]. Dropout acts on them as on the loss, if the module is in training mode.
         """
         result = self.run(stream.replace(predict=is_masked is not None))
-        scores = None if is_masked is None else masked_scores(result, is_masked)
+        scores = None if is_masked is None else scoring(result, is_masked)
         return *loss_sum(result, self.reduction), scores
 
     def run(self, stream: Stream) -> Stream:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,19 +11,21 @@ import torch.distributed as dist
 from exlm_dist.config import RunConfig
 from exlm_dist.data.batch import PackedBatch
 from exlm_dist.launch import heartbeat
-from exlm_dist.model.build import LanguageModel
-from exlm_dist.model.scoring import Totals, score
+from exlm_dist.model.scoring import Totals, evaluation_sums
+from exlm_dist.model.stream import Stream
 from exlm_dist.parallel.process import Process
 from exlm_dist.parallel.process_groups import Mpu
-from exlm_dist.training.engine.base import BatchResult, Engine, build_local_model
+from exlm_dist.training.engine.base import BatchResult, Check, Engine, build_local_model
+from exlm_dist.training.engine.digest import GradientDigest
 from exlm_dist.training.engine.training_module import Objective
 
 
 class ZeroEngine(Engine):
     """Data parallelism with ZeRO 0 to 3, alone or with tensor parallelism."""
 
-    def __init__(self, config: RunConfig, process: Process, vocab_size: int) -> None:
-        model = build_local_model(config, process, vocab_size)
+    def __init__(self, config: RunConfig, process: Process, vocab_size: int, *, drawn: bool) -> None:
+        """`drawn`: with initial weights, else it is to be filled from a checkpoint."""
+        model = build_local_model(config, process, vocab_size, drawn=drawn)
         parameters = model.sharded_parameters()
         module = Objective(model, config.loss.reduction, partitioned=config.parallel.zero == 3)
         grid = process.grid
@@ -31,13 +33,15 @@ class ZeroEngine(Engine):
         super().__init__(
             config, process, module, parameters, **({"mpu": Mpu(grid, replicas)} if grid.tensor.size > 1 else {})
         )
-        self._model, self._vocab_size = model, vocab_size
 
-    def train(self, batches: Sequence[PackedBatch], denominator: float, *, scored: bool) -> BatchResult:
+    def train(
+        self, batches: Sequence[PackedBatch], denominator: float, *, scored: bool, check: Check | None = None
+    ) -> BatchResult:
         """See `Engine.train`."""
         device = self.process.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         invalid, scores = [], None
+        digest = GradientDigest([sharded.parameter for sharded in self.parameters])
         for batch in batches:
             last = batch is batches[-1]
             is_masked = torch.from_numpy(batch.is_masked).to(device) if scored and last else None
@@ -46,13 +50,34 @@ class ZeroEngine(Engine):
             loss_sum, left_out, scores = self.deepspeed(self.stream(batch), is_masked)
             loss = loss_sum / denominator
             # DeepSpeed averages over the replicas, which is undone here; it is told not to divide by the accumulation.
-            self.deepspeed.backward(loss * self.process.grid.data.size, scale_wrt_gas=False)
+            with digest.of(loss) if check is not None and batch is batches[0] else contextlib.nullcontext():
+                self.deepspeed.backward(loss * self.process.grid.data.size, scale_wrt_gas=False)
             total += loss.detach()
             invalid.append(left_out)
+        if check is not None:
+            check(digest.value())
         norm = self._step()
         if self.process.grid.reports_metrics:
             return BatchResult(total, invalid, scores, norm)
         return BatchResult(torch.zeros_like(total), [torch.zeros_like(mask) for mask in invalid], None, norm)
+
+    def digest(self, batch: PackedBatch, denominator: float, *, scored: bool) -> int:
+        """The digest that `train` gives to its check for a step that begins with `batch`, computed without a trace. A
+        collective of the ranks of a replica, at ZeRO 3 of all."""
+        from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+        is_masked = torch.from_numpy(batch.is_masked).to(self.process.device) if scored else None
+        heartbeat.alive()
+        loss_sum, _, _ = self.deepspeed.module(self.stream(batch), is_masked)
+        loss = loss_sum / denominator
+        parameters = [sharded.parameter for sharded in self.parameters]
+        digest = GradientDigest(parameters, discard=True)
+        total = loss * self.process.grid.data.size
+        if isinstance(self.deepspeed.optimizer, ZeROOptimizer):
+            total = self.deepspeed.optimizer.scale_if_loss(total)  # as `backward` does
+        with digest.of(loss):
+            torch.autograd.grad(total, parameters, allow_unused=True)
+        return digest.value()
 
     def _step(self) -> torch.Tensor | float:
         """Clip and update; the norm of the global gradient before clipping."""
@@ -75,23 +100,16 @@ class ZeroEngine(Engine):
         return norm
 
     def evaluate(self, batches: Iterable[PackedBatch]) -> Totals:
-        """See `Engine.evaluate`."""
-        with self._gathered_model() as model:
-            totals = score(model, batches, self.process.device)
-        return totals if self.process.grid.reports_metrics else Totals.zeros(self.config.model.states)
-
-    @contextlib.contextmanager
-    def _gathered_model(self) -> Iterator[LanguageModel]:
-        """The current weights as an ordinary model without hooks; at ZeRO 3 a temporary copy in the working
-        precision."""
-        if self.zero < 3:
-            yield self._model
-            return
-        import deepspeed
-
-        copy = build_local_model(self.config, self.process, self._vocab_size).to(self.process.device, self.dtype)
+        """See `Engine.evaluate`. Through DeepSpeed, which at ZeRO 3 gathers the weights of a layer when it runs."""
+        sums = []
+        self.deepspeed.eval()
         with torch.no_grad():
-            for sharded, target in zip(self.parameters, copy.parameters()):
-                with deepspeed.zero.GatheredParameters([sharded.parameter]):
-                    target.copy_(sharded.parameter)
-        yield copy
+            for batch in batches:
+                stream = Stream.from_batch(batch, self.process.device)
+                is_masked = torch.from_numpy(batch.is_masked).to(self.process.device)
+                _, _, scores = self.deepspeed(stream, is_masked, evaluation_sums)
+                sums.append(scores)
+        self.deepspeed.train()
+        if not self.process.grid.reports_metrics:
+            return Totals.zeros(self.config.model.states)
+        return Totals.of(torch.stack(sums).sum(0).tolist())

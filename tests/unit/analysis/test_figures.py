@@ -16,6 +16,7 @@ from exlm_dist.analysis.run_report import run_report
 from exlm_dist.analysis.state_graph import edge_flow
 from exlm_dist.checkpoint.reader import find_checkpoint
 from exlm_dist.data.loader import Loader
+from exlm_dist.data.order import Order
 from exlm_dist.data.recipe import Recipe
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.tracking import EventLog, read_events
@@ -55,7 +56,7 @@ def test_lengths_are_those_the_loader_makes(data, tmp_path):
     loader = Loader(
         dataset,
         Recipe.of(config, dataset.vocab_size),
-        seed=config.seed,
+        order=Order.of(config.data, config.seed, len(dataset)),
         global_batch=8,
         rank=0,
         world=1,

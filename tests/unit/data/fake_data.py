@@ -17,9 +17,13 @@ class FakeDataset:
         self.vocab_size = vocab_size
         self.reads = 0
         self.threads: set[str] = set()
+        self.preloaded: list[int] = []
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def preload(self, blocks: list[int]) -> None:
+        self.preloaded += blocks
 
     def payload(self, sample: int) -> np.ndarray:
         positions = np.arange(self.lengths[sample])

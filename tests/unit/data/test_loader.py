@@ -18,6 +18,8 @@ from prepared_folder import overwrite, record_offset, write_folder
 
 from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.loader import Loader, eval_batches
+from exlm_dist.data.mask_groups import Grouping
+from exlm_dist.data.order import Order
 from exlm_dist.data.recipe import Recipe
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.tokenizers.tokenizer import BOS, EOS, MASK
@@ -28,13 +30,14 @@ RECIPE = Recipe(
     states=3, anchors=True, ratio=0.2, keep=0.0, random=0.0, vocab_size=512, max_positions=256, bucket=1, micro=2
 )
 EVALUATION = replace(RECIPE, ratio=0.15, micro=8)
-DEFAULTS = {"seed": 5, "global_batch": 16, "rank": 0, "world": 1, "prefetch": 0}
+DEFAULTS = {"global_batch": 16, "rank": 0, "world": 1, "prefetch": 0}
 
 
-def loader(dataset: FakeDataset = DATA, **changes: object) -> Loader:
+def loader(dataset: FakeDataset = DATA, seed: int = 5, block: int = 0, window: int = 1, **changes: object) -> Loader:
     recipe = {name: value for name, value in changes.items() if name not in DEFAULTS}
     others = {name: value for name, value in changes.items() if name in DEFAULTS}
-    return Loader(dataset, replace(RECIPE, **recipe), **{**DEFAULTS, **others})
+    order = Order(seed, len(dataset), block, window)
+    return Loader(dataset, replace(RECIPE, **recipe), order=order, **{**DEFAULTS, **others})
 
 
 def same(a: PackedBatch, b: PackedBatch) -> bool:
@@ -104,14 +107,23 @@ def test_content_is_that_of_the_samples() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 60), st.sampled_from([(8, 1), (8, 2), (12, 4), (24, 8)]), st.integers(0, 2**62))
-def test_every_epoch_has_each_sample_once_over_resumes(num: int, sizes: tuple[int, int], seed: int) -> None:
+@given(
+    st.integers(1, 60),
+    st.sampled_from([(8, 1), (8, 2), (12, 4), (24, 8)]),
+    st.integers(0, 2**62),
+    st.integers(0, 9),
+    st.integers(1, 5),
+)
+def test_every_epoch_has_each_sample_once_over_resumes(
+    num: int, sizes: tuple[int, int], seed: int, block: int, window: int
+) -> None:
     batch, world = sizes
+    shuffle = {"seed": seed, "block": block, "window": window}
     dataset = FakeDataset(varied_lengths(num, high=12))
     seen: dict[int, list[int]] = {}
     for step in range(-(-3 * num // batch)):
         for rank in reversed(range(world)):  # a new loader each time: nothing is remembered
-            resumed = loader(dataset, rank=rank, world=world, global_batch=batch, micro=1, seed=seed)
+            resumed = loader(dataset, rank=rank, world=world, global_batch=batch, micro=1, **shuffle)
             for micro in resumed.step(step).micro_batches:
                 for epoch, sample in zip(micro.epochs.tolist(), micro.sample_ids.tolist()):
                     seen.setdefault(epoch, []).append(sample)
@@ -300,8 +312,29 @@ def test_evaluation_uses_what_a_small_split_has() -> None:
     assert [batch.num_sequences for batch in batches] == [3]
 
 
+def test_the_ratio_of_a_step_is_that_of_the_schedule() -> None:
+    falling = {"ratio": 0.4, "schedule": ((10, 0.4), (10, 0.2), (30, 0.1))}
+    assert all(same(a, b) for a, b in zip(gathered(3, 1, **falling), gathered(3, 2, ratio=0.4)))
+    assert all(same(a, b) for a, b in zip(gathered(20, 1, **falling), gathered(20, 2, ratio=0.2 + (0.1 - 0.2) * 0.5)))
+    assert all(same(a, b) for a, b in zip(gathered(99, 1, **falling), gathered(99, 2, ratio=0.1)))
+    with pytest.raises(ConfigError, match=r"with a masking ratio of 0.5"):
+        loader(ratio=0.1, spread=0.1, schedule=((10, 0.4),), max_positions=100)
+
+
+def test_windows_have_the_blocks_that_they_read_ahead() -> None:
+    dataset = FakeDataset(varied_lengths(96, high=9))
+    steps = [loader(dataset, block=4, window=4).step(step) for step in range(12)]
+    ahead = dataset.preloaded
+    assert [len(ahead), len(set(ahead[:20])), sorted(ahead)[0]] == [48, 20, 0]
+    later = {sample // 4 for part in steps[1:2] for batch in part.micro_batches for sample in batch.sample_ids.tolist()}
+    assert later == set(ahead[:4])
+
+
 def test_recipes_are_those_of_the_configuration(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "x", tmp_path, masking={"ratio": 0.4, "eval_ratio": 0.2, "keep": 0.1, "random": 0.1})
+    masking = {"ratio": 0.4, "eval_ratio": 0.2, "keep": 0.1, "random": 0.1, "spread": 0.1, "span_p": 0.2}
+    config = make_config(tmp_path, "x", tmp_path, masking={**masking, "schedule": [[9, 0.3]]})
     training = Recipe.of(config, 77)
     assert (training.ratio, training.keep, training.random, training.vocab_size) == (0.4, 0.1, 0.1, 77)
-    assert Recipe.for_evaluation(config, 77) == replace(training, ratio=0.2, keep=0.0, random=0.0)
+    assert (training.spread, training.schedule, training.grouping) == (0.1, ((9, 0.3),), Grouping("token", 0.2, 10))
+    fixed = {"spread": 0.0, "schedule": (), "grouping": None}
+    assert Recipe.for_evaluation(config, 77) == replace(training, ratio=0.2, keep=0.0, random=0.0, **fixed)

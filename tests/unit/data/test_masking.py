@@ -152,3 +152,11 @@ def test_everything_can_be_masked_and_nothing_is_an_empty_batch() -> None:
 def test_too_long_for_the_bits_of_a_position_is_refused() -> None:
     with pytest.raises(DataError, match="65536 tokens"):
         choose_masked(np.array([65536]), np.array([1]), KEYS[:1])
+
+
+def test_spread_draws_a_ratio_for_each_sequence() -> None:
+    assert num_masks(LENGTHS, KEYS, 0.3, 0.25).tolist() == [9, 3, 17]
+    keys = sample_keys(1, np.zeros(5000, np.int64), np.arange(5000))
+    ratios = num_masks(np.full(5000, 400), keys, 0.3, 0.2) / 400
+    assert 0.099 < ratios.min() < 0.105 and 0.495 < ratios.max() < 0.503
+    assert np.abs(np.quantile(ratios, [0.25, 0.5, 0.75]) - [0.2, 0.3, 0.4]).max() < 0.01

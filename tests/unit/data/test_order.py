@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exlm_dist.data.counter_rng import hash_of, mix, words_at
-from exlm_dist.data.order import permute, sample_at
+from exlm_dist.data.counter_rng import PURPOSE_ORDER, hash_of, mix, words_at
+from exlm_dist.data.order import Order, permute
 
 
 def test_splitmix64_gives_its_published_values() -> None:
@@ -46,42 +46,84 @@ def test_mix_flips_half_of_the_bits() -> None:
     ],
 )
 def test_golden_order(seed: int, epoch: int, num: int, indices: list[int], expected: list[int]) -> None:
-    assert permute(np.array(indices), seed, epoch, num).tolist() == expected
+    assert permute(np.array(indices), num, PURPOSE_ORDER, seed, epoch).tolist() == expected
+    assert Order(seed, num).at(np.array(indices) + epoch * num)[1].tolist() == expected
 
 
-@given(st.integers(1, 700), st.integers(0, 2**63 - 1), st.integers(0, 1000))
-def test_every_epoch_is_a_bijection(num: int, seed: int, epoch: int) -> None:
-    epochs, samples = sample_at(np.arange(num * epoch, num * (epoch + 1)), seed, num)
+@pytest.mark.parametrize(
+    ("seed", "num", "block", "window", "positions", "expected"),
+    [
+        (0, 10, 3, 2, range(10), [4, 3, 8, 5, 6, 7, 0, 2, 1, 9]),
+        (0, 10, 3, 2, range(10, 20), [6, 5, 3, 4, 7, 8, 2, 1, 0, 9]),
+        (7, 12, 2, 4, range(12), [2, 8, 6, 7, 3, 9, 5, 11, 4, 10, 1, 0]),
+        (1, 10**9, 512, 1024, [0, 1, 2, 999_999_999], [597085015, 948451668, 898127637, 674879672]),
+        (1, 10**9, 512, 1024, [7_123_456_789], [835154482]),
+    ],
+)
+def test_golden_order_in_windows(
+    seed: int, num: int, block: int, window: int, positions: list[int], expected: list[int]
+) -> None:
+    assert Order(seed, num, block, window).at(np.array(positions))[1].tolist() == expected
+
+
+SIZES, SEEDS, BLOCKS = st.integers(1, 300), st.integers(0, 2**63 - 1), st.integers(0, 120)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIZES, SEEDS, st.integers(0, 1000), BLOCKS, st.integers(1, 9))
+def test_every_epoch_is_a_bijection(num: int, seed: int, epoch: int, block: int, window: int) -> None:
+    epochs, samples = Order(seed, num, block, window).at(np.arange(num * epoch, num * (epoch + 1)))
     assert (epochs == epoch).all()
     assert np.array_equal(np.sort(samples), np.arange(num))
 
 
-@given(st.integers(1, 2**40), st.integers(0, 2**63 - 1), st.lists(st.integers(0, 2**50), min_size=1, max_size=20))
-def test_a_position_means_the_same_whatever_is_asked_beside_it(num: int, seed: int, positions: list[int]) -> None:
-    epochs, samples = sample_at(np.array(positions), seed, num)
+@settings(max_examples=40, deadline=None)
+@given(SIZES, SEEDS, st.integers(1, 120), st.integers(1, 9))
+def test_few_blocks_are_in_use_at_a_time(num: int, seed: int, block: int, window: int) -> None:
+    _, samples = Order(seed, num, block, window).at(np.arange(num))
+    in_use = np.zeros(num + 1, np.int64)
+    for one in range(-(-num // block)):
+        places = np.flatnonzero(samples // block == one)
+        in_use[places[0]] += 1
+        in_use[places[-1] + 1] -= 1
+    assert np.cumsum(in_use).max() <= window
+
+
+@given(
+    st.integers(1, 2**40),
+    SEEDS,
+    st.lists(st.integers(0, 2**50), min_size=1, max_size=20),
+    st.integers(0, 5000),
+    st.integers(1, 500),
+)
+def test_a_position_means_the_same_whatever_is_asked_beside_it(
+    num: int, seed: int, positions: list[int], block: int, window: int
+) -> None:
+    order = Order(seed, num, block, window)
+    epochs, samples = order.at(np.array(positions))
     assert ((samples >= 0) & (samples < num)).all()
     for position, epoch, sample in zip(positions, epochs, samples):
-        alone = sample_at(np.array([position]), seed, num)
+        alone = order.at(np.array([position]))
         assert (alone[0][0], alone[1][0]) == (epoch, sample) and epoch == position // num
 
 
 @pytest.mark.parametrize("num", [1000, 10_007, 65_536])
 def test_neighbours_and_epochs_are_unrelated(num: int) -> None:
     indices = np.arange(num)
-    order = permute(indices, 3, 2, num)
+    order = permute(indices, num, 3, 2)
     bound = 4 / np.sqrt(num)
     assert abs(np.corrcoef(order, indices)[0, 1]) < bound
     assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < bound
     assert (np.abs(np.diff(order)) == 1).sum() <= 10, "two are expected"
-    for other in (permute(indices, 3, 3, num), permute(indices, 4, 2, num)):
+    for other in (permute(indices, num, 3, 3), permute(indices, num, 4, 2)):
         assert (order == other).sum() <= 8, "one is expected"
         assert abs(np.corrcoef(order, other)[0, 1]) < bound
 
 
-@pytest.mark.parametrize("num", [2, 3, 5, 8, 12])
-def test_every_sample_is_as_likely_at_every_position(num: int) -> None:
+@pytest.mark.parametrize(("num", "block"), [(2, 0), (3, 0), (5, 0), (8, 0), (12, 0), (7, 3), (8, 4)])
+def test_every_sample_is_as_likely_at_every_position(num: int, block: int) -> None:
     epochs = 2000
-    _, samples = sample_at(np.arange(epochs * num), 11, num)
+    _, samples = Order(11, num, block, 3).at(np.arange(epochs * num))
     table = np.zeros((num, num))
     np.add.at(table, (np.tile(np.arange(num), epochs), samples), 1)
     freedom = (num - 1) ** 2
@@ -91,4 +133,4 @@ def test_every_sample_is_as_likely_at_every_position(num: int) -> None:
 
 def test_no_samples_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one sample"):
-        sample_at(np.arange(3), 0, 0)
+        Order(0, 0)

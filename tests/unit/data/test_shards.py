@@ -9,6 +9,7 @@ import pytest
 from prepared_folder import overwrite, random_sequences, record_offset, verify_folder, write_folder
 
 from exlm_dist.data.manifest import MANIFEST
+from exlm_dist.data.order import Order
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.utils.errors import DataError
 
@@ -27,12 +28,17 @@ def split_rows(tokens: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
     return [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])]
 
 
+@pytest.fixture(params=[{}, {"block": 50, "kept_blocks": 4}], ids=["by sample", "in blocks"])
+def reading(request: pytest.FixtureRequest) -> dict[str, int]:
+    return request.param
+
+
 @pytest.mark.parametrize("vocab_size", [300, 100_000])
-def test_reads_back_what_was_written_in_any_order(tmp_path: Path, vocab_size: int) -> None:
+def test_reads_back_what_was_written_in_any_order(tmp_path: Path, vocab_size: int, reading: dict[str, int]) -> None:
     rows = random_sequences(900, vocab_size)
-    dataset = ShardDataset.open(write_folder(tmp_path / "d", rows, vocab_size=vocab_size), "train")
-    assert len(dataset) == 900 and dataset.lengths.dtype == np.int32
-    assert dataset.lengths.tolist() == [len(row) for row in rows]
+    dataset = ShardDataset.open(write_folder(tmp_path / "d", rows, vocab_size=vocab_size), "train", **reading)
+    assert len(dataset) == 900 and dataset.lengths[:].dtype == np.int32
+    assert dataset.lengths[:].tolist() == [len(row) for row in rows]
     assert len(dataset.manifest["splits"]["train"]["shards"]) > 1
     ids = np.random.default_rng(1).integers(0, 900, size=400)
     tokens, lengths = dataset.read(ids)
@@ -45,8 +51,10 @@ def test_reads_back_what_was_written_in_any_order(tmp_path: Path, vocab_size: in
         dataset.read(np.array([900]))
 
 
-def test_flipped_byte_is_found_named_and_replaced_alike(folder: Path, rows: list[np.ndarray]) -> None:
-    dataset = ShardDataset.open(folder, "train", max_bad_records=0.01)
+def test_flipped_byte_is_found_named_and_replaced_alike(
+    folder: Path, rows: list[np.ndarray], reading: dict[str, int]
+) -> None:
+    dataset = ShardDataset.open(folder, "train", max_bad_records=0.01, **reading)
     path, offset = record_offset(dataset, 700)
     content = path.read_bytes()
     overwrite(path, offset, bytes([content[offset] ^ 4]))
@@ -58,13 +66,13 @@ def test_flipped_byte_is_found_named_and_replaced_alike(folder: Path, rows: list
     (event,) = dataset.bad_records
     assert (event.sample, event.file, event.offset, event.replacement) == (700, str(path), offset, stand_in)
     assert event.got != event.expected
-    other = ShardDataset.open(folder, "train", max_bad_records=0.01)
+    other = ShardDataset.open(folder, "train", max_bad_records=0.01, **reading)
     assert np.array_equal(other.read(np.array([700]))[0], rows[stand_in])
     assert any(str(path) in problem for problem in verify_folder(folder))
 
 
-def test_zeroed_block_never_gives_wrong_bytes(folder: Path, rows: list[np.ndarray]) -> None:
-    dataset = ShardDataset.open(folder, "train", max_bad_records=1.0)
+def test_zeroed_block_never_gives_wrong_bytes(folder: Path, rows: list[np.ndarray], reading: dict[str, int]) -> None:
+    dataset = ShardDataset.open(folder, "train", max_bad_records=1.0, **reading)
     path, offset = record_offset(dataset, 500)
     overwrite(path, offset // 512 * 512, b"\0" * 2048)
     tokens, lengths = dataset.read(np.arange(len(rows)))
@@ -89,13 +97,14 @@ def test_above_the_budget_the_run_stops(folder: Path) -> None:
         dataset.read(np.array([10]))
 
 
-def test_unique_length_is_cut_from_a_longer_record(tmp_path: Path) -> None:
+def test_unique_length_is_cut_from_a_longer_record(tmp_path: Path, reading: dict[str, int]) -> None:
     rows = [np.full(n, 5 + n) for n in (4, 9, 4, 6)]
-    dataset = ShardDataset.open(write_folder(tmp_path / "d", rows), "train", max_bad_records=1.0)
+    dataset = ShardDataset.open(write_folder(tmp_path / "d", rows), "train", max_bad_records=1.0, **reading)
     path, offset = record_offset(dataset, 3)
     overwrite(path, offset, b"\0\0")
     tokens, lengths = dataset.read(np.array([3]))
     assert lengths.tolist() == [6] and tokens.tolist() == [14] * 6
+    dataset = ShardDataset.open(dataset.path, "train", max_bad_records=1.0, **reading)
     path, offset = record_offset(dataset, 1)
     overwrite(path, offset, b"\0\0")
     with pytest.raises(DataError, match="no whole record can stand in"):
@@ -118,8 +127,8 @@ def test_truncated_missing_and_altered_files_are_refused_at_open(folder: Path) -
         ShardDataset.open(folder, "train")
 
 
-def test_shard_cut_after_opening_is_found(folder: Path) -> None:
-    dataset = ShardDataset.open(folder, "train", max_bad_records=1.0)
+def test_shard_cut_after_opening_is_found(folder: Path, reading: dict[str, int]) -> None:
+    dataset = ShardDataset.open(folder, "train", max_bad_records=1.0, **reading)
     path, offset = record_offset(dataset, 0)
     os.truncate(path, offset + 1)
     dataset.read(np.array([0]))
@@ -141,3 +150,42 @@ def test_folder_that_is_not_prepared(tmp_path: Path, folder: Path) -> None:
     (folder / MANIFEST).write_text("{")
     with pytest.raises(DataError, match="not readable as JSON"):
         ShardDataset.open(folder, "train")
+
+
+def test_ranks_of_a_node_divide_the_checking(folder: Path) -> None:
+    overwrite(folder / "train/shard-000001.idx.npy", 200, b"\x01\x02")
+    with pytest.raises(DataError, match="shard-000001.idx.npy: sha256"):
+        ShardDataset.open(folder, "train", part=(1, 3))
+    ShardDataset.open(folder, "train", part=(0, 3))
+
+
+def test_lengths_are_those_of_the_index(folder: Path, rows: list[np.ndarray]) -> None:
+    lengths, expected = ShardDataset.open(folder, "train").lengths, np.array([len(row) for row in rows])
+    ids = np.random.default_rng(0).integers(0, len(rows), 300)
+    assert np.array_equal(lengths[ids], expected[ids]) and np.array_equal(lengths[5:900:7], expected[5:900:7])
+    assert (lengths.min(), lengths.max(), lengths.max(initial=999)) == (expected.min(), expected.max(), 999)
+    assert len(lengths) == len(rows) and lengths.mean() == pytest.approx(expected.mean())
+
+
+def test_windows_read_each_block_once_and_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[tuple[int, int]] = []
+    pread = os.pread
+    monkeypatch.setattr(
+        os, "pread", lambda handle, size, offset: reads.append((size, offset)) or pread(handle, size, offset)
+    )
+    order = Order(1, 1500, block=50, window=6)
+    dataset = ShardDataset.open(folder, "train", block=50, kept_blocks=12)
+    by_sample = ShardDataset.open(folder, "train")
+    shards = len(dataset.manifest["splits"]["train"]["shards"])
+    demanded = []
+    for first in range(0, 3000, 25):  # two epochs
+        positions = np.arange(first, first + 25)
+        dataset.preload(order.upcoming(positions))
+        ids, before = order.at(positions)[1], len(reads)
+        tokens, lengths = dataset.read(ids)
+        demanded.append(len(reads) - before)
+        counted = len(reads)
+        assert np.array_equal(tokens, by_sample.read(ids)[0])
+        del reads[counted:]
+    assert sum(demanded[600 // 25 :]) == 0, "after the first windows everything was read ahead"
+    assert 60 <= len(reads) <= 72 + 3 * shards, "30 blocks in each epoch and the window after them, some in two shards"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from made_run import make_config
@@ -39,7 +41,7 @@ def test_bf16_accumulates_in_fp32(tmp_path):
     made = deepspeed_config(config(tmp_path), CPU, torch.bfloat16, 10**9)
     assert (
         made["communication_data_type"] == "fp32"
-        and made["bf16"] == {"enabled": True}
+        and made["bf16"] == {"enabled": True, "immediate_grad_update": True}
         and made["data_types"] == {"grad_accum_dtype": "fp32"}
     )
     assert made["zero_optimization"]["reduce_bucket_size"] == 50_000_000
@@ -66,3 +68,22 @@ def test_threads(monkeypatch):
     assert threads(3, 2) == 3 and threads(0, 2) == 4 and threads(0, 16) == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert threads(0, 2) == 5
+
+
+def test_the_timer_of_the_micro_batches_does_not_wait_for_the_device(tmp_path, monkeypatch):
+    from deepspeed.utils import timer
+    from deepspeed.utils.config import get_timers_config
+
+    waits = []
+    monkeypatch.setattr(timer, "get_accelerator", lambda: SimpleNamespace(synchronize=lambda: waits.append(1)))
+
+    def measure(settings: dict) -> int:
+        waits.clear()
+        throughput = timer.ThroughputTimer(get_timers_config(settings), batch_size=2)
+        for _ in range(5):
+            throughput.start()
+            throughput.stop(global_step=True)
+        return len(waits)
+
+    assert measure({}) > 0
+    assert measure(deepspeed_config(config(tmp_path), CPU, torch.float32, 5000)) == 0

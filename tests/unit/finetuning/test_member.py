@@ -12,6 +12,7 @@ from molecule_table import molecules
 from sklearn import metrics as sklearn_metrics
 
 from exlm_dist.finetuning import member
+from exlm_dist.finetuning.criterion import TargetCriterion
 from exlm_dist.finetuning.dataset import Examples
 from exlm_dist.finetuning.ensemble import with_features
 from exlm_dist.finetuning.finetune_settings import TrainingSettings
@@ -27,6 +28,7 @@ TARGETS = [
     Target("two", "binary", ("0", "1")),
     Target("three", "multiclass", ("a", "b", "c")),
 ]
+LEARNED = TargetCriterion(TARGETS)
 VALUE = Target("value", "regression", mean=2.0, std=3.0)
 
 
@@ -57,7 +59,7 @@ def train(loaded: LoadedCheckpoint, examples: Examples, settings: TrainingSettin
     rows = np.arange(40)
     progress = train_member(
         model,
-        TARGETS,
+        LEARNED,
         examples.take(rows[:30]),
         examples.take(rows[30:]),
         settings.for_task("classification"),
@@ -168,7 +170,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(
     for tokens in (100_000, 60):
         monkeypatch.setitem(member.BATCH_TOKENS, "cpu", tokens)
         model.zero_grad()
-        loss = member._train_batch(model, TARGETS, examples, weights, 0)
+        loss = member._train_batch(model, LEARNED, examples, weights, 0)
         gradients.append((loss, torch.cat([value.grad.flatten() for value in model.trainable().values()])))
     assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-6)
     torch.testing.assert_close(gradients[0][1], gradients[1][1], rtol=1e-4, atol=1e-7)
@@ -195,7 +197,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_a_member(loaded: LoadedCheckpo
     keys = [(one["valid"]["roc_auc"], -one["valid_loss"]) for one in progress.history]
     scores = [score for score, _ in keys]
     assert progress.best_epoch == 1 + keys.index(max(keys)) and len(scores) == min(30, progress.best_epoch + 2)
-    values, _ = member.evaluate(model, TARGETS, examples.take(np.arange(30, 40)))
+    values, _ = member.evaluate(model, LEARNED, examples.take(np.arange(30, 40)))
     assert evaluate_predictions(values, examples.labels[30:], TARGETS)["roc_auc"] == max(scores)
 
 
@@ -257,9 +259,19 @@ def test_features_that_are_read_once_train_the_same_head(loaded: LoadedCheckpoin
     assert [one["train_loss"] for one in progress.history] == pytest.approx(
         [one["train_loss"] for one in expected.history], rel=1e-4
     )
-    values, loss = member.evaluate(model, TARGETS, examples)
-    own, same = member.evaluate(model, TARGETS, with_features(loaded, examples, "mean"))
+    values, loss = member.evaluate(model, LEARNED, examples)
+    own, same = member.evaluate(model, LEARNED, with_features(loaded, examples, "mean"))
     assert np.allclose(values, own, atol=1e-5) and loss == pytest.approx(same, rel=1e-4)
-    assert np.allclose(values, member.evaluate(other, TARGETS, examples)[0], atol=1e-3)
+    assert np.allclose(values, member.evaluate(other, LEARNED, examples)[0], atol=1e-3)
     names = {name.split("/", 1)[1].split(".")[0] for name in store.state[0]}
     assert names == {"head"}, "the state is of what is trained"
+
+
+def test_the_weights_of_the_last_epoch_are_kept_where_that_is_asked_for(
+    loaded: LoadedCheckpoint, examples: Examples
+) -> None:
+    """A later epoch is not better here, and patience does not end the training."""
+    settings = TrainingSettings(epochs=3, batch=40, lr=1e-9, patience=1, keep="last")
+    model, progress = train(loaded, examples, settings)
+    assert progress.best_epoch == len(progress.history) == 3
+    assert all(torch.equal(value, progress.best[name]) for name, value in model.trainable().items())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 
 from exlm_dist.launch import heartbeat, watchdog
 from exlm_dist.launch.local import rank_environments, supervise
+from exlm_dist.launch.slurm_scripts import PRETRAIN
 from exlm_dist.utils.errors import EXIT_RETRY
 
 #: A rank of a job: beats every 50 ms; `step` limit 1 s, all others none.
@@ -111,6 +114,24 @@ if rank == 0: heartbeat.stop()"""
     wait_until_clean(tmp_path)
 
 
+def test_each_part_of_the_start_has_the_time_of_the_limit(tmp_path, capfd):
+    """A cold start may take longer than any of its parts may hang."""
+    limit = "heartbeat.stop(); heartbeat.start(WatchdogConfig(start=1, step=0, save=0, evaluation=0, end=0), 'parts')"
+    code = f"""
+{limit}
+for part in ('meet', 'data', 'checkpoint', 'model'):
+    heartbeat.enter('start/' + part)
+    time.sleep(0.5)
+heartbeat.enter('start/first step')
+if os.environ['RANK'] == '1': time.sleep(60)
+heartbeat.beat(1)
+heartbeat.enter('step')
+time.sleep(60)"""
+    assert run(tmp_path, code, ranks=2) == EXIT_RETRY
+    text = capfd.readouterr().err
+    assert "rank 1 has hung" in text and "in phase start/first step" in text and "watchdog.start is 1 s" in text
+
+
 def test_it_ends_with_the_ranks_even_when_they_are_killed(tmp_path):
     assert run(tmp_path, "beats(3); os.kill(os.getpid(), signal.SIGKILL)") == EXIT_RETRY
     wait_until_clean(tmp_path)
@@ -169,6 +190,75 @@ def test_the_culprit_is_the_one_that_the_others_wait_for(beats, stacks, expected
     assert [rank.rank for rank in watchdog.find_culprits(ranks, dict(enumerate(stacks)))] == expected
 
 
+def test_a_node_whose_ranks_may_all_be_waiting_says_so(tmp_path, capfd, monkeypatch):
+    """Under NCCL a rank waits in a synchronisation, which its stack does not tell from work. Beats are comparable
+    between nodes, and in the message."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(watchdog, "_stacks", lambda folder, ranks: {rank.rank: "in train_step" for rank in ranks})
+    errors = [tmp_path / "rank-0", tmp_path / "rank-1"]
+    ranks = [dataclasses.replace(rank_like(n, 7), start_time="gone", error_file=str(errors[n])) for n in range(2)]
+    watchdog.end_hung_job(tmp_path, ranks, {"step": 1.0})
+    said = errors[0].read_text()
+    assert "ranks 0, 1 have hung" in said and "after 5 steps, at beat 7" in said
+    assert said.endswith("if another node names ranks at fewer beats, these waited for them")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    watchdog.end_hung_job(tmp_path, ranks, {"step": 1.0})
+    assert "another node" not in errors[0].read_text()
+
+
+def test_the_job_file_shows_the_ranks_first_that_had_come_least_far(tmp_path):
+    reports = {
+        0: "ranks 0, 1 have hung for 61 s in phase step, after 5 steps, at beat 12; the limit watchdog.step is 60 s",
+        1: "ranks 0, 1 have hung for 61 s in phase step, after 5 steps, at beat 12; the limit watchdog.step is 60 s",
+        2: "rank 2 has hung for 61 s in phase step, after 5 steps, at beat 9; the limit watchdog.step is 60 s",
+        3: "died: rank 7 in phase step",
+    }
+    for rank, report in reports.items():
+        (tmp_path / f"rank-{rank}").write_text(report)
+    function = "messages() {" + PRETRAIN.partition("messages() {")[2].partition("\n}\n")[0] + "\n}\nmessages"
+    environment = {"PATH": os.environ["PATH"], "EXLM_ERRORS": str(tmp_path)}
+    said = subprocess.run(["bash", "-c", function], env=environment, capture_output=True, text=True, timeout=30)
+    assert said.stdout.splitlines() == [reports[3], reports[2], reports[0]]
+
+
+def registered(folder: Path, rank: int, process: subprocess.Popen, phase: str) -> None:
+    """The files of a rank whose process is `process`."""
+    _, start_time = watchdog.process_state(process.pid)
+    beat = watchdog.BEAT.pack(watchdog.PHASES.index(phase), 5, 9, time.monotonic())
+    (folder / f"rank-{rank}.beat").write_bytes(beat)
+    about = {"rank": rank, "pid": process.pid, "start_time": start_time, "error_file": str(folder / f"error-{rank}")}
+    (folder / f"rank-{rank}.json").write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize("phase", ["step", "failure", "end"])
+def test_ranks_that_do_not_notice_the_death_of_another_are_ended(tmp_path, capfd, monkeypatch, phase):
+    """As on a GPU, where they wait for it for ever: also for one that ended with an error, not at its regular end. A
+    rank that is ending itself is left alone."""
+    monkeypatch.setattr(watchdog, "UNNOTICED", 0.5)
+    monkeypatch.setattr(watchdog, "POLL", 0.05)
+    monkeypatch.setattr(watchdog, "_stacks", lambda folder, ranks: {rank.rank: "in synchronize" for rank in ranks})
+    waiting, ending = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
+    dead = subprocess.Popen(["sleep", "60"])
+    try:
+        for rank, process, doing in ((0, waiting, "step"), (1, dead, phase), (2, ending, "failure")):
+            registered(tmp_path, rank, process, doing)
+        dead.kill()
+        dead.wait()
+        if phase == "end":
+            threading.Timer(1.5, lambda: [process.kill() for process in (waiting, ending)]).start()
+            watchdog.watch(tmp_path, dict.fromkeys(watchdog.PHASES, 0))
+            assert capfd.readouterr().err == ""
+            return
+        watchdog.watch(tmp_path, dict.fromkeys(watchdog.PHASES, 0))
+        assert waiting.wait(10) == -signal.SIGKILL and ending.poll() is None
+        text = capfd.readouterr().err
+        assert f"died: rank 1 in phase {phase}, after 5 steps" in text and (tmp_path / "error-0").read_text() in text
+    finally:
+        for process in (waiting, ending):
+            process.kill()
+            process.wait()
+
+
 def test_a_stopped_rank_is_the_culprit_wherever_it_is():
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
@@ -219,7 +309,7 @@ def test_a_rank_that_ends_while_its_stack_is_asked_for_does_not_end_the_watchdog
             watchdog.Rank(rank=1, pid=2**22 + 1, start_time="0", **facts),
         ]
         assert set(watchdog._stacks(tmp_path, ranks)) == {0, 1}
-        watchdog.end_job(tmp_path, ranks, {"end": 1.0})
+        watchdog.end_hung_job(tmp_path, ranks, {"end": 1.0})
         assert alive.wait(10) == -signal.SIGKILL
     finally:
         alive.kill()

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import Allocations
 from packed import make_batch
 
 from exlm_dist.config.schema import ModelConfig
@@ -111,6 +112,24 @@ def test_initial_values_depend_on_seed_and_name_alone():
     assert not torch.equal(other["embedding.weight"], shallow["embedding.weight"])
     assert (shallow["norm.weight"] == 1).all() and (shallow["output.bias"] == 0).all()
     assert abs(deep["blocks.2.ffn.up.weight"].std() - 0.3) < 0.05
+
+
+def test_a_model_is_allocated_once_in_the_type_it_computes_in():
+    """One full fp32 tensor at a time is beside it; a model to be filled from a checkpoint takes no random number."""
+    config = small(layers=4, width=64, heads=4, ffn=128)
+    before = torch.get_rng_state()
+    with Allocations() as allocations:
+        model = build_model(config, VOCABULARY, seed=4, dtype=torch.bfloat16)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    # The peak has the meta device's 4 bytes, which take no memory; no second copy is beside them.
+    assert allocations.live == 2 * sum(sizes) and allocations.peak <= (2 + 4) * sum(sizes)
+    assert torch.equal(before, torch.get_rng_state())
+    drawn = dict(build_model(config, VOCABULARY, seed=4).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, drawn[name].to(torch.bfloat16)), name
+    assert model.output.weight is model.embedding.weight
+    empty = dict(build_model(config, VOCABULARY, seed=None).named_parameters())
+    assert {name for name, value in empty.items() if value.any()} == {name for name in drawn if "norm.weight" in name}
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm": "post"}, PLAIN], ids=str)

@@ -108,6 +108,8 @@ def _training(config: RunConfig) -> list[str]:
     masking, schedule, batch = config.masking, config.schedule, config.batch
     if masking.keep + masking.random > 1:
         problems.append(f"masking.keep {masking.keep} + masking.random {masking.random} is more than 1.")
+    if masking.copies > 1 and config.model.objective != "mlm":
+        problems.append(f"masking.copies {masking.copies} needs model.objective mlm: set that, or masking.copies 1.")
     if schedule.warmup >= schedule.steps:
         problems.append(f"schedule.warmup {schedule.warmup} must be smaller than schedule.steps {schedule.steps}.")
     if batch.sequences % batch.micro:

@@ -12,6 +12,11 @@ import numpy as np
 from exlm_dist.data.recipe import Dataset
 
 
+def with_copies(dataset: Dataset, copies: int) -> Dataset:
+    """The data set with so many copies of each token; itself for one."""
+    return dataset if copies == 1 else RepeatedTokens(dataset, copies)
+
+
 class RepeatedTokens:
     """A data set with `copies` of each token of another one, side by side; samples keep their numbers."""
 

@@ -14,7 +14,7 @@ from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.loader import chosen_batches, evaluation_keys
 from exlm_dist.data.masking import choose_masked, num_masks
 from exlm_dist.data.recipe import Dataset, Recipe
-from exlm_dist.data.repeated import RepeatedTokens, wholly_hidden
+from exlm_dist.data.repeated import wholly_hidden, with_copies
 from exlm_dist.evaluation.calibration import Reliability
 from exlm_dist.evaluation.completions_measured import CompletionMeasures
 from exlm_dist.inference.completions import StateChain
@@ -138,8 +138,7 @@ def measure_masked(
     completions, histograms of entropies), and "positions", the hash of what was masked. ConfigError if a sequence with
     its masks is too long for the model.
     """
-    if settings.copies > 1:
-        dataset = RepeatedTokens(dataset, settings.copies)
+    dataset = with_copies(dataset, settings.copies)
     positions = MaskedPositions.of(dataset.lengths[samples], samples, settings)
     recipe = _recipe(loaded, dataset.lengths[samples], settings.ratio)
     completions = CompletionMeasures(loaded.tokenizer, settings.seed)

@@ -116,9 +116,9 @@ def read_texts(path: Path, column: str | None, tokenizer: Tokenizer) -> TextRows
     return TextRows(np.concatenate(tokens), np.concatenate(lengths), read_rows, failed, reasons)
 
 
-def longest_sequence(configs: Sequence[RunConfig], points: Sequence[tuple[float, int]]) -> int:
-    """The most tokens of a sequence, BOS and EOS not counted, that models of all the settings take at every point
-    (ratio, copies); 0 if there is none."""
+def longest_sequence(models: Sequence[tuple[RunConfig, Sequence[tuple[float, int]]]]) -> int:
+    """The most tokens of a sequence, BOS and EOS not counted, that models of all the settings take, each at all its
+    points (ratio, copies); 0 if there is none."""
 
     def fits(length: int) -> bool:
         return all(
@@ -126,11 +126,11 @@ def longest_sequence(configs: Sequence[RunConfig], points: Sequence[tuple[float,
                 copies * length + 2, ratio=ratio, states=config.model.states, anchors=config.model.anchors
             )
             <= config.model.max_positions
-            for config in configs
+            for config, points in models
             for ratio, copies in points
         )
 
-    most = min(config.model.max_positions for config in configs)
+    most = min(config.model.max_positions for config, _ in models)
     return next((length for length in range(most, 0, -1) if fits(length)), 0)
 
 

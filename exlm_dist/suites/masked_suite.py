@@ -2,8 +2,8 @@
 
 Nothing is trained. Cells, processes and the folder are those of the other suites; the tasks are
 
-    ratios      a fraction of the tokens is masked: every checkpoint
-    repeated    each token stands k times side by side, and each copy is masked with probability p: plain models
+    ratios      a fraction of the tokens is masked
+    repeated    of plain models, at the ratio p and with the copies k of each token that they were trained with
 """
 
 from __future__ import annotations
@@ -36,12 +36,6 @@ from exlm_dist.utils.files import write_json
 RATIOS, REPEATED = "ratios", "repeated"
 TASK_NAMES = (RATIOS, REPEATED)
 DEFAULT_RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6)
-#: Most copies of a token, and the fraction of tokens that are wholly hidden where that is held.
-MOST_COPIES, HIDDEN = 4, 0.15
-#: Of repeated tokens, (p, k): the same fraction is hidden while more positions show a mask; then the same fraction of
-#: positions shows a mask while fewer tokens are hidden.
-SAME_HIDDEN = tuple((round(HIDDEN ** (1 / copies), 4), copies) for copies in range(1, MOST_COPIES + 1))
-SAME_MASKED = tuple((SAME_HIDDEN[-1][0], copies) for copies in range(1, MOST_COPIES + 1))
 Points = Sequence[tuple[float, int]]
 
 
@@ -88,13 +82,12 @@ def evaluate_masked(request: MaskedRequest, say: Callable[[str], None] = print) 
     costs the others nothing. Errors: see `find_checkpoints`, `find_source`, `open_folder`, `choose_samples`."""
     source = open_masked(request)
     methods = find_checkpoints(request.checkpoints, pinned=request.pinned)
-    orders = [
-        order
-        for task in request.tasks
-        for order in _orders(request, source, task, [one for one in methods if _has_task(one, task)], say)
-    ]
+    orders = [order for task in request.tasks for order in _orders(request, source, task, methods, say)]
     if not orders:
-        raise ConfigError(f"the task {REPEATED} is of plain models, and none was given. Add one to --checkpoint.")
+        raise ConfigError(
+            f"none of the checkpoints has the tasks {', '.join(request.tasks)}: {RATIOS} is of models that were trained "
+            f"with masking.copies 1, {REPEATED} of plain ones."
+        )
     # Those of a checkpoint one after another, so that it is loaded once.
     orders.sort(key=lambda order: methods.index(order.cell.method))
     return compute_orders(orders, find_slots(request.device, request.jobs), 0, say, _said)
@@ -122,14 +115,12 @@ def _configs(request: MaskedRequest) -> list[tuple[str, RunConfig]]:
     return found
 
 
-def _has_task(method: Method, task: str) -> bool:
-    return task == RATIOS or method.facts["objective"] == "mlm"
-
-
-def _points(request: MaskedRequest, task: str) -> Points:
-    if task == RATIOS:
-        return [(ratio, 1) for ratio in sorted(set(request.ratios))]
-    return list(dict.fromkeys((*SAME_HIDDEN, *SAME_MASKED)))
+def _points(request: MaskedRequest, task: str, config: RunConfig) -> Points:
+    """(ratio, copies) that a model is asked for; none if it does not have the task."""
+    masking = config.masking
+    if task == REPEATED:
+        return [(masking.ratio, masking.copies)] if config.model.objective == "mlm" else []
+    return [(ratio, 1) for ratio in sorted(set(request.ratios))] if masking.copies == 1 else []
 
 
 def _orders(
@@ -140,22 +131,23 @@ def _orders(
     say: Callable[[str], None],
 ) -> list[MaskedOrder]:
     """The cells of a task, on sequences that all its checkpoints take at all its points."""
-    if not methods:
+    points = {method.key: _points(request, task, read_config(_files(method))) for method in methods}
+    own = [method for method in methods if points[method.key]]
+    if not own:
         return []
-    points = _points(request, task)
-    longest = _prepared(request, source, task, methods, points, say)
+    longest = _prepared(request, source, task, own, say)
     return [
-        MaskedOrder(request.out, source, request.sequences, longest, complete, Cell(task, source.part, method, grid, seed))
-        for method in methods
+        MaskedOrder(
+            request.out, source, request.sequences, longest, complete, Cell(task, source.part, method, grid, seed)
+        )
+        for method in own
         for seed in range(request.seeds)
-        for ratio, copies in points
+        for ratio, copies in points[method.key]
         for grid, complete in [_grid(task, ratio, copies, request.complete)]
     ]
 
 
-def _grid(
-    task: str, ratio: float, copies: int, complete: int
-) -> tuple[tuple[tuple[str, float | int], ...], int]:
+def _grid(task: str, ratio: float, copies: int, complete: int) -> tuple[tuple[tuple[str, float | int], ...], int]:
     """(grid of a cell, sequences of which completions are searched: of repeated tokens none)."""
     if task == RATIOS:
         return (("ratio", ratio),), complete
@@ -167,15 +159,16 @@ def _prepared(
     source: MaskedSource,
     task: str,
     methods: Sequence[Method],
-    points: Points,
     say: Callable[[str], None],
 ) -> int:
     """Record which sequences a task has, the first time; the most tokens that they have. ConfigError if they do not fit
     one of the checkpoints, or its tokenizer is another one."""
     path = request.out / TASKS / f"{task}.json"
     recorded = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    configs = [read_config(method.checkpoint) for method in methods if method.checkpoint is not None]
-    longest = longest_sequence([*configs, *_watched(request, task)], points)
+    configs = [read_config(_files(method)) for method in methods]
+    if request.watched is not None:
+        configs.append(read_config(request.watched))
+    longest = longest_sequence([(config, _points(request, task, config)) for config in configs])
     known = recorded or {"tokenizer": methods[0].facts["tokenizer"], "tokenizer_of": methods[0].label}
     for method in methods:
         if method.facts["tokenizer"] != known["tokenizer"]:
@@ -190,8 +183,7 @@ def _prepared(
         )
     if recorded is not None:
         return recorded["longest"]
-    assert methods[0].checkpoint is not None
-    dataset = source.open(load_tokenizer(methods[0].checkpoint / TOKENIZER_FOLDER))
+    dataset = source.open(load_tokenizer(_files(methods[0]) / TOKENIZER_FOLDER))
     samples, skipped = choose_samples(dataset, longest, request.sequences)
     sizes = {"longest": longest, "sequences": len(samples), "skipped": skipped}
     (request.out / TASKS).mkdir(exist_ok=True)
@@ -201,12 +193,9 @@ def _prepared(
     return longest
 
 
-def _watched(request: MaskedRequest, task: str) -> list[RunConfig]:
-    """Settings of the run that is watched, if its checkpoints will have the task."""
-    if request.watched is None:
-        return []
-    config = read_config(request.watched)
-    return [config] if task == RATIOS or config.model.objective == "mlm" else []
+def _files(method: Method) -> Path:
+    assert method.checkpoint is not None  # all methods of this suite are checkpoints
+    return method.checkpoint
 
 
 def _left_out(skipped: int, longest: int, rows: Mapping[str, Any]) -> str:

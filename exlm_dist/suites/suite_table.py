@@ -49,7 +49,7 @@ class Entry:
 
     def score(self, metric: str, part: str = "test") -> Score:
         """Mean and sd over the seeds of a metric of a part."""
-        return _score([result["scores"][part][metric] for result in self.results])
+        return score_of([result["scores"][part][metric] for result in self.results])
 
     @property
     def best(self) -> Score:
@@ -98,18 +98,8 @@ class SuiteTable:
 
     @property
     def shown(self) -> list[Column]:
-        """The columns without the earlier checkpoints of runs with more than `MOST_STEPS`."""
-        steps: dict[str, set[int]] = defaultdict(set)
-        for column in self.columns:
-            if column.run is not None:
-                steps[column.run].add(column.checkpoint["step"])
-        return [
-            column
-            for column in self.columns
-            if column.run is None
-            or len(steps[column.run]) <= MOST_STEPS
-            or column.checkpoint["step"] == max(steps[column.run])
-        ]
+        """Those of `latest_columns`."""
+        return latest_columns(self.columns)
 
     def metric(self, task: str) -> str:
         """The metric that is shown of a task."""
@@ -146,7 +136,22 @@ def read_table(out: Path) -> SuiteTable:
     order = SUITES[suite["suite"]]
     seen = {(task, split) for task, split, _ in entries}
     rows = [(task.name, split) for split in order.splits for task in order.tasks if (task.name, split) in seen]
-    return SuiteTable(out, suite, read_tasks(out), rows, _columns(results), entries, results, failures)
+    return SuiteTable(out, suite, read_tasks(out), rows, find_columns(results), entries, results, failures)
+
+
+def latest_columns(columns: Sequence[Column]) -> list[Column]:
+    """The columns without the earlier checkpoints of runs with more than `MOST_STEPS`."""
+    steps: dict[str, set[int]] = defaultdict(set)
+    for column in columns:
+        if column.run is not None:
+            steps[column.run].add(column.checkpoint["step"])
+    return [
+        column
+        for column in columns
+        if column.run is None
+        or len(steps[column.run]) <= MOST_STEPS
+        or column.checkpoint["step"] == max(steps[column.run])
+    ]
 
 
 def difference(first: Entry, second: Entry) -> Difference:
@@ -181,19 +186,21 @@ def _entry(key: tuple[str, str, str], results: Sequence[dict[str, Any]]) -> Entr
     sign = -1 if metric in ERRORS else 1
 
     def on_valid(own: list[dict[str, Any]]) -> float:
-        value = _score([result["scores"]["valid"][metric] for result in own]).mean
+        value = score_of([result["scores"]["valid"][metric] for result in own]).mean
         return -math.inf if math.isnan(value) else sign * value
 
     best = max(points.values(), key=on_valid)
     return Entry(*key, metric, best[0]["grid"], len(points), best)
 
 
-def _score(values: Sequence[float | None]) -> Score:
+def score_of(values: Sequence[float | None]) -> Score:
+    """Mean and sd; NaN where one is None."""
     known = np.array([math.nan if value is None else value for value in values])
     return Score(float(known.mean()), float(known.std(ddof=1)) if len(known) > 1 else math.nan, len(known))
 
 
-def _columns(results: Sequence[Mapping[str, Any]]) -> list[Column]:
+def find_columns(results: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """The methods that there are results of, in the order in which they are shown."""
     found = {}
     for result in results:
         method = result["method"]

@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from exlm_dist.analysis.masked_report import write_masked_report
 from exlm_dist.analysis.suite_figure import plot_split, plot_steps
 from exlm_dist.finetuning.finetune_settings import ERRORS
 from exlm_dist.finetuning.splits import PARTS
 from exlm_dist.suites.catalogue import SUITES
+from exlm_dist.suites.masked_cell import MASKED
 from exlm_dist.suites.methods import RANDOM
+from exlm_dist.suites.out_folder import read_suite
 from exlm_dist.suites.suite_table import (
     FINGERPRINT_KINDS,
     Column,
@@ -39,6 +42,9 @@ def suite_report(out: Path) -> Path:
     folder.mkdir(exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes the last one has all results
+        if read_suite(out)["suite"] == MASKED:
+            write_masked_report(out, folder)
+            return folder / PAGE
         table = read_table(out)
         if table.entries:
             _write_csv(table, folder / CSV)

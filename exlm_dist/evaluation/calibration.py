@@ -1,4 +1,4 @@
-"""Whether a model is right as often as it says: reliability table and expected calibration error."""
+"""How sure a model is, and whether it is right as often as it says: entropy, reliability table, calibration error."""
 
 from __future__ import annotations
 
@@ -47,3 +47,9 @@ class Reliability:
             }
             for m in np.flatnonzero(self.counts)
         ]
+
+
+def entropy(distributions: np.ndarray) -> np.ndarray:
+    """In nats, of each row of [n, V] -> [n]."""
+    safe = np.where(distributions > 0, distributions, 1.0)
+    return -(distributions * np.log(safe)).sum(1)

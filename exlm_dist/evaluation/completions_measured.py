@@ -1,10 +1,10 @@
-"""Completions of all masks of a sequence at once: how often they are right, how sure the model is, which are molecules."""
+"""Completions of all masks of a sequence at once: how often they are right, how sure the model is, what is readable."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from exlm_dist.evaluation.calibration import Reliability
+from exlm_dist.evaluation.calibration import Reliability, entropy
 from exlm_dist.evaluation.exact_completions import BEAM
 from exlm_dist.inference.completions import Scored, StateChain
 from exlm_dist.inference.fill import canonical_form
@@ -21,7 +21,7 @@ class CompletionMeasures:
     def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
         self._tokenizer, self._seed = tokenizer, seed
         self._masked = 0
-        self._drawn_log_probability = 0.0
+        self._single_entropy = self._dependence = 0.0
         self._right_tokens = 0
         self._exact: list[bool] = []
         self._among: list[bool] = []
@@ -35,13 +35,15 @@ class CompletionMeasures:
         drawn = chain.sample(DRAWN, 1.0, np.random.default_rng((self._seed, sample)))
         right = tuple(wanted.tolist())
         self._masked += len(wanted)
-        self._drawn_log_probability += sum(one.log_probability for one in drawn) / DRAWN
+        single = chain.marginals()
+        self._single_entropy += float(entropy(single).sum())
+        self._dependence += sum(one.log_probability - _by_themselves(single, one.tokens) for one in drawn) / DRAWN
         self._right_tokens += sum(one == other for one, other in zip(best[0].tokens, right))
         self._exact.append(best[0].tokens == right)
         self._among.append(any(one.tokens == right for one in best))
         self._sure.append(float(np.exp(best[0].log_probability)))
         if self._tokenizer.domain == "smiles":
-            independent = Scored(tuple(chain.marginals().argmax(1).tolist()), 0.0)
+            independent = Scored(tuple(single.argmax(1).tolist()), 0.0)
             for kind, completions in (("best", best[:1]), ("independent", [independent]), ("drawn", drawn)):
                 self._valid[kind] += [self._is_molecule(ids, inner, one.tokens) for one in completions]
 
@@ -54,7 +56,8 @@ class CompletionMeasures:
             "exact": float(np.mean(self._exact)),
             f"exact_in_{BEST}": float(np.mean(self._among)),
             "joint_accuracy": self._right_tokens / self._masked,
-            "joint_entropy": -self._drawn_log_probability / self._masked,
+            "single_entropy": self._single_entropy / self._masked,
+            "joint_entropy": (self._single_entropy - self._dependence) / self._masked,
             "joint_ece": self.reliability().error,
         }
         return scores | {f"valid_{kind}": float(np.mean(own)) for kind, own in self._valid.items() if own}
@@ -70,3 +73,8 @@ class CompletionMeasures:
         filled = ids.copy()
         filled[inner] = tokens
         return canonical_form(self._tokenizer, self._tokenizer.decode(filled.tolist())) is not None
+
+
+def _by_themselves(single: np.ndarray, tokens: tuple[int, ...]) -> float:
+    """Sum of log p_i(w_i), where the masks are filled independently of each other."""
+    return float(np.log(single[np.arange(len(tokens)), list(tokens)]).sum())

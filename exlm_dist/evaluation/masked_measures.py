@@ -15,7 +15,7 @@ from exlm_dist.data.loader import chosen_batches, evaluation_keys
 from exlm_dist.data.masking import choose_masked, num_masks
 from exlm_dist.data.recipe import Dataset, Recipe
 from exlm_dist.data.repeated import wholly_hidden, with_copies
-from exlm_dist.evaluation.calibration import Reliability
+from exlm_dist.evaluation.calibration import Reliability, entropy
 from exlm_dist.evaluation.completions_measured import CompletionMeasures
 from exlm_dist.inference.completions import StateChain
 from exlm_dist.inference.fill import BATCH_LOGITS, BATCH_TOKENS, stream_chains
@@ -121,12 +121,6 @@ class TokenMeasures:
             "state_entropy": float(self.state_entropy.mean()),
             "ece": Reliability.of(self.confidence, self.correct).error,
         }
-
-
-def entropy(distributions: np.ndarray) -> np.ndarray:
-    """In nats, of each row of [n, V] -> [n]."""
-    safe = np.where(distributions > 0, distributions, 1.0)
-    return -(distributions * np.log(safe)).sum(1)
 
 
 def measure_masked(

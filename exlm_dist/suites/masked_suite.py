@@ -85,8 +85,8 @@ def evaluate_masked(request: MaskedRequest, say: Callable[[str], None] = print) 
     orders = [order for task in request.tasks for order in _orders(request, source, task, methods, say)]
     if not orders:
         raise ConfigError(
-            f"none of the checkpoints has the tasks {', '.join(request.tasks)}: {RATIOS} is of models that were trained "
-            f"with masking.copies 1, {REPEATED} of plain ones."
+            f"none of the checkpoints has the tasks {', '.join(request.tasks)}: {RATIOS} is of models that were "
+            f"trained with masking.copies 1, {REPEATED} of plain ones."
         )
     # Those of a checkpoint one after another, so that it is loaded once.
     orders.sort(key=lambda order: methods.index(order.cell.method))

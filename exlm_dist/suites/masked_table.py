@@ -1,4 +1,4 @@
-"""The results of the suite `masked` as one table: checkpoints by what was masked, mean and sd over the seeds of masks."""
+"""The results of the suite `masked` as one table: checkpoints by what was masked, mean and sd over the seeds."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def watch_run(
             for name, files in pinned.items():
                 say(f"step {step_of(Path(name))}: {name}")
                 own = replace(request, checkpoints=(*request.checkpoints, name), pinned={name: files})
-                total = total.plus(_evaluate(own, say))
+                total = total.plus(evaluate(own, say))
                 after_each()
                 done.add(files.name)
                 shutil.rmtree(files)
@@ -70,7 +70,8 @@ def _open(request: SuiteRequest | MaskedRequest) -> None:
         open_evaluation(request)
 
 
-def _evaluate(request: SuiteRequest | MaskedRequest, say: Callable[[str], None]) -> Summary:
+def evaluate(request: SuiteRequest | MaskedRequest, say: Callable[[str], None] = print) -> Summary:
+    """Of either kind of suite."""
     if isinstance(request, MaskedRequest):
         return evaluate_masked(request, say)
     return evaluate_suite(request, say)

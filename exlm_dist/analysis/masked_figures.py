@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from exlm_dist.analysis import style
 from exlm_dist.evaluation.masked_measures import ENTROPY_BIN
@@ -93,10 +93,8 @@ def _reliability(table: MaskedTable, folder: Path) -> Path:
     if _has(table, RATIOS, ["joint_ece"]):
         rows.append(("reliability_joint", "joint_ece", "best completions"))
     size = 3.3
-    title, subtitle = (
-        "Is the model right as often as it says?",
-        f"{_subtitle(table)}; bins of {_FEWEST} predictions or more",
-    )
+    title = "Is the model right as often as it says?"
+    subtitle = f"{_subtitle(table)}; bins of {_FEWEST} predictions or more"
     with style.figure(size * len(points) + 0.4, 1.0 + size * len(rows), title, subtitle) as made:
         grid = made.subplots(len(rows), len(points), squeeze=False)
         for panels, (name, error, what) in zip(grid, rows):
@@ -109,7 +107,8 @@ def _reliability(table: MaskedTable, folder: Path) -> Path:
                 axes.yaxis.set_major_formatter(_PERCENT)
                 axes.set_xlim(0, 1)
                 axes.set_ylim(0, 1.02)
-                axes.legend(loc="lower right", fontsize=7)
+                if axes.get_legend_handles_labels()[0]:
+                    axes.legend(loc="lower right", fontsize=7)
         return style.save(made, folder, "calibration")
 
 

@@ -42,8 +42,9 @@ def register(commands: Commands) -> None:
         "Three forms. `exlm evaluate RUN` masks held-out tokens and gives nll and accuracy per masked token. `exlm "
         "evaluate SUITE --checkpoint RUN ... --data FOLDER --out FOLDER` (suites: "
         f"{names}) fine-tunes each checkpoint on each task and makes one table of all. `exlm evaluate {MASKED} "
-        "--checkpoint RUN ... --out FOLDER` asks them for the same masked tokens at many ratios. Both go on with what is missing when they are given again after a kill. A run "
-        "folder that has the name of a suite is written ./NAME."
+        "--checkpoint RUN ... --out FOLDER` asks them for the same masked tokens at many ratios. Both go on with what "
+        "is missing when they are given again after a kill. A run folder that has the name of a suite is written "
+        "./NAME."
     )
     parser.formatter_class = argparse.HelpFormatter
     parser.add_argument("what", metavar="RUN|SUITE", help=f"run or checkpoint folder, or a suite: {names}, {MASKED}")

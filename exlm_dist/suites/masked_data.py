@@ -51,7 +51,7 @@ class MaskedSource:
         return dataset
 
 
-@dataclass(frozen=True)
+@dataclass
 class TextRows:
     """Sequences in memory: tokens int32 [sum], lengths int64 [m]. failed: rows that cannot be used, in all `read`;
     reasons: of the first of them."""
@@ -101,7 +101,8 @@ def find_source(
 def read_texts(path: Path, column: str | None, tokenizer: Tokenizer) -> TextRows:
     """The rows of a file that can be used, as tokens. DataError if there is none."""
     source = InputRows([str(path)], InputOptions(column=column), tokenizer.domain, added=())
-    tokens, lengths, reasons, read_rows, failed = [], [], [], 0, 0
+    tokens, lengths, read_rows, failed = [], [], 0, 0
+    reasons: list[str] = []
     for records in source.chunks(_CHUNK):
         encoded = encode_texts(tokenizer, [source.text(record) for record in records], max_tokens=1 << 40)
         tokens.append(encoded.tokens)

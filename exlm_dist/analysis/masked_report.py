@@ -20,36 +20,36 @@ _OF_TOKENS = (
     ("nll", "nll", "nats"),
     ("joint_nll", "joint nll", "nats"),
     ("coupling", "coupling", "nats"),
-    ("accuracy", "accuracy", "share"),
+    ("accuracy", "accuracy", "percent"),
     ("entropy", "entropy", "nats"),
     ("state_entropy", "of states", "nats"),
-    ("ece", "ECE", "share"),
+    ("ece", "ECE", "percent"),
 )
 _OF_COMPLETIONS = (
-    ("exact", "all right", "share"),
-    ("exact_in_10", "in 10 best", "share"),
-    ("joint_accuracy", "tokens right", "share"),
-    ("joint_ece", "joint ECE", "share"),
+    ("exact", "all right", "percent"),
+    ("exact_in_10", "in 10 best", "percent"),
+    ("joint_accuracy", "tokens right", "percent"),
+    ("joint_ece", "joint ECE", "percent"),
     ("single_entropy", "entropy", "nats"),
     ("joint_entropy", "joint entropy", "nats"),
-    ("valid_best", "readable: best", "share"),
-    ("valid_independent", "each by itself", "share"),
-    ("valid_drawn", "drawn", "share"),
+    ("valid_best", "readable: best", "percent"),
+    ("valid_independent", "each by itself", "percent"),
+    ("valid_drawn", "drawn", "percent"),
 )
 _OF_STATES = (
     ("alignment_states_used", "states used", "number"),
     ("alignment_prior_entropy", "prior entropy", "nats"),
     ("alignment_posterior_entropy", "posterior entropy", "nats"),
-    ("alignment_prior_own", "prior, own states", "share"),
-    ("alignment_posterior_own", "posterior, own states", "share"),
+    ("alignment_prior_own", "prior, own states", "percent"),
+    ("alignment_posterior_own", "posterior, own states", "percent"),
     ("alignment_token_spread", "token spread", "number"),
 )
 _OF_REPEATED = (
-    ("hidden_share", "tokens hidden", "share"),
+    ("hidden_fraction", "tokens hidden", "percent"),
     ("hidden_nll", "nll of hidden", "nats"),
-    ("hidden_accuracy", "accuracy of hidden", "share"),
+    ("hidden_accuracy", "accuracy of hidden", "percent"),
     ("copied_nll", "nll of others", "nats"),
-    ("copied_accuracy", "accuracy of others", "share"),
+    ("copied_accuracy", "accuracy of others", "percent"),
 )
 Columns = Sequence[tuple[str, str, str]]
 #: The ratio at which the reliability table is written out.
@@ -70,7 +70,7 @@ def write_masked_report(out: Path, folder: Path) -> None:
 def _page(table: MaskedTable, figures: Sequence[Path]) -> str:
     parts = [
         "# masked\n",
-        "All checkpoints were asked for the same masked tokens. Nats and shares are per masked token; mean ± standard "
+        "All checkpoints were asked for the same masked tokens. Nats and percentages are per masked token; mean ± standard "
         "deviation (n - 1) over the seeds of the masks, where there are several.\n",
     ]
     for point in table.differing:
@@ -122,9 +122,9 @@ def _named(point: Point) -> str:
 def _written(score: Score | None, kind: str) -> str:
     if score is None:
         return "-"
-    factor, digits = (100, 1) if kind == "share" else (1, 4 if kind == "nats" else 2)
+    factor, digits = (100, 1) if kind == "percent" else (1, 4 if kind == "nats" else 2)
     mean, sd = factor * score.mean, factor * score.sd
-    unit = " %" if kind == "share" else ""
+    unit = " %" if kind == "percent" else ""
     mean = round(mean, digits) + 0.0  # no -0.0000
     within = "" if math.isnan(sd) else f" ± {sd:.{digits}f}"
     return f"{mean:.{digits}f}{within}{unit}"
@@ -150,8 +150,8 @@ def _reliability(table: MaskedTable) -> list[str]:
         entry = table.entries.get((point, column.key))
         for one in [] if entry is None else entry.reliability("reliability"):
             limits = f"{one['above']:.3f} - {one['to']:.3f}"
-            shares = f"{one['confidence']:.3f} | {one['accuracy']:.3f}"
-            lines.append(f"| {_cell(column.label)} | {limits} | {one['count']} | {shares} |")
+            rates = f"{one['confidence']:.3f} | {one['accuracy']:.3f}"
+            lines.append(f"| {_cell(column.label)} | {limits} | {one['count']} | {rates} |")
     return lines
 
 

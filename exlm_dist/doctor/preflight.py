@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from exlm_dist.checkpoint.tensors import BYTES_PER_PARAMETER
 from exlm_dist.config import RunConfig, check_init, check_vocabulary
 from exlm_dist.data.manifest import read_manifest
 from exlm_dist.data.recipe import Recipe
+from exlm_dist.model.cost import count_parameters
 from exlm_dist.tracking.uri import tracking_uri
 from exlm_dist.utils.errors import ConfigError, DataError
 from exlm_dist.utils.logs import get_logger
-from exlm_dist.utils.outputs import check_writable
+from exlm_dist.utils.outputs import check_space, check_writable
 
 logger = get_logger(__name__)
 
@@ -27,7 +29,10 @@ def check_run(config: RunConfig) -> None:
     _check_shards(Path(config.data.path), manifest["splits"])
     if (histogram := manifest["splits"]["train"].get("length_histogram")) is not None:  # else the ranks read the index
         Recipe.of(config, manifest["vocab_size"]).check_lengths(config.masking.copies * (np.flatnonzero(histogram) - 2))
-    check_writable(Path(config.runs) / config.name / "checkpoints")
+    checkpoints = Path(config.runs) / config.name / "checkpoints"
+    check_writable(checkpoints)
+    parameters = sum(count_parameters(config.model, manifest["vocab_size"]).values())
+    check_space(checkpoints, parameters * BYTES_PER_PARAMETER, "a single checkpoint of this model")
     if config.tracking.mlflow:
         try:
             tracking_uri(config.tracking.uri, Path(config.runs))

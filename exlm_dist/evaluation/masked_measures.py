@@ -210,7 +210,7 @@ def _by_visibility(tokens: TokenMeasures, hidden: np.ndarray) -> dict[str, float
     """Of repeated tokens: those that are wholly hidden, and those of which a copy is visible."""
     groups = {"hidden": tokens.take(hidden), "copied": tokens.take(~hidden)}
     means = {f"{group}_{name}": value for group, own in groups.items() for name, value in own.means().items()}
-    return {"hidden_share": float(hidden.mean()), **means}
+    return {"hidden_fraction": float(hidden.mean()), **means}
 
 
 def _histogram(values: np.ndarray) -> list[int]:

@@ -34,7 +34,7 @@ from exlm_dist.tokenizers.tokenizer import MASK
 from exlm_dist.utils.errors import CheckpointError, ConfigError
 from exlm_dist.utils.files import sync_path
 from exlm_dist.utils.logs import get_logger
-from exlm_dist.utils.outputs import check_writable, user_path
+from exlm_dist.utils.outputs import check_space, check_writable, user_path
 
 logger = get_logger(__name__)
 
@@ -156,6 +156,7 @@ def export_fairseq(checkpoint: Path, out: Path) -> str:
     folder = find_checkpoint(user_path(checkpoint))
     config, about = read_config(folder), read_state(folder)
     state = to_fairseq(load_weights(folder, verified=True), heads=config.model.heads, mask_last=True)
+    check_space(out, sum(value.nbytes for value in state.values()), "the export")
     metadata = {
         "name": config.name,
         "step": step_of(folder),

@@ -86,11 +86,12 @@ class Summary:
         aside = sum(self.quarantined.values())
         yield "set aside", f"{aside:,}" + (f" ({reasons(self.quarantined)}), see {QUARANTINE}" if aside else "")
         if len(files) > 1:
-            worst = sorted(files, key=lambda file: -sum(file["quarantined"].values()))[:FILES_SHOWN]
+            told = files if len(files) <= FILES_SHOWN else [f for f in files if f["quarantined"] or f["duplicates"]]
+            worst = sorted(told, key=lambda file: -sum(file["quarantined"].values()))[:FILES_SHOWN]
             for file in sorted(worst, key=files.index):
                 yield "", _of_file(file)
-            if len(files) > FILES_SHOWN:
-                yield "", f"{len(files) - FILES_SHOWN:,} more files, with fewer rows set aside: see {MANIFEST}"
+            if len(told) > FILES_SHOWN:
+                yield "", f"{len(told) - FILES_SHOWN:,} more files, with fewer rows set aside: see {MANIFEST}"
         if in_bytes := statistics.get("byte_tokens", 0):
             fraction = in_bytes / sum(part["tokens"] for part in self.manifest["splits"].values())
             advice = (

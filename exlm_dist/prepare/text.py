@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer, VocabularyTooLarge
 from exlm_dist.utils.cores import available_cores
 from exlm_dist.utils.errors import DataError
-from exlm_dist.utils.outputs import user_path
+from exlm_dist.utils.outputs import check_space, user_path
 from exlm_dist.utils.progress import Progress
 from exlm_dist.utils.workers import ordered_map
 
@@ -129,6 +130,8 @@ class TextJob:
     workers: int
 
     def run(self, folder: Path) -> dict[str, Any]:
+        files = [path for source in (self.train, self.valid) if source for path in source.of_lines]
+        check_space(folder, sum(os.path.getsize(path) for path in files), "the text of the input alone")
         with (
             TemporaryDirectory(prefix="spool.", dir=folder) as spool,
             Tally(folder / QUARANTINE, self.max_rejected) as tally,

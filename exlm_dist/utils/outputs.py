@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -39,3 +40,13 @@ def check_writable(out: Path) -> None:
         raise OutputError(
             f"{out}: cannot be made: nothing can be written in {folder} ({error.strerror}). Choose another place."
         ) from error
+
+
+def check_space(out: Path, needed: int, what: str) -> None:
+    """OutputError, with both figures, unless `needed` bytes, those of `what`, are free where `out` is to be."""
+    folder = nearest_folder(out)
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise OutputError(
+            f"{out}: {what} takes {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free in {folder}. Free some, or "
+            "choose a place on another file system."
+        )

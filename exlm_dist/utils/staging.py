@@ -174,6 +174,11 @@ def _lock(folder: Path) -> int | None:
 
 
 def _cannot_write(error: OSError, out: Path) -> OutputError:
+    if error.errno == errno.EFBIG:
+        return OutputError(
+            f"{out}: a file in it would be larger than files may be here. Raise the limit (ulimit -f unlimited), or "
+            "choose another file system; no unfinished folder was left behind."
+        )
     if error.errno in FULL:
         parent = next(path for path in (out.parent, *out.parents) if path.exists())
         free = shutil.disk_usage(parent).free / 1e6

@@ -19,7 +19,7 @@ from exlm_dist.model.block import NORM_EPS
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.tokenizers.tokenizer import BOS, EOS, MASK, PAD
 from exlm_dist.utils.files import write_atomic, write_json
-from exlm_dist.utils.outputs import user_path
+from exlm_dist.utils.outputs import check_space, user_path
 from exlm_dist.utils.staging import FolderKind, check_output, staged_folder
 
 #: Files of this folder that are copied into each export.
@@ -46,6 +46,7 @@ def export_hf(checkpoint: Path, out: Path, *, overwrite: bool = False) -> str:
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
     weights = hf_weights(load_weights(folder, verified=True))
     num_parameters = sum(tensor.numel() for tensor in weights.values())
+    check_space(out, 4 * num_parameters, "the export")
     documents = {
         "config.json": hf_config(config.model, tokenizer.vocab_size),
         "tokenizer.json": tokenizer_json(tokenizer),

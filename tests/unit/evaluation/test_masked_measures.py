@@ -196,10 +196,10 @@ def test_a_model_is_asked_for_the_masked_tokens_of_its_batches(loaded, dataset):
 
 def test_repeated_tokens_are_told_apart_by_whether_a_copy_is_visible(loaded, dataset):
     scores = measure_masked(loaded, dataset, np.arange(10), MaskedSettings(0.5, copies=3))["scores"]
-    share = scores["hidden_share"]
-    assert 0 < share < 1
+    fraction = scores["hidden_fraction"]
+    assert 0 < fraction < 1
     for name in ("nll", "accuracy", "entropy"):
-        both = share * scores[f"hidden_{name}"] + (1 - share) * scores[f"copied_{name}"]
+        both = fraction * scores[f"hidden_{name}"] + (1 - fraction) * scores[f"copied_{name}"]
         assert scores[name] == pytest.approx(both, rel=1e-5)
     assert "exact" not in scores
     assert len(MOLECULES) == 10 and scores["tokens"] == pytest.approx(1.5 * dataset.lengths[:10].sum(), abs=10)

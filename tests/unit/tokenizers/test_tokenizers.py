@@ -1,5 +1,6 @@
 """Both tokenizers: nothing is lost, no text produces special ids, loading restores what was saved."""
 
+import importlib
 import json
 from collections import Counter
 from pathlib import Path

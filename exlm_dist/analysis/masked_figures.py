@@ -22,7 +22,7 @@ PANELS, CURVE_RATIO = (0.15, 0.3, 0.5), 0.15
 _FEWEST = 5
 #: Relative difference up to which fractions of hidden tokens are the same.
 _SAME = 0.03
-_PERCENT = PercentFormatter(1, decimals=0)
+_PERCENT = PercentFormatter(1)
 
 
 def masked_figures(table: MaskedTable, folder: Path) -> list[Path]:
@@ -179,41 +179,51 @@ def _steps(table: MaskedTable, folder: Path) -> Path | None:
 
 def _repeated(table: MaskedTable, folder: Path) -> Path:
     """Repeated tokens: on the left the tokens that are hidden stay, and more positions show a mask; on the right the
-    masks stay, and more tokens are hidden. A dot for each model, lines between models that have the same."""
-    dots = []
-    for point in table.points_of(REPEATED):
-        for column in table.columns:
-            entry = table.entries.get((point, column.key))
-            score = entry.score("hidden_nll") if entry is not None else None
-            if score is not None:
-                dots.append((point, point.ratio**point.copies, score))
-    subtitle = f"{_subtitle(table, REPEATED)}; k: copies of each token, each masked with probability p"
+    masks stay, and more tokens are hidden. A dot for each model, lines through models that have the same."""
+    scores = [
+        (point, score)
+        for (point, _), entry in table.entries.items()
+        if point.task == REPEATED and (score := entry.score("hidden_nll")) is not None
+    ]
+    copies = sorted({point.copies for point, _ in scores})
+    colour_of = dict(zip(copies, style.colours()))
+    sizes = table.tasks[REPEATED]
+    subtitle = (
+        f"{sizes['sequences']} sequences ({table.suite['part']}); k copies of each token, masked with probability p"
+    )
     with style.figure(9, 4, "Repeated tokens: which of the two effects of a mask costs more?", subtitle) as made:
         left, right = made.subplots(1, 2, sharey=True)
-        for colour, (point, hidden, score) in zip(style.colours(), dots):
-            for axes, x in ((left, point.ratio), (right, hidden)):
+        masked, hidden = {}, {}
+        for number, (point, score) in enumerate(scores):
+            masked[number], hidden[number] = point.ratio, point.ratio**point.copies
+            for axes, x in ((left, masked[number]), (right, hidden[number])):
                 error = 0.0 if math.isnan(score.sd) else score.sd
-                axes.errorbar(x, score.mean, yerr=error, fmt="o", color=colour, capsize=2, zorder=3)
-                axes.annotate(f"k={point.copies}", (x, score.mean), (5, 5), textcoords="offset points", fontsize=8)
-        for first, (point, hidden, _) in enumerate(dots):
-            alike = [one for one in dots[first:] if math.isclose(one[1], hidden, rel_tol=_SAME)]
-            _line(left, [(one[0].ratio, one[2].mean) for one in alike], f"{hidden:.0%} hidden")
-            alike = [one for one in dots[first:] if math.isclose(one[0].ratio, point.ratio, rel_tol=_SAME)]
-            _line(right, [(one[1], one[2].mean) for one in alike], f"{point.ratio:.0%} masked")
-        style.label(left, "Same tokens hidden, more masks", "positions masked (p)", "nll of hidden tokens, nats")
-        style.label(right, "Same masks, more tokens hidden", "tokens hidden (p to the power of k)", "")
-        for axes in (left, right):
+                axes.errorbar(x, score.mean, yerr=error, fmt="o", color=colour_of[point.copies], capsize=2, zorder=3)
+                axes.annotate(f"k={point.copies}", (x, score.mean), (6, -3), textcoords="offset points", fontsize=8)
+        for axes, same, x in ((left, hidden, masked), (right, masked, hidden)):
+            for group in _alike(same):
+                numbers = sorted(group, key=lambda number: x[number])
+                label = f"{same[group[0]]:.0%} {'hidden' if axes is left else 'masked'}"
+                values = [scores[number][1].mean for number in numbers]
+                axes.plot([x[number] for number in numbers], values, "--", color=style.MUTED, linewidth=1, label=label)
             axes.xaxis.set_major_formatter(_PERCENT)
+            axes.margins(x=0.1, y=0.15)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(loc="best")
+        style.label(left, "Same tokens hidden, more masks", "positions masked (p)", "nll of hidden tokens, nats")
+        style.label(right, "Same masks, more tokens hidden", "tokens hidden (p to the power of k)", "")
         return style.save(made, folder, "repeated")
 
 
-def _line(axes: Axes, places: list[tuple[float, float]], label: str) -> None:
-    """Through three models or more that have the same; two are on some line by chance."""
-    if len(places) > 2:
-        x, y = zip(*sorted(places))
-        axes.plot(x, y, color=style.MUTED, linewidth=1, linestyle="dashed", label=label)
+def _alike(values: dict[int, float]) -> list[list[int]]:
+    """The keys of nearly equal values, of each three or more; two are alike by chance."""
+    groups: list[list[int]] = []
+    for key in sorted(values, key=values.__getitem__):
+        if groups and math.isclose(values[groups[-1][0]], values[key], rel_tol=_SAME):
+            groups[-1].append(key)
+        else:
+            groups.append([key])
+    return [group for group in groups if len(group) > 2]
 
 
 def panel_points(table: MaskedTable) -> list[Point]:
@@ -236,6 +246,6 @@ def _has(table: MaskedTable, task: str, names: Sequence[str] | dict[str, str]) -
     )
 
 
-def _subtitle(table: MaskedTable, task: str = RATIOS) -> str:
-    sizes = table.tasks[task]
+def _subtitle(table: MaskedTable) -> str:
+    sizes = table.tasks[RATIOS]
     return f"{sizes['sequences']} sequences ({table.suite['part']}), the same masked tokens for all"

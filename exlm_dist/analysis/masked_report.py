@@ -70,8 +70,8 @@ def write_masked_report(out: Path, folder: Path) -> None:
 def _page(table: MaskedTable, figures: Sequence[Path]) -> str:
     parts = [
         "# masked\n",
-        "All checkpoints were asked for the same masked tokens. Nats and percentages are per masked token; mean ± standard "
-        "deviation (n - 1) over the seeds of the masks, where there are several.\n",
+        "At the same ratio all checkpoints were asked for the same masked tokens. Nats and percentages are per masked "
+        "token; mean ± standard deviation (n - 1) over the seeds of the masks, where there are several.\n",
     ]
     for point in table.differing:
         parts.append(f"**At {_named(point)} not all checkpoints were asked for the same tokens: do not compare.**\n")

@@ -34,12 +34,13 @@ class MaskedSettings:
 
     Args:
         ratio: fraction of the tokens that is masked. seed: of the masks, and of what is drawn. copies: of each token,
-        side by side. complete: first sequences of which completions are searched and drawn.
+        side by side; with a number, also 1, tokens that are wholly hidden are told from the others. complete: first
+        sequences of which completions are searched and drawn.
     """
 
     ratio: float
     seed: int = 0
-    copies: int = 1
+    copies: int | None = None
     complete: int = 0
 
 
@@ -65,7 +66,7 @@ class MaskedPositions:
         indices = choose_masked(lengths, counts, keys)
         starts = np.cumsum(lengths) - lengths
         inner = indices - np.repeat(starts, counts)
-        return cls(samples, inner, counts, wholly_hidden(indices, settings.copies))
+        return cls(samples, inner, counts, wholly_hidden(indices, settings.copies or 1))
 
     def by_sample(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """(inner, hidden) of each sample."""
@@ -132,7 +133,7 @@ def measure_masked(
     completions, histograms of entropies), and "positions", the hash of what was masked. ConfigError if a sequence with
     its masks is too long for the model.
     """
-    dataset = with_copies(dataset, settings.copies)
+    dataset = with_copies(dataset, settings.copies or 1)
     positions = MaskedPositions.of(dataset.lengths[samples], samples, settings)
     recipe = _recipe(loaded, dataset.lengths[samples], settings.ratio)
     completions = CompletionMeasures(loaded.tokenizer, settings.seed)
@@ -160,7 +161,7 @@ def measure_masked(
         "tokens": len(whole),
         "sequences": len(samples),
         **completions.means(),
-        **(_by_visibility(tokens, whole) if settings.copies > 1 else {}),
+        **({} if settings.copies is None else _by_visibility(tokens, whole, int(dataset.lengths[samples].sum()))),
     }
     tables = {
         "reliability": Reliability.of(tokens.confidence, tokens.correct).table(),
@@ -206,11 +207,12 @@ def _batch(
     return sums.cpu(), by_sequence()
 
 
-def _by_visibility(tokens: TokenMeasures, hidden: np.ndarray) -> dict[str, float | None]:
-    """Of repeated tokens: those that are wholly hidden, and those of which a copy is visible."""
+def _by_visibility(tokens: TokenMeasures, hidden: np.ndarray, length: int) -> dict[str, float | None]:
+    """Of repeated tokens: those that are wholly hidden, a fraction of all `length`, and those of which a copy is
+    visible."""
     groups = {"hidden": tokens.take(hidden), "copied": tokens.take(~hidden)}
     means = {f"{group}_{name}": value for group, own in groups.items() for name, value in own.means().items()}
-    return {"hidden_fraction": float(hidden.mean()), **means}
+    return {"hidden_fraction": float(hidden.sum() / length), **means}
 
 
 def _histogram(values: np.ndarray) -> list[int]:

@@ -39,7 +39,8 @@ class MaskedOrder:
     def settings(self) -> MaskedSettings:
         """What is masked."""
         grid = dict(self.cell.grid)
-        return MaskedSettings(float(grid["ratio"]), self.cell.seed, int(grid.get("copies", 1)), self.complete)
+        copies = int(grid["copies"]) if "copies" in grid else None
+        return MaskedSettings(float(grid["ratio"]), self.cell.seed, copies, self.complete)
 
     def compute(self, device: str, threads: int) -> bool:
         """Measure and publish; False if the result was there already. Busy if another process is at it; errors of the

@@ -196,10 +196,13 @@ def test_a_model_is_asked_for_the_masked_tokens_of_its_batches(loaded, dataset):
 
 def test_repeated_tokens_are_told_apart_by_whether_a_copy_is_visible(loaded, dataset):
     scores = measure_masked(loaded, dataset, np.arange(10), MaskedSettings(0.5, copies=3))["scores"]
-    fraction = scores["hidden_fraction"]
-    assert 0 < fraction < 1
+    assert scores["hidden_fraction"] == pytest.approx(0.5**3, abs=0.06)
+    fraction = scores["hidden_fraction"] * 3 * dataset.lengths[:10].sum() / scores["tokens"]  # of the masked ones
     for name in ("nll", "accuracy", "entropy"):
         both = fraction * scores[f"hidden_{name}"] + (1 - fraction) * scores[f"copied_{name}"]
         assert scores[name] == pytest.approx(both, rel=1e-5)
     assert "exact" not in scores
+    single = measure_masked(loaded, dataset, np.arange(10), MaskedSettings(0.5, copies=1))["scores"]
+    assert single["hidden_nll"] == pytest.approx(single["nll"]) and single["copied_nll"] is None
+    assert single["hidden_fraction"] == pytest.approx(0.5, abs=0.06)
     assert len(MOLECULES) == 10 and scores["tokens"] == pytest.approx(1.5 * dataset.lengths[:10].sum(), abs=10)

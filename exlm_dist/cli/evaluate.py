@@ -138,7 +138,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     others = sorted((_OF_RUN | _OF_SUITE | _OF_MASKED) - own)
     if wrong := [name for name in others if getattr(options, name) not in (None, False)]:
         flag = f"--{wrong[0].replace('_', '-')}"
-        what = f"the suite {options.what}" if options.what in forms else f"a run, and {options.what} is no suite"
+        suite = f"the suite {options.what}"
+        what = suite if options.what in forms else f"a run, and {options.what} is no suite ({', '.join(forms)})"
         raise ConfigError(f"{flag} is no option of {what}: see exlm evaluate --help.")
     return run(options)
 

@@ -10,9 +10,12 @@ from typing import Any
 
 from exlm_dist.analysis.beside_published import beside_published
 from exlm_dist.analysis.html_page import write_page
+from exlm_dist.analysis.masked_report import write_masked_report
 from exlm_dist.analysis.suite_figure import plot_split, plot_steps
 from exlm_dist.finetuning.finetune_settings import ERRORS
+from exlm_dist.suites.masked_cell import MASKED
 from exlm_dist.suites.methods import RANDOM
+from exlm_dist.suites.out_folder import read_suite
 from exlm_dist.suites.suite_table import (
     BASELINE_KINDS,
     Column,
@@ -44,6 +47,9 @@ def suite_report(out: Path) -> Path:
     folder.mkdir(exist_ok=True)
     with open(folder / ".lock", "w") as file:
         lock(file.fileno(), file.name, wait=True)  # of several processes the last one has all results
+        if read_suite(out)["suite"] == MASKED:
+            write_masked_report(out, folder)
+            return folder / PAGE
         table = read_table(out)
         if table.entries:
             _write_csv(table, folder / CSV)

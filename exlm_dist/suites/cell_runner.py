@@ -45,6 +45,10 @@ class Order:
     split_hash: str
     cell: Cell
 
+    def compute(self, device: str, threads: int) -> bool:
+        """See `run_cell`."""
+        return run_cell(self, device, threads)
+
 
 def settings_of(suite: str, protocol: str, cell: Cell) -> TrainingSettings:
     """How a cell is trained: by the protocol, as a probe by what differs in it, and by the grid. ConfigError for values

@@ -16,7 +16,7 @@ from exlm_dist.suites.grid import Point, read_grid
 from exlm_dist.suites.methods import Method, find_methods
 from exlm_dist.suites.out_folder import PreparedTask, open_folder, prepare_tasks
 from exlm_dist.suites.suite import Suite
-from exlm_dist.suites.worker_pool import BUSY, DONE, FAILED, PRESENT, Outcome, Slot, run_orders
+from exlm_dist.suites.worker_pool import BUSY, DONE, FAILED, PRESENT, CellOrder, Outcome, Slot, run_orders
 from exlm_dist.utils.cores import available_cores
 from exlm_dist.utils.errors import ConfigError, UserError
 
@@ -99,10 +99,11 @@ def evaluate_suite(request: SuiteRequest, say: Callable[[str], None] = print) ->
     ]
     for order in orders:
         settings_of(suite.name, protocol, order.cell)  # before anything is computed: values out of range
+    slots = find_slots(request.device, request.jobs)
     if request.embed_once:
-        _embed(orders, _slots(request)[0].device, say)
+        _embed(orders, slots[0].device, say)
     unusable = sum(len(task.problems) for task in prepared)
-    return _computed(orders, _slots(request), unusable, say)
+    return compute_orders(orders, slots, unusable, say, _said)
 
 
 @dataclass(frozen=True)
@@ -174,15 +175,22 @@ def _embed(orders: Sequence[Order], device: str, say: Callable[[str], None]) -> 
         say(f"{count} molecules embedded in {time.monotonic() - started:.1f} s")
 
 
-def _slots(request: SuiteRequest) -> list[Slot]:
+def find_slots(device: str, jobs: int | None) -> list[Slot]:
     """As many as `jobs` says; by default one for each GPU, or for each core where there is none."""
-    devices, cores = visible_devices(request.device), available_cores()
-    jobs = request.jobs or (cores if devices == ["cpu"] else len(devices))
+    devices, cores = visible_devices(device), available_cores()
+    jobs = jobs or (cores if devices == ["cpu"] else len(devices))
     return [Slot(devices[number % len(devices)], max(1, cores // jobs)) for number in range(jobs)]
 
 
-def _computed(orders: Sequence[Order], slots: Sequence[Slot], unusable: int, say: Callable[[str], None]) -> Summary:
-    """Compute the cells that have no result."""
+def compute_orders(
+    orders: Sequence[CellOrder],
+    slots: Sequence[Slot],
+    unusable: int,
+    say: Callable[[str], None],
+    said: Callable[[Outcome], str],
+) -> Summary:
+    """Compute the cells that have no result, and say of each in a line how it has ended. unusable: cells that have
+    failed already."""
     left = [order for order in orders if not order.cell.path(order.out).exists()]
     present = len(orders) - len(left)
     say(f"{len(orders)} cells: {present} computed before, {len(left)} to do, {len(slots)} at a time")
@@ -191,16 +199,21 @@ def _computed(orders: Sequence[Order], slots: Sequence[Slot], unusable: int, say
     for number, outcome in enumerate(run_orders(left, slots), 1):
         counts[outcome.state] += 1
         rest = (time.monotonic() - started) / number * (len(left) - number)
-        say(f"[{number}/{len(left)}, {rest / 60:.1f} min left] {outcome.order.cell}: {_said(outcome)}")
+        say(f"[{number}/{len(left)}, {rest / 60:.1f} min left] {outcome.order.cell}: {_ended(outcome, said)}")
     return Summary(counts[DONE], present + counts[PRESENT], counts[BUSY], counts[FAILED] + unusable)
 
 
-def _said(outcome: Outcome) -> str:
+def _ended(outcome: Outcome, said: Callable[[Outcome], str]) -> str:
     """How a cell has ended, in a line."""
     if outcome.state == BUSY:
         return "another process is computing it"
     if outcome.state == FAILED:
         return f"failed: {outcome.reason}"
+    return said(outcome)
+
+
+def _said(outcome: Outcome) -> str:
+    """What has come out of a cell."""
     result = read_result(outcome.order.cell.path(outcome.order.out))
     metric = result["metric"]
     figures = ", ".join(

@@ -86,8 +86,9 @@ def find_methods(
     for other in SUITES.values():
         if other.baseline is not None and other.baseline.name in given:
             raise ConfigError(f"{other.baseline.name} is a baseline of the suite {other.name}, not of {suite.name}.")
-    checkpoints = [_checkpoint(Path(name), suite, (pinned or {}).get(name)) for name in given]
-    methods = list({method.key: method for method in checkpoints}.values())
+    methods = find_checkpoints(given, pinned=pinned)
+    for method in methods:
+        _check_domain(method, suite)
     if RANDOM in names:
         methods += _random(methods)
     if frozen:
@@ -104,15 +105,18 @@ def find_methods(
     return methods
 
 
-def _checkpoint(path: Path, suite: Suite, pinned: Path | None) -> Method:
+def find_checkpoints(names: Sequence[str], *, pinned: Mapping[str, Path] | None = None) -> list[Method]:
+    """The checkpoints that are named, each once. CheckpointError for what is no whole checkpoint."""
+    found = [_checkpoint(Path(name), (pinned or {}).get(name)) for name in names]
+    return list({method.key: method for method in found}.values())
+
+
+def _checkpoint(path: Path, pinned: Path | None) -> Method:
     refuse_model(path)
     folder = find_checkpoint(path if pinned is None else pinned)
     place = folder if pinned is None else path
     config, origin = read_config(folder), reference(folder)
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
-    if tokenizer.domain != suite.domain:
-        read, wanted = (_kind(domain) for domain in (tokenizer.domain, suite.domain))
-        raise ConfigError(f"{folder}: reads {read}, but the suite {suite.name} has {wanted}. Give another checkpoint.")
     step, sha256 = int(origin["checkpoint.step"]), origin["checkpoint.sha256"]
     run = run_folder_of(place)
     facts = {
@@ -124,9 +128,19 @@ def _checkpoint(path: Path, suite: Suite, pinned: Path | None) -> Method:
         "states": config.model.states,
         "budget": config.budget,
         "shape": _shape(config, tokenizer.fingerprint),
+        "domain": tokenizer.domain,
+        "tokenizer": tokenizer.fingerprint,
     }
     label = f"{config.name}@{step}"
     return Method("checkpoint", label, f"{_as_folder(label)}-{sha256[:8]}", folder, False, facts)
+
+
+def _check_domain(method: Method, suite: Suite) -> None:
+    if method.facts["domain"] != suite.domain:
+        read, wanted = (_kind(domain) for domain in (method.facts["domain"], suite.domain))
+        raise ConfigError(
+            f"{method.checkpoint}: reads {read}, but the suite {suite.name} has {wanted}. Give another checkpoint."
+        )
 
 
 def _random(checkpoints: Sequence[Method]) -> list[Method]:

@@ -52,7 +52,7 @@ class Entry:
 
     def score(self, metric: str, part: str) -> Score:
         """Mean and sd over the seeds of a metric of a part."""
-        return _score([result["scores"][part][metric] for result in self.results])
+        return score_of([result["scores"][part][metric] for result in self.results])
 
     @property
     def best(self) -> Score:
@@ -112,18 +112,8 @@ class SuiteTable:
 
     @property
     def shown(self) -> list[Column]:
-        """The columns without the earlier checkpoints of runs with more than `MOST_STEPS`."""
-        steps: dict[str, set[int]] = defaultdict(set)
-        for column in self.columns:
-            if column.run is not None:
-                steps[column.run].add(column.checkpoint["step"])
-        return [
-            column
-            for column in self.columns
-            if column.run is None
-            or len(steps[column.run]) <= MOST_STEPS
-            or column.checkpoint["step"] == max(steps[column.run])
-        ]
+        """Those of `latest_columns`."""
+        return latest_columns(self.columns)
 
     @property
     def of(self) -> Suite:
@@ -165,7 +155,22 @@ def read_table(out: Path) -> SuiteTable:
     entries = {key: _entry(key, own, order.part) for key, own in grouped.items()}
     seen = {(task, split) for task, split, _ in entries}
     rows = [(task.name, split) for split in order.splits for task in order.tasks if (task.name, split) in seen]
-    return SuiteTable(out, suite, read_tasks(out), rows, _columns(results), entries, results, failures)
+    return SuiteTable(out, suite, read_tasks(out), rows, find_columns(results), entries, results, failures)
+
+
+def latest_columns(columns: Sequence[Column]) -> list[Column]:
+    """The columns without the earlier checkpoints of runs with more than `MOST_STEPS`."""
+    steps: dict[str, set[int]] = defaultdict(set)
+    for column in columns:
+        if column.run is not None:
+            steps[column.run].add(column.checkpoint["step"])
+    return [
+        column
+        for column in columns
+        if column.run is None
+        or len(steps[column.run]) <= MOST_STEPS
+        or column.checkpoint["step"] == max(steps[column.run])
+    ]
 
 
 def difference(first: Entry, second: Entry) -> Difference:
@@ -201,14 +206,15 @@ def _entry(key: tuple[str, str, str], results: Sequence[dict[str, Any]], part: s
     sign = -1 if metric in ERRORS else 1
 
     def on_valid(own: list[dict[str, Any]]) -> float:
-        value = _score([result["scores"]["valid"][metric] for result in own]).mean
+        value = score_of([result["scores"]["valid"][metric] for result in own]).mean
         return -math.inf if math.isnan(value) else sign * value
 
     best = max(points.values(), key=on_valid)
     return Entry(*key, metric, best[0]["grid"], len(points), best, part)
 
 
-def _score(values: Sequence[float | None]) -> Score:
+def score_of(values: Sequence[float | None]) -> Score:
+    """Mean and sd; NaN where one is None."""
     known = np.array([math.nan if value is None else value for value in values])
     return Score(
         float(known.mean()),
@@ -218,7 +224,8 @@ def _score(values: Sequence[float | None]) -> Score:
     )
 
 
-def _columns(results: Sequence[Mapping[str, Any]]) -> list[Column]:
+def find_columns(results: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """The methods that there are results of, in the order in which they are shown."""
     found = {}
     for result in results:
         method = result["method"]

@@ -10,46 +10,41 @@ from typing import Any
 
 from exlm_dist.checkpoint.reader import read_config
 from exlm_dist.finetuning.finetune_settings import ERRORS
+from exlm_dist.suites.masked_cell import MASKED
+from exlm_dist.suites.masked_tracking import record_masked
+from exlm_dist.suites.out_folder import read_suite
+from exlm_dist.suites.run_events import write_to_runs
 from exlm_dist.suites.suite_table import Column, SuiteTable, read_table
-from exlm_dist.tracking import EVENTS, EventLog, redact, sync
-from exlm_dist.utils.errors import UserError
+from exlm_dist.tracking import EventLog
 from exlm_dist.utils.files import fingerprint_of
 from exlm_dist.utils.logs import get_logger
 
-#: Seconds that MLflow gets to take the results of a run; they stay in its folder anyway.
-TRACKING_PATIENCE = 30.0
 logger = get_logger(__name__)
 
 
 def record_results(out: Path, register: str | None = None) -> None:
     """Write all results of checkpoints that are in a run folder to the events of their runs, each once, and send them
-    to MLflow where the settings of a run say so. A failure is a warning: the results are in `out` already.
+    to MLflow where the settings of a run say so.
 
     register: name of the registered model of which the best checkpoint becomes a version, see `best_checkpoint`.
     """
+    if read_suite(out)["suite"] == MASKED:
+        record_masked(out)
+        return
     table = read_table(out)
     best, why = (None, "") if register is None else best_checkpoint(table)
     if register is not None:
         print(f"{register}: {why}", flush=True)
-    for run in sorted({column.checkpoint["run"] for column in table.columns if column.checkpoint.get("run")}):
-        folder = Path(run)
-        if not (folder / EVENTS).is_file():
-            continue
-        try:
-            log = EventLog(folder / EVENTS)
-            try:
-                _write_children(log, table, run)
-                _write_means(log, table, run)
-                if register is not None and best is not None and best.run == run:
-                    log.register(best.checkpoint["step"], register, why, _tags_of_checkpoint(table, best))
-            finally:
-                log.close()
-            if read_config(folder).tracking.mlflow:
-                sync(folder, timeout=TRACKING_PATIENCE)
-            elif best is not None and best.run == run:
+
+    def write(log: EventLog, run: str) -> None:
+        _write_children(log, table, run)
+        _write_means(log, table, run)
+        if register is not None and best is not None and best.run == run:
+            log.register(best.checkpoint["step"], register, why, _tags_of_checkpoint(table, best))
+            if not read_config(Path(run)).tracking.mlflow:
                 logger.warning("%s does not track in MLflow; register its checkpoint with: exlm sync %s", run, run)
-        except (UserError, OSError) as error:
-            logger.warning("%s: the evaluation is not recorded in MLflow (%s)", run, redact(str(error)))
+
+    write_to_runs(table.columns, write)
 
 
 def _write_children(log: EventLog, table: SuiteTable, run: str) -> None:

@@ -45,7 +45,8 @@ MAY_IMPORT = {
     "evaluation": BASE | {"checkpoint", "data", "inference", "model", "tokenizers", "tracking"},
     "finetuning": BASE | {"checkpoint", "data", "inference", "kernels", "model", "tables", "tokenizers", "tracking"},
     "export": BASE | {"checkpoint", "data", "model", "tokenizers", "tracking"},
-    "suites": BASE | {"checkpoint", "finetuning", "inference", "model", "tables", "tokenizers", "tracking"},
+    "suites": BASE
+    | {"checkpoint", "data", "evaluation", "finetuning", "inference", "model", "tables", "tokenizers", "tracking"},
     "analysis": BASE
     | {"checkpoint", "data", "evaluation", "finetuning", "inference", "kernels", "model", "suites", "tables"}
     | {"tokenizers", "tracking"},

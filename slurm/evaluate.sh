@@ -1,6 +1,6 @@
 #!/bin/bash
 # Evaluate checkpoints on one GPU of a Slurm cluster; the arguments are those of `exlm evaluate`.
-#   sbatch slurm/evaluate.sh RUN [--mask-ratio R ...], or SUITE --checkpoint RUN ... --data FOLDER --out FOLDER
+#   sbatch slurm/evaluate.sh RUN [--mask-ratio R ...], or moleculenet --checkpoint RUN ... --data FOLDER --out FOLDER
 # Edit these lines, or give their options to sbatch before the name of this file; everything else is derived.
 #SBATCH --account=my-account
 #SBATCH --partition=gpu

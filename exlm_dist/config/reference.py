@@ -11,7 +11,8 @@ from pydantic.fields import FieldInfo
 
 from exlm_dist.config.load import suggestion
 from exlm_dist.config.pinned import CHANGEABLE, RESUMABLE, is_among
-from exlm_dist.config.schema import AutoCount, RunConfig
+from exlm_dist.config.schema import RunConfig
+from exlm_dist.config.setting_types import AutoCount
 from exlm_dist.utils.errors import ConfigError
 
 HEADER = """# Configuration

@@ -5,45 +5,16 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, model_validator
 
+from exlm_dist.config.setting_types import AutoCount, AutoSteps, Section, UserPath, renamed_backend
 
-class Section(BaseModel):
-    """A group of settings: unknown keys are errors, values never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class FromAuto:
-    """Validator of auto, or a whole number from `least`."""
-
-    def __init__(self, least: int) -> None:
-        self.least = least
-
-    def __call__(self, value: object) -> object:
-        if value == "auto" or (type(value) is int and value >= self.least):
-            return value
-        raise PydanticCustomError("auto_count", f"Input should be auto or a whole number from {self.least}")
-
-
-def _renamed_backend(value: object) -> object:
-    """Runs that were begun before the backend had its present name call it `reference`."""
-    return "torch" if value == "reference" else value
-
-
-#: A path of the file system, a leading `~` expanded.
-UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 #: Width and floor of each prior over jumps where they are 0.
 JUMP_SHAPES = {"gaussian": (1.0, 8.0), "laplace": (1.0, 8.0), "group": (0.125, 12.0)}
 #: The models for which the prior `auto` is one.
 _DENSE = {"objective": "exlm", "transitions": "dense"}
-
-AutoCount = Annotated[Literal["auto"] | int, PlainValidator(FromAuto(1))]
-AutoSteps = Annotated[Literal["auto"] | int, PlainValidator(FromAuto(0))]
 
 
 class DataConfig(Section):
@@ -286,7 +257,7 @@ class ParallelConfig(Section):
 class KernelConfig(Section):
     """Implementation of the four operations of `exlm_dist.kernels`."""
 
-    backend: Annotated[Literal["auto", "triton", "torch"], BeforeValidator(_renamed_backend)] = Field(
+    backend: Annotated[Literal["auto", "triton", "torch"], BeforeValidator(renamed_backend)] = Field(
         "auto", description="auto: Triton on a GPU, plain torch elsewhere."
     )
 

@@ -124,7 +124,7 @@ def test_its_results_are_not_those_of_the_step_whose_number_it_has(run, tmp_path
 class Alone(SimpleNamespace):
     """The collectives of one rank."""
 
-    rank, world, is_first, device = 0, 1, True, torch.device("cpu")
+    rank, world, local_rank, is_first, device = 0, 1, 0, True, torch.device("cpu")
 
     def run_everywhere(self, work):
         return work()

@@ -285,7 +285,7 @@ def test_checkpoints_of_another_domain_and_options_of_the_other_form_are_refused
     runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["evaluate", str(runs[0]), "--tasks", "bbbp"]) == 2
-    assert "is no suite (moleculenet, glue, squad, masked)" in capsys.readouterr().err
+    assert "is no suite (moleculenet, " in capsys.readouterr().err
     assert main(["evaluate", "moleculenet", "--data", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
     assert "needs --checkpoint, or --watch" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="names nothing"):

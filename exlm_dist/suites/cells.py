@@ -54,7 +54,9 @@ class Cell:
         return {
             "task": self.task,
             "split": self.split,
-            "method": {"kind": method.kind, "label": method.label, "key": method.key, "frozen": method.frozen},
+            "method": {
+                **{name: getattr(method, name) for name in ("kind", "label", "key", "frozen", "probe")},
+            },
             "checkpoint": method.facts,
             "grid": dict(self.grid),
             "seed": self.seed,

@@ -82,9 +82,15 @@ if [ -n "${SLURM_GPUS_PER_TASK:-}" ]; then
     [ "${SLURM_GPUS_PER_TASK##*:}" = 1 ] || refuse "--gpus-per-task=$SLURM_GPUS_PER_TASK, but a rank uses 1 GPU"
     [ "$per_node" -gt 0 ] || refuse "--gpus-per-task without the number of tasks: give --ntasks-per-node"
 else
-    gpus=$(srun --mpi=none --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
-        bash -c 'echo "${SLURM_GPUS_ON_NODE:-0}"' | sort -nu | xargs) ||
-        gpus=${SLURM_GPUS_ON_NODE:-0} # a node may be lost: seen when the ranks are started
+    gpus=${SLURM_GPUS_PER_NODE:-} # with the other options a step may have other GPUs than this script is told of
+    gpus=${gpus##*:}
+    for pause in 1 2 4 8 16 0; do # a node that is busy may not answer at once
+        [ -z "$gpus" ] || break
+        gpus=$(set -o pipefail; srun --mpi=none --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
+            bash -c 'echo "${SLURM_GPUS_ON_NODE:-0}"' | sort -nu | xargs) || gpus=""
+        [ -n "$gpus" ] || sleep "$pause"
+    done
+    [ -n "$gpus" ] || refuse "srun could not ask the nodes for their GPUs: give --gpus-per-node, which needs no asking"
     [[ $gpus != *" "* ]] || refuse "the nodes of this job have ${gpus// / and } GPUs: ask for as many on each" \
         "(--gpus-per-node)"
     [ "$per_node" -gt 0 ] || per_node=$gpus

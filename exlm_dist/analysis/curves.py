@@ -12,32 +12,69 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from exlm_dist.analysis import style
+from exlm_dist.analysis.compute import computed
 from exlm_dist.evaluation.history import History, Series
 
 #: Steps over which training curves are averaged, as a fraction of the run.
 SMOOTHING = 0.02
-Draw = Callable[[Axes, History, str, bool], None]
+#: Draws a run in its colour; `by`: what a step is shown as.
+By = Callable[[History, np.ndarray], np.ndarray]
+Draw = Callable[[Axes, History, str, By], None]
+
+
+def _steps(_history: History, steps: np.ndarray) -> np.ndarray:
+    return steps
+
+
+def _seconds(history: History, steps: np.ndarray) -> np.ndarray:
+    return history.seconds(steps)
+
+
+def _tokens(history: History, steps: np.ndarray) -> np.ndarray:
+    return history.progress("tokens", steps)
+
+
+def _operations(history: History, steps: np.ndarray) -> np.ndarray:
+    return computed(history, steps) / 1e12
 
 
 def plot_quality(histories: Sequence[History], folder: Path) -> Path:
     """Training loss, held-out nll and held-out accuracy, by steps and (if logged) by seconds of training."""
-    rows: list[tuple[str, str, Draw]] = [
-        ("Training loss (each run's own objective)", "nats", lambda *rest: _trained(*rest, name="train/loss")),
-        ("Held-out nll", "nats per masked token", lambda *rest: _held_out(*rest, name="valid/nll")),
-        ("Held-out accuracy", "fraction of masked tokens", lambda *rest: _held_out(*rest, name="valid/accuracy")),
-    ]
-    with style.figure(10, 9, "Quality over training", _subtitle(histories)) as made:
-        grid = made.subplots(len(rows), 2, sharey="row", sharex="col")
-        for panels, (title, unit, draw) in zip(grid, rows):
-            for axes, by_seconds in zip(panels, (False, True)):
-                _each(axes, histories, draw, by_seconds)
-                style.label(axes, title, "", "" if by_seconds else unit)
-        for axes in grid[2]:
+    by = {"optimizer steps": _steps, "seconds of training (without evaluation and restarts)": _seconds}
+    return _quality(histories, folder, "Quality over training", "quality", ["loss", "nll", "accuracy"], by)
+
+
+def plot_quality_by_compute(histories: Sequence[History], folder: Path) -> Path:
+    """Held-out nll and accuracy by the original tokens that were trained on and by the operations that it took."""
+    by = {
+        "tokens, before expansion": _tokens,
+        "TFLOP (10\u00b9\u00b2 operations), by the shape of the model": _operations,
+    }
+    return _quality(
+        histories, folder, "Quality by tokens and by compute", "quality_by_compute", ["nll", "accuracy"], by
+    )
+
+
+def _quality(
+    histories: Sequence[History], folder: Path, title: str, name: str, shown: Sequence[str], by: dict[str, By]
+) -> Path:
+    """A row for each of what is `shown`, a column for each of `by`, with the label of its axis."""
+    every: dict[str, tuple[str, str, Draw]] = {
+        "loss": ("Training loss (each run's own objective)", "nats", lambda *rest: _trained(*rest, name="train/loss")),
+        "nll": ("Held-out nll", "nats per masked token", lambda *rest: _held_out(*rest, name="valid/nll")),
+        "accuracy": ("Held-out accuracy", "masked tokens", lambda *rest: _held_out(*rest, name="valid/accuracy")),
+    }
+    with style.figure(10, 3 * len(shown), title, _subtitle(histories)) as made:
+        grid = made.subplots(len(shown), len(by), sharey="row", sharex="col")
+        for panels, (heading, unit, draw) in zip(grid, [every[one] for one in shown]):
+            for axes, one in zip(panels, by.values()):
+                _each(axes, histories, draw, one)
+                style.label(axes, heading, "", unit if axes is panels[0] else "")
+        for axes, label in zip(grid[-1], by):
             axes.yaxis.set_major_formatter(PercentFormatter(1))
-        grid[2, 0].set_xlabel("optimizer steps")
-        grid[2, 1].set_xlabel("seconds of training (without evaluation and restarts)")
+            axes.set_xlabel(label)
         _legend(grid[0, 0], histories)
-        return style.save(made, folder, "quality")
+        return style.save(made, folder, name)
 
 
 def plot_optimisation(histories: Sequence[History], folder: Path) -> Path:
@@ -47,10 +84,9 @@ def plot_optimisation(histories: Sequence[History], folder: Path) -> Path:
         _each(
             left,
             histories,
-            lambda axes, history, colour, _: _line(axes, history.series("train/lr"), colour, _steps),
-            False,
+            lambda axes, history, colour, _: _line(axes, history.series("train/lr"), colour),
         )
-        _each(right, histories, lambda *rest: _trained(*rest, name="train/grad_norm"), False)
+        _each(right, histories, lambda *rest: _trained(*rest, name="train/grad_norm"))
         style.label(left, "Learning rate", "optimizer steps", "rate")
         left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1e}" if value else "0"))
         style.label(right, "Gradient norm (before clipping)", "optimizer steps", "L2 norm")
@@ -64,10 +100,10 @@ def plot_throughput(histories: Sequence[History], folder: Path) -> Path:
     """Tokens per second before and after expansion; time of a step, and how much of it was spent waiting for data."""
     with style.figure(10, 3.9, "Throughput", _subtitle(histories)) as made:
         left, right = made.subplots(1, 2)
-        _each(left, histories, _speed, False)
+        _each(left, histories, _speed)
         style.label(left, "Tokens per second", "optimizer steps", "tokens/s")
         left.set_ylim(bottom=0)
-        _each(right, histories, _times, False)
+        _each(right, histories, _times)
         style.label(right, "Time of a step", "optimizer steps", "seconds")
         right.set_ylim(bottom=0)
         style.line_styles(right, solid="whole step", dotted="waiting for data")
@@ -91,7 +127,7 @@ def plot_alignment_over_training(histories: Sequence[History], folder: Path) -> 
     with style.figure(10, 6.4, "Alignment over training", subtitle) as made:
         grid = made.subplots(2, 2, sharex=True)
         for axes, (title, unit, lines) in zip(grid.flat, panels):
-            _each(axes, histories, partial(_alignment, lines), False)
+            _each(axes, histories, partial(_alignment, lines))
             style.label(axes, title, "optimizer steps" if axes in grid[1] else "", unit)
         entropy, own, used, spread = grid.flat
         own.set_ylim(-0.02, 1.02)
@@ -115,51 +151,46 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def _each(axes: Axes, histories: Sequence[History], draw: Draw, by_seconds: bool) -> None:
+def _each(axes: Axes, histories: Sequence[History], draw: Draw, by: By = _steps) -> None:
     for history, colour in zip(histories, style.colours()):
-        draw(axes, history, colour, by_seconds)
+        draw(axes, history, colour, by)
     if not axes.lines:
         style.empty(axes, "not logged")
 
 
-def _trained(axes: Axes, history: History, colour: str, by_seconds: bool, *, name: str) -> None:
+def _trained(axes: Axes, history: History, colour: str, by: By, *, name: str) -> None:
     series = history.series(name)
     if not len(series):
         return
-    x = history.seconds(series.steps) if by_seconds else series.steps
+    x = by(history, series.steps)
     axes.plot(x, series.values, color=colour, alpha=0.22, linewidth=0.8)
     axes.plot(x, smooth(series.values, max(1, round(SMOOTHING * len(series)))), color=colour)
 
 
-def _held_out(axes: Axes, history: History, colour: str, by_seconds: bool, *, name: str) -> None:
+def _held_out(axes: Axes, history: History, colour: str, by: By, *, name: str) -> None:
     series = history.series(name)
     if len(series):
-        x = history.seconds(series.steps) if by_seconds else series.steps
-        axes.plot(x, series.values, color=colour, marker="o", markersize=3.5)
+        axes.plot(by(history, series.steps), series.values, color=colour, marker="o", markersize=3.5)
 
 
-def _alignment(lines: dict[str, str], axes: Axes, history: History, colour: str, _: bool) -> None:
+def _alignment(lines: dict[str, str], axes: Axes, history: History, colour: str, _: By) -> None:
     for name, kind in lines.items():
-        _line(axes, history.series(f"valid/alignment_{name}"), colour, _steps, linestyle=kind, marker="o", markersize=3)
+        _line(axes, history.series(f"valid/alignment_{name}"), colour, linestyle=kind, marker="o", markersize=3)
 
 
-def _speed(axes: Axes, history: History, colour: str, _: bool) -> None:
-    _line(axes, history.series("perf/tokens_per_second"), colour, _steps)
-    _line(axes, history.series("perf/expanded_tokens_per_second"), colour, _steps, linestyle="--", linewidth=1.1)
+def _speed(axes: Axes, history: History, colour: str, _: By) -> None:
+    _line(axes, history.series("perf/tokens_per_second"), colour)
+    _line(axes, history.series("perf/expanded_tokens_per_second"), colour, linestyle="--", linewidth=1.1)
 
 
-def _times(axes: Axes, history: History, colour: str, _: bool) -> None:
-    _line(axes, history.series("perf/step_seconds"), colour, _steps)
-    _line(axes, history.series("perf/wait_seconds"), colour, _steps, linestyle=":")
+def _times(axes: Axes, history: History, colour: str, _: By) -> None:
+    _line(axes, history.series("perf/step_seconds"), colour)
+    _line(axes, history.series("perf/wait_seconds"), colour, linestyle=":")
 
 
-def _steps(series: Series) -> np.ndarray:
-    return series.steps
-
-
-def _line(axes: Axes, series: Series, colour: str, x: Callable[[Series], np.ndarray], **options: Any) -> None:
+def _line(axes: Axes, series: Series, colour: str, **options: Any) -> None:
     if len(series):
-        axes.plot(x(series), series.values, color=colour, **options)
+        axes.plot(series.steps, series.values, color=colour, **options)
 
 
 def _legend(

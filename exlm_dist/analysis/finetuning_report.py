@@ -7,9 +7,9 @@ from pathlib import Path
 
 from exlm_dist.analysis.finetuning_figures import plot_members, plot_target, plot_targets
 from exlm_dist.analysis.finetuning_results import FinetuningResults, read_results
+from exlm_dist.analysis.html_page import write_page
 from exlm_dist.finetuning.finetune_settings import METRICS
 from exlm_dist.finetuning.splits import PARTS
-from exlm_dist.utils.files import write_atomic
 
 #: In the folder of the model; the figures are beside it.
 PAGE = "report/report.md"
@@ -30,7 +30,7 @@ def finetuning_report(model: Path) -> str:
     if len(results.targets) <= TARGETS_IN_DETAIL:
         figures += [plot_target(results, number, folder) for number in range(len(results.targets))]
     page = _page(results, figures)
-    write_atomic(results.folder / PAGE, page)
+    write_page(results.folder / PAGE, page)
     return page
 
 

@@ -40,7 +40,7 @@ def training_lengths(config: RunConfig, sequences: int = SEQUENCES) -> Lengths:
     dataset = open_dataset(Path(config.data.path), "train")
     count = min(sequences, max(len(dataset), config.batch.sequences))
     epochs, samples = Order.of(config.data, config.seed, len(dataset)).at(np.arange(count))
-    payload = dataset.lengths[samples].astype(np.int64)
+    payload = dataset.lengths[samples].astype(np.int64) * config.masking.copies
     recipe = Recipe.of(config, dataset.vocab_size).at(0)
     masks = recipe.num_masks(payload, sample_keys(config.seed, epochs, samples))
     return Lengths(payload + 2, expanded_lengths(payload, masks, config.model.states, config.model.anchors))

@@ -7,17 +7,26 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from exlm_dist.analysis.curves import plot_alignment_over_training, plot_optimisation, plot_quality, plot_throughput
+from exlm_dist.analysis.curves import (
+    plot_alignment_over_training,
+    plot_optimisation,
+    plot_quality,
+    plot_quality_by_compute,
+    plot_throughput,
+)
+from exlm_dist.analysis.html_page import write_page
 from exlm_dist.analysis.inspection import inspect_checkpoint
 from exlm_dist.analysis.lengths import plot_lengths, training_lengths
+from exlm_dist.analysis.molecule_examples import plot_molecules
 from exlm_dist.analysis.state_graph import plot_alignment, plot_state_graph, plot_transitions
+from exlm_dist.analysis.suite_sections import judged_by_suites
 from exlm_dist.checkpoint.reader import newest_checkpoint
 from exlm_dist.config import config_difference
 from exlm_dist.evaluation.compare import compare_histories
 from exlm_dist.evaluation.history import History, read_history
+from exlm_dist.inference.loading import load_checkpoint
 from exlm_dist.tracking import CHANGES, EVENTS, EventLog, read_events, sync
 from exlm_dist.utils.errors import UserError
-from exlm_dist.utils.files import write_atomic
 from exlm_dist.utils.logs import get_logger
 
 PLOTS = "plots"
@@ -28,7 +37,8 @@ logger = get_logger(__name__)
 
 
 def run_report(runs: Sequence[Path], *, record: bool = True) -> Path:
-    """Write figures to `plots/` and the page `report.md` in the folder of the first run; returns the path of the page.
+    """Write figures to `plots/` and the page `report.md`, and the same as `report.html`, into the folder of the first
+    run; returns the path of the page.
 
     Curves come from the event logs alone; lengths need the prepared data, the state graph the data and a whole
     checkpoint of the first ExLM run: the page says what could not be drawn. With `record` the page and the figures also
@@ -39,10 +49,10 @@ def run_report(runs: Sequence[Path], *, record: bool = True) -> Path:
     folder = home / PLOTS
     table = compare_histories(histories)
     print(table, flush=True)
-    plots = (plot_quality, plot_optimisation, plot_throughput, plot_alignment_over_training)
+    plots = (plot_quality, plot_quality_by_compute, plot_optimisation, plot_throughput, plot_alignment_over_training)
     curves = [path for plot in plots if (path := plot(histories, folder)) is not None]
     figures, missing = _model_figures(histories, folder)
-    write_atomic(home / REPORT, _page(histories, table.markdown(), [*curves, *figures], missing))
+    write_page(home / REPORT, _page(histories, table.markdown(), [*curves, *figures], missing, home))
     if record:
         _record(home, [*curves, *figures])
     return home / REPORT
@@ -69,15 +79,19 @@ def _lengths(history: History, folder: Path) -> list[Path]:
 def _graphs(history: History, folder: Path) -> list[Path]:
     if history.config.model.objective == "mlm":
         return []
-    _, step, inspections = inspect_checkpoint(newest_checkpoint(history.folder))
+    checkpoint = newest_checkpoint(history.folder)
+    _, step, inspections = inspect_checkpoint(checkpoint)
     subtitle = f"{history.name} ({history.kind}), step {step}, held-out sequences; budget: {history.budget}"
     graphs = [
         plot_state_graph(one, folder, subtitle, f"state_graph_{number}") for number, one in enumerate(inspections, 1)
     ]
+    loaded = load_checkpoint(checkpoint, device="cpu")
+    if loaded.tokenizer.domain == "smiles":
+        graphs.insert(0, plot_molecules(loaded, inspections, folder))
     return [plot_transitions(inspections, folder, subtitle), plot_alignment(inspections, folder, subtitle), *graphs]
 
 
-def _page(histories: Sequence[History], table: str, figures: list[Path], missing: list[str]) -> str:
+def _page(histories: Sequence[History], table: str, figures: list[Path], missing: list[str], home: Path) -> str:
     names = ", ".join(history.name for history in histories)
     parts = [
         f"# {names}\n",
@@ -94,6 +108,7 @@ def _page(histories: Sequence[History], table: str, figures: list[Path], missing
     parts += ["## Figures\n", *(f"![{path.stem.replace('_', ' ')}]({PLOTS}/{path.name})\n" for path in figures)]
     if missing:
         parts += ["## Not drawn\n", *(f"- {reason}\n" for reason in missing)]
+    parts += judged_by_suites(histories, home)
     parts += ["## Evaluations of checkpoints\n", *(_evaluations(history) for history in histories)]
     return "\n".join(parts)
 
@@ -118,7 +133,11 @@ def _changes(history: History) -> str:
 
 
 def _evaluations(history: History) -> str:
-    events = [event for event in read_events(history.folder / EVENTS) if event["kind"] == "child_run"]
+    events = [
+        event
+        for event in read_events(history.folder / EVENTS)
+        if event["kind"] == "child_run" and "suite" not in event["tags"]
+    ]
     if not events:
         return f"{history.name}: none logged.\n"
     lines = [
@@ -145,6 +164,7 @@ def _shown(values: dict[str, float]) -> dict[str, float]:
 def _record(home: Path, figures: list[Path]) -> None:
     log = EventLog(home / EVENTS)
     log.artifact(home / REPORT)
+    log.artifact((home / REPORT).with_suffix(".html"))
     for path in figures:
         log.artifact(path, PLOTS)
     log.close()

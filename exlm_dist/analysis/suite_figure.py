@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from exlm_dist.analysis import style
+from exlm_dist.analysis.beside_published import published_of
 from exlm_dist.finetuning.finetune_settings import ERRORS
 from exlm_dist.suites.methods import RANDOM
 from exlm_dist.suites.suite_table import BASELINE_KINDS, Column, SuiteTable, best_entry
@@ -21,11 +22,13 @@ def plot_split(table: SuiteTable, split: str, folder: Path) -> Path:
     """A panel for each task: a dot for each method, and a line at the better one of the baselines."""
     tasks = [task for task, own in table.rows if own == split]
     across, down = min(ACROSS, len(tasks)), math.ceil(len(tasks) / ACROSS)
-    height = 1.3 + down * (0.9 + 0.24 * len(table.shown))
+    height = 1.3 + down * (0.9 + 0.24 * len(_labels(table)))
     protocol = table.suite["protocol"]
     subtitle = f"{table.of.part} part, mean and sd over the seeds, protocol {protocol}"
     if table.of.baseline is not None:
         subtitle += f"; dashed: the better of the {table.of.baseline.name}"
+    if len(_labels(table)) > len(table.shown):
+        subtitle += "; hollow diamonds: published, of a far larger budget"
     with style.figure(2.2 + 3.1 * across, height, f"{table.suite['suite']}, split {split}", subtitle) as made:
         panels = made.subplots(down, across, squeeze=False, sharey=True).flat
         for task, axes in zip(tasks, panels):
@@ -38,21 +41,22 @@ def plot_split(table: SuiteTable, split: str, folder: Path) -> Path:
 def plot_steps(table: SuiteTable, split: str, folder: Path) -> Path | None:
     """The metric of each task by the step of the checkpoint, for runs of which several were evaluated; None if there
     is none."""
-    runs: dict[tuple[str, bool], list[Column]] = defaultdict(list)
+    runs: dict[tuple[str, str], list[Column]] = defaultdict(list)
     for column in table.columns:
         if column.run is not None:
-            runs[column.run, column.frozen].append(column)
+            runs[column.run, column.training].append(column)
     several = {key: columns for key, columns in runs.items() if len(columns) > 1}
     tasks = [task for task, own in table.rows if own == split]
     if not several or not tasks:
         return None
     across, down = min(ACROSS, len(tasks)), math.ceil(len(tasks) / ACROSS)
-    subtitle = f"{table.of.part} part by the step of the checkpoint, mean and sd over the seeds; dotted: frozen encoder"
+    subtitle = f"{table.of.part} part by the step of the checkpoint, mean and sd over the seeds"
+    subtitle += "; dotted: the encoder not trained"
     with style.figure(3.6 * across + 0.6, 1.3 + 2.4 * down, f"{table.suite['suite']}, split {split}", subtitle) as made:
         panels = made.subplots(down, across, squeeze=False).flat
         for task, axes in zip(tasks, panels):
-            for colour, ((run, frozen), columns) in zip(style.colours(), several.items()):
-                _curve(axes, table, task, split, columns, colour, f"{Path(run).name}{' frozen' if frozen else ''}")
+            for colour, ((run, training), columns) in zip(style.colours(), several.items()):
+                _curve(axes, table, task, split, columns, colour, f"{Path(run).name} {training}".rstrip())
             style.label(axes, task, "step", table.metric(task))
             axes.legend(loc="best")
         for axes in list(panels):
@@ -94,12 +98,15 @@ def _panel(axes: Axes, table: SuiteTable, task: str, split: str) -> None:
             capsize=2.5,
             elinewidth=1.2,
         )
+    for place, (one, score) in enumerate(published_of(table, task), len(table.shown)):
+        axes.plot(score, place, marker="D", color=_shade(one.objective), markerfacecolor="none", linestyle="none")
     trees = [table.entries.get((task, split, one.key)) for one in table.shown if one.kind in BASELINE_KINDS]
     best = best_entry([entry for entry in trees if entry is not None])
     if best is not None:
         axes.axvline(best.best.mean, color=style.MUTED, linestyle="dashed", linewidth=1)
-    axes.set_yticks(range(len(table.shown)), [column.label for column in table.shown], fontsize=8)
-    axes.set_ylim(len(table.shown) - 0.4, -0.6)
+    labels = _labels(table)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
     metric = table.metric(task)
     style.label(axes, task, f"{metric} ({'lower' if metric in ERRORS else 'higher'} is better)", "")
 
@@ -109,4 +116,14 @@ def _colour(column: Column) -> str:
         return style.MUTED
     if column.kind == RANDOM:
         return style.COLOURS[5]
-    return style.COLOURS[0] if column.checkpoint["objective"] == "exlm" else style.COLOURS[2]
+    return _shade(column.checkpoint["objective"])
+
+
+def _shade(objective: str) -> str:
+    return style.COLOURS[0] if objective == "exlm" else style.COLOURS[2]
+
+
+def _labels(table: SuiteTable) -> list[str]:
+    """Of the rows of a panel: the methods, then what is published of any task."""
+    published = {one.label: None for task, _ in table.rows for one, _ in published_of(table, task)}
+    return [*(column.label for column in table.shown), *published]

@@ -8,9 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from exlm_dist.analysis.beside_published import beside_published
+from exlm_dist.analysis.html_page import write_page
+from exlm_dist.analysis.masked_report import write_masked_report
 from exlm_dist.analysis.suite_figure import plot_split, plot_steps
 from exlm_dist.finetuning.finetune_settings import ERRORS
+from exlm_dist.suites.masked_cell import MASKED
 from exlm_dist.suites.methods import RANDOM
+from exlm_dist.suites.out_folder import read_suite
 from exlm_dist.suites.suite_table import (
     BASELINE_KINDS,
     Column,
@@ -22,7 +27,6 @@ from exlm_dist.suites.suite_table import (
     read_table,
 )
 from exlm_dist.tables.table_writer import TableWriter
-from exlm_dist.utils.files import write_atomic
 from exlm_dist.utils.locks import lock
 
 REPORT, PAGE, CSV = "report", "report.md", "results.csv"
@@ -37,19 +41,22 @@ LISTED = 5
 
 
 def suite_report(out: Path) -> Path:
-    """Write report.md, results.csv and the figures into OUT/report from all results that are in the folder; returns the
-    page. CheckpointError if a file in the folder is damaged."""
+    """Write report.md, the same as report.html, results.csv and the figures into OUT/report from all results in the
+    folder; returns the page. CheckpointError if a file in the folder is damaged."""
     folder = out / REPORT
     folder.mkdir(exist_ok=True)
     with open(folder / ".lock", "w") as file:
         lock(file.fileno(), file.name, wait=True)  # of several processes the last one has all results
+        if read_suite(out)["suite"] == MASKED:
+            write_masked_report(out, folder)
+            return folder / PAGE
         table = read_table(out)
         if table.entries:
             _write_csv(table, folder / CSV)
         splits = list(dict.fromkeys(split for _, split in table.rows))
         figures = [plot_split(table, split, folder) for split in splits]
         figures += [path for split in splits if (path := plot_steps(table, split, folder)) is not None]
-        write_atomic(folder / PAGE, _page(table, figures))
+        write_page(folder / PAGE, _page(table, figures))
     return folder / PAGE
 
 
@@ -62,18 +69,24 @@ def _page(table: SuiteTable, figures: Sequence[Path]) -> str:
         f"Protocol `{table.suite['protocol']}`{changed}{tried}. {_CHOSEN[table.of.part]}; mean \u00b1 standard "
         "deviation (n - 1) over the seeds of the training, on one split. **Bold**: the best of a row.\n",
     ]
+    if any(column.probe for column in table.columns):
+        parts.append(
+            "Linear: nothing is trained but a linear model on the embeddings, with the strength of regularisation that "
+            "is the best on the validation part. That of a checkpoint has no randomness, hence no deviation.\n"
+        )
     for split in dict.fromkeys(split for _, split in table.rows):
-        parts += [f"## Split: {split}\n", *_scores(table, split), ""]
+        parts += [f"## Split: {split}\n", *score_rows(table, split), ""]
     if len(table.shown) < len(table.columns):
         parts.append("Of runs with many evaluated checkpoints the last one; all are in the figures by steps.\n")
     parts += ["## What pretraining buys\n", *_gains(table), ""]
+    parts += beside_rows(table)
     parts += [f"![{path.stem}]({path.name})\n" for path in figures]
     parts += ["## Checkpoints\n", *_checkpoints(table), "", "## Data\n", *_data(table), *_failures(table)]
     return "\n".join(parts) + "\n"
 
 
-def _scores(table: SuiteTable, split: str) -> list[str]:
-    """A row for each task and for what else is shown of it, a column for each method."""
+def score_rows(table: SuiteTable, split: str) -> list[str]:
+    """A row for each task and for what else is shown of it, a column for each method, as lines of Markdown."""
     part = table.of.part
     tasks = [task for task, own in table.rows if own == split]
     lines = [
@@ -88,6 +101,12 @@ def _scores(table: SuiteTable, split: str) -> list[str]:
     if mean := _mean_row(table, split, tasks):
         lines.append(mean)
     return lines
+
+
+def beside_rows(table: SuiteTable) -> list[str]:
+    """The section on what is published, as parts of a page of Markdown; empty if nothing is."""
+    beside = beside_published(table)
+    return ["## Beside the published figures\n", *beside, ""] if beside else []
 
 
 def _row_scores(table: SuiteTable, task: str, split: str, part: str, metric: str) -> list[str]:
@@ -161,7 +180,7 @@ def _rivals(table: SuiteTable, column: Column) -> dict[str, list[Column]]:
     """What a checkpoint is compared with: initial weights of its shape, the baseline, and of ExLM the plain models; all
     but the baseline trained as it is, frozen or not."""
     baseline = table.of.baseline
-    alike = [one for one in table.shown if one.frozen == column.frozen]
+    alike = [one for one in table.shown if one.training == column.training]
     shape, exlm = column.checkpoint["shape"], column.checkpoint["objective"] == "exlm"
     plain = [one for one in alike if one.kind == "checkpoint" and one.checkpoint["objective"] != "exlm"]
     return {
@@ -173,8 +192,10 @@ def _rivals(table: SuiteTable, column: Column) -> dict[str, list[Column]]:
 
 def _checkpoints(table: SuiteTable) -> list[str]:
     lines = ["| checkpoint | objective | step | budget | sha256 | truncated rows |", "| --- |" * 1 + " --- |" * 5]
+    listed: set[str] = set()
     for column in table.shown:
-        if column.kind == "checkpoint" and not column.frozen:
+        if column.kind == "checkpoint" and column.checkpoint["sha256"] not in listed:
+            listed.add(column.checkpoint["sha256"])
             origin = column.checkpoint
             kind = f"ExLM, k={origin['states']}" if origin["objective"] == "exlm" else "plain MLM"
             cut = {e.task: e.truncated for e in table.entries.values() if e.method == column.key and e.truncated}
@@ -262,6 +283,7 @@ def _row(entry: Entry, column: Column, part: str, metric: str) -> dict[str, Any]
         "method": column.label,
         "kind": column.kind,
         "frozen": str(column.frozen).lower(),
+        "probe": str(column.probe).lower(),
         "grid": " ".join(f"{name}={value}" for name, value in entry.grid.items()),
         "part": part,
         "metric": metric,

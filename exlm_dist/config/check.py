@@ -106,7 +106,9 @@ def _model(model: ModelConfig) -> list[str]:
 
 def _training(config: RunConfig) -> list[str]:
     problems = masking_problems(config.masking)
-    schedule, batch = config.schedule, config.batch
+    copies, schedule, batch = config.masking.copies, config.schedule, config.batch
+    if copies > 1 and config.model.objective != "mlm":
+        problems.append(f"masking.copies {copies} needs model.objective mlm: set that, or masking.copies 1.")
     if schedule.warmup >= schedule.steps:
         problems.append(f"schedule.warmup {schedule.warmup} must be smaller than schedule.steps {schedule.steps}.")
     if batch.sequences % batch.micro:

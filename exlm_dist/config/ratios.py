@@ -38,6 +38,8 @@ def describe_masking(masking: MaskingConfig) -> str:
         parts.append(f"whole {masking.unit}s")
     if masking.span_p:
         parts.append("spans")
+    if masking.copies > 1:
+        parts.append(f"{masking.copies} copies of each")
     return ", ".join(parts)
 
 
@@ -61,5 +63,10 @@ def masking_problems(masking: MaskingConfig) -> list[str]:
         problems.append(
             f"masking.span_p {masking.span_p:g} makes spans of consecutive tokens, words or atoms, and rings are not "
             "consecutive. Set masking.span_p 0, or masking.unit atom."
+        )
+    if masking.copies > 1 and (masking.unit != "token" or masking.span_p):
+        problems.append(
+            f"masking.copies {masking.copies} masks each copy by itself. Set masking.unit token and masking.span_p 0, "
+            "or masking.copies 1."
         )
     return problems

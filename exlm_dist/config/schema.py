@@ -93,6 +93,12 @@ class MaskingConfig(Section):
     random: float = Field(
         0.0, ge=0, le=1, description="Fraction of the masked positions that get a random ordinary token (BERT: 0.1)."
     )
+    copies: int = Field(
+        1,
+        ge=1,
+        le=8,
+        description="Times that each token stands side by side; each copy is masked by itself (repeated MLM, for the study in docs/masked.md; needs model.objective mlm).",
+    )
 
 
 class ModelConfig(Section):

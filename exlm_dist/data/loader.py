@@ -123,20 +123,44 @@ def eval_batches(dataset: Dataset, recipe: Recipe, *, sequences: int, rank: int,
     which must not be counted.
     """
     samples = np.arange(min(sequences, len(dataset)), dtype=np.int64)
-    recipe.check_lengths(dataset.lengths[: len(samples)])
-    epochs = np.zeros_like(samples)
-    keys = sample_keys(0, epochs, samples)
-    lengths = dataset.lengths[samples].astype(np.int64)
-    counts = recipe.num_masks(lengths, keys)
-    plan = plan_micro_batches(
-        expanded_lengths(lengths, counts, recipe.states, recipe.anchors), -(-len(samples) // recipe.micro)
-    )
-    for first in range(0, len(plan), world):
+    built = _Evaluation(dataset, recipe, samples, seed=0)
+    for first in range(0, len(built.plan), world):
         index = first + rank
-        filler = index >= len(plan)
-        rows = plan[0 if filler else index]
-        (batch,) = recipe.batches(dataset, [rows], samples, epochs, keys, step=0, indices=[index])
-        yield _as_filler(batch) if filler else batch
+        batch = built.batch(index)
+        yield batch if index < len(built.plan) else _as_filler(batch)
+
+
+def chosen_batches(dataset: Dataset, recipe: Recipe, samples: np.ndarray, *, seed: int) -> Iterator[PackedBatch]:
+    """All batches over the given samples, masked by (seed, sample id): those of seed 0 as `eval_batches` has them."""
+    built = _Evaluation(dataset, recipe, samples, seed)
+    return (built.batch(index) for index in range(len(built.plan)))
+
+
+def evaluation_keys(samples: np.ndarray, seed: int) -> np.ndarray:
+    """Keys of the masks of every evaluation with this seed, uint64 [n]."""
+    return sample_keys(seed, np.zeros_like(samples), samples)
+
+
+class _Evaluation:
+    """The micro-batches of an evaluation."""
+
+    def __init__(self, dataset: Dataset, recipe: Recipe, samples: np.ndarray, seed: int) -> None:
+        recipe.check_lengths(dataset.lengths[samples])
+        self._dataset, self._recipe, self._samples = dataset, recipe, samples
+        self._keys = evaluation_keys(samples, seed)
+        lengths = dataset.lengths[samples].astype(np.int64)
+        counts = recipe.num_masks(lengths, self._keys)
+        expanded = expanded_lengths(lengths, counts, recipe.states, recipe.anchors)
+        self.plan = plan_micro_batches(expanded, -(-len(samples) // recipe.micro))
+
+    def batch(self, index: int) -> PackedBatch:
+        """Number `index` of the plan; beyond its end the first one again."""
+        rows = self.plan[index if index < len(self.plan) else 0]
+        epochs = np.zeros_like(self._samples)
+        (batch,) = self._recipe.batches(
+            self._dataset, [rows], self._samples, epochs, self._keys, step=0, indices=[index]
+        )
+        return batch
 
 
 def _as_filler(batch: PackedBatch) -> PackedBatch:

@@ -104,10 +104,11 @@ class ShardIndex:
 
 
 class Lengths:
-    """Payload lengths of the samples, as an array would give them: `lengths[ids]`, `lengths[:10]`, `min`, `max`."""
+    """Payload lengths of the samples, as an array would give them: `lengths[ids]`, `lengths[:10]`, `min`, `max`, and
+    `lengths * 2`, those of samples that are `times` 2 as long."""
 
-    def __init__(self, index: ShardIndex):
-        self._index = index
+    def __init__(self, index: ShardIndex, times: int = 1):
+        self._index, self._times = index, times
         self._bounds: tuple[int, int] | None = None
 
     def __len__(self) -> int:
@@ -120,7 +121,10 @@ class Lengths:
         result = np.empty(len(ids), np.int32)
         for shard, where in self._index.groups(ids):
             result[where] = self._index.rows(shard)["length"][ids[where] - self._index.starts[shard]]
-        return result
+        return result * self._times
+
+    def __mul__(self, times: int) -> Lengths:
+        return Lengths(self._index, self._times * times)
 
     def min(self) -> int:
         """The smallest length."""
@@ -132,11 +136,12 @@ class Lengths:
 
     def mean(self) -> float:
         """The mean length."""
-        return self._index.mean_length()
+        return self._index.mean_length() * self._times
 
     def _known_bounds(self) -> tuple[int, int]:
         if self._bounds is None:
-            self._bounds = self._index.length_bounds()
+            least, most = self._index.length_bounds()
+            self._bounds = least * self._times, most * self._times
         return self._bounds
 
 

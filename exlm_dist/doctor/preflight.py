@@ -29,7 +29,7 @@ def check_run(config: RunConfig) -> None:
     check_vocabulary(manifest["vocab_size"], config.parallel.tensor)
     _check_shards(data_folder(config.data.path), manifest["splits"])
     if (histogram := manifest["splits"]["train"].get("length_histogram")) is not None:  # else the ranks read the index
-        Recipe.of(config, manifest["vocab_size"]).check_lengths(np.flatnonzero(histogram) - 2)
+        Recipe.of(config, manifest["vocab_size"]).check_lengths(config.masking.copies * (np.flatnonzero(histogram) - 2))
     checkpoints = Path(config.runs) / config.name / "checkpoints"
     check_writable(checkpoints)
     parameters = sum(count_parameters(config.model, manifest["vocab_size"]).values())

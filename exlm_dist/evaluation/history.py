@@ -59,8 +59,12 @@ class History:
         return self.metrics.get(name, Series(empty, empty, empty))
 
     def seconds(self, steps: np.ndarray) -> np.ndarray:
-        """Training time at `steps`, over all restarts, from `progress/seconds` (0 at step 0); nan where not logged."""
-        progress = self.series("progress/seconds")
+        """Training time at `steps`, over all restarts; nan where not logged."""
+        return self.progress("seconds", steps)
+
+    def progress(self, name: str, steps: np.ndarray) -> np.ndarray:
+        """Seconds, sequences or tokens at `steps` from `progress/NAME` (0 at step 0); nan where not logged."""
+        progress = self.series(f"progress/{name}")
         if not len(progress):
             return np.full(len(steps), np.nan)
         return np.interp(steps, np.append(0, progress.steps), np.append(0, progress.values), right=np.nan)

@@ -19,7 +19,8 @@ from exlm_dist.checkpoint.reader import (
 from exlm_dist.config import RunConfig
 from exlm_dist.data.loader import eval_batches
 from exlm_dist.data.opening import open_dataset
-from exlm_dist.data.recipe import Recipe
+from exlm_dist.data.recipe import Dataset, Recipe
+from exlm_dist.data.repeated import with_copies
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.evaluation.exact_completions import exact_completions
 from exlm_dist.inference.fill import BATCH_LOGITS
@@ -134,9 +135,10 @@ def evaluate_checkpoint(
     chosen = choose_device(device)
     model = load_model(folder, config, tokenizer).to(chosen)
     recipe = replace(Recipe.for_evaluation(config, tokenizer.vocab_size), bucket=1)
-    values = score(model, eval_batches(dataset, recipe, sequences=count, rank=0, world=1), chosen).means()
+    sequenced = with_copies(dataset, config.masking.copies)
+    values = score(model, eval_batches(sequenced, recipe, sequences=count, rank=0, world=1), chosen).means()
     if completed:
-        values["exact"] = _exact(model, dataset, recipe, completed, chosen)
+        values["exact"] = _exact(model, sequenced, recipe, completed, chosen)
     result = Evaluation(
         run=config.name,
         budget=config.budget,
@@ -217,7 +219,7 @@ def _sizes(most: int, sequences: int | None, complete: int) -> tuple[int, int]:
     return count, min(complete, count)
 
 
-def _exact(model: LanguageModel, dataset: ShardDataset, recipe: Recipe, sequences: int, device: torch.device) -> float:
+def _exact(model: LanguageModel, dataset: Dataset, recipe: Recipe, sequences: int, device: torch.device) -> float:
     """Fraction of the first `sequences` that `exact_completions` counts, in micro-batches whose distributions over the
     vocabulary fit in memory."""
     logits = recipe.longest(dataset.lengths[:sequences]) * recipe.vocab_size  # of a sequence, at most

@@ -18,6 +18,7 @@ from exlm_dist.inference.completions import Scored, StateChain
 from exlm_dist.inference.loading import LoadedCheckpoint
 from exlm_dist.inference.side_by_side import on_cores
 from exlm_dist.model.build import LanguageModel, run_layers
+from exlm_dist.model.heads import Output
 from exlm_dist.model.stream import Stream
 from exlm_dist.tokenizers import Tokenizer
 from exlm_dist.tokenizers.masked_text import encode_masked
@@ -151,7 +152,12 @@ def batch_chains(model: LanguageModel, batch: PackedBatch, device: torch.device,
     assert output is not None  # a whole model has all its layers
     with torch.inference_mode():
         stream = run_layers(model.layers[:-1], Stream.from_batch(batch, device), recompute=False)
-        log_tokens, transitions = output.distributions(stream)
+        yield from stream_chains(output, stream, batch, first=first)
+
+
+def stream_chains(output: Output, stream: Stream, batch: PackedBatch, *, first: int) -> Iterator[StateChain]:
+    """`batch_chains` of a batch that has passed all layers before the output as `stream`."""
+    log_tokens, transitions = output.distributions(stream)
     for row in range(batch.num_sequences):
         targets, states = slice(*batch.cu_targets[row : row + 2]), slice(*batch.cu_states[row : row + 2])
         count = states.stop - states.start

@@ -133,6 +133,8 @@ def _reasons(plan: Plan) -> str:
 def _sizes(config: RunConfig, length: int | None, vocab_size: int | None) -> tuple[int, int, str]:
     """(length, vocabulary, a remark if they come neither from the data nor from the caller)."""
     known_length, known_vocabulary = prepared_sizes(Path(config.data.path))
+    if known_length is not None:
+        known_length = config.masking.copies * (known_length - 2) + 2
     unknown = [
         name for name, given in (("--length", length or known_length), ("--vocab-size", vocab_size or known_vocabulary))
         if not given

@@ -1,12 +1,16 @@
-"""One cell computed: a checkpoint fine-tuned by the one routine that there is, or a baseline."""
+"""One cell computed: a checkpoint fine-tuned by the one routine that there is, a linear probe on its embeddings, or a
+baseline."""
 
 from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from exlm_dist.finetuning.ensemble import train_members, with_features
 from exlm_dist.finetuning.finetune_settings import METRICS, TrainingSettings
@@ -18,11 +22,16 @@ from exlm_dist.model.build import build_model
 from exlm_dist.suites.bag_of_words import predict_from_words
 from exlm_dist.suites.catalogue import SUITES
 from exlm_dist.suites.cells import Cell, claimed, publish_result
+from exlm_dist.suites.embedded_tasks import EMBEDDINGS, Embedded, embedded
 from exlm_dist.suites.fingerprints import fingerprint_features, predict_from_fingerprints
+from exlm_dist.suites.linear_probe import predict_by_probe
 from exlm_dist.suites.methods import RANDOM
 from exlm_dist.suites.task_data import EncodedTask, TaskData
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.version import VERSION, git_commit
+
+#: Of the hidden states of a molecule, for linear probes.
+POOLING = "mean"
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,10 @@ class Order:
     files: tuple[Path, ...]
     split_hash: str
     cell: Cell
+
+    def compute(self, device: str, threads: int) -> bool:
+        """See `run_cell`."""
+        return run_cell(self, device, threads)
 
 
 def settings_of(suite: str, protocol: str, cell: Cell) -> TrainingSettings:
@@ -60,7 +73,8 @@ def run_cell(order: Order, device: str, threads: int) -> bool:
                 f"{order.files[0].parent}: a file of {order.cell.task} has changed since the evaluation began. "
                 "Begin anew with another --out."
             )
-        own = _baseline if order.cell.method.checkpoint is None else _finetuned
+        method = order.cell.method
+        own = _baseline if method.checkpoint is None else _probed if method.probe else _finetuned
         result = own(order, data, parts, partial, device, threads)
         result["seconds"] = round(time.monotonic() - started, 2)
         publish_result(path, without_nan({**_described(order, data), **result}))
@@ -70,9 +84,7 @@ def run_cell(order: Order, device: str, threads: int) -> bool:
 def _finetuned(order: Order, data: TaskData, parts: Parts, partial: Path, device: str, threads: int) -> dict[str, Any]:
     """Scores of a fine-tuned model with the weights of its best epoch."""
     settings = settings_of(order.suite, order.protocol, order.cell)
-    method = order.cell.method
-    assert method.checkpoint is not None
-    used = _Weights(method.checkpoint, device, settings.seed if method.kind == RANDOM else None)
+    used = _weights(order.cell, device)
     loaded = _loaded(used)
     pooling = settings.pooling if settings.frozen and data.pooled else None
     encoded = _encoded(used, order.suite, order.cell.task, order.files, pooling)
@@ -90,16 +102,54 @@ def _finetuned(order: Order, data: TaskData, parts: Parts, partial: Path, device
     }
 
 
+def _probed(order: Order, data: TaskData, parts: Parts, partial: Path, device: str, threads: int) -> dict[str, Any]:
+    """Scores of a linear model on embeddings; it is trained at once, so there is nothing to keep in `partial`."""
+    found, metric = _embedded(order, device), SUITES[order.suite].task(order.cell.task).metric
+    predicted, strength = predict_by_probe(found.features, data.labels, data.targets, parts, metric)
+    return {
+        "scores": _scores(predicted, data, parts),
+        "strength": strength,
+        "truncated": found.truncated,
+        "unknown": found.unknown,
+    }
+
+
+def embed_order(order: Order, device: str) -> int:
+    """Embed the molecules of the task of a probe, if they are not; how many. Busy if another process is at it."""
+    before = _embedding_path(order).exists()
+    found = _embedded(order, device, wait=False)
+    return 0 if before else len(found.features)
+
+
+def _embedded(order: Order, device: str, *, wait: bool = True) -> Embedded:
+    def compute() -> Embedded:
+        encoded = _encoded(_weights(order.cell, device), order.suite, order.cell.task, order.files, POOLING)
+        assert encoded.examples.features is not None
+        return Embedded(encoded.examples.features, encoded.truncated, encoded.unknown)
+
+    return embedded(_embedding_path(order), compute, wait=wait)
+
+
+def _embedding_path(order: Order) -> Path:
+    """All splits have the same; of initial weights each seed has its own."""
+    cell = order.cell
+    seed = f"seed-{cell.seed}" if cell.method.kind == RANDOM else ""
+    return order.out / EMBEDDINGS / cell.method.key / seed / f"{cell.task}.npz"
+
+
 def _baseline(order: Order, data: TaskData, parts: Parts, partial: Path, device: str, threads: int) -> dict[str, Any]:
     """Scores of a baseline; it is trained at once, so there is nothing to keep in `partial`, and on the CPU."""
     kind, seed = order.cell.method.kind, order.cell.seed
     predict = predict_from_fingerprints if SUITES[order.suite].domain == "smiles" else predict_from_words
     features = _features(order.suite, order.cell.task, order.files)
     predicted = predict(kind, features, data.labels, data.targets, parts, seed=seed, threads=threads)
-    scores = {
+    return {"scores": _scores(predicted, data, parts)}
+
+
+def _scores(predicted: Mapping[str, np.ndarray], data: TaskData, parts: Parts) -> dict[str, dict[str, float]]:
+    return {
         part: evaluate_predictions(values, data.labels[parts[part]], data.targets) for part, values in predicted.items()
     }
-    return {"scores": scores}
 
 
 def _described(order: Order, data: TaskData) -> dict[str, Any]:
@@ -125,8 +175,13 @@ class _Weights(NamedTuple):
     initial: int | None
 
 
+def _weights(cell: Cell, device: str) -> _Weights:
+    assert cell.method.checkpoint is not None
+    return _Weights(cell.method.checkpoint, device, cell.seed if cell.method.kind == RANDOM else None)
+
+
 # The cells of a task, and those of a method, come one after another: what they have in common stays in memory.
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=3)  # its splits take turns
 def _task(suite: str, task: str, files: tuple[Path, ...], split: str) -> tuple[TaskData, Parts]:
     data = _data(suite, task, files)
     return data, data.split(split)

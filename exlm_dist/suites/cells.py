@@ -6,7 +6,6 @@ where that failed.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from typing import Any
 from exlm_dist.suites.methods import Method
 from exlm_dist.utils.errors import CheckpointError
 from exlm_dist.utils.files import write_json
+from exlm_dist.utils.locks import lock
 
 FORMAT = 1
 CELLS = "cells"
@@ -54,7 +54,9 @@ class Cell:
         return {
             "task": self.task,
             "split": self.split,
-            "method": {"kind": method.kind, "label": method.label, "key": method.key, "frozen": method.frozen},
+            "method": {
+                **{name: getattr(method, name) for name in ("kind", "label", "key", "frozen", "probe")},
+            },
             "checkpoint": method.facts,
             "grid": dict(self.grid),
             "seed": self.seed,
@@ -70,19 +72,17 @@ def claimed(path: Path) -> Iterator[Path | None]:
     """A folder for what a cell needs while it is computed, which survives a kill and is this process's alone; None if
     its result is there already. Busy if another process has it."""
     partial = path.with_suffix(".partial")
-    lock = _open_lock(partial)
+    handle = _open_lock(partial)
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle, partial)  # where there are no locks, at worst two processes compute the same
         except BlockingIOError:
             raise Busy from None
-        except OSError:  # this file system has no locks: at worst two processes compute the same
-            pass
         yield None if path.exists() else partial
         if path.exists():
             shutil.rmtree(partial, ignore_errors=True)
     finally:
-        os.close(lock)
+        os.close(handle)
 
 
 def publish_result(path: Path, result: Mapping[str, Any]) -> None:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 from exlm_dist.inference.loading import visible_devices
 from exlm_dist.suites.catalogue import SUITES
-from exlm_dist.suites.cell_runner import Order, settings_of
-from exlm_dist.suites.cells import Cell, publish_failure, read_result
+from exlm_dist.suites.cell_runner import Order, embed_order, settings_of
+from exlm_dist.suites.cells import Busy, Cell, publish_failure, read_result
 from exlm_dist.suites.grid import Point, read_grid
 from exlm_dist.suites.methods import Method, find_methods
 from exlm_dist.suites.out_folder import PreparedTask, open_folder, prepare_tasks
 from exlm_dist.suites.suite import Suite
-from exlm_dist.suites.worker_pool import BUSY, DONE, FAILED, PRESENT, Outcome, Slot, run_orders
+from exlm_dist.suites.worker_pool import BUSY, DONE, FAILED, PRESENT, CellOrder, Outcome, Slot, run_orders
 from exlm_dist.utils.cores import available_cores
-from exlm_dist.utils.errors import ConfigError
+from exlm_dist.utils.errors import ConfigError, UserError
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class SuiteRequest:
 
     Args:
         checkpoints: run folders, checkpoints, `random`, the name of the suite's baseline. tasks, splits, protocol: none
-        given stands for the suite's own. grid: NAME=VALUE,VALUE. jobs: cells at a time; None: as many as there are
-        devices. device: 'auto', 'cpu', 'cuda', 'cuda:1'. pinned: of checkpoints, by the names given, where their files
-        are for as long as the evaluation takes.
+        given stands for the suite's own. grid: NAME=VALUE,VALUE. frozen, embed_once: see `find_methods`. jobs: cells
+        at a time; None: as many as there are devices. device: 'auto', 'cpu', 'cuda', 'cuda:1'. pinned: of checkpoints,
+        by the names given, where their files are for as long as the evaluation takes.
     """
 
     suite: str
@@ -41,6 +42,7 @@ class SuiteRequest:
     grid: Sequence[str] = ()
     seeds: int = 3
     frozen: bool = False
+    embed_once: bool = False
     jobs: int | None = None
     device: str = "auto"
     pinned: Mapping[str, Path] = field(default_factory=dict)
@@ -72,7 +74,13 @@ def evaluate_suite(request: SuiteRequest, say: Callable[[str], None] = print) ->
     costs the others nothing. Errors: see `find_methods`, `read_grid`, `open_folder`, `prepare_tasks`."""
     plan = open_evaluation(request)
     suite, splits, protocol = plan.suite, plan.splits, plan.protocol
-    methods = find_methods(request.checkpoints, suite, frozen=request.frozen, pinned=request.pinned)
+    methods = find_methods(
+        request.checkpoints,
+        suite,
+        frozen=request.frozen,
+        embed_once=request.embed_once,
+        pinned=request.pinned,
+    )
     prepared, missing = prepare_tasks(suite, request.tasks, request.data, splits, request.out)
     if missing:
         say(f"skipped, no file in {request.data}: {', '.join(missing)} ({len(missing)} of {len(suite.tasks)} tasks)")
@@ -91,8 +99,11 @@ def evaluate_suite(request: SuiteRequest, say: Callable[[str], None] = print) ->
     ]
     for order in orders:
         settings_of(suite.name, protocol, order.cell)  # before anything is computed: values out of range
+    slots = find_slots(request.device, request.jobs)
+    if request.embed_once:
+        _embed(orders, slots[0].device, say)
     unusable = sum(len(task.problems) for task in prepared)
-    return _computed(orders, _slots(request), unusable, say)
+    return compute_orders(orders, slots, unusable, say, _said)
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,8 @@ def open_evaluation(request: SuiteRequest) -> _Plan:
         if name not in suite.splits:
             raise ConfigError(f"{suite.name} has no split {name!r}; it has {', '.join(suite.splits)}.")
     protocol = request.protocol or suite.protocols[0]
+    if request.embed_once and not suite.embed_once:
+        raise ConfigError(f"--embed-once is for molecules with labels, which {suite.name} does not have. Leave it out.")
     if protocol not in suite.protocols:
         raise ConfigError(f"{suite.name} has no protocol {protocol!r}; it has {', '.join(suite.protocols)}.")
     plan = _Plan(suite, splits, protocol, read_grid(request.grid))
@@ -137,28 +150,47 @@ def _planned(
     seeds: int,
 ) -> dict[str, list[Cell]]:
     """The cells of each task, in an order in which what is loaded can be used again. The grid is of trainings: it does
-    not apply to a baseline."""
+    not apply to a baseline and to linear probes."""
     return {
         task.task.name: [
             Cell(task.task.name, split, method, point, seed)
             for method in methods
             for split in splits
-            for point in (points if method.checkpoint is not None else [()])
-            for seed in range(seeds)
+            for point in (points if method.trained else [()])
+            for seed in range(seeds if method.seeded else 1)
         ]
         for task in prepared
     }
 
 
-def _slots(request: SuiteRequest) -> list[Slot]:
+def _embed(orders: Sequence[Order], device: str, say: Callable[[str], None]) -> None:
+    """Embed what probes without a result need, with all cores at one checkpoint. What another process is embedding is
+    left to it; what fails, fails again as the cell that it is for."""
+    started, count = time.monotonic(), 0
+    for order in orders:
+        if order.cell.method.probe and not order.cell.path(order.out).exists():
+            with suppress(Busy, UserError):
+                count += embed_order(order, device)
+    if count:
+        say(f"{count} molecules embedded in {time.monotonic() - started:.1f} s")
+
+
+def find_slots(device: str, jobs: int | None) -> list[Slot]:
     """As many as `jobs` says; by default one for each GPU, or for each core where there is none."""
-    devices, cores = visible_devices(request.device), available_cores()
-    jobs = request.jobs or (cores if devices == ["cpu"] else len(devices))
+    devices, cores = visible_devices(device), available_cores()
+    jobs = jobs or (cores if devices == ["cpu"] else len(devices))
     return [Slot(devices[number % len(devices)], max(1, cores // jobs)) for number in range(jobs)]
 
 
-def _computed(orders: Sequence[Order], slots: Sequence[Slot], unusable: int, say: Callable[[str], None]) -> Summary:
-    """Compute the cells that have no result."""
+def compute_orders(
+    orders: Sequence[CellOrder],
+    slots: Sequence[Slot],
+    unusable: int,
+    say: Callable[[str], None],
+    said: Callable[[Outcome], str],
+) -> Summary:
+    """Compute the cells that have no result, and say of each in a line how it has ended. unusable: cells that have
+    failed already."""
     left = [order for order in orders if not order.cell.path(order.out).exists()]
     present = len(orders) - len(left)
     say(f"{len(orders)} cells: {present} computed before, {len(left)} to do, {len(slots)} at a time")
@@ -167,16 +199,21 @@ def _computed(orders: Sequence[Order], slots: Sequence[Slot], unusable: int, say
     for number, outcome in enumerate(run_orders(left, slots), 1):
         counts[outcome.state] += 1
         rest = (time.monotonic() - started) / number * (len(left) - number)
-        say(f"[{number}/{len(left)}, {rest / 60:.1f} min left] {outcome.order.cell}: {_said(outcome)}")
+        say(f"[{number}/{len(left)}, {rest / 60:.1f} min left] {outcome.order.cell}: {_ended(outcome, said)}")
     return Summary(counts[DONE], present + counts[PRESENT], counts[BUSY], counts[FAILED] + unusable)
 
 
-def _said(outcome: Outcome) -> str:
+def _ended(outcome: Outcome, said: Callable[[Outcome], str]) -> str:
     """How a cell has ended, in a line."""
     if outcome.state == BUSY:
         return "another process is computing it"
     if outcome.state == FAILED:
         return f"failed: {outcome.reason}"
+    return said(outcome)
+
+
+def _said(outcome: Outcome) -> str:
+    """What has come out of a cell."""
     result = read_result(outcome.order.cell.path(outcome.order.out))
     metric = result["metric"]
     figures = ", ".join(

@@ -43,7 +43,8 @@ class Method:
         kind: 'checkpoint', 'random' (its shape alone), or one of the kinds of a baseline.
         label: what the table calls it. key: the same as the name of a folder; no other method has it.
         checkpoint: the one whose weights, or whose shape, it has; None for a baseline.
-        frozen: the head alone is trained. facts: what is recorded of the checkpoint.
+        frozen: the encoder is not trained. probe: nor is a head: a linear model on the embeddings takes its place.
+        facts: what is recorded of the checkpoint.
     """
 
     kind: str
@@ -52,13 +53,30 @@ class Method:
     checkpoint: Path | None
     frozen: bool
     facts: dict[str, Any]
+    probe: bool = False
+
+    @property
+    def trained(self) -> bool:
+        """Whether it is trained as a protocol says: neither trees nor linear models are."""
+        return self.checkpoint is not None and not self.probe
+
+    @property
+    def seeded(self) -> bool:
+        """Whether its results depend on the seed."""
+        return not self.probe or self.kind == RANDOM
 
 
 def find_methods(
-    names: Sequence[str], suite: Suite, *, frozen: bool, pinned: Mapping[str, Path] | None = None
+    names: Sequence[str],
+    suite: Suite,
+    *,
+    frozen: bool = False,
+    embed_once: bool = False,
+    pinned: Mapping[str, Path] | None = None,
 ) -> list[Method]:
     """The methods that the names of `--checkpoint` stand for, in their order; with `frozen` each checkpoint twice, the
-    second time as a frozen probe. pinned: of checkpoints, where their files are meanwhile.
+    second time with the head alone trained; with `embed_once` each as a linear probe on its embeddings instead.
+    pinned: of checkpoints, where their files are meanwhile.
 
     CheckpointError for what is no whole checkpoint; ConfigError for one that reads what the suite does not have, for
     `random` without a checkpoint that has a shape, and for the baseline of another suite.
@@ -68,12 +86,15 @@ def find_methods(
     for other in SUITES.values():
         if other.baseline is not None and other.baseline.name in given:
             raise ConfigError(f"{other.baseline.name} is a baseline of the suite {other.name}, not of {suite.name}.")
-    checkpoints = [_checkpoint(Path(name), suite, (pinned or {}).get(name)) for name in given]
-    methods = list({method.key: method for method in checkpoints}.values())
+    methods = find_checkpoints(given, pinned=pinned)
+    for method in methods:
+        _check_domain(method, suite)
     if RANDOM in names:
         methods += _random(methods)
     if frozen:
-        methods = [one for method in methods for one in (method, _probe(method))]
+        methods = [one for method in methods for one in (method, _frozen(method))]
+    if embed_once:
+        methods = [_probe(method) for method in methods]
     if baseline is not None and baseline.name in names:
         methods += [
             Method(kind, f"{baseline.name}, {kind}", f"{baseline.name}-{kind}", None, False, {})
@@ -84,15 +105,18 @@ def find_methods(
     return methods
 
 
-def _checkpoint(path: Path, suite: Suite, pinned: Path | None) -> Method:
+def find_checkpoints(names: Sequence[str], *, pinned: Mapping[str, Path] | None = None) -> list[Method]:
+    """The checkpoints that are named, each once. CheckpointError for what is no whole checkpoint."""
+    found = [_checkpoint(Path(name), (pinned or {}).get(name)) for name in names]
+    return list({method.key: method for method in found}.values())
+
+
+def _checkpoint(path: Path, pinned: Path | None) -> Method:
     refuse_model(path)
     folder = find_checkpoint(path if pinned is None else pinned)
     place = folder if pinned is None else path
     config, origin = read_config(folder), reference(folder)
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
-    if tokenizer.domain != suite.domain:
-        read, wanted = (_kind(domain) for domain in (tokenizer.domain, suite.domain))
-        raise ConfigError(f"{folder}: reads {read}, but the suite {suite.name} has {wanted}. Give another checkpoint.")
     step, sha256 = int(origin["checkpoint.step"]), origin["checkpoint.sha256"]
     run = run_folder_of(place)
     facts = {
@@ -104,9 +128,19 @@ def _checkpoint(path: Path, suite: Suite, pinned: Path | None) -> Method:
         "states": config.model.states,
         "budget": config.budget,
         "shape": _shape(config, tokenizer.fingerprint),
+        "domain": tokenizer.domain,
+        "tokenizer": tokenizer.fingerprint,
     }
     label = f"{config.name}@{step}"
     return Method("checkpoint", label, f"{_as_folder(label)}-{sha256[:8]}", folder, False, facts)
+
+
+def _check_domain(method: Method, suite: Suite) -> None:
+    if method.facts["domain"] != suite.domain:
+        read, wanted = (_kind(domain) for domain in (method.facts["domain"], suite.domain))
+        raise ConfigError(
+            f"{method.checkpoint}: reads {read}, but the suite {suite.name} has {wanted}. Give another checkpoint."
+        )
 
 
 def _random(checkpoints: Sequence[Method]) -> list[Method]:
@@ -123,8 +157,12 @@ def _random(checkpoints: Sequence[Method]) -> list[Method]:
     return found
 
 
-def _probe(method: Method) -> Method:
+def _frozen(method: Method) -> Method:
     return replace(method, label=f"{method.label} frozen", key=f"{method.key}-frozen", frozen=True)
+
+
+def _probe(method: Method) -> Method:
+    return replace(method, label=f"{method.label} linear", key=f"{method.key}-linear", frozen=True, probe=True)
 
 
 def _shape(config: RunConfig, tokenizer: str) -> str:

@@ -97,5 +97,6 @@ MOLECULENET = Suite(
     default_splits=("scaffold", "scaffold-chiral"),
     protocols=(UNIMOL, QUICK),
     probe={"frozen": True, "lr": 1e-3, "batch": 32, "epochs": 100, "dropout": 0.0, "patience": 20},
+    embed_once=True,
     baseline=Baseline("fingerprints", ("forest", "boosting")),
 )

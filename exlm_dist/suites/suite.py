@@ -64,7 +64,8 @@ class Suite:
         'valid' where the labels of the test part are hidden.
         splits: how its rows can be divided up. default_splits: those that are, where the user says nothing.
         protocols: their names, the first one being that where the user says nothing. probe: what differs from them
-        where the encoder is frozen and the head alone is trained.
+        where the encoder is frozen and the head alone is trained. embed_once: whether linear probes on embeddings can
+        do its tasks.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Suite:
     default_splits: tuple[str, ...]
     protocols: tuple[str, ...]
     probe: Mapping[str, float | int | bool | str]
+    embed_once: bool = False
     baseline: Baseline | None = None
 
     def task(self, name: str) -> Task:

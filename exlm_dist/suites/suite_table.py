@@ -52,12 +52,17 @@ class Entry:
 
     def score(self, metric: str, part: str) -> Score:
         """Mean and sd over the seeds of a metric of a part."""
-        return _score([result["scores"][part][metric] for result in self.results])
+        return score_of([result["scores"][part][metric] for result in self.results])
 
     @property
     def best(self) -> Score:
         """The metric of the task on the part that is shown."""
         return self.score(self.metric, self.part)
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the seed has a say in its results: a linear probe of a checkpoint has no randomness."""
+        return "strength" not in self.results[0] or self.results[0]["method"]["kind"] == RANDOM
 
     @property
     def truncated(self) -> int:
@@ -67,13 +72,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Column:
-    """A method. label: unlike that of any other column."""
+    """A method. label: unlike that of any other column. frozen, probe: see `Method`."""
 
     key: str
     label: str
     kind: str
     frozen: bool
     checkpoint: dict[str, Any]
+    probe: bool = False
+
+    @property
+    def training(self) -> str:
+        """What is trained: '' (all of it), 'frozen' (the head), 'linear' (a linear model on the embeddings)."""
+        return "linear" if self.probe else "frozen" if self.frozen else ""
 
     @property
     def run(self) -> str | None:
@@ -101,18 +112,8 @@ class SuiteTable:
 
     @property
     def shown(self) -> list[Column]:
-        """The columns without the earlier checkpoints of runs with more than `MOST_STEPS`."""
-        steps: dict[str, set[int]] = defaultdict(set)
-        for column in self.columns:
-            if column.run is not None:
-                steps[column.run].add(column.checkpoint["step"])
-        return [
-            column
-            for column in self.columns
-            if column.run is None
-            or len(steps[column.run]) <= MOST_STEPS
-            or column.checkpoint["step"] == max(steps[column.run])
-        ]
+        """Those of `latest_columns`."""
+        return latest_columns(self.columns)
 
     @property
     def of(self) -> Suite:
@@ -154,18 +155,34 @@ def read_table(out: Path) -> SuiteTable:
     entries = {key: _entry(key, own, order.part) for key, own in grouped.items()}
     seen = {(task, split) for task, split, _ in entries}
     rows = [(task.name, split) for split in order.splits for task in order.tasks if (task.name, split) in seen]
-    return SuiteTable(out, suite, read_tasks(out), rows, _columns(results), entries, results, failures)
+    return SuiteTable(out, suite, read_tasks(out), rows, find_columns(results), entries, results, failures)
+
+
+def latest_columns(columns: Sequence[Column]) -> list[Column]:
+    """The columns without the earlier checkpoints of runs with more than `MOST_STEPS`."""
+    steps: dict[str, set[int]] = defaultdict(set)
+    for column in columns:
+        if column.run is not None:
+            steps[column.run].add(column.checkpoint["step"])
+    return [
+        column
+        for column in columns
+        if column.run is None
+        or len(steps[column.run]) <= MOST_STEPS
+        or column.checkpoint["step"] == max(steps[column.run])
+    ]
 
 
 def difference(first: Entry, second: Entry) -> Difference:
     """Of their means on the part that is shown, with the sign that makes more better; its 95 % interval by Welch's t,
-    as the sds of the two differ."""
+    as the sds of the two differ. What no seed has a say in has an sd of 0, unless that is so of both."""
     from scipy import stats
 
     sign = -1 if first.metric in ERRORS else 1
     value = sign * (first.best.mean - second.best.mean)
-    parts = [score.sd**2 / score.seeds for score in (first.best, second.best)]
-    degrees = [score.seeds - 1 for score in (first.best, second.best)]
+    seeded = [entry.best for entry in (first, second) if entry.seeded]
+    parts = [score.sd**2 / score.seeds for score in seeded] or [math.nan]
+    degrees = [score.seeds - 1 for score in seeded]
     if math.isnan(sum(parts)) or not sum(parts):
         return Difference(value, sum(parts))
     freedom = sum(parts) ** 2 / sum(part**2 / number for part, number in zip(parts, degrees))
@@ -189,14 +206,15 @@ def _entry(key: tuple[str, str, str], results: Sequence[dict[str, Any]], part: s
     sign = -1 if metric in ERRORS else 1
 
     def on_valid(own: list[dict[str, Any]]) -> float:
-        value = _score([result["scores"]["valid"][metric] for result in own]).mean
+        value = score_of([result["scores"]["valid"][metric] for result in own]).mean
         return -math.inf if math.isnan(value) else sign * value
 
     best = max(points.values(), key=on_valid)
     return Entry(*key, metric, best[0]["grid"], len(points), best, part)
 
 
-def _score(values: Sequence[float | None]) -> Score:
+def score_of(values: Sequence[float | None]) -> Score:
+    """Mean and sd; NaN where one is None."""
     known = np.array([math.nan if value is None else value for value in values])
     return Score(
         float(known.mean()),
@@ -206,17 +224,24 @@ def _score(values: Sequence[float | None]) -> Score:
     )
 
 
-def _columns(results: Sequence[Mapping[str, Any]]) -> list[Column]:
+def find_columns(results: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """The methods that there are results of, in the order in which they are shown."""
     found = {}
     for result in results:
         method = result["method"]
         found[method["key"]] = Column(
-            method["key"], method["label"], method["kind"], method["frozen"], result["checkpoint"]
+            method["key"],
+            method["label"],
+            method["kind"],
+            method["frozen"],
+            result["checkpoint"],
+            method.get("probe", False),
         )
     labels = Counter(column.label for column in found.values())
     columns = [
         replace(one, label=f"{one.label} ({one.key})") if labels[one.label] > 1 else one for one in found.values()
     ]
     return sorted(
-        columns, key=lambda one: (ORDER.index(one.kind), one.frozen, one.checkpoint.get("step", 0), one.label)
+        columns,
+        key=lambda one: (ORDER.index(one.kind), one.frozen, one.probe, one.checkpoint.get("step", 0), one.label),
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from exlm_dist.checkpoint.reader import checkpoint_folders, step_of
 from exlm_dist.suites.evaluate_suite import SuiteRequest, Summary, evaluate_suite, open_evaluation
+from exlm_dist.suites.masked_suite import MaskedRequest, evaluate_masked, open_masked
 from exlm_dist.tracking import EVENTS, read_events
 from exlm_dist.utils.checkpoint_names import COMPLETE_FILE
 from exlm_dist.utils.errors import CheckpointError, ConfigError
@@ -24,15 +25,15 @@ ENDED = ("FINISHED", "FAILED")
 
 
 def watch_run(
-    request: SuiteRequest,
+    request: SuiteRequest | MaskedRequest,
     run: Path,
     *,
     idle: float,
     after_each: Callable[[], object] = lambda: None,
     say: Callable[[str], None] = print,
 ) -> Summary:
-    """`evaluate_suite` for each checkpoint of a run folder, lowest step first, until its training has ended, or has
-    logged nothing for `idle` seconds. `after_each` is called when a checkpoint has been evaluated.
+    """Evaluate each checkpoint of a run folder, lowest step first, until its training has ended, or has logged nothing
+    for `idle` seconds. `after_each` is called when a checkpoint has been evaluated.
 
     A checkpoint is evaluated from hard links to its files, so the training may remove it meanwhile. Returns the sum of
     the summaries. CheckpointError if `run` is no run folder; ConfigError if another process watches for `request.out`.
@@ -41,7 +42,7 @@ def watch_run(
     if not (run / EVENTS).is_file():
         raise CheckpointError(f"{run} is no run folder: it has no {EVENTS}. Give the folder of a run, say runs/NAME.")
     total, done = Summary(0, 0, 0, 0), set[str]()
-    open_evaluation(request)
+    _open(request)
     with _pins(request.out) as pins:
         while True:
             ended = _ended(run, idle)  # asked before looking: what lands in between is seen in this round
@@ -50,7 +51,7 @@ def watch_run(
             for name, files in pinned.items():
                 say(f"step {step_of(Path(name))}: {name}")
                 own = replace(request, checkpoints=(*request.checkpoints, name), pinned={name: files})
-                total = total.plus(evaluate_suite(own, say))
+                total = total.plus(evaluate(own, say))
                 after_each()
                 done.add(files.name)
                 shutil.rmtree(files)
@@ -60,6 +61,20 @@ def watch_run(
                 say(f"{ended}; checkpoints evaluated: {len(done)}")
                 return total
             time.sleep(POLL)
+
+
+def _open(request: SuiteRequest | MaskedRequest) -> None:
+    if isinstance(request, MaskedRequest):
+        open_masked(request)
+    else:
+        open_evaluation(request)
+
+
+def evaluate(request: SuiteRequest | MaskedRequest, say: Callable[[str], None] = print) -> Summary:
+    """Of either kind of suite."""
+    if isinstance(request, MaskedRequest):
+        return evaluate_masked(request, say)
+    return evaluate_suite(request, say)
 
 
 def _ended(run: Path, idle: float) -> str:

@@ -11,15 +11,29 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Protocol
 
-from exlm_dist.suites.cell_runner import Order, run_cell
-from exlm_dist.suites.cells import Busy, publish_failure
+from exlm_dist.suites.cells import Busy, Cell, publish_failure
 from exlm_dist.utils.errors import UserError
 from exlm_dist.utils.logs import get_logger
 from exlm_dist.utils.signals import die_with_parent
 
 DONE, PRESENT, BUSY, FAILED = "done", "present", "busy", "failed"
 logger = get_logger(__name__)
+
+
+class CellOrder(Protocol):
+    """A cell to be computed for the evaluation in the folder `out`."""
+
+    @property
+    def out(self) -> Path: ...
+
+    @property
+    def cell(self) -> Cell: ...
+
+    def compute(self, device: str, threads: int) -> bool:
+        """Compute it and publish its result; False if that was there already. Busy if another process is at it."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +49,12 @@ class Outcome:
     """How a cell has ended. state: `DONE`, `PRESENT` (another process has computed it meanwhile), `BUSY` (another
     process is computing it) or `FAILED`, then with a reason."""
 
-    order: Order
+    order: CellOrder
     state: str
     reason: str = ""
 
 
-def run_orders(orders: Sequence[Order], slots: Sequence[Slot]) -> Iterator[Outcome]:
+def run_orders(orders: Sequence[CellOrder], slots: Sequence[Slot]) -> Iterator[Outcome]:
     """Compute the cells, in their order as slots become free; the outcome of each as it ends. A failed one is recorded
     in its file. With one slot they are computed in this process."""
     if len(slots) == 1:
@@ -64,9 +78,9 @@ def run_orders(orders: Sequence[Order], slots: Sequence[Slot]) -> Iterator[Outco
             worker.end()
 
 
-def _attempt(order: Order, slot: Slot) -> Outcome:
+def _attempt(order: CellOrder, slot: Slot) -> Outcome:
     try:
-        return Outcome(order, DONE if run_cell(order, slot.device, slot.threads) else PRESENT)
+        return Outcome(order, DONE if order.compute(slot.device, slot.threads) else PRESENT)
     except Busy:
         return Outcome(order, BUSY)
     except UserError as error:
@@ -89,9 +103,9 @@ class _Worker:
         self._slot = slot
         self._process: BaseProcess | None = None
         self.connection: Connection
-        self.order: Order | None = None
+        self.order: CellOrder | None = None
 
-    def give(self, order: Order) -> None:
+    def give(self, order: CellOrder) -> None:
         """Have it compute a cell."""
         if self._process is None:
             self._start()

@@ -33,6 +33,8 @@ EVENTS = "events.jsonl"
 CHANGES = "config.changes"
 #: Metrics whose step counts measurements, not steps of training.
 SYSTEM = "system/"
+#: Kinds that describe the weights of one step.
+OF_CHECKPOINTS = ("child_run", "checkpoint", "register")
 #: What `json.dumps` makes of the kinds that decide which lines stand.
 _RUN, _RESUMED = b'"kind": "run"', b'"kind": "resumed"'
 logger = get_logger(__name__)
@@ -43,10 +45,11 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
     skipped.
 
     Each has `time` (ms since 1970) and `kind`: run {uid, parent}, metrics {step, values}, params {values}, tags
-    {values}, artifact {path, folder}, status {status}, child_run {name, step, values, tags, history}, resumed {step}.
+    {values}, artifact {path, folder}, status {status}, child_run {name, step, values, tags, history}, checkpoint {step,
+    values, tags}, register {name, step, why, tags}, resumed {step}.
 
     What lies before the last line `run` does not stand: that start of the run came to nothing. Nor do, before a line
-    `resumed`, metrics and child runs of later steps: the weights they describe were given up.
+    `resumed`, what is of later steps: the weights it describes were given up.
     """
     first, number_of_lines, resumed = _find_marks(path)
     limits = _lowest_from_each(resumed)
@@ -102,9 +105,9 @@ def _lowest_from_each(resumed: list[tuple[int, int]]) -> list[int]:
 
 def _stands(event: dict[str, Any], limit: int) -> bool:
     """Whether the event stands where the run has gone back to step `limit`; its values that do not are removed."""
-    if event["kind"] not in ("metrics", "child_run") or event["step"] <= limit:
+    if event["kind"] not in ("metrics", *OF_CHECKPOINTS) or event["step"] <= limit:
         return True
-    if event["kind"] == "child_run":
+    if event["kind"] in OF_CHECKPOINTS:
         return False
     event["values"] = {name: value for name, value in event["values"].items() if name.startswith(SYSTEM)}
     return bool(event["values"])
@@ -114,9 +117,9 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
     """The event in a line; None if it is not a valid event."""
     try:
         event = json.loads(line)
-        if event["kind"] in ("metrics", "child_run", "resumed"):
+        if event["kind"] in ("metrics", "resumed", *OF_CHECKPOINTS):
             event["step"] = int(event["step"])
-        if event["kind"] in ("metrics", "child_run"):
+        if event["kind"] in ("metrics", "child_run", "checkpoint"):
             for point in (event, *event.get("history", ())):
                 point["values"] = {name: float(value) for name, value in point["values"].items()}
         return event
@@ -156,7 +159,7 @@ class EventLog:
         """The run goes on after `step` steps. Where values or evaluations of later steps are in the file, they stand no
         longer: their weights were given up, and these steps are logged anew."""
         steps = [last for name, last in self._last_step.items() if not name.startswith(SYSTEM)]
-        if max([*steps, *(child for _, child in self._children)], default=step) > step:
+        if max([*steps, *self._results, *(child for _, child in self._children)], default=step) > step:
             self._append("resumed", step=step)
             self._read()
 
@@ -208,6 +211,20 @@ class EventLog:
         labels = {key: str(value) for key, value in tags.items()}
         self._append("child_run", name=name, step=step, values=_to_json(values), tags=labels, history=points)
 
+    def checkpoint(self, step: int, values: Mapping[str, float], tags: Mapping[str, Any]) -> None:
+        """Results of the checkpoint of `step` by which checkpoints are ranked, in any order of steps. Those that are
+        logged with the same value are not written again."""
+        known = self._results.setdefault(step, {})
+        fresh = {name: value for name, value in values.items() if known.get(name) != value}
+        if fresh:
+            known.update(fresh)
+            labels = {key: str(value) for key, value in tags.items()}
+            self._append("checkpoint", step=step, values=_to_json(fresh), tags=labels)
+
+    def register(self, step: int, name: str, why: str, tags: Mapping[str, Any]) -> None:
+        """Have the checkpoint of `step` registered in MLflow as a version of the model `name`, and say `why`."""
+        self._append("register", step=step, name=name, why=why, tags={key: str(value) for key, value in tags.items()})
+
     def last_step(self, name: str) -> int | None:
         """Last step with a value of the metric `name`; None if there is none."""
         return self._last_step.get(name)
@@ -228,12 +245,15 @@ class EventLog:
         """Learn from the file what is logged already."""
         self._last_step: dict[str, int] = {}
         self._children: set[tuple[str, int]] = set()
+        self._results: dict[int, dict[str, float]] = {}
         for event in read_events(self.path):
             if event["kind"] == "metrics":
                 for name in event["values"]:
                     self._last_step[name] = max(event["step"], self._last_step.get(name, -1))
             elif event["kind"] == "child_run":
                 self._children.add((event["name"], event["step"]))
+            elif event["kind"] == "checkpoint":
+                self._results.setdefault(event["step"], {}).update(event["values"])
 
     def _append(self, kind: str, **content: Any) -> None:
         line = (

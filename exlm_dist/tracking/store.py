@@ -12,11 +12,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from exlm_dist.tracking.checkpoint_models import UID_TAG, CheckpointModels
 from exlm_dist.tracking.uri import redact
 from exlm_dist.utils.locks import lock
 from exlm_dist.utils.logs import get_logger
 
-UID_TAG = "exlm.uid"
 POINTS_PER_CALL = 1000
 PAIRS_PER_CALL = 100
 LONGEST_PARAM = 500
@@ -87,6 +87,7 @@ class MlflowRun:
             self._experiment = self._experiment_id(experiment, artifacts)
         self.run_id = known or self._find(uid) or self._create(run_folder.name, uid, start, {})
         self._check_active()
+        self._models = CheckpointModels(self._client, self._experiment, self.run_id, run_folder.name, uid)
         if parent is not None and (above := self._find(parent)) is not None:
             self._log_tags(self.run_id, {"mlflow.parentRunId": above})
 
@@ -155,9 +156,9 @@ class MlflowRun:
     def _send_points(self, events: list[dict[str, Any]]) -> None:
         self._log_points(self.run_id, events)
 
-    def _log_points(self, run_id: str, events: list[dict[str, Any]]) -> None:
+    def _log_points(self, run_id: str, events: list[dict[str, Any]], model: str | None = None) -> None:
         points = [
-            self._entities.Metric(name, value, event["time"], event["step"])
+            self._entities.Metric(name, value, event["time"], event["step"], model_id=model)
             for event in events
             for name, value in event["values"].items()
         ]
@@ -177,6 +178,8 @@ class MlflowRun:
             "artifact": self._send_artifact,
             "status": self._send_status,
             "child_run": self._send_child,
+            "checkpoint": self._send_checkpoint,
+            "register": lambda e: self._models.register(e["step"], e["name"], e["why"], e["tags"]),
             "resumed": self._send_resumed,
         }
         if event["kind"] in senders:
@@ -222,8 +225,14 @@ class MlflowRun:
             self._client.update_run(child, name=name)  # without what `_send_resumed` may have appended
         self._log_tags(child, event["tags"])
         history = ({**point, "time": event["time"]} for point in event.get("history", ()))
-        self._log_points(child, [event, *history])
+        own = event["name"] == "evaluation"  # by the training itself
+        model = self._models.of_step(event["step"], event["tags"]) if own else None
+        self._log_points(child, [event, *history], model)
         self._client.set_terminated(child, "FINISHED", end_time=event["time"])
+
+    def _send_checkpoint(self, event: dict[str, Any]) -> None:
+        """Results of a checkpoint: points of the run at its step, and metrics of its model."""
+        self._log_points(self.run_id, [event], self._models.of_step(event["step"], event["tags"]))
 
     def _send_resumed(self, event: dict[str, Any]) -> None:
         """Points cannot be removed in MLflow: what is logged again comes later and counts as the newer. The
@@ -236,6 +245,7 @@ class MlflowRun:
             step = child.data.tags.get(UID_TAG, "").rpartition("/")[2]
             if step.isdigit() and int(step) > event["step"] and not child.info.run_name.endswith(GIVEN_UP):
                 self._client.update_run(child.info.run_id, name=child.info.run_name + GIVEN_UP)
+        self._models.give_up(event["step"])
 
 
 def cut(text: str, longest: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from exlm_dist.config import RunConfig
 from exlm_dist.data.loader import eval_batches
 from exlm_dist.data.recipe import Recipe
+from exlm_dist.data.repeated import with_copies
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.launch import heartbeat
 from exlm_dist.model.scoring import Totals
@@ -35,9 +36,8 @@ class Evaluator:
         assert self._dataset is not None, "is_due says when"
         config, data = self._config, self._process.grid.data
         recipe = Recipe.for_evaluation(config, self._dataset.vocab_size)
-        batches = eval_batches(
-            self._dataset, recipe, sequences=config.evaluation.sequences, rank=data.rank, world=data.size
-        )
+        dataset = with_copies(self._dataset, config.masking.copies)
+        batches = eval_batches(dataset, recipe, sequences=config.evaluation.sequences, rank=data.rank, world=data.size)
         local = self._engine.evaluate(heartbeat.keep_alive(batches))
         sums = self._process.all_gather(local.vector()).sum(0).tolist()
         evaluation = Totals.of(sums).means()

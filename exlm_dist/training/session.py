@@ -12,6 +12,7 @@ from exlm_dist.config import RunConfig, dump_config
 from exlm_dist.data.loader import Loader
 from exlm_dist.data.order import Order
 from exlm_dist.data.recipe import Recipe
+from exlm_dist.data.repeated import with_copies
 from exlm_dist.data.shard_index import Lengths
 from exlm_dist.launch import heartbeat
 from exlm_dist.parallel.process import Process
@@ -84,7 +85,7 @@ def build_session(config: RunConfig, process: Process, start: StartingPoint, res
     heartbeat.enter("start/model")
     loader = process.run_everywhere(lambda: _loader(config, process, start))
     resources.callback(loader.close)
-    length = float(start.train_data.lengths.mean()) + 2
+    length = config.masking.copies * float(start.train_data.lengths.mean()) + 2
     engine = build_engine(config, process, start.train_data.vocab_size, length, drawn=start.checkpoint is None)
     saver = Saver(
         start.path,
@@ -125,7 +126,7 @@ def _loader(config: RunConfig, process: Process, start: StartingPoint) -> Loader
     recipe = Recipe.of(config, start.train_data.vocab_size, load_tokenizer(start.train_data.tokenizer_path))
     _check_lengths(config, start, recipe)
     return Loader(
-        start.train_data,
+        with_copies(start.train_data, config.masking.copies),
         recipe,
         order=Order.of(config.data, config.seed, len(start.train_data)),
         global_batch=config.batch.sequences,
@@ -138,9 +139,10 @@ def _loader(config: RunConfig, process: Process, start: StartingPoint) -> Loader
 def _check_lengths(config: RunConfig, start: StartingPoint, recipe: Recipe) -> None:
     """ConfigError, before anything is trained, if a sequence of training or evaluation could become too long; it says
     what is enough for all."""
-    uses: list[tuple[Recipe, np.ndarray | Lengths]] = [(recipe, start.train_data.lengths)]
+    copies = config.masking.copies
+    uses: list[tuple[Recipe, np.ndarray | Lengths]] = [(recipe, start.train_data.lengths * copies)]
     if start.valid_data is not None:
-        evaluated = start.valid_data.lengths[: config.evaluation.sequences]
+        evaluated = start.valid_data.lengths[: config.evaluation.sequences] * copies
         uses.append((Recipe.for_evaluation(config, recipe.vocab_size), evaluated))
     longest, lengths = max(uses, key=lambda use: use[0].longest(use[1]))
     longest.check_lengths(lengths)

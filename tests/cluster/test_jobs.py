@@ -78,6 +78,9 @@ def jobs_on(slurm: Slurm, nodes: int, line: int, server: str) -> dict[str, Job]:
 
     tracked = ["--tracking.mlflow", "true"]
     limited = [f"--nodes={nodes}", "--gpus-per-node=1", "--time=1", "--warning=10", f"--name=limited-{nodes}"]
+    # While the ranks of all jobs start on two cores, a minute is enough for a step or two: that several such starts in
+    # a row end a job is for `test_policy` to show.
+    limited += ["--launch.restarts=50"]
     made = {
         "hurt": submit("--name", f"hurt-{nodes}", *tracked, "--tracking.uri", server, options=[]),
         "limited": slurm.launch("tiny.yaml", *limited, "--launch.margin=5", *tracked),

@@ -56,7 +56,7 @@ def _faulty(rank: int, settings: dict, at: int, where: str) -> int:
     hooks: list = []
 
     def strike(session: Session) -> None:
-        block = session.engine._model.layers[1]
+        block = session.engine.deepspeed.module.model.layers[1]
         if where == "weights":
             flipped(block.ffn.up.weight)
         elif where == "activations":
@@ -109,9 +109,11 @@ def test_a_bit_that_flips_once_in_an_activation_is_found_named_and_undone(data, 
     assert (tmp_path / "run" / EXCLUDED).read_text().split() == found["hosts"]
     (tag,) = values_of(config, f"miscalculation_step_{STEP + 1}").values()
     assert "rank 1" in tag
+    # The save of step 4 was still being written, or not: from there, or from the beginning, all steps are done again.
+    begun = 4 if list((tmp_path / "run/checkpoints").glob("step-*")) else 0
     assert run_processes(_train, 2, config.model_dump(), None) == [EXIT_DONE] * 2
     assert final_hashes(config) == unchecked
-    assert values_of(config, "recheck/failed") == {**dict.fromkeys([2, 4], 0), **dict.fromkeys([6, 8], 1)}
+    assert values_of(config, "recheck/failed") == {step: int(step > begun) for step in (2, 4, 6, 8)}
 
 
 def test_a_bit_that_flips_once_in_a_gradient_is_found_and_named(data, tmp_path):
@@ -137,6 +139,7 @@ def _both_ways(process, settings: dict) -> tuple[list, list]:
     from dataclasses import replace
 
     from exlm_dist.data.loader import Loader
+    from exlm_dist.data.order import Order
     from exlm_dist.data.recipe import Recipe
     from exlm_dist.data.shards import ShardDataset
     from exlm_dist.parallel.process_groups import Grid, Layout
@@ -147,7 +150,8 @@ def _both_ways(process, settings: dict) -> tuple[list, list]:
     process = replace(process, grid=Grid.make(Layout.of(config.parallel, process.world), process.rank))
     train, replicas = ShardDataset.open(config.data.path, "train"), process.grid.data
     recipe = Recipe.of(config, train.vocab_size)
-    loader = Loader(train, recipe, seed=0, global_batch=8, rank=replicas.rank, world=replicas.size, prefetch=0)
+    places = {"rank": replicas.rank, "world": replicas.size}
+    loader = Loader(train, recipe, order=Order(0, len(train)), global_batch=8, **places, prefetch=0)
     found: tuple[list, list] = [], []
     for checked, rows in enumerate(found):
         engine = build_engine(config, process, train.vocab_size, 20.0)

@@ -20,6 +20,7 @@ def data(tmp_path_factory):
 def built(process, settings):
     """Engine, training micro-batches by step and held-out micro-batches of this rank."""
     from exlm_dist.data.loader import Loader, eval_batches
+    from exlm_dist.data.order import Order
     from exlm_dist.data.recipe import Recipe
     from exlm_dist.data.shards import ShardDataset
     from exlm_dist.parallel.layout import Layout
@@ -31,7 +32,8 @@ def built(process, settings):
     train, valid = (ShardDataset.open(config.data.path, split) for split in ("train", "valid"))
     replica = {"rank": process.grid.data.rank, "world": process.grid.data.size}
     recipe = Recipe.of(config, train.vocab_size)
-    loader = Loader(train, recipe, seed=config.seed, global_batch=config.batch.sequences, prefetch=0, **replica)
+    order = Order.of(config.data, config.seed, len(train))
+    loader = Loader(train, recipe, order=order, global_batch=config.batch.sequences, prefetch=0, **replica)
     asked = Recipe.for_evaluation(config, train.vocab_size)
     engine = build_engine(config, process, train.vocab_size, 20.0)
     return config, engine, loader, list(eval_batches(valid, asked, sequences=10, **replica))

@@ -45,7 +45,8 @@ MAY_IMPORT = {
     "evaluation": BASE | {"checkpoint", "data", "inference", "model", "tokenizers", "tracking"},
     "finetuning": BASE | {"checkpoint", "data", "inference", "kernels", "model", "tables", "tokenizers", "tracking"},
     "export": BASE | {"checkpoint", "data", "model", "tokenizers", "tracking"},
-    "suites": BASE | {"checkpoint", "finetuning", "inference", "model", "tables", "tokenizers", "tracking"},
+    "suites": BASE
+    | {"checkpoint", "data", "evaluation", "finetuning", "inference", "model", "tables", "tokenizers", "tracking"},
     "analysis": BASE
     | {"checkpoint", "data", "evaluation", "finetuning", "inference", "kernels", "model", "suites", "tables"}
     | {"tokenizers", "tracking"},
@@ -70,7 +71,13 @@ SEAMS = {
     "matplotlib": ("analysis/",),
     "sentencepiece": ("tokenizers/",),
     "safetensors": ("export/", "finetuning/model_folder.py"),
-    "sklearn": ("finetuning/", "suites/fingerprints.py", "suites/bag_of_words.py", "analysis/finetuning_figures.py"),
+    "sklearn": (
+        "finetuning/",
+        "suites/fingerprints.py",
+        "suites/linear_probe.py",
+        "suites/bag_of_words.py",
+        "analysis/finetuning_figures.py",
+    ),
     "scipy": ("suites/suite_table.py", "suites/bag_of_words.py"),
     "pyarrow": ("tables/",),
     "zstandard": ("tables/",),

@@ -11,6 +11,7 @@ from made_run import make_config, make_data, make_run
 from exlm_dist.analysis.curves import smooth
 from exlm_dist.analysis.inspection import choose, inspect_checkpoint
 from exlm_dist.analysis.lengths import Lengths, training_lengths
+from exlm_dist.analysis.molecule_examples import _filled
 from exlm_dist.analysis.run_report import run_report
 from exlm_dist.analysis.state_graph import edge_flow
 from exlm_dist.checkpoint.reader import find_checkpoint
@@ -99,31 +100,29 @@ def test_edge_flow_is_conserved(inspections):
     assert np.allclose(flow[:, 1:-1].sum(0), flow[1:-1].sum(1), atol=1e-5)
 
 
+def test_atoms_of_masked_tokens_are_found():
+    assert _filled("C\u25a1(=O)\u25a1\u25a1", ["C", "O", ")"]) == ("CC(=O)O)", [1, 3])
+    assert _filled("\u25a1c1cc\u25a1cc1", ["[NH3+]", "n"]) == ("[NH3+]c1ccncc1", [0, 4])
+
+
 def test_report_of_two_runs(pair, capsys):
     page = run_report(pair)
     assert page == pair[0] / "report.md"
     text = page.read_text()
-    names = [
-        "quality",
-        "optimisation",
-        "throughput",
-        "alignment_over_training",
-        "lengths",
-        "transitions",
-        "alignment",
-        "state_graph_1",
-        "state_graph_2",
-        "state_graph_3",
-    ]
+    names = ["quality", "quality_by_compute", "optimisation", "throughput", "alignment_over_training", "lengths"]
+    names += ["transitions", "alignment", "molecules", "state_graph_1", "state_graph_2", "state_graph_3"]
+    html = page.with_suffix(".html").read_text()
+    assert html.count('src="data:image/png;base64,') == len(names)
     for name in names:
         assert f"(plots/{name}.png)" in text
         assert (pair[0] / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert (pair[0] / "plots" / f"{name}.svg").read_text().lstrip().startswith("<?xml")
+        if name != "molecules":
+            assert (pair[0] / "plots" / f"{name}.svg").read_text().lstrip().startswith("<?xml")
     assert "nll @100 steps" in text and "unit-test" in text
     assert "| mlm | `model.objective` |" in text and "Not drawn" not in text
     assert "nll @30 s" in capsys.readouterr().out
     logged = [event["path"] for event in read_events(pair[0] / "events.jsonl") if event["kind"] == "artifact"]
-    assert logged == ["report.md", *(f"plots/{name}.png" for name in names)]
+    assert logged == ["report.md", "report.html", *(f"plots/{name}.png" for name in names)]
 
 
 def test_report_of_a_plain_model_has_no_graph_and_old_evaluations_have_the_names_of_today(pair):

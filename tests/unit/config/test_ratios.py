@@ -33,6 +33,8 @@ def test_ratio_is_linear_between_points_and_jumps_at_two() -> None:
         ({"schedule": ((9, 0.1), (3, 0.2))}, "step 3 after step 9"),
         ({"unit": "ring", "span_p": 0.2}, "Set masking.span_p 0, or masking.unit atom"),
         ({"keep": 0.7, "random": 0.6}, "is more than 1"),
+        ({"copies": 2, "unit": "word"}, "masking.copies 2 masks each copy by itself"),
+        ({"copies": 2, "span_p": 0.2}, "masking.copies 2 masks each copy by itself"),
     ],
 )
 def test_contradictions_are_named(settings: dict[str, Any], words: str) -> None:
@@ -46,3 +48,4 @@ def test_masking_in_words() -> None:
     assert describe_masking(whole) == (
         "30% to 15% to 5% of the tokens, +- 4% from sequence to sequence, whole words, spans"
     )
+    assert describe_masking(MaskingConfig(copies=3)) == "15% of the tokens, 3 copies of each"

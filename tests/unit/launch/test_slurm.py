@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from locations import ROOT
 
 from exlm_dist.cli import main
 from exlm_dist.launch.slurm import FILES, Job, render
+from exlm_dist.launch.slurm_scripts import RANKS_PER_NODE
 from exlm_dist.utils.errors import ConfigError
 
 
@@ -117,3 +119,30 @@ def test_a_job_file_asks_for_the_run_folder_and_the_restarts(config, capsys, tmp
 def test_it_never_imports_torch():
     code = "import sys, exlm_dist.launch.start; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "given, failures, per_node, asked",
+    [
+        ({"SLURM_GPUS_PER_NODE": "4"}, 9, "4", 0),
+        ({"SLURM_GPUS_PER_NODE": "h100:4"}, 9, "4", 0),
+        ({}, 0, "2", 1),
+        ({}, 2, "2", 3),
+        ({}, 9, "refused: srun could not ask the nodes for their GPUs", 6),
+    ],
+)
+def test_nodes_that_do_not_answer_are_asked_again_and_nothing_is_guessed(
+    given: dict[str, str], failures: int, per_node: str, asked: int, tmp_path: Path
+) -> None:
+    """`srun` fails so many times; the script itself is told of all 8 GPUs of an exclusive node."""
+    (tmp_path / "srun").write_text(
+        f"#!/bin/bash\necho >>{tmp_path}/asked\n[ $(wc -l <{tmp_path}/asked) -gt {failures} ] && echo 2\n"
+    )
+    (tmp_path / "sleep").write_text("#!/bin/bash\n")
+    for tool in ("srun", "sleep"):
+        (tmp_path / tool).chmod(0o755)
+    script = f'set -uo pipefail\nrefuse() {{ echo "refused: $*"; exit 2; }}\n{RANKS_PER_NODE}\necho "$per_node"'
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+    done = subprocess.run(["bash", "-c", script], env=environment | given, capture_output=True, text=True, timeout=30)
+    assert done.stdout.startswith(per_node), done.stderr
+    assert (len((tmp_path / "asked").read_text()) if asked else (tmp_path / "asked").exists()) == asked

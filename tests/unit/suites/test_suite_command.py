@@ -109,7 +109,11 @@ def recorded(run: Path) -> None:
     tags = children[0]["tags"]
     assert tags["suite"] == "moleculenet" and tags["task"] == "bbbp" and tags["budget"] == "unit-test"
     assert len(tags["checkpoint.sha256"]) == len(tags["split.hash"]) == 64
-    means = {name: value for event in events if event["kind"] == "metrics" for name, value in event["values"].items()}
+    judged, probe = [event for event in events if event["kind"] == "checkpoint"]
+    means = judged["values"]
+    assert all("_frozen_" in name for name in probe["values"]) and not any("_frozen_" in name for name in means)
+    assert judged["step"] == 100 and judged["tags"]["moleculenet.protocol"] == "unimol"
+    assert len(judged["tags"]["moleculenet.split.bbbp_scaffold"]) == 12
     own = [
         child["values"]["moleculenet/test_rmse"]
         for child in children
@@ -244,7 +248,7 @@ def test_the_best_point_of_a_grid_is_chosen_on_the_validation_part(
         (("--grid", "frozen=true"), "there is no setting 'frozen'"),
         (("--checkpoint", "random"), "give a checkpoint with its shape too"),
         (("--tasks", "qm9"), "no task 'qm9'"),
-        (("--sequences", "5"), "--sequences is an option of a run, not of a suite"),
+        (("--sequences", "5"), "--sequences is no option of the suite moleculenet"),
         (("--idle", "5"), "--idle is of a training that is watched"),
     ],
 )
@@ -281,7 +285,7 @@ def test_checkpoints_of_another_domain_and_options_of_the_other_form_are_refused
     runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["evaluate", str(runs[0]), "--tasks", "bbbp"]) == 2
-    assert "--tasks is an option of a suite (moleculenet, " in capsys.readouterr().err
+    assert "is no suite (moleculenet, " in capsys.readouterr().err
     assert main(["evaluate", "moleculenet", "--data", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
     assert "needs --checkpoint, or --watch" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="names nothing"):

@@ -11,8 +11,8 @@ import numpy as np
 
 from exlm_dist.config import RunConfig, longest_expansion
 from exlm_dist.data.manifest import MANIFEST
-from exlm_dist.data.recipe import Dataset
 from exlm_dist.data.opening import open_dataset
+from exlm_dist.data.recipe import Dataset
 from exlm_dist.inference.input_rows import InputRows
 from exlm_dist.inference.sequences import take_sequences
 from exlm_dist.tables.records import InputOptions

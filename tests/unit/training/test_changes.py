@@ -18,7 +18,7 @@ from exlm_dist.training.changes import accept_changes, describe, find_changes
 from exlm_dist.utils.errors import CheckpointError
 
 #: Settings that never change. A new one has to be placed: here, in RESUMABLE or in CHANGEABLE.
-NEVER = {"name", "seed", "batch.sequences", "init", "data.shuffle", "data.block", "data.window"} | {
+NEVER = {"name", "seed", "batch.sequences", "init", "data.shuffle", "data.block", "data.window", "phases"} | {
     f"model.{name}"
     for name in ("objective", "layers", "width", "heads", "ffn", "states", "transitions", "transition_positions")
     + ("jump_prior", "jump_width", "jump_floor", "rotary", "anchors", "norm", "tie_head", "max_positions", "init_std")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from checkpoints import write_checkpoint
@@ -80,6 +82,12 @@ def make_config(runs: Path, name: str, data: Path, objective: str = "exlm", **se
             **sections,
         }
     )
+
+
+def with_sources(config: RunConfig, sources: dict[str, Any], phases: Sequence[Any] = (), **data: Any) -> RunConfig:
+    """The run with these sources in place of its `data.path`."""
+    settings = {**config.model_dump(), "data": {"sources": sources, **data}, "phases": phases}
+    return RunConfig.model_validate(settings)
 
 
 def make_run(config: RunConfig, *, seconds_per_step: float = 0.5, level: float = 1.0) -> Path:

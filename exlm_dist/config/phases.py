@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from exlm_dist.config.data_settings import PhaseConfig, Amount
+from exlm_dist.config.data_settings import Amount, PhaseConfig
 from exlm_dist.config.schema import MaskingConfig, RunConfig
 
 #: Names of sources: they stand in dotted settings and in names of metrics.
@@ -97,6 +97,6 @@ def _amounts(config: RunConfig, phase: PhaseConfig, where: str) -> list[str]:
             problems.append(f"{where}.{name}: weight {amount.weight:g} and epochs {amount.epochs:g}: leave out one.")
         if not amount.weight and not amount.epochs and not phase.sources:
             problems.append(f"{where}.{name}: give it a weight or epochs, or name the sources in each of `phases`.")
-    if amounts and not any(amount.weight for amount in amounts.values()):
+    if amounts and not problems and not any(amount.weight for amount in amounts.values()):
         problems.append(f"{where}: give at least one source a weight: those with a weight fill what epochs leave.")
     return problems

@@ -22,7 +22,7 @@ from fractions import Fraction
 import numpy as np
 
 from exlm_dist.config.data_settings import Amount
-from exlm_dist.config.phases import phases_of, amounts_of
+from exlm_dist.config.phases import amounts_of, phases_of
 from exlm_dist.config.schema import RunConfig
 from exlm_dist.utils.errors import ConfigError
 
@@ -54,7 +54,8 @@ class Mixture:
             if config.data.sources:
                 named = dict(zip(config.data.sources, sizes, strict=True))
                 total = len(steps) * config.batch.sequences
-                weights = whole_weights(_fractions(amounts_of(config, phase), named, total, number))
+                where = f"phases.{number}" if config.phases else "The run"
+                weights = whole_weights(_fractions(amounts_of(config, phase), named, total, where))
             if not parts or parts[-1].weights != weights:  # the same ones again: nothing changes
                 parts.append(Part(steps.start * config.batch.sequences, weights))
         return cls(tuple(parts))
@@ -103,15 +104,15 @@ def whole_weights(fractions: Sequence[Fraction]) -> tuple[int, ...]:
     return tuple(whole)
 
 
-def _fractions(amounts: Mapping[str, Amount], sizes: Mapping[str, int], total: int, phase: int) -> list[Fraction]:
+def _fractions(amounts: Mapping[str, Amount], sizes: Mapping[str, int], total: int, where: str) -> list[Fraction]:
     """What is read of each source of `sizes` in the `total` sequences of a phase, as exact as it was written."""
     taken = {name: _exact(amount.epochs) * sizes[name] for name, amount in amounts.items() if amount.epochs}
     rest = total - sum(taken.values(), Fraction(0))
     if rest <= 0:
         listed = ", ".join(f"{amounts[name].epochs:g} x {sizes[name]:,} of {name}" for name in taken)
         raise ConfigError(
-            f"phases.{phase} has {total:,} sequences, steps x batch.sequences: too few for its epochs ({listed}) and "
-            "the sources with a weight. Give it more steps, or less epochs."
+            f"{where} has {total:,} sequences, steps x batch.sequences: too few for the epochs that are asked for "
+            f"({listed}) and the sources with a weight. Give it more steps, or fewer epochs."
         )
     weights = {name: _exact(amount.weight) for name, amount in amounts.items() if amount.weight}
     sum_of_weights = sum(weights.values(), Fraction(0))

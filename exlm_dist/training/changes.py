@@ -98,8 +98,8 @@ def _read_alike(step: int, old: RunConfig, new: RunConfig, sizes: Sequence[int])
 def _masked_alike(step: int, old: RunConfig, new: RunConfig) -> bool:
     """Whether the phases of both give the first `step` steps the same masking ratios."""
     one, other = (masking_of(config.model_copy(update={"masking": new.masking})) for config in (old, new))
-    ratios = ((ratio_at(masking.ratio, masking.schedule, n) for n in range(step)) for masking in (one, other))
-    return one == other or all(had == now for had, now in zip(*ratios))
+    same = (ratio_at(one.ratio, one.schedule, n) == ratio_at(other.ratio, other.schedule, n) for n in range(step))
+    return one == other or all(same)
 
 
 def describe(changes: list[dict[str, Any]]) -> str:
@@ -128,9 +128,14 @@ def _table(changes: list[Change]) -> str:
     rows = [("setting", "of the run", "given now", ALLOW_CHANGES)]
     for change in changes:
         verdict = f"no: {change.refused}" if change.refused else "accepts it" if change.needs_flag else "not needed"
-        rows.append((change.key, str(change.old), str(change.new), verdict))
+        rows.append((change.key, _shortened(change.old), _shortened(change.new), verdict))
     widths = [max(len(row[column]) for row in rows) for column in range(3)] + [0]
     return "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def _shortened(value: Any) -> str:
+    """A value in at most 40 characters: phases would fill the line."""
+    return text if len(text := str(value)) <= 40 else f"{text[:37]}..."
 
 
 def _why_not_the_same_curve(step: int, old: RunConfig, new: RunConfig) -> str:

@@ -42,8 +42,8 @@ class Evaluator:
         return bool(self._held_out) and (last or (every > 0 and step % every == 0))
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """The metrics of `Totals.means` after `step` steps, over the held-out splits of all sources; of several also nll,
-        joint_nll and accuracy of each source, as `NAME/nll`. A collective."""
+        """The metrics of `Totals.means` after `step` steps, over the held-out splits of all sources; of several sources
+        also nll, joint_nll and accuracy of each, as `NAME/nll`. A collective."""
         assert self._held_out, "is_due says when"
         local = [self._score(dataset).vector() for dataset in self._held_out.values()]
         sums = self._process.all_gather([value for vector in local for value in vector]).sum(0).reshape(len(local), -1)

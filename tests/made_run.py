@@ -33,16 +33,16 @@ MOLECULES = [
 ]
 
 
-def make_data(folder: Path, *, extra_token: str = "[Na+]") -> Path:
-    """A prepared folder of a few known drugs; another `extra_token` gives another tokenizer."""
+def make_data(folder: Path, *, extra_token: str = "[Na+]", repeats: int = 6) -> Path:
+    """A prepared folder of a few known drugs, `repeats` times; another `extra_token` gives another tokenizer."""
     counts = Counter(token for smiles in MOLECULES for token in split_smiles(smiles))
     tokenizer = SmilesTokenizer.from_counts(counts + Counter([extra_token]), {"stereo": "keep", "salts": "keep"})
     tokenizer.save(folder / "tokenizer")
     splits = {}
-    for split, repeats in (("train", 6), ("valid", 3)):
+    for split, times in (("train", repeats), ("valid", 3)):
         writer = ShardWriter(folder, split, vocab_size=tokenizer.vocab_size)
-        writer.write(*tokenizer.encode_batch(MOLECULES * repeats))
-        splits[split] = {"sequences": repeats * len(MOLECULES), "shards": [entry.as_dict() for entry in writer.close()]}
+        writer.write(*tokenizer.encode_batch(MOLECULES * times))
+        splits[split] = {"sequences": times * len(MOLECULES), "shards": [entry.as_dict() for entry in writer.close()]}
     manifest = {
         "schema": SCHEMA,
         "domain": "smiles",

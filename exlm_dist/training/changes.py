@@ -61,8 +61,9 @@ def find_changes(step: int, old: RunConfig, new: RunConfig, sizes: Sequence[int]
     each of `new.data.sources`, of which the first are those of `old`."""
     same_rates = rates_agree(step, old.optimizer.lr, old.schedule, new.schedule)
     same_samples, same_ratios = _read_alike(step, old, new, sizes), _masked_alike(step, old, new)
-    found = []
-    for key, before, after in config_difference(old, new):
+    differences, found = config_difference(old, new), []
+    phases_differ = any(is_among(key, MIXING) for key, _, _ in differences)
+    for key, before, after in differences:
         if key == "name":  # of a folder that was renamed
             continue
         refused, needs_flag = "", not (key.startswith("schedule.") and same_rates)
@@ -72,8 +73,8 @@ def find_changes(step: int, old: RunConfig, new: RunConfig, sizes: Sequence[int]
             refused = next((why for name, why in REASONS.items() if is_among(key, (name,))), "decides what is computed")
         elif key == "schedule.steps" and after < step:
             refused = f"{step} steps are done"
-        elif key == "schedule.steps" and not same_samples and old.batch.sequences == new.batch.sequences:
-            refused = REASONS["phases"]  # of a phase to its end, which has some epochs
+        elif key == "schedule.steps" and not same_samples and not phases_differ:  # the epochs of the last phase do
+            refused = REASONS["phases"]
         found.append(Change(key, before, after, needs_flag, refused))
     return found
 
@@ -90,9 +91,11 @@ def accept_changes(
 
 
 def _read_alike(step: int, old: RunConfig, new: RunConfig, sizes: Sequence[int]) -> bool:
-    """Whether both read the same samples in the first `step` steps."""
+    """Whether both take as many samples of each source, in the same places, in the first `step` steps."""
+    if old.batch.sequences != new.batch.sequences:  # refused for itself
+        return True
     before, after = Mixture.of(old, sizes[: len(old.data.sources)]), Mixture.of(new, sizes)
-    return old.batch.sequences == new.batch.sequences and before.begins_as(after, step * old.batch.sequences)
+    return before.begins_as(after, step * old.batch.sequences)
 
 
 def _masked_alike(step: int, old: RunConfig, new: RunConfig) -> bool:

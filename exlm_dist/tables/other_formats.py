@@ -66,9 +66,7 @@ def refuse_other_formats(path: Path, form: str | None) -> None:
             _refuse(path, what, advice)
     is_text = form == "txt" or (form is None and ".txt" in path.suffixes)
     if not is_text and head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_PAGE):
-        _refuse(
-            path, "a web page", "Look at it in a browser: the download may want a log-in, or be elsewhere."
-        )
+        _refuse(path, "a web page", "Look at it in a browser: the download may want a log-in, or be elsewhere.")
 
 
 def _refuse(path: Path, what: str, advice: str) -> None:

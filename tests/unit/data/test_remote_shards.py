@@ -153,8 +153,10 @@ def test_a_manifest_that_names_files_outside_its_folder_is_refused(prepared, tmp
 def test_missing_packages_are_named_with_the_line_that_installs_them(monkeypatch):
     import sys
 
-    for module in ("s3fs", "gcsfs"):
+    registry = pytest.importorskip("fsspec.registry", reason="fsspec is an extra")
+    for module, scheme in (("s3fs", "s3"), ("gcsfs", "gs")):
         monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.delitem(registry._registry, scheme, raising=False)
     with pytest.raises(DataError, match=r"pip install fsspec s3fs .*'exlm_dist\[remote\]'"):
         Remote().size("s3://bucket/a.tar")
     with pytest.raises(DataError, match="pip install fsspec gcsfs"):

@@ -11,14 +11,25 @@ from exlm_dist.utils.errors import EXIT_DATA, EXIT_DONE
 def register(commands: Commands) -> None:
     """Add `data` and its commands."""
     kinds = add_group(
-        commands, "data", "index WebDataset shards of others; verify and look at any folder of data", metavar="ACTION"
+        commands,
+        "data",
+        "index WebDataset shards; verify, repair, look at data",
+        metavar="ACTION",
     )
     _add_index(kinds)
     verify = add_command(kinds, "verify", _verify, "read every file, and name what is damaged")
+    repair = add_command(kinds, "repair", _repair, "replace what is damaged by the files of a copy")
+    repair.add_argument(
+        "--from",
+        dest="copy",
+        required=True,
+        metavar="PLACE",
+        help="the same data elsewhere; also an address",
+    )
     stats = add_command(kinds, "stats", _stats, "counts, lengths, and what was set aside")
     inspect = add_command(kinds, "inspect", _inspect, "where a sample is stored, whether it is whole, and its text")
     sample = add_command(kinds, "sample", _sample, "print samples drawn at random")
-    for parser in (verify, stats, inspect, sample):
+    for parser in (verify, repair, stats, inspect, sample):
         parser.add_argument("folder", metavar="FOLDER", help="folder of data, or its address")
     inspect.add_argument("samples", metavar="ID", type=int, nargs="+", help="number of a sample in the split")
     for parser in (inspect, sample):
@@ -87,6 +98,20 @@ def _verify(options: argparse.Namespace) -> int:
         count += not problem.startswith(" ")
     print(f"{count} problem(s)" if count else "whole: every file has the content that the manifest says")
     return EXIT_DATA if count else EXIT_DONE
+
+
+def _repair(options: argparse.Namespace) -> int:
+    from exlm_dist.prepare.data_repair import repair_data
+
+    repairs = []
+    for repair in repair_data(options.folder, options.copy):
+        print(repair)
+        repairs.append(repair)
+    failed = sum(bool(repair.failure) for repair in repairs)
+    print(
+        f"{len(repairs) - failed} file(s) replaced, {failed} still damaged" if repairs else "whole: nothing to repair"
+    )
+    return EXIT_DATA if failed else EXIT_DONE
 
 
 def _stats(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from exlm_dist.config.data_settings import DataConfig, PhaseConfig
-from exlm_dist.config.setting_types import AutoCount, AutoSteps, Section, UserPath, renamed_backend
+from exlm_dist.config.setting_types import AutoCount, AutoSteps, RunName, Section, UserPath, renamed_backend
 
 #: Width and floor of each prior over jumps where they are 0.
 JUMP_SHAPES = {"gaussian": (1.0, 8.0), "laplace": (1.0, 8.0), "group": (0.125, 12.0)}
@@ -330,7 +330,7 @@ class WatchdogConfig(Section):
 class RunConfig(Section):
     """One run: everything that decides what it computes and where it is stored."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
+    name: RunName = Field(description="Name of the run and of its folder.")
     runs: UserPath = Field("runs", description="Folder of the run folders.")
     seed: int = Field(0, ge=0, lt=2**63, description="Decides initial weights, sample order, masks and dropout.")
     init: UserPath = Field(

@@ -57,25 +57,9 @@ def local_shard(folder: Path, name: str) -> Path | None:
     return None if address_of(place) else Path(place)
 
 
-@functools.lru_cache(maxsize=16)
-def _mirrored(address: str) -> Path:
-    remote = Remote()
-    content = _whole(remote, f"{address}/{_MANIFEST}")
-    try:
-        files = _files(json.loads(content))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{address}/{_MANIFEST}: is no manifest of prepared data ({error}).") from error
-    key = hashlib.sha256(address.encode() + b"\n" + content).hexdigest()[:32]
-    folder = cache_folder() / "folders" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(folder.with_suffix(".lock")):
-        if not (folder / _MANIFEST).is_file():
-            _copy(remote, address, content, files, folder)
-    return folder
-
-
-def _files(manifest: dict[str, Any]) -> dict[str, str | None]:
-    """Names of the small files of a folder, and the SHA-256 of each."""
+def named_files(manifest: dict[str, Any]) -> dict[str, str | None]:
+    """Names of the small files of a folder (tokenizer, index, where its shards are), and the SHA-256 of each (None: any
+    content). DataError for a name that leads out of the folder."""
     files: dict[str, str | None] = dict(manifest["tokenizer"]["files"])
     for split in manifest["splits"].values():
         files |= {shard["index"]: shard["index_sha256"] for shard in split["shards"]}
@@ -86,6 +70,23 @@ def _files(manifest: dict[str, Any]) -> dict[str, str | None]:
         if path.is_absolute() or ".." in path.parts or address_of(name):
             raise DataError(f"a manifest that names {name!r}: only files within its folder are read.")
     return files
+
+
+@functools.lru_cache(maxsize=16)
+def _mirrored(address: str) -> Path:
+    remote = Remote()
+    content = _whole(remote, f"{address}/{_MANIFEST}")
+    try:
+        files = named_files(json.loads(content))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{address}/{_MANIFEST}: is no manifest of prepared data ({error}).") from error
+    key = hashlib.sha256(address.encode() + b"\n" + content).hexdigest()[:32]
+    folder = cache_folder() / "folders" / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(folder.with_suffix(".lock")):
+        if not (folder / _MANIFEST).is_file():
+            _copy(remote, address, content, files, folder)
+    return folder
 
 
 def _copy(remote: Remote, address: str, manifest: bytes, files: dict[str, str | None], folder: Path) -> None:

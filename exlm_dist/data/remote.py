@@ -29,6 +29,8 @@ logger = get_logger(__name__)
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 #: Answers of a web server after which it is asked again.
 PASSING = (408, 425, 429, 500, 502, 503, 504)
+#: Errors of botocore that no second attempt can help.
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
@@ -176,12 +178,16 @@ def _translated(address: str, action: Callable[[], Result], seconds: float) -> R
     if not outcome:
         raise Failed(f"no answer within {seconds:g} s")
     value, error = outcome[0]
-    if isinstance(error, (FileNotFoundError, PermissionError, ImportError)):
+    name = type(error).__name__
+    if name in _NO_CREDENTIALS:
         raise NotGiven(
-            f"{address}: {type(error).__name__}: {error}. Look at the address and the credentials."
+            f"{address}: {name}: {error}. Give them (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile), or "
+            "say that the bucket is public: export FSSPEC_S3_ANON=true"
         ) from error
+    if isinstance(error, (FileNotFoundError, PermissionError, ImportError)):
+        raise NotGiven(f"{address}: {name}: {error}. Look at the address and the credentials.") from error
     if error is not None:
-        raise Failed(f"{type(error).__name__}: {error}") from error
+        raise Failed(f"{name}: {error}") from error
     return value
 
 

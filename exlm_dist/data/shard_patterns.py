@@ -31,6 +31,8 @@ def expand_places(patterns: Sequence[str]) -> list[str]:
 
 def _matching(pattern: str) -> list[str]:
     path = os.path.abspath(user_path(pattern))
+    if os.path.isdir(path):
+        raise DataError(f"{pattern}: is a folder. Name its shards: '{pattern.rstrip('/')}/*.tar'")
     if os.path.exists(path):
         return [path]
     found = sorted(glob.glob(path, recursive=True))

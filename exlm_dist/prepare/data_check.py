@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from exlm_dist.data.manifest import SPLITS, read_manifest
-from exlm_dist.data.mirror import data_folder, shard_root
+from exlm_dist.data.mirror import data_folder, named_files, shard_root
 from exlm_dist.data.opening import open_dataset
 from exlm_dist.data.places import joined
 from exlm_dist.data.remote import NotGiven
@@ -56,23 +56,45 @@ def verify_data(place: Path | str) -> Iterator[str]:
     damaged records are named (shard, record, offset, expected, got). DataError for a manifest that cannot be used."""
     folder = data_folder(place)
     manifest = read_manifest(folder)
-    expected = dict(manifest["tokenizer"]["files"])
-    for split in SPLITS:
-        expected |= {shard["index"]: shard["index_sha256"] for shard in manifest["splits"][split]["shards"]}
-    for name, digest in expected.items():
-        path = folder / name
-        if not path.is_file():
-            yield f"{path}: missing"
-        elif (got := sha256_file(path)) != digest:
-            yield f"{path}: sha256 {got}, expected {digest}"
-    root = shard_root(folder)
-    shards = {shard["name"]: shard for split in SPLITS for shard in manifest["splits"][split]["shards"]}
+    for name, digest in small_files(manifest).items():
+        if problem := file_problem(folder / name, digest):
+            yield problem
+    root, shards = shard_root(folder), all_shards(manifest)
     with Progress("verify", "shards", len(shards)) as progress:
-        for shard in shards.values():
-            if problem := _shard_problem(joined(root, shard["name"]), shard):
+        for shard in shards:
+            if problem := shard_problem(joined(root, shard["name"]), shard):
                 yield problem
                 yield from _damaged_records(folder, manifest, shard)
             progress.update(1)
+
+
+def small_files(manifest: dict[str, Any]) -> dict[str, str]:
+    """Name and SHA-256 of each file of the tokenizer and the index. DataError for a name that leads elsewhere."""
+    return {name: digest for name, digest in named_files(manifest).items() if digest}
+
+
+def all_shards(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entry of each shard, once."""
+    return list({shard["name"]: shard for split in SPLITS for shard in manifest["splits"][split]["shards"]}.values())
+
+
+def file_problem(path: Path, digest: str) -> str:
+    """What is wrong with a file that should have this SHA-256; empty if nothing."""
+    if not path.is_file():
+        return f"{path}: missing"
+    return "" if (got := sha256_file(path)) == digest else f"{path}: sha256 {got}, expected {digest}"
+
+
+def shard_problem(place: str, shard: dict[str, Any]) -> str:
+    """What is wrong with a shard, a path or address, that should be as the manifest says; empty if nothing."""
+    stream = shard_stream(place, shard["size"])
+    try:
+        size = stream.skip(1 << 62)
+    except (DamagedShard, NotGiven) as error:
+        return str(error)
+    if size != shard["size"]:
+        return f"{place}: {size} bytes, expected {shard['size']}"
+    return "" if stream.sha256 == shard["sha256"] else f"{place}: sha256 {stream.sha256}, expected {shard['sha256']}"
 
 
 def look_up(place: Path | str, split: str, samples: np.ndarray) -> list[Where]:
@@ -104,17 +126,6 @@ def describe_data(place: Path | str) -> str:
         found = [int(np.searchsorted(below, fraction * below[-1])) for fraction in (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)]
         lines.append(f"{split}: 1 %, 25 %, 50 %, 75 %, 99 %, longest: {', '.join(map(str, found))} tokens")
     return "\n".join(lines)
-
-
-def _shard_problem(place: str, shard: dict[str, Any]) -> str:
-    stream = shard_stream(place, shard["size"])
-    try:
-        size = stream.skip(1 << 62)
-    except (DamagedShard, NotGiven) as error:
-        return str(error)
-    if size != shard["size"]:
-        return f"{place}: {size} bytes, expected {shard['size']}"
-    return "" if stream.sha256 == shard["sha256"] else f"{place}: sha256 {stream.sha256}, expected {shard['sha256']}"
 
 
 def _damaged_records(folder: Path, manifest: dict[str, Any], shard: dict[str, Any]) -> Iterator[str]:

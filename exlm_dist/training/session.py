@@ -21,6 +21,7 @@ from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.tracking import CHANGES, EVENTS, EventLog, Tracker
 from exlm_dist.training.changes import describe
 from exlm_dist.training.checkpointer import Checkpointer
+from exlm_dist.training.damage_log import DamageLog
 from exlm_dist.training.engine import build_engine
 from exlm_dist.training.engine import state as engine_state
 from exlm_dist.training.engine.base import Engine
@@ -109,8 +110,11 @@ def build_session(config: RunConfig, process: Process, start: StartingPoint, res
     if config.tracking.samples and process.grid.reports_metrics:
         samples = SampleLog(start.path, process.grid.data.rank, process.grid.data.size, anew=start.step == 0)
         resources.callback(samples.close)
+    damage = None
+    if process.grid.reports_metrics:
+        damage = DamageLog(start.path, process.grid.data.rank, start.opened)
     sources = Sources.of(config, start.train_data) if isinstance(start.train_data, MixedDataset) else None
-    meter = Meter(config, process, events, Progress(**start.state["progress"]), sources)
+    meter = Meter(config, process, events, Progress(**start.state["progress"]), damage, sources)
     checkpointer = Checkpointer(config, process, start, engine, saver, meter, init)
     evaluation = start.state.get("evaluation")
     if start.checkpoint is not None:

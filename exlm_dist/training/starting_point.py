@@ -47,6 +47,12 @@ class StartingPoint:
         """Optimizer steps done."""
         return self.state["step"]
 
+    @property
+    def opened(self) -> list[ShardDataset]:
+        """All folders that are read, of both splits."""
+        trained = self.train_data.sources.values() if isinstance(self.train_data, MixedDataset) else [self.train_data]
+        return [*trained, *self.held_out.values()]
+
 
 def find_starting_point(
     config: RunConfig, process: Process, resources: Resources, *, allow_changes: bool = False

@@ -57,18 +57,19 @@ def read_all(dataset, seed: int = 1) -> np.ndarray:
     return np.concatenate([dataset.read(part)[0] for part in np.array_split(order, 6)])
 
 
+@pytest.mark.parametrize("blocks", [{}, {"block": 50, "kept_blocks": 12}], ids=["samples", "blocks"])
 @pytest.mark.parametrize("kinds", [*((kind,) for kind in FAULTS if kind != "slow"), FAULTS])
-def test_a_prepared_folder_behind_an_address_gives_the_same_under_faults(prepared, kinds):
+def test_a_prepared_folder_behind_an_address_gives_the_same_under_faults(prepared, kinds, blocks):
     expected = read_all(open_dataset(prepared, "train"))
     with serving(prepared, faults=0.0) as server:
-        dataset = open_dataset(f"{server.address}/", "train", max_bad_records=0.0)
+        dataset = open_dataset(f"{server.address}/", "train", max_bad_records=0.0, **blocks)
         server.faults, server.kinds = 0.5, kinds
         assert np.array_equal(read_all(dataset), expected)
         faults = sum(count for kind, count in server.given.items() if kind)
         assert faults > 3 and dataset.bad_records == []
         assert dataset.retries > 0
         asked = server.given.total()
-        assert np.array_equal(read_all(open_dataset(server.address, "train")), expected)
+        assert np.array_equal(read_all(open_dataset(server.address, "train", **blocks)), expected)
         assert server.given.total() <= asked + 2  # all comes from the cache
 
 
@@ -152,8 +153,10 @@ def test_a_manifest_that_names_files_outside_its_folder_is_refused(prepared, tmp
 def test_missing_packages_are_named_with_the_line_that_installs_them(monkeypatch):
     import sys
 
-    for module in ("s3fs", "gcsfs"):
+    registry = pytest.importorskip("fsspec.registry", reason="fsspec is an extra")
+    for module, scheme in (("s3fs", "s3"), ("gcsfs", "gs")):
         monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.delitem(registry._registry, scheme, raising=False)
     with pytest.raises(DataError, match=r"pip install fsspec s3fs .*'exlm_dist\[remote\]'"):
         Remote().size("s3://bucket/a.tar")
     with pytest.raises(DataError, match="pip install fsspec gcsfs"):

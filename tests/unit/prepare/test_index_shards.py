@@ -100,6 +100,8 @@ def test_several_kinds_of_members_or_none_are_asked_about(tmp_path, tokenizer):
     write_tar(tmp_path / "b.tar", [("a.jpg", b"1")])
     with pytest.raises(DataError, match=r"1 \.jpg"):
         index_shards([str(tmp_path / "b.tar")], tmp_path / "d", tokenizer=tokenizer)
+    with pytest.raises(DataError, match=r"is a folder\. Name its shards: '.*/\*\.tar'"):
+        index_shards([str(tmp_path)], tmp_path / "d", tokenizer=tokenizer)
     with pytest.raises(DataError, match="no such shard"):
         index_shards([str(tmp_path / "none-{0..3}.tar")], tmp_path / "d", tokenizer=tokenizer)
 

@@ -94,10 +94,10 @@ def fingerprints(data: ShardDataset | MixedDataset) -> dict[str, Any]:
     return found | ({"sources": sources_of(data)} if isinstance(data, MixedDataset) else {})
 
 
-def sources_of(data: ShardDataset | MixedDataset) -> dict[str, str]:
-    """Fingerprints of the sources by name, in order; that of `data.path` is named ""."""
-    sources = data.sources if isinstance(data, MixedDataset) else {"": data}
-    return {name: source.fingerprint for name, source in sources.items()}
+def sources_of(data: ShardDataset | MixedDataset) -> list[list[str]]:
+    """[name, fingerprint] of each source; that of `data.path` is named `data.path`."""
+    sources = data.sources if isinstance(data, MixedDataset) else {"data.path": data}
+    return [[name, source.fingerprint] for name, source in sources.items()]
 
 
 def select_checkpoint(run_folder: Path, process: Process) -> tuple[Path, dict[str, Any]] | None:
@@ -191,14 +191,15 @@ def _accept(
 
 def _check_data(config: RunConfig, data: ShardDataset | MixedDataset, folder: Path, state: dict[str, Any]) -> None:
     """CheckpointError unless the data, or its first sources, are those that the checkpoint was trained on."""
-    trained, given = state.get("sources", {"": state["data_fingerprint"]}), sources_of(data)
+    trained, given = state.get("sources", [["data.path", state["data_fingerprint"]]]), sources_of(data)
+    were, are = ([fingerprint for _, fingerprint in sources] for sources in (trained, given))
     advice = f"or train a new run from these weights:\n  {new_run_command(config)}"
     for what, here in fingerprints(data).items():
         if what == "sources" or state[what] == here:
             continue
-        if what == "data_fingerprint" and list(given.values())[: len(trained)] == list(trained.values()):
+        if what == "data_fingerprint" and are[: len(were)] == were:
             continue  # sources were added: whether they were to be read before is asked of the phases
-        if what == "data_fingerprint" and len(trained) + len(given) > 2:
+        if what == "data_fingerprint" and len(were) + len(are) > 2:
             raise CheckpointError(
                 f"{folder} was trained on {_listed(trained)}; given are {_listed(given)}. The sources of a run stay, "
                 f"in their order; new ones may follow after them, in a later phase. Put them back, {advice}"
@@ -209,5 +210,5 @@ def _check_data(config: RunConfig, data: ShardDataset | MixedDataset, folder: Pa
         )
 
 
-def _listed(sources: dict[str, str]) -> str:
-    return ", ".join(f"{name or 'data.path'} (fingerprint {value[:12]})" for name, value in sources.items())
+def _listed(sources: list[list[str]]) -> str:
+    return ", ".join(f"{name} (fingerprint {fingerprint[:12]})" for name, fingerprint in sources)

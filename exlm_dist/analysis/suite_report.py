@@ -16,16 +16,7 @@ from exlm_dist.finetuning.finetune_settings import ERRORS
 from exlm_dist.suites.masked_cell import MASKED
 from exlm_dist.suites.methods import RANDOM
 from exlm_dist.suites.out_folder import read_suite
-from exlm_dist.suites.suite_table import (
-    BASELINE_KINDS,
-    Column,
-    Entry,
-    Score,
-    SuiteTable,
-    best_entry,
-    difference,
-    read_table,
-)
+from exlm_dist.suites.suite_table import Column, Entry, Score, SuiteTable, difference, read_table
 from exlm_dist.tables.table_writer import TableWriter
 from exlm_dist.utils.locks import lock
 
@@ -152,7 +143,7 @@ def _gains(table: SuiteTable) -> list[str]:
                 lines.append(f"- **{_cell(column.label)}** against {name}: {said}.")
                 lines += [f"    - {text}" for text, _ in known]
     if not lines:
-        names = [RANDOM, *([table.of.baseline.name] if table.of.baseline else [])]
+        names = [RANDOM, *(one.name for one in table.of.baselines[:1])]
         return [f"Nothing to compare with: give {' and '.join(f'`{name}`' for name in names)} to `--checkpoint`."]
     return [
         f"Differences of the means on the {table.of.part} part, above 0 where the checkpoint is better, \u00b1 half of "
@@ -167,8 +158,7 @@ def _compared(
 ) -> tuple[str, str] | None:
     """(the difference in words, its verdict) of a row; None if there is nothing to compare."""
     own = table.entries.get((*row, column.key))
-    found = [table.entries.get((*row, rival.key)) for rival in rivals]
-    other = best_entry([entry for entry in found if entry is not None])
+    other = table.best_of(row, rivals)
     if own is None or other is None:
         return None
     gain = difference(own, other)
@@ -177,15 +167,14 @@ def _compared(
 
 
 def _rivals(table: SuiteTable, column: Column) -> dict[str, list[Column]]:
-    """What a checkpoint is compared with: initial weights of its shape, the baseline, and of ExLM the plain models; all
-    but the baseline trained as it is, frozen or not."""
-    baseline = table.of.baseline
+    """What a checkpoint is compared with: initial weights of its shape, the baselines, and of ExLM the plain models;
+    all but the baselines trained as it is, frozen or not."""
     alike = [one for one in table.shown if one.training == column.training]
     shape, exlm = column.checkpoint["shape"], column.checkpoint["objective"] == "exlm"
     plain = [one for one in alike if one.kind == "checkpoint" and one.checkpoint["objective"] != "exlm"]
     return {
         "random initial weights": [one for one in alike if one.kind == RANDOM and one.checkpoint["shape"] == shape],
-        baseline.name if baseline else "": [one for one in table.shown if one.kind in BASELINE_KINDS],
+        **table.baselines,
         "the plain masked language model": plain if exlm else [],
     }
 

@@ -26,10 +26,11 @@ class SuiteRequest:
     """What is to be evaluated, as `exlm evaluate SUITE` is given it.
 
     Args:
-        checkpoints: run folders, checkpoints, `random`, the name of the suite's baseline. tasks, splits, protocol: none
+        checkpoints: run folders, checkpoints, `random`, names of the suite's baselines. tasks, splits, protocol: none
         given stands for the suite's own. grid: NAME=VALUE,VALUE. frozen, embed_once: see `find_methods`. jobs: cells
         at a time; None: as many as there are devices. device: 'auto', 'cpu', 'cuda', 'cuda:1'. pinned: of checkpoints,
-        by the names given, where their files are for as long as the evaluation takes.
+        by the names given, where their files are for as long as the evaluation takes. chemprop: its program, where it
+        is not on the PATH.
     """
 
     suite: str
@@ -46,6 +47,7 @@ class SuiteRequest:
     jobs: int | None = None
     device: str = "auto"
     pinned: Mapping[str, Path] = field(default_factory=dict)
+    chemprop: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def evaluate_suite(request: SuiteRequest, say: Callable[[str], None] = print) ->
         frozen=request.frozen,
         embed_once=request.embed_once,
         pinned=request.pinned,
+        chemprop=request.chemprop,
     )
     prepared, missing = prepare_tasks(suite, request.tasks, request.data, splits, request.out)
     if missing:

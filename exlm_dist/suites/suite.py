@@ -54,6 +54,15 @@ class Baseline:
     name: str
     kinds: tuple[str, ...]
 
+    def label(self, kind: str) -> str:
+        """What the table calls one of its methods."""
+        return self.name if self.kinds == (self.name,) else f"{self.name}, {kind}"
+
+    @property
+    def best(self) -> str:
+        """What the best of its methods is called."""
+        return self.name if len(self.kinds) == 1 else f"the better of the {self.name}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
@@ -77,7 +86,7 @@ class Suite:
     protocols: tuple[str, ...]
     probe: Mapping[str, float | int | bool | str]
     embed_once: bool = False
-    baseline: Baseline | None = None
+    baselines: tuple[Baseline, ...] = ()
 
     def task(self, name: str) -> Task:
         """The task of that name. ConfigError, which lists them, if there is none."""

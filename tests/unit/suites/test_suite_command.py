@@ -294,7 +294,7 @@ def test_checkpoints_of_another_domain_and_options_of_the_other_form_are_refused
     with pytest.raises(ConfigError, match="reads molecules, but the suite moleculenet has texts"):
         find_methods([str(runs[0])], of_texts, frozen=False)
     with pytest.raises(ConfigError, match="fingerprints is a baseline of the suite moleculenet, not of squad"):
-        find_methods(["fingerprints"], replace(of_texts, name="squad", baseline=None), frozen=False)
+        find_methods(["fingerprints"], replace(of_texts, name="squad", baselines=()), frozen=False)
 
 
 def test_checkpoints_are_told_apart_by_their_weights(runs: tuple[Path, Path], tmp_path: Path) -> None:

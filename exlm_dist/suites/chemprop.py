@@ -60,9 +60,9 @@ def predict_from_chemprop(
     """Train chemprop on the training part, and predict the others, float64 [rows, targets]: values, or the probability
     of the second class.
 
-    A label that is missing has no loss. Epochs, patience and seed are those of `settings`, all
-    else is chemprop's default, among it that the weights with the least loss of the validation part are kept. folder:
-    where its files are meanwhile. ChempropError, with what it has said, if it fails.
+    A label that is missing has no loss. Epochs, patience and seed are those of `settings`, all else is chemprop's
+    default, among it that the weights with the least loss of the validation part are kept. folder: where its files are
+    meanwhile. ChempropError, with what it has said, if it fails.
     """
     names = [f"target_{number}" for number in range(len(data.targets))]
     part_of = {row: PART_NAMES[part] for part, rows in parts.items() for row in rows.tolist()}
@@ -76,7 +76,7 @@ def predict_from_chemprop(
             writer.writerow([data.columns[SMILES][row], part, *labels])
     kind = "regression" if data.targets[0].kind == "regression" else "classification"
     patience = ["--patience", str(settings.patience)] if settings.patience else []
-    train = ["train", "--data-path", table, "--splits-column", PART, "--target-columns", *names, "--task-type", kind]
+    train: list[str | Path] = ["train", "--data-path", table, "--splits-column", PART, "--target-columns", *names, "--task-type", kind]
     train += ["--output-dir", model, "--epochs", str(settings.epochs), "--pytorch-seed", str(settings.seed), *patience]
     predict = ["predict", "--test-path", table, "--model-paths", model / "model_0" / "best.pt"]
     for command in (train, [*predict, "--preds-path", predicted]):

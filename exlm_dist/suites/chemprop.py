@@ -76,7 +76,17 @@ def predict_from_chemprop(
             writer.writerow([data.columns[SMILES][row], part, *labels])
     kind = "regression" if data.targets[0].kind == "regression" else "classification"
     patience = ["--patience", str(settings.patience)] if settings.patience else []
-    train: list[str | Path] = ["train", "--data-path", table, "--splits-column", PART, "--target-columns", *names, "--task-type", kind]
+    train: list[str | Path] = [
+        "train",
+        "--data-path",
+        table,
+        "--splits-column",
+        PART,
+        "--target-columns",
+        *names,
+        "--task-type",
+        kind,
+    ]
     train += ["--output-dir", model, "--epochs", str(settings.epochs), "--pytorch-seed", str(settings.seed), *patience]
     predict = ["predict", "--test-path", table, "--model-paths", model / "model_0" / "best.pt"]
     for command in (train, [*predict, "--preds-path", predicted]):

@@ -27,10 +27,10 @@ class SuiteRequest:
 
     Args:
         checkpoints: run folders, checkpoints, `random`, names of the suite's baselines. tasks, splits, protocol: none
-        given stands for the suite's own. grid: NAME=VALUE,VALUE. frozen, embed_once: see `find_methods`. jobs: cells
-        at a time; None: as many as there are devices. device: 'auto', 'cpu', 'cuda', 'cuda:1'. pinned: of checkpoints,
-        by the names given, where their files are for as long as the evaluation takes. chemprop: its program, where it
-        is not on the PATH.
+        given stands for the suite's own. grid: NAME=VALUE,VALUE. frozen, frozen_only, embed_once: see
+        `find_methods`. jobs: cells at a time; None: as many as there are devices. device: 'auto', 'cpu', 'cuda',
+        'cuda:1'. pinned: of checkpoints, by the names given, where their files are for as long as the evaluation takes.
+        chemprop: its program, where it is not on the PATH.
     """
 
     suite: str
@@ -43,6 +43,7 @@ class SuiteRequest:
     grid: Sequence[str] = ()
     seeds: int = 3
     frozen: bool = False
+    frozen_only: bool = False
     embed_once: bool = False
     jobs: int | None = None
     device: str = "auto"
@@ -80,6 +81,7 @@ def evaluate_suite(request: SuiteRequest, say: Callable[[str], None] = print) ->
         request.checkpoints,
         suite,
         frozen=request.frozen,
+        frozen_only=request.frozen_only,
         embed_once=request.embed_once,
         pinned=request.pinned,
         chemprop=request.chemprop,

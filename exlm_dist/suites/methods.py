@@ -73,13 +73,15 @@ def find_methods(
     suite: Suite,
     *,
     frozen: bool = False,
+    frozen_only: bool = False,
     embed_once: bool = False,
     pinned: Mapping[str, Path] | None = None,
     chemprop: Path | None = None,
 ) -> list[Method]:
     """The methods that the names of `--checkpoint` stand for, in their order; with `frozen` each checkpoint twice, the
-    second time with the head alone trained; with `embed_once` each as a linear probe on its embeddings instead.
-    pinned: of checkpoints, where their files are meanwhile. chemprop: its program, where it is not on the PATH.
+    second time with the head alone trained, with `frozen_only` only so; with `embed_once` each as a linear probe on its
+    embeddings instead. pinned: of checkpoints, where their files are meanwhile. chemprop: its program, where it is not
+    on the PATH.
 
     CheckpointError for what is no whole checkpoint; ConfigError for one that reads what the suite does not have, for
     `random` without a checkpoint that has a shape, for the baseline of another suite, and for chemprop that is not
@@ -98,7 +100,9 @@ def find_methods(
         _check_domain(method, suite)
     if RANDOM in names:
         methods += _random(methods)
-    if frozen:
+    if frozen_only:
+        methods = [_frozen(method) for method in methods]
+    elif frozen:
         methods = [one for method in methods for one in (method, _frozen(method))]
     if embed_once:
         methods = [_probe(method) for method in methods]

@@ -14,7 +14,7 @@ from typing import Any
 from exlm_dist.checkpoint.reader import TOKENIZER_FOLDER, find_checkpoint, read_config, reference, run_folder_of
 from exlm_dist.config import RunConfig
 from exlm_dist.finetuning.model_folder import refuse_model
-from exlm_dist.suites.catalogue import SUITES
+from exlm_dist.suites.catalogue import SUITES, UNSEEDED
 from exlm_dist.suites.chemprop import find_chemprop
 from exlm_dist.suites.moleculenet import CHEMPROP
 from exlm_dist.suites.suite import Suite
@@ -65,7 +65,7 @@ class Method:
     @property
     def seeded(self) -> bool:
         """Whether its results depend on the seed."""
-        return not self.probe or self.kind == RANDOM
+        return self.kind not in UNSEEDED and (not self.probe or self.kind == RANDOM)
 
 
 def find_methods(

@@ -49,10 +49,12 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class Baseline:
-    """What knows no pretraining. name: as `--checkpoint` has it. kinds: its methods."""
+    """What knows no pretraining. name: as `--checkpoint` has it. kinds: its methods. seeded: whether the seed decides
+    anything."""
 
     name: str
     kinds: tuple[str, ...]
+    seeded: bool = True
 
     def label(self, kind: str) -> str:
         """What the table calls one of its methods."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from exlm_dist.finetuning.finetune_settings import ERRORS
-from exlm_dist.suites.catalogue import SUITES
+from exlm_dist.suites.catalogue import SUITES, UNSEEDED
 from exlm_dist.suites.cells import read_results
 from exlm_dist.suites.methods import RANDOM
 from exlm_dist.suites.out_folder import read_suite, read_tasks
@@ -61,8 +61,10 @@ class Entry:
 
     @property
     def seeded(self) -> bool:
-        """Whether the seed has a say in its results: a linear probe of a checkpoint has no randomness."""
-        return "strength" not in self.results[0] or self.results[0]["method"]["kind"] == RANDOM
+        """Whether the seed has a say in its results: a linear probe of a checkpoint has no randomness, nor has a
+        linear model of words."""
+        kind = self.results[0]["method"]["kind"]
+        return kind not in UNSEEDED and ("strength" not in self.results[0] or kind == RANDOM)
 
     @property
     def truncated(self) -> int:

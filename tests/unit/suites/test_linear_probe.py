@@ -120,7 +120,7 @@ def test_probes_and_trained_heads_are_asked_for_apart(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*arguments, "--frozen", "--embed-once"]) == 2
-    assert "give one of them, then the other" in capsys.readouterr().err
+    assert "say what is trained: give one of them" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

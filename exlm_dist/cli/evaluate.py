@@ -116,6 +116,11 @@ def _add_suite(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--seeds", type=positive, help="* trainings of each cell of the table (default: 3); of the masks (default: 1)"
     )
+    _add_how(group)
+
+
+def _add_how(group: argparse._ArgumentGroup) -> None:
+    """What is trained of a checkpoint, by which processes, and what follows."""
     group.add_argument("--frozen", action="store_true", help="each checkpoint also with its head alone trained")
     group.add_argument(
         "--frozen-only",

@@ -308,4 +308,6 @@ def test_checkpoints_are_told_apart_by_their_weights(runs: tuple[Path, Path], tm
     methods = find_methods([first, second, again, "random"], MOLECULENET, frozen=False)
     assert [method.label for method in methods[:2]] == ["tiny_exlm@100"] * 2 and len(methods) == 4
     assert len({method.key for method in methods}) == 4
+    (head,) = find_methods([first], MOLECULENET, frozen_only=True)
+    assert head.label == "tiny_exlm@100 frozen" and head.frozen and head.trained
     assert json.loads(json.dumps(methods[0].facts))["run"] == first

@@ -65,6 +65,12 @@ def _page(table: SuiteTable, figures: Sequence[Path]) -> str:
             "Linear: nothing is trained but a linear model on the embeddings, with the strength of regularisation that "
             "is the best on the validation part. That of a checkpoint has no randomness, hence no deviation.\n"
         )
+    if any(column.training == "frozen" for column in table.columns):
+        settings = ", ".join(f"{name} {value}" for name, value in table.of.probe.items() if name != "frozen")
+        parts.append(
+            "Frozen: the head alone is trained, on an encoder as pretraining has left it. What differs there from the "
+            f"protocol: {settings}.\n"
+        )
     for split in dict.fromkeys(split for _, split in table.rows):
         parts += [f"## Split: {split}\n", *score_rows(table, split), ""]
     if len(table.shown) < len(table.columns):
@@ -91,6 +97,8 @@ def score_rows(table: SuiteTable, split: str) -> list[str]:
             lines.append(f"| {name} | {metric} | {rows} | {' | '.join(_row_scores(table, task, split, own, metric))} |")
     if mean := _mean_row(table, split, tasks):
         lines.append(mean)
+    if constant := _constant(table, split, tasks):
+        lines.append(f"\nAccuracy of always the commonest class of the training part: {', '.join(constant)}.")
     return lines
 
 
@@ -107,6 +115,19 @@ def _row_scores(table: SuiteTable, task: str, split: str, part: str, metric: str
     means = [score.mean for score in scores if score is not None and not math.isnan(score.mean)]
     best = (min if metric in ERRORS else max)(means, default=math.nan)
     return ["-" if score is None else _bold(_score(score), score.mean == best) for score in scores]
+
+
+def _constant(table: SuiteTable, split: str, tasks: Sequence[str]) -> list[str]:
+    """What an answer that is always the same reaches, for each part and task whose accuracy the table shows."""
+    found = []
+    for task in tasks:
+        counts = table.tasks[task]["splits"][split]["counts"]
+        for part, metric in ((table.of.part, table.metric(task)), *table.of.task(task).also):
+            if metric == "accuracy":
+                (train,), (own,) = counts["train"].values(), counts[part].values()
+                share = own[max(train, key=lambda name: train[name])] / sum(own.values())
+                found.append(f"{task if part == table.of.part else f'{task} {part}'} {share:.3f}")
+    return found
 
 
 def _mean_row(table: SuiteTable, split: str, tasks: Sequence[str]) -> str:

@@ -171,13 +171,14 @@ def _planned(
 def _embed(orders: Sequence[Order], device: str, say: Callable[[str], None]) -> None:
     """Embed what probes without a result need, with all cores at one checkpoint. What another process is embedding is
     left to it; what fails, fails again as the cell that it is for."""
-    started, count = time.monotonic(), 0
     for order in orders:
         if order.cell.method.probe and not order.cell.path(order.out).exists():
+            started = time.monotonic()
             with suppress(Busy, UserError):
-                count += embed_order(order, device)
-    if count:
-        say(f"{count} molecules embedded in {time.monotonic() - started:.1f} s")
+                if count := embed_order(order, device):
+                    seed = f" seed {order.cell.seed}" if order.cell.method.seeded else ""
+                    what = f"{order.cell.task} {order.cell.method.label}{seed}"
+                    say(f"{what}: {count} molecules embedded in {time.monotonic() - started:.1f} s")
 
 
 def find_slots(device: str, jobs: int | None) -> list[Slot]:

@@ -17,6 +17,7 @@ from exlm_dist.config import RunConfig, config_difference
 from exlm_dist.evaluation.compare import Comparison, compare_histories
 from exlm_dist.evaluation.history import History
 from exlm_dist.finetuning.finetune_settings import ERRORS
+from exlm_dist.suites.suite import OFFICIAL
 from exlm_dist.suites.suite_table import Column, SuiteTable
 
 #: Settings in which runs of one arm may differ, and those that follow from a plain objective.
@@ -103,26 +104,30 @@ def _held_out(compared: Comparison) -> list[Measure]:
 
 
 def _downstream(histories: Sequence[History], tables: Sequence[SuiteTable]) -> list[Measure]:
-    """A measure for each task and split of each evaluation, of the newest checkpoint of each run; whole models where
-    they were fine-tuned, else probes."""
+    """A measure for each task and split of each evaluation, of the newest checkpoint of each run: whole models if any
+    was fine-tuned, else heads, else linear probes."""
     found = []
     for table in tables:
-        columns = [_column(table, history) for history in histories]
+        columns = [_columns_of(table, history) for history in histories]
+        training = min((one.training for own in columns for one in own), default="")
+        newest = [
+            max((one for one in own if one.training == training), key=lambda one: one.checkpoint["step"], default=None)
+            for own in columns
+        ]
         for task, split in table.rows:
-            entries = [None if one is None else table.entries.get((task, split, one.key)) for one in columns]
+            entries = [None if one is None else table.entries.get((task, split, one.key)) for one in newest]
             values = [math.nan if entry is None else entry.best.mean for entry in entries]
-            metric, kinds = table.metric(task), {one.training for one in columns if one is not None}
-            how = f", {' or '.join(sorted(kinds))}" if kinds - {""} else ""
+            metric = table.metric(task)
+            name = " ".join(filter(None, (task, "" if split == OFFICIAL else split, metric, training)))
             better = "lower" if metric in ERRORS else "higher"
             if sum(not math.isnan(value) for value in values) > 1:
-                name = f"{task} {'' if split == 'official' else f'{split} '}{metric}{how}"
                 found.append(Measure(name, f"{better} is better", values, task if table.of.name == "glue" else ""))
     return found
 
 
-def _column(table: SuiteTable, history: History) -> Column | None:
-    own = [one for one in table.columns if one.run is not None and Path(one.run).resolve() == history.folder.resolve()]
-    return min(own, key=lambda one: (one.training != "", -one.checkpoint["step"]), default=None)
+def _columns_of(table: SuiteTable, history: History) -> list[Column]:
+    """Those of the checkpoints of a run."""
+    return [one for one in table.columns if one.run is not None and Path(one.run).resolve() == history.folder.resolve()]
 
 
 def _differences(first: RunConfig, second: RunConfig) -> dict[str, object]:

@@ -125,8 +125,8 @@ def _constant(table: SuiteTable, split: str, tasks: Sequence[str]) -> list[str]:
         for part, metric in ((table.of.part, table.metric(task)), *table.of.task(task).also):
             if metric == "accuracy":
                 (train,), (own,) = counts["train"].values(), counts[part].values()
-                share = own[max(train, key=lambda name: train[name])] / sum(own.values())
-                found.append(f"{task if part == table.of.part else f'{task} {part}'} {share:.3f}")
+                fraction = own[max(train, key=lambda name: train[name])] / sum(own.values())
+                found.append(f"{task if part == table.of.part else f'{task} {part}'} {fraction:.3f}")
     return found
 
 

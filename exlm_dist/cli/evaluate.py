@@ -125,7 +125,7 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--frozen-only",
         action="store_true",
-        help="each checkpoint with its head alone trained: of texts a tenth of the time of whole trainings",
+        help="each checkpoint with its head alone trained, and not as a whole",
     )
     group.add_argument(
         "--embed-once",

@@ -98,7 +98,7 @@ def score_rows(table: SuiteTable, split: str) -> list[str]:
     if mean := _mean_row(table, split, tasks):
         lines.append(mean)
     if constant := _constant(table, split, tasks):
-        lines.append(f"\nAccuracy of always the commonest class of the training part: {', '.join(constant)}.")
+        lines.append(f"\nAlways the same answer reaches: {', '.join(constant)}.")
     return lines
 
 
@@ -118,15 +118,19 @@ def _row_scores(table: SuiteTable, task: str, split: str, part: str, metric: str
 
 
 def _constant(table: SuiteTable, split: str, tasks: Sequence[str]) -> list[str]:
-    """What an answer that is always the same reaches, for each part and task whose accuracy the table shows."""
+    """What an answer that is always the same reaches: for each part and task whose accuracy the table shows the
+    commonest class of the training part, for questions that none has an answer."""
     found = []
     for task in tasks:
         counts = table.tasks[task]["splits"][split]["counts"]
+        if table.of.task(task).kind == "answers":
+            (own,) = counts[table.of.part].values()
+            found.append(f"{task} {next(iter(own.values())) / sum(own.values()):.3f} (no answer)")
         for part, metric in ((table.of.part, table.metric(task)), *table.of.task(task).also):
             if metric == "accuracy":
                 (train,), (own,) = counts["train"].values(), counts[part].values()
                 fraction = own[max(train, key=lambda name: train[name])] / sum(own.values())
-                found.append(f"{task if part == table.of.part else f'{task} {part}'} {fraction:.3f}")
+                found.append(f"{task if part == table.of.part else f'{task} {part}'} {fraction:.3f} (commonest class)")
     return found
 
 

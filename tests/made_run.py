@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from checkpoints import write_checkpoint
@@ -31,16 +33,16 @@ MOLECULES = [
 ]
 
 
-def make_data(folder: Path, *, extra_token: str = "[Na+]") -> Path:
-    """A prepared folder of a few known drugs; another `extra_token` gives another tokenizer."""
+def make_data(folder: Path, *, extra_token: str = "[Na+]", repeats: int = 6) -> Path:
+    """A prepared folder of a few known drugs, `repeats` times; another `extra_token` gives another tokenizer."""
     counts = Counter(token for smiles in MOLECULES for token in split_smiles(smiles))
     tokenizer = SmilesTokenizer.from_counts(counts + Counter([extra_token]), {"stereo": "keep", "salts": "keep"})
     tokenizer.save(folder / "tokenizer")
     splits = {}
-    for split, repeats in (("train", 6), ("valid", 3)):
+    for split, times in (("train", repeats), ("valid", 3)):
         writer = ShardWriter(folder, split, vocab_size=tokenizer.vocab_size)
-        writer.write(*tokenizer.encode_batch(MOLECULES * repeats))
-        splits[split] = {"sequences": repeats * len(MOLECULES), "shards": [entry.as_dict() for entry in writer.close()]}
+        writer.write(*tokenizer.encode_batch(MOLECULES * times))
+        splits[split] = {"sequences": times * len(MOLECULES), "shards": [entry.as_dict() for entry in writer.close()]}
     manifest = {
         "schema": SCHEMA,
         "domain": "smiles",
@@ -80,6 +82,12 @@ def make_config(runs: Path, name: str, data: Path, objective: str = "exlm", **se
             **sections,
         }
     )
+
+
+def with_sources(config: RunConfig, sources: dict[str, Any], phases: Sequence[Any] = (), **data: Any) -> RunConfig:
+    """The run with these sources in place of its `data.path`."""
+    settings = {**config.model_dump(), "data": {"sources": sources, **data}, "phases": phases}
+    return RunConfig.model_validate(settings)
 
 
 def make_run(config: RunConfig, *, seconds_per_step: float = 0.5, level: float = 1.0) -> Path:

@@ -53,7 +53,8 @@ class Inspection:
 def inspect_checkpoint(
     folder: Path, *, count: int = 3, data: Path | None = None
 ) -> tuple[RunConfig, int, list[Inspection]]:
-    """Config and step of a verified checkpoint, and `count` held-out sequences of a size that can be drawn.
+    """Config and step of a verified checkpoint, and `count` held-out sequences of a size that can be drawn, of `data`
+    or the (first) source of the run.
 
     An empty list for a plain masked language model, which has no graph. DataError if the data is missing or was
     prepared with another tokenizer.
@@ -62,7 +63,7 @@ def inspect_checkpoint(
     if config.model.objective == "mlm":
         return config, step_of(folder), []
     tokenizer = load_tokenizer(Path(folder) / TOKENIZER_FOLDER)
-    data = Path(data if data is not None else config.data.path)
+    data = Path(data if data is not None else config.data.paths[0])
     dataset = open_dataset(data, "valid")
     check_tokenizer(tokenizer, folder, dataset, data)
     model = load_model(folder, config, tokenizer)

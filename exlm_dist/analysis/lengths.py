@@ -9,11 +9,12 @@ import numpy as np
 
 from exlm_dist.analysis import style
 from exlm_dist.config import RunConfig
+from exlm_dist.config.phases import masking_of
 from exlm_dist.config.ratios import describe_masking
 from exlm_dist.data.expansion import expanded_lengths
 from exlm_dist.data.masking import sample_keys
-from exlm_dist.data.opening import open_dataset
-from exlm_dist.data.order import Order
+from exlm_dist.data.mixed_order import training_order
+from exlm_dist.data.opening import open_training_data
 from exlm_dist.data.recipe import Recipe
 from exlm_dist.evaluation.history import History
 
@@ -37,9 +38,9 @@ class Lengths:
 
 def training_lengths(config: RunConfig, sequences: int = SEQUENCES) -> Lengths:
     """Lengths of the first sequences that training sees, masked as in its first step; DataError if there is no data."""
-    dataset = open_dataset(Path(config.data.path), "train")
+    dataset = open_training_data(config.data)
     count = min(sequences, max(len(dataset), config.batch.sequences))
-    epochs, samples = Order.of(config.data, config.seed, len(dataset)).at(np.arange(count))
+    epochs, samples = training_order(config, dataset).at(np.arange(count))
     payload = dataset.lengths[samples].astype(np.int64) * config.masking.copies
     recipe = Recipe.of(config, dataset.vocab_size).at(0)
     masks = recipe.num_masks(payload, sample_keys(config.seed, epochs, samples))
@@ -52,7 +53,7 @@ def plot_lengths(history: History, lengths: Lengths, folder: Path) -> Path:
     packed = history.series("perf/padding_fraction").values
     subtitle = (
         f"{history.name} ({history.kind}), {len(lengths.original)} sequences, "
-        f"masked {describe_masking(config.masking)}: "
+        f"masked {describe_masking(masking_of(config))}: "
         f"{lengths.expanded.mean() / lengths.original.mean():.2f} times as many tokens after expansion"
     )
     with style.figure(8, 3.8, "Sequence lengths before and after expansion", subtitle) as made:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from exlm_dist.config.layouts import data_degree, layout_problems
+from exlm_dist.config.phases import masking_of, phase_problems
 from exlm_dist.config.ratios import masking_problems
 from exlm_dist.config.schema import ModelConfig, RunConfig
 from exlm_dist.utils.checkpoint_names import newest_step
@@ -105,7 +106,7 @@ def _model(model: ModelConfig) -> list[str]:
 
 
 def _training(config: RunConfig) -> list[str]:
-    problems = masking_problems(config.masking)
+    problems = [*phase_problems(config), *masking_problems(masking_of(config))]
     copies, schedule, batch = config.masking.copies, config.schedule, config.batch
     if copies > 1 and config.model.objective != "mlm":
         problems.append(f"masking.copies {copies} needs model.objective mlm: set that, or masking.copies 1.")

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from exlm_dist.config.check import check_config
 from exlm_dist.config.pinned import RESUMABLE, is_among
 from exlm_dist.config.schema import RunConfig
+from exlm_dist.config.setting_types import sections_of
 from exlm_dist.utils.errors import ConfigError
 from exlm_dist.utils.outputs import user_path
 
@@ -84,8 +85,8 @@ def flatten(config: BaseModel) -> dict[str, Any]:
 def config_difference(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) of the settings that differ and decide what is computed (not those in RESUMABLE)."""
     before, after = flatten(old), flatten(new)
-    fixed = [key for key in after if not is_among(key, RESUMABLE)]
-    return [(key, before.get(key), after[key]) for key in fixed if before.get(key) != after[key]]
+    fixed = [key for key in {**after, **before} if not is_among(key, RESUMABLE)]
+    return [(key, before.get(key), after.get(key)) for key in fixed if before.get(key) != after.get(key)]
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -146,7 +147,21 @@ def _mapping(node: yaml.MappingNode, path: Path, prefix: str, origins: Origins) 
             values[key] = _mapping(value_node, path, f"{prefix}{key}.", origins)
         else:
             values[key] = _value(prefix + key, value_node, where)
+            _locate(value_node, path, prefix + key, origins)
     return values
+
+
+def _locate(node: yaml.Node, path: Path, key: str, origins: Origins) -> None:
+    """Note where what is in a list stands: `phases.1.steps`."""
+    if isinstance(node, yaml.SequenceNode):
+        inside = [(str(number), item, item) for number, item in enumerate(node.value)]
+    elif isinstance(node, yaml.MappingNode):
+        inside = [(str(name.value), name, item) for name, item in node.value]
+    else:
+        return
+    for name, start, item in inside:
+        origins[f"{key}.{name}"] = f"{path}:{start.start_mark.line + 1}"
+        _locate(item, path, f"{key}.{name}", origins)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +187,7 @@ def _value(key: str, node: yaml.Node, where: str) -> Any:
     """Value of a setting in a file. Where text is expected, what looks like a number or a date is text as well."""
     if node.tag == _NULL:
         return None
-    if key in _text_settings() and isinstance(node, yaml.ScalarNode):
+    if is_among(key, _text_settings()) and isinstance(node, yaml.ScalarNode):
         return node.value
     try:
         return yaml.safe_load(yaml.serialize(node))
@@ -186,7 +201,7 @@ def _argument(key: str, text: str) -> Any:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
         return text
-    if key in _text_settings():
+    if is_among(key, _text_settings()):
         return value if isinstance(value, str) else text
     return text if isinstance(value, (dict, list)) and text.lstrip()[:1] not in ("{", "[") else value
 
@@ -194,14 +209,7 @@ def _argument(key: str, text: str) -> Any:
 @functools.cache
 def _text_settings() -> frozenset[str]:
     """Dotted keys of the settings whose values are text."""
-    return frozenset(key for key in known_keys() if _annotation(key) is str)
-
-
-def _annotation(key: str) -> Any:
-    model: Any = RunConfig
-    for name in key.split("."):
-        model = model.model_fields[name].annotation
-    return model
+    return frozenset(key for key, annotation in _settings(RunConfig, "") if annotation is str)
 
 
 def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -212,14 +220,17 @@ def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """Dotted keys of all settings and sections."""
-    names: list[str] = []
+def known_keys() -> list[str]:
+    """Dotted keys of all settings and sections; of those of sources, NAME for the name."""
+    return [key for key, _ in _settings(RunConfig, "")]
+
+
+def _settings(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of all settings and sections."""
     for name, field in model.model_fields.items():
-        names.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += known_keys(field.annotation, f"{prefix}{name}.")
-    return names
+        yield prefix + name, field.annotation
+        if (inner := sections_of(field.annotation)) is not None:
+            yield from _settings(inner[1], f"{prefix}{name}.{inner[0]}")
 
 
 def suggestion(key: str) -> str:
@@ -235,7 +246,8 @@ def suggestion(key: str) -> str:
 
 def _explain(item: Any, origins: Origins, source: str) -> str:
     key = ".".join(str(part) for part in item["loc"])
-    where = origins.get(key) or origins.get(key.rpartition(".")[0]) or source
+    near = [key, *(".".join(key.split(".")[:depth]) for depth in range(key.count("."), 0, -1))]
+    where = next((origins[one] for one in near if one in origins), source)
     if item["type"] == "extra_forbidden":
         section = key.rpartition(".")[0]
         listing = f"`exlm config schema {section}`" if section in known_keys() else "`exlm config schema`"

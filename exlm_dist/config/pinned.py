@@ -9,6 +9,7 @@ RESUMABLE = (
     "runs",
     "budget",
     "data.path",
+    "data.sources.NAME.path",
     "data.bucket",
     "data.prefetch",
     "data.workers",
@@ -36,5 +37,9 @@ CHANGEABLE = (
 
 
 def is_among(key: str, names: Iterable[str]) -> bool:
-    """Whether a dotted key is one of `names`, or in a section of these."""
-    return any(key == name or key.startswith(name + ".") for name in names)
+    """Whether a dotted key is one of `names`, or in a section of these. NAME stands for the name of any source."""
+    return any(_is_in(key.split("."), name.split(".")) for name in names)
+
+
+def _is_in(key: list[str], section: list[str]) -> bool:
+    return len(key) >= len(section) and all(wanted in (part, "NAME") for part, wanted in zip(key, section))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, TypeGuard, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel
@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from exlm_dist.config.load import suggestion
 from exlm_dist.config.pinned import CHANGEABLE, RESUMABLE, is_among
 from exlm_dist.config.schema import RunConfig
-from exlm_dist.config.setting_types import AutoCount
+from exlm_dist.config.setting_types import AutoCount, sections_of
 from exlm_dist.utils.errors import ConfigError
 
 HEADER = """# Configuration
@@ -48,32 +48,32 @@ def text(section: str = "") -> str:
 def markdown() -> str:
     """The whole reference as Markdown, one table per section."""
     parts = [HEADER]
-    top = [row for row in rows() if "." not in row[0]]
+    sections = {name for name, field in RunConfig.model_fields.items() if sections_of(field.annotation) is not None}
+    top = [row for row in rows() if "." not in row[0] and row[0] not in sections]
     parts.append(_table("Run", RunConfig.__doc__ or "", top))
     for name, field in RunConfig.model_fields.items():
-        if _is_section(field.annotation):
-            parts.append(_table(name, field.annotation.__doc__ or "", rows(name)))
+        if (inner := sections_of(field.annotation)) is not None:
+            parts.append(_table(name, inner[1].__doc__ or "", rows(name)))
     return "\n".join(parts)
 
 
 def _rows(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str, str]]:
     found = []
     for name, field in model.model_fields.items():
-        if _is_section(field.annotation):
-            found += _rows(field.annotation, f"{prefix}{name}.")
-        else:
+        inner = sections_of(field.annotation)
+        if inner is None or inner[0]:
             default = "required" if field.is_required() else _literal(field.default)
             found.append((prefix + name, _kind(field), default, field.description or ""))
+        if inner is not None:
+            found += _rows(inner[1], f"{prefix}{name}.{inner[0]}")
     return found
-
-
-def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _kind(field: FieldInfo) -> str:
     if field.annotation == get_args(AutoCount)[0]:
         return f"auto | int, ≥ {field.metadata[0].func.least}"
+    if (inner := sections_of(field.annotation)) is not None:
+        return "list of sections" if inner[0] == "N." else "sections by name"
     if get_origin(field.annotation) is not None:
         return " | ".join(_literal(choice) for choice in get_args(field.annotation))
     signs = {annotated_types.Ge: "≥", annotated_types.Gt: ">", annotated_types.Le: "≤", annotated_types.Lt: "<"}

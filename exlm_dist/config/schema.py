@@ -1,6 +1,6 @@
 """Every setting of a run, once: types, ranges, defaults and the sentence that documents it.
 
-`docs/configuration.md` is generated from this file. No torch, so that a login node can read it.
+`docs/configuration.md` is generated from this file and `data_settings.py`. No torch, so that a login node can read it.
 """
 
 from __future__ import annotations
@@ -9,46 +9,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from exlm_dist.config.data_settings import DataConfig, PhaseConfig
 from exlm_dist.config.setting_types import AutoCount, AutoSteps, RunName, Section, UserPath, renamed_backend
 
 #: Width and floor of each prior over jumps where they are 0.
 JUMP_SHAPES = {"gaussian": (1.0, 8.0), "laplace": (1.0, 8.0), "group": (0.125, 12.0)}
 #: The models for which the prior `auto` is one.
 _DENSE = {"objective": "exlm", "transitions": "dense"}
-
-
-class DataConfig(Section):
-    """Where the prepared shards are and how they are read."""
-
-    path: UserPath = Field(
-        description="Folder written by `exlm prepare` or `exlm data index`: manifest, tokenizer, index, shards; or its address (http, s3, gs, hf)."
-    )
-    bucket: int = Field(
-        1,
-        ge=1,
-        description="Packed sizes T, S and N are rounded up to a multiple of this (1: exact sizes); repeating shapes let a GPU replay one graph.",
-    )
-    prefetch: int = Field(
-        2, ge=0, le=64, description="Global steps packed ahead by a background thread; 0 packs in the training thread."
-    )
-    workers: int = Field(
-        2,
-        ge=0,
-        le=64,
-        description="Processes of each rank that read and tokenize shards of `exlm data index`; 0 does it in the background thread. Prepared shards need none.",
-    )
-    shuffle: Literal["full", "windows"] = Field(
-        "full",
-        description="Order of the samples of an epoch. full: one permutation of all; windows: blocks of consecutive samples are permuted, and the samples within each window of them, so that data of any size is read in blocks (docs/data-order.md).",
-    )
-    block: int = Field(512, ge=1, description="Consecutive samples that are read as one block (shuffle windows).")
-    window: int = Field(1024, ge=1, description="Blocks whose samples are permuted as one window (shuffle windows).")
-    max_bad_records: float = Field(
-        1e-4,
-        ge=0,
-        le=1,
-        description="Fraction of damaged records (checksum mismatch) above which the run stops; below it each is reported and replaced by another, always the same one.",
-    )
 
 
 class MaskingConfig(Section):
@@ -380,6 +347,7 @@ class RunConfig(Section):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig
+    phases: tuple[PhaseConfig, ...] = Field((), description="What is read, and how it is masked, phase by phase.")
     precision: PrecisionConfig = PrecisionConfig()
     parallel: ParallelConfig = ParallelConfig()
     kernels: KernelConfig = KernelConfig()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PlainValidator
 from pydantic_core import PydanticCustomError
@@ -14,6 +14,18 @@ class Section(BaseModel):
     """A group of settings: unknown keys are errors, values never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def sections_of(annotation: Any) -> tuple[str, type[Section]] | None:
+    """What stands between the key of a setting and those of the sections in it, and their type: nothing for a section,
+    NAME. for sections by name, N. for a list of them. None for a setting that is a value."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "", annotation
+    if (kind := get_origin(annotation)) not in (dict, tuple):
+        return None
+    member = get_args(annotation)[1 if kind is dict else 0]
+    found = sections_of(get_args(member)[0] if get_origin(member) is Annotated else member)
+    return found and (("NAME." if kind is dict else "N.") + found[0], found[1])
 
 
 class FromAuto:

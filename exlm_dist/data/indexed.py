@@ -37,10 +37,9 @@ class IndexedDataset(ShardDataset):
         self._workers: WorkerPool | None = None
         self._retries_of_workers = 0
 
-    def tokenize_in(self, workers: int) -> None:
-        """From now on read and tokenize in so many processes; call it in the main thread, with which they end."""
-        if workers:
-            self._workers = WorkerPool(workers)
+    def tokenize_in(self, pool: WorkerPool) -> None:
+        """From now on read and tokenize in these processes, until `close`, which ends them."""
+        self._workers = pool
 
     @property
     def retries(self) -> int:
@@ -96,7 +95,7 @@ class IndexedDataset(ShardDataset):
         good = np.flatnonzero(whole).tolist()
         tokens = self._encoder.tokens(records[whole], [contents[i] for i in good])
         for i, ids_of_one in zip(good, tokens):
-            payloads[rows[i]] = ids_of_one.astype(self._dtype).tobytes()
+            payloads[rows[i]] = ids_of_one.astype(self.dtype).tobytes()
 
     def _attempt(self, sample: int) -> tuple[bytes, int, int]:
         """As in `ShardDataset`: the content is that of the tokens, the checksums are those of the record."""
@@ -108,10 +107,10 @@ class IndexedDataset(ShardDataset):
         if got != expected:
             return b"", expected, got
         (tokens,) = self._encoder.tokens(self.index.rows(shard)[sample - self.index.starts[shard] :][:1], [content])
-        return tokens.astype(self._dtype).tobytes(), expected, got
+        return tokens.astype(self.dtype).tobytes(), expected, got
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)
 def _opened(folder: str, split: str) -> IndexedDataset:
     path = Path(folder)  # the ranks of the node have checked it
     return IndexedDataset(path, split, read_manifest(path), max_bad_records=1.0, block=0, kept_blocks=0)

@@ -16,6 +16,7 @@ from exlm_dist.config import check_division
 from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.expansion import expanded_lengths
 from exlm_dist.data.masking import sample_keys
+from exlm_dist.data.mixed_order import MixedOrder
 from exlm_dist.data.order import Order
 from exlm_dist.data.packing import plan_micro_batches
 from exlm_dist.data.prefetch import Prefetcher
@@ -34,6 +35,7 @@ class StepBatches:
     num_original_tokens: int  # unexpanded, BOS and EOS included
     num_tokens: int  # expanded
     wait_seconds: float  # time the caller waited for this step
+    source_tokens: tuple[int, ...] = ()  # num_original_tokens of each source
 
     @property
     def padding_fraction(self) -> float:
@@ -49,7 +51,7 @@ class Loader:
         dataset: Dataset,
         recipe: Recipe,
         *,
-        order: Order,
+        order: Order | MixedOrder,
         global_batch: int,
         rank: int,
         world: int,
@@ -111,7 +113,14 @@ class Loader:
             num_original_tokens=int(lengths.sum()) + 2 * total,
             num_tokens=int(expanded.sum()),
             wait_seconds=0.0,
+            source_tokens=_tokens_of_sources(samples, lengths + 2, self._order.starts),
         )
+
+
+def _tokens_of_sources(samples: np.ndarray, tokens: np.ndarray, starts: np.ndarray) -> tuple[int, ...]:
+    """Sums of `tokens` (int64[m]) of the samples (int64[m]) of each source, whose first ones are `starts`."""
+    sources = np.searchsorted(starts, samples, side="right") - 1
+    return tuple(np.bincount(sources, tokens, minlength=len(starts) - 1).astype(np.int64).tolist())
 
 
 def eval_batches(dataset: Dataset, recipe: Recipe, *, sequences: int, rank: int, world: int) -> Iterator[PackedBatch]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from exlm_dist.config.schema import DataConfig
+from exlm_dist.config.data_settings import DataConfig
 from exlm_dist.data.counter_rng import (
     PURPOSE_BLOCKS,
     PURPOSE_ORDER,
@@ -55,6 +55,11 @@ class Order:
         """The order of training."""
         return cls(seed, num_samples, data.block if data.shuffle == "windows" else 0, data.window)
 
+    @property
+    def starts(self) -> np.ndarray:
+        """int64[2]: the first sample of the only source, and the number of samples."""
+        return np.array([0, self.num_samples], np.int64)
+
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Epoch and sample id of each global position.
 
@@ -87,20 +92,21 @@ class Order:
         return blocks
 
     @property
-    def _blocks(self) -> int:
+    def num_blocks(self) -> int:
+        """Blocks of an order in windows."""
         return -(-self.num_samples // self.block)
 
     @property
     def _windows(self) -> int:
-        return -(-self._blocks // self.window)
+        return -(-self.num_blocks // self.window)
 
     def _first_slot(self, window: int) -> int:
         """The place of a window's first block among all blocks, window after window. Windows are equal but for one."""
-        return window * self._blocks // self._windows
+        return window * self.num_blocks // self._windows
 
     def _window_of(self, slots: np.ndarray) -> np.ndarray:
         """The window that each place of a block (int64[m]) is in."""
-        return ((slots + 1) * self._windows - 1) // self._blocks
+        return ((slots + 1) * self._windows - 1) // self.num_blocks
 
     def _in_windows(self, positions: np.ndarray, epoch: int) -> np.ndarray:
         """Sample at each position (int64[m] in [0, n)) of an epoch whose samples are permuted in windows."""
@@ -123,7 +129,7 @@ class Order:
         which may be short itself and is always the last of the last window.
         """
         windows = self._windows
-        whole, in_last = divmod(self._blocks - 1, windows)
+        whole, in_last = divmod(self.num_blocks - 1, windows)
         drawn = permute(np.array([window]), windows, PURPOSE_BLOCKS, self.seed, epoch)
         rotation = hash_of(PURPOSE_ROTATION, self.seed, epoch, group) % np.uint64(windows)
         member = (drawn + rotation.astype(np.int64)) % windows

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from exlm_dist.config import RunConfig, check_length, longest_expansion
+from exlm_dist.config.phases import masking_of
 from exlm_dist.config.ratios import Schedule, largest_ratio, ratio_at
 from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.expansion import Expanded, expand, wrap
@@ -64,7 +65,7 @@ class Recipe:
     def of(cls, config: RunConfig, vocab_size: int, tokenizer: Tokenizer | None = None) -> Recipe:
         """The recipe of training. Without the tokenizer it cannot mask whole words, atoms or rings, only tell lengths.
         ConfigError for a unit of masking that the tokenizer's domain lacks."""
-        masking = config.masking
+        masking = masking_of(config)
         return cls(
             states=config.model.states,
             anchors=config.model.anchors,

@@ -5,7 +5,7 @@ An index is opened when a sample of its shard is first asked for; nothing here i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class ShardIndex:
         self._histogram = split.get("length_histogram")
         self._maps: dict[int, np.ndarray] = {}
         self.starts = np.cumsum([0] + [shard["sequences"] for shard in self._shards], dtype=np.int64)
-        self.lengths = Lengths(self)
+        self.lengths = Lengths([self])
 
     def verify(self, part: int, parts: int) -> None:
         """Check sizes of local shards and index files, and hashes of index files, of every `parts`-th
@@ -71,10 +71,7 @@ class ShardIndex:
 
     def groups(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """(shard, which of `ids` [m] are in it, by ascending id) for each shard that has any."""
-        order = np.argsort(ids, kind="stable")
-        edges = np.searchsorted(ids[order], self.starts)
-        for shard in np.flatnonzero(np.diff(edges)).tolist():
-            yield shard, order[edges[shard] : edges[shard + 1]]
+        return grouped(ids, self.starts)
 
     def substitutes(self, sample: int) -> Iterator[int]:
         """Samples that can stand in for one: those of its length that follow it (wrapping around), then longer ones."""
@@ -98,33 +95,46 @@ class ShardIndex:
             present = np.concatenate([np.unique(self.rows(shard)["length"]) for shard in range(len(self._shards))])
         return int(present.min()), int(present.max())
 
-    def mean_length(self) -> float:
-        """The mean length."""
-        return sum(shard["tokens"] for shard in self._shards) / int(self.starts[-1])
+    @property
+    def tokens(self) -> int:
+        """The sum of all lengths."""
+        return sum(shard["tokens"] for shard in self._shards)
+
+
+def grouped(ids: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(part, which of `ids` [m] are in it, by ascending id) for each part that has any; part i has the ids from
+    starts[i] to starts[i + 1] (int64[number of parts + 1])."""
+    order = np.argsort(ids, kind="stable")
+    edges = np.searchsorted(ids[order], starts)
+    for part in np.flatnonzero(np.diff(edges)).tolist():
+        yield part, order[edges[part] : edges[part + 1]]
 
 
 class Lengths:
-    """Payload lengths of the samples, as an array would give them: `lengths[ids]`, `lengths[:10]`, `min`, `max`, and
-    `lengths * 2`, those of samples that are `times` 2 as long."""
+    """Payload lengths of the samples of one index, or of several one after another, as an array would give them:
+    `lengths[ids]`, `lengths[:10]`, `min`, `max`, and `lengths * 2`, those of samples that are `times` 2 as long."""
 
-    def __init__(self, index: ShardIndex, times: int = 1):
-        self._index, self._times = index, times
+    def __init__(self, indexes: Sequence[ShardIndex], times: int = 1):
+        self._indexes, self._times = indexes, times
+        self._shards = [(index, shard) for index in indexes for shard in range(len(index.starts) - 1)]
+        self._starts = np.cumsum(np.concatenate([[0], *(np.diff(index.starts) for index in indexes)]), dtype=np.int64)
         self._bounds: tuple[int, int] | None = None
 
     def __len__(self) -> int:
-        return int(self._index.starts[-1])
+        return int(self._starts[-1])
 
     def __getitem__(self, ids: np.ndarray | slice) -> np.ndarray:
         """int32[m]: lengths of the samples `ids` (int64[m], or a slice)."""
         if isinstance(ids, slice):
             ids = np.arange(*ids.indices(len(self)))
         result = np.empty(len(ids), np.int32)
-        for shard, where in self._index.groups(ids):
-            result[where] = self._index.rows(shard)["length"][ids[where] - self._index.starts[shard]]
+        for position, where in grouped(ids, self._starts):
+            index, shard = self._shards[position]
+            result[where] = index.rows(shard)["length"][ids[where] - self._starts[position]]
         return result * self._times
 
     def __mul__(self, times: int) -> Lengths:
-        return Lengths(self._index, self._times * times)
+        return Lengths(self._indexes, self._times * times)
 
     def min(self) -> int:
         """The smallest length."""
@@ -136,12 +146,12 @@ class Lengths:
 
     def mean(self) -> float:
         """The mean length."""
-        return self._index.mean_length() * self._times
+        return sum(index.tokens for index in self._indexes) / len(self) * self._times
 
     def _known_bounds(self) -> tuple[int, int]:
         if self._bounds is None:
-            least, most = self._index.length_bounds()
-            self._bounds = least * self._times, most * self._times
+            least, most = zip(*(index.length_bounds() for index in self._indexes))
+            self._bounds = min(least) * self._times, max(most) * self._times
         return self._bounds
 
 

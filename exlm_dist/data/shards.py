@@ -71,7 +71,7 @@ class ShardDataset:
         self.lengths = self.index.lengths
         self._max_bad = max_bad_records
         self._replacement: dict[int, bytes] = {}
-        self._dtype = token_dtype(self.vocab_size)
+        self.dtype = token_dtype(self.vocab_size)
         self._shards = manifest["splits"][split]["shards"]
         self._block, self._kept_blocks = block, kept_blocks
         self._pieces: dict[tuple[int, int], Piece] = {}  # by shard and block, the longest in memory first
@@ -119,12 +119,16 @@ class ShardDataset:
         The lengths are `self.lengths[ids]` even where a damaged record was replaced. DataError if more than
         `max_bad_records` are damaged, IndexError for an unknown sample.
         """
+        payloads, lengths = self.payloads(ids)
+        return np.frombuffer(b"".join(payloads), dtype=self.dtype).astype(np.int32), lengths
+
+    def payloads(self, ids: np.ndarray) -> tuple[list[bytes | memoryview], np.ndarray]:
+        """What `read` returns, the tokens as a list of bytes, of type `dtype`, for each sample."""
         ids = np.asarray(ids, dtype=np.int64)
         if len(ids) and (ids.min() < 0 or ids.max() >= len(self)):
             raise IndexError(f"sample ids {ids.min()}..{ids.max()} outside [0, {len(self)})")
         with self._lock:
-            payloads, lengths = self._payloads(ids)
-        return np.frombuffer(b"".join(payloads), dtype=self._dtype).astype(np.int32), lengths
+            return self._payloads(ids)
 
     def preload(self, blocks: list[int]) -> None:
         """Read blocks that will be needed soon; block b has the samples from b x `block` on."""
@@ -171,7 +175,7 @@ class ShardDataset:
     ) -> np.ndarray:
         """Read the samples `ids` (ascending) of one shard into `payloads[rows]`; their lengths."""
         records = self.index.rows(shard)[ids - self.index.starts[shard]]
-        sizes = records["length"].astype(np.int64) * self._dtype.itemsize
+        sizes = records["length"].astype(np.int64) * self.dtype.itemsize
         contents = self._contents(shard, ids, records["offset"].astype(np.int64), sizes)
         crc32 = zlib.crc32
         wrong = []
@@ -220,7 +224,7 @@ class ShardDataset:
         """Read what one shard has of a block, and make room for it."""
         rows = self._rows_of(shard, block)
         begin, tail = int(rows[0]["offset"]), rows[-1]
-        size = int(tail["offset"]) + int(tail["length"]) * self._dtype.itemsize - begin
+        size = int(tail["offset"]) + int(tail["length"]) * self.dtype.itemsize - begin
         while len(self._pieces) >= self._kept_blocks + len(self._shards):  # of some blocks two shards have a piece
             self._pieces.pop(next(iter(self._pieces)))
         self._files.expect(shard, np.array([begin]), np.array([size]))
@@ -229,7 +233,7 @@ class ShardDataset:
     def _attempt(self, sample: int) -> tuple[bytes, int, int]:
         """Reopen the file and read one record: (content, crc32 expected, crc32 got or -1 if bytes are missing)."""
         shard, record = self.record(sample)
-        size = int(record["length"]) * self._dtype.itemsize
+        size = int(record["length"]) * self.dtype.itemsize
         self._files.forget(shard, int(record["offset"]), size)
         content = self._files.reader(shard)(size, int(record["offset"]))
         return content, int(record["crc"]), zlib.crc32(content) if len(content) == size else -1
@@ -255,7 +259,7 @@ class ShardDataset:
 
     def _substitute(self, sample: int) -> tuple[int, bytes]:
         """The first intact record after `sample` (wrapping around) of the same length; else a longer one, cut."""
-        size = int(self.index.record(sample)["length"]) * self._dtype.itemsize
+        size = int(self.index.record(sample)["length"]) * self.dtype.itemsize
         for other in self.index.substitutes(sample):
             content, expected, got = self._attempt(other)
             if got == expected:

@@ -42,7 +42,7 @@ def doctor(path: str | None, overrides: Sequence[str], *, nodes: bool) -> int:
 def _checks_of_run(config: RunConfig) -> Checks:
     vocab_size = ASSUMED_VOCABULARY
     with contextlib.suppress(DataError):  # the check of the shards says what is wrong
-        vocab_size = prepared_sizes(Path(config.data.path))[1] or vocab_size
+        vocab_size = prepared_sizes(config.data.paths)[1] or vocab_size
     parameters = sum(count_parameters(config.model, vocab_size).values())
 
     def tracking() -> Finding:

@@ -87,8 +87,12 @@ def check_initial_weights(config: RunConfig) -> Finding:
 def check_shards(config: RunConfig, seed: int = 0) -> list[Finding]:
     """Sizes of all shards and indices of the prepared data, and hashes of a few drawn with `seed`. DataError for a
     manifest that cannot be used."""
-    folder = data_folder(config.data.path)
-    remedy = f"Prepare or copy the data again, or set data.path (now {config.data.path})."
+    return [finding for path in config.data.paths for finding in _shards_of(path, seed)]
+
+
+def _shards_of(path: str, seed: int) -> list[Finding]:
+    folder = data_folder(path)
+    remedy = f"Prepare or copy the data again, or give its place in the settings of data (now {path})."
     if not (folder / MANIFEST).is_file():
         return [bad("shards", f"{folder} has no {MANIFEST}", remedy)]
     manifest = read_manifest(folder)

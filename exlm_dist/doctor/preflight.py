@@ -11,6 +11,8 @@ from exlm_dist.checkpoint.tensors import BYTES_PER_PARAMETER
 from exlm_dist.config import RunConfig, check_init, check_vocabulary
 from exlm_dist.data.manifest import read_manifest
 from exlm_dist.data.mirror import data_folder, local_shard
+from exlm_dist.data.mixed import check_alike
+from exlm_dist.data.mixture import Mixture
 from exlm_dist.data.recipe import Recipe
 from exlm_dist.model.cost import count_parameters
 from exlm_dist.tracking.uri import tracking_uri
@@ -25,14 +27,19 @@ def check_run(config: RunConfig) -> None:
     """The UserError with which the ranks would end: of initial weights, data, lengths, or of a run folder that cannot
     be written. A tracking address that cannot be used is a warning, as training goes on without it."""
     check_init(config)
-    manifest = read_manifest(Path(config.data.path))
-    check_vocabulary(manifest["vocab_size"], config.parallel.tensor)
-    _check_shards(data_folder(config.data.path), manifest["splits"])
-    if (histogram := manifest["splits"]["train"].get("length_histogram")) is not None:  # else the ranks read the index
-        Recipe.of(config, manifest["vocab_size"]).check_lengths(config.masking.copies * (np.flatnonzero(histogram) - 2))
+    names, places = config.data.sources or ["data.path"], map(Path, config.data.paths)
+    manifests = {name: (path, read_manifest(path)) for name, path in zip(names, places)}
+    check_alike(manifests)
+    for path, manifest in manifests.values():
+        vocab_size = manifest["vocab_size"]
+        check_vocabulary(vocab_size, config.parallel.tensor)
+        _check_shards(data_folder(path), manifest["splits"])
+        if (histogram := manifest["splits"]["train"].get("length_histogram")) is not None:  # else ranks read the index
+            Recipe.of(config, vocab_size).check_lengths(config.masking.copies * (np.flatnonzero(histogram) - 2))
+    Mixture.of(config, [manifest["splits"]["train"]["sequences"] for _, manifest in manifests.values()])
     checkpoints = Path(config.runs) / config.name / "checkpoints"
     check_writable(checkpoints)
-    parameters = sum(count_parameters(config.model, manifest["vocab_size"]).values())
+    parameters = sum(count_parameters(config.model, vocab_size).values())
     check_space(checkpoints, parameters * BYTES_PER_PARAMETER, "a single checkpoint of this model")
     if config.tracking.mlflow:
         try:

@@ -18,7 +18,7 @@ from exlm_dist.checkpoint.reader import (
 )
 from exlm_dist.config import RunConfig
 from exlm_dist.data.loader import eval_batches
-from exlm_dist.data.opening import open_dataset
+from exlm_dist.data.opening import open_dataset, sole_folder
 from exlm_dist.data.recipe import Dataset, Recipe
 from exlm_dist.data.repeated import with_copies
 from exlm_dist.data.shards import ShardDataset
@@ -118,17 +118,18 @@ def evaluate_checkpoint(
     """Evaluate a checkpoint, or the newest whole one of a run folder, on the first `sequences` (all) of a split.
 
     The same positions are masked for every model and run. The most probable completion is searched for the first
-    `complete` of the sequences. `data` defaults to what the run was trained on. With `record` the result also becomes a
-    child run of the training in the event log and MLflow.
+    `complete` of the sequences. `data` defaults to what the run was trained on, if that is one folder. With `record`
+    the result also becomes a child run of the training in the event log and MLflow.
 
     Raises:
         CheckpointError: no whole checkpoint at `path`. DataError: the data is missing, damaged, or was prepared with
-        another tokenizer. ConfigError: `mask_ratio` outside (0, 1), `sequences` or `complete` out of range.
+        another tokenizer. ConfigError: `mask_ratio` outside (0, 1), `sequences` or `complete` out of range, or no
+        `data` for a run of several sources.
     """
     folder = find_checkpoint(path)
     config = _with_ratio(read_config(folder), mask_ratio)
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
-    data = Path(data if data is not None else config.data.path)
+    data = Path(data) if data is not None else sole_folder(config)
     dataset = open_dataset(data, split, max_bad_records=config.data.max_bad_records)
     check_tokenizer(tokenizer, folder, dataset, data)
     count, completed = _sizes(len(dataset), sequences, complete)

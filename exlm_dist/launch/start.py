@@ -90,7 +90,7 @@ def _lines(job: Job, sweep: Path | None) -> list[list[str]]:
 
 def _folders_of(config: RunConfig) -> list[Path]:
     """Folders, outside of the package, from which and to which a run reads and writes."""
-    return [Path(folder) for folder in (config.runs, config.data.path, config.init) if folder]
+    return [Path(folder) for folder in (config.runs, *config.data.paths, config.init) if folder]
 
 
 def _mounts(folders: Iterable[str | Path]) -> tuple[str, ...]:

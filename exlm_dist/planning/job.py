@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from exlm_dist.config import RunConfig, data_degree
+from exlm_dist.config.phases import masking_of
 from exlm_dist.config.ratios import largest_ratio
 from exlm_dist.config.schema import ModelConfig
 from exlm_dist.model.cost import Sizes, expected_masked, learns_transitions, part_sizes
@@ -72,7 +73,8 @@ class Job:
     @property
     def ratio(self) -> float:
         """The masking ratio of the steps with the most masks."""
-        return largest_ratio(self.config.masking.ratio, self.config.masking.schedule)
+        masking = masking_of(self.config)
+        return largest_ratio(masking.ratio, masking.schedule)
 
     @cached_property
     def sizes(self) -> Sizes:

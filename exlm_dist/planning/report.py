@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from exlm_dist.config import RunConfig, check_init
@@ -23,13 +23,14 @@ _SHOWN = KINDS[:-1]  # without compiled products, which only a CPU keeps
 _SHORT = {"states and logits": "states", "activations": "activ."}
 
 
-def prepared_sizes(path: Path) -> tuple[int | None, int | None]:
-    """(longest sequence, vocabulary size) of the prepared data in `path`; None for what its manifest does not say, or
-    where there is none. DataError for a manifest that cannot be used."""
-    if not (data_folder(path) / MANIFEST).is_file():
-        return None, None
-    content = read_manifest(path)
-    return content.get("max_length"), content.get("vocab_size")
+def prepared_sizes(paths: Iterable[str]) -> tuple[int | None, int | None]:
+    """(longest sequence, vocabulary size) of the prepared data in all of `paths`; None for what no manifest says. Where
+    there is no data yet, the others count. DataError for a manifest that cannot be used."""
+    contents = [read_manifest(Path(path)) for path in paths if (data_folder(path) / MANIFEST).is_file()]
+    lengths, vocabularies = (
+        [content[key] for content in contents if content.get(key) is not None] for key in ("max_length", "vocab_size")
+    )
+    return max(lengths, default=None), max(vocabularies, default=None)
 
 
 def plan_text(
@@ -132,14 +133,14 @@ def _reasons(plan: Plan) -> str:
 
 def _sizes(config: RunConfig, length: int | None, vocab_size: int | None) -> tuple[int, int, str]:
     """(length, vocabulary, a remark if they come neither from the data nor from the caller)."""
-    known_length, known_vocabulary = prepared_sizes(Path(config.data.path))
+    known_length, known_vocabulary = prepared_sizes(config.data.paths)
     if known_length is not None:
         known_length = config.masking.copies * (known_length - 2) + 2
     unknown = [
         name for name, given in (("--length", length or known_length), ("--vocab-size", vocab_size or known_vocabulary))
         if not given
     ]  # fmt: skip
-    remark = f" (assumed, as {config.data.path} is not prepared: set it by {' and '.join(unknown)})"
+    remark = f" (assumed, as {config.data.described} is not prepared: set it by {' and '.join(unknown)})"
     found = length or known_length or ASSUMED_LENGTH, vocab_size or known_vocabulary or ASSUMED_VOCABULARY
     return *found, remark if unknown else ""
 

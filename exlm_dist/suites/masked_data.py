@@ -83,7 +83,7 @@ def find_source(
     DataError if it is not there; ConfigError for options that do not fit it, and for checkpoints of different data.
     """
     if data is None:
-        places = {config.data.path: name for name, config in configs}
+        places = {path: name for name, config in configs for path in config.data.paths}
         if len(places) > 1:
             listed = ", ".join(f"{name}: {path}" for path, name in places.items())
             raise ConfigError(f"the checkpoints were trained on different data ({listed}): give --data.")

@@ -16,7 +16,8 @@ MODEL_TYPE = "checkpoint"
 #: Alias of the version that was registered last.
 ALIAS = "champion"
 #: Parameters of the run that become those of its models; the others are a click away, at the run.
-PARAMETERS = ("model.", "masking.ratio", "optim.lr", "batch.sequences", "schedule.steps", "seed", "budget", "data.path")
+PARAMETERS = ("model.", "masking.ratio", "optim.lr", "batch.sequences", "schedule.steps", "seed", "budget")
+PARAMETERS += ("data.path", "data.sources", "phases")
 LONGEST = 500
 MOST_MODELS = 1000
 logger = get_logger(__name__)

@@ -270,7 +270,7 @@ def run_tags(config: RunConfig, run_folder: Path) -> dict[str, str]:
         f"**{kind}** · {model.layers} layers × {model.width} wide × {model.heads} heads · "
         f"{config.schedule.steps} steps × "
         f"{config.batch.sequences} sequences · budget {config.budget or 'not labelled'}\n\n"
-        f"data `{config.data.path}` · run folder `{run_folder.resolve()}` · "
+        f"data `{config.data.described}` · run folder `{run_folder.resolve()}` · "
         f"`exlm report {run_folder}` draws its figures"
     )
     tags = {

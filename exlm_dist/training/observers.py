@@ -19,6 +19,7 @@ from exlm_dist.parallel.process import Process
 from exlm_dist.tracking import EventLog
 from exlm_dist.training.advice import lower_rate
 from exlm_dist.training.damage_log import DamageLog
+from exlm_dist.training.sources import Sources
 from exlm_dist.training.step import StepResult
 from exlm_dist.utils.errors import RunStopped
 from exlm_dist.utils.logs import get_logger
@@ -35,6 +36,7 @@ class Progress:
     seconds: float = 0.0  # in training steps: without start, evaluation and saving
     sequences: int = 0
     tokens: int = 0  # unexpanded
+    source_tokens: list[int] = field(default_factory=list)  # of each source, where there are several
 
 
 @dataclass
@@ -56,9 +58,12 @@ class Meter:
         events: EventLog | None,
         progress: Progress,
         damage: DamageLog | None = None,
+        sources: Sources | None = None,
     ) -> None:
         self.config, self.process, self.events, self.progress = config, process, events, progress
-        self._damage = damage
+        self._damage, self._sources = damage, sources
+        known = progress.source_tokens or [progress.tokens]  # of a run that had no sources: of what is now the first
+        progress.source_tokens = known + [0] * (len(sources.data.sizes) - len(known)) if sources else []
         self._window = _Window()
         self._unjudged: list[StepResult] = []
         self._mark = time.perf_counter()
@@ -86,6 +91,9 @@ class Meter:
         self._unjudged.append(result)
         self.progress.sequences += result.sizes.num_sequences
         self.progress.tokens += result.sizes.num_original_tokens
+        if self._sources is not None:
+            read = zip(self.progress.source_tokens, result.sizes.source_tokens, strict=True)
+            self.progress.source_tokens = [before + more for before, more in read]
         if self.is_logged(result.step):
             self._report()
 
@@ -146,6 +154,8 @@ class Meter:
         }
         if count:
             values |= {"train/nll": nll / count, "train/accuracy": correct / count}
+        if self._sources is not None:
+            values |= self._sources.metrics(last.step + 1, self.progress.source_tokens)
         self.events.metrics(last.step + 1, values)
         shown = f"  nll {values['train/nll']:.4f}  accuracy {values['train/accuracy']:.3f}" if count else ""
         logger.info(
@@ -172,7 +182,8 @@ class Meter:
             masks = (mask.cpu().numpy() for mask in step.result.invalid)
             mine = [int(sample) for ids, mask in zip(step.sample_ids, masks) for sample in ids[mask]][:NAMED]
             every = self.process.all_gather([*mine, *[-1] * (NAMED - len(mine))]).flatten().long()
-            named = ", ".join(str(sample) for sample in every[every >= 0].tolist()[:NAMED])
+            name = str if self._sources is None else self._sources.data.named
+            named = ", ".join(name(sample) for sample in every[every >= 0].tolist()[:NAMED])
             fraction = count / step.sizes.num_sequences
             of_all = f"{int(count)} of {step.sizes.num_sequences} sequences"
             text = f"step {step.step + 1}: {of_all} have no finite likelihood: samples {named}"

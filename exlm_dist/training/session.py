@@ -10,7 +10,8 @@ import numpy as np
 from exlm_dist.checkpoint.tensors import TensorReader
 from exlm_dist.config import RunConfig, dump_config
 from exlm_dist.data.loader import Loader
-from exlm_dist.data.order import Order
+from exlm_dist.data.mixed import MixedDataset
+from exlm_dist.data.mixed_order import training_order
 from exlm_dist.data.recipe import Recipe
 from exlm_dist.data.repeated import with_copies
 from exlm_dist.data.shard_index import Lengths
@@ -30,6 +31,7 @@ from exlm_dist.training.recheck import Recheck
 from exlm_dist.training.resources import Resources
 from exlm_dist.training.sample_log import SampleLog
 from exlm_dist.training.saver import Saver
+from exlm_dist.training.sources import Sources
 from exlm_dist.training.starting_point import StartingPoint
 from exlm_dist.training.step import optimizer_step
 from exlm_dist.training.warm_start import InitialWeights, Source, match_parameters, summary, table, tags
@@ -110,17 +112,19 @@ def build_session(config: RunConfig, process: Process, start: StartingPoint, res
         resources.callback(samples.close)
     damage = None
     if process.grid.reports_metrics:
-        datasets = [data for data in (start.train_data, start.valid_data) if data is not None]
-        damage = DamageLog(start.path, process.grid.data.rank, datasets)
-    meter = Meter(config, process, events, Progress(**start.state["progress"]), damage)
+        damage = DamageLog(start.path, process.grid.data.rank, start.opened)
+    sources = Sources.of(config, start.train_data) if isinstance(start.train_data, MixedDataset) else None
+    meter = Meter(config, process, events, Progress(**start.state["progress"]), damage, sources)
     checkpointer = Checkpointer(config, process, start, engine, saver, meter, init)
     evaluation = start.state.get("evaluation")
     if start.checkpoint is not None:
         # The launch that wrote it may have been killed before it could say so.
         checkpointer.log_evaluation(start.checkpoint, start.step, evaluation)
-    evaluator = Evaluator(config, process, engine, start.valid_data, events)
+    evaluator = Evaluator(config, process, engine, start.held_out, events)
     recheck = Recheck.of(config, process, engine, loader, start.path, events)
     _announce(config, process, start, engine)
+    if sources is not None and process.is_first:
+        sources.announce()
     return Session(
         config, process, loader, engine, evaluator, checkpointer, meter, samples, recheck, start.step, evaluation
     )
@@ -133,7 +137,7 @@ def _loader(config: RunConfig, process: Process, start: StartingPoint) -> Loader
     return Loader(
         with_copies(start.train_data, config.masking.copies),
         recipe,
-        order=Order.of(config.data, config.seed, len(start.train_data)),
+        order=training_order(config, start.train_data),
         global_batch=config.batch.sequences,
         rank=data.rank,
         world=data.size,
@@ -146,8 +150,8 @@ def _check_lengths(config: RunConfig, start: StartingPoint, recipe: Recipe) -> N
     what is enough for all."""
     copies = config.masking.copies
     uses: list[tuple[Recipe, np.ndarray | Lengths]] = [(recipe, start.train_data.lengths * copies)]
-    if start.valid_data is not None:
-        evaluated = start.valid_data.lengths[: config.evaluation.sequences] * copies
+    for held_out in start.held_out.values():
+        evaluated = held_out.lengths[: config.evaluation.sequences] * copies
         uses.append((Recipe.for_evaluation(config, recipe.vocab_size), evaluated))
     longest, lengths = max(uses, key=lambda use: use[0].longest(use[1]))
     longest.check_lengths(lengths)

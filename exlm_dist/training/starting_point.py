@@ -11,7 +11,8 @@ from exlm_dist.checkpoint import reader, storage
 from exlm_dist.checkpoint.hf_export import is_export
 from exlm_dist.checkpoint.weights_only import describe_origin
 from exlm_dist.config import RunConfig, check_vocabulary, check_world
-from exlm_dist.data.opening import open_dataset
+from exlm_dist.data.mixed import MixedDataset
+from exlm_dist.data.opening import open_held_out, open_training_data
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.launch import heartbeat
 from exlm_dist.parallel.process import Process, node_part
@@ -34,8 +35,8 @@ class StartingPoint:
     `changes`: of the settings during the run, as `state.json` lists them; `source`: of the weights of a new run."""
 
     path: Path
-    train_data: ShardDataset
-    valid_data: ShardDataset | None
+    train_data: ShardDataset | MixedDataset
+    held_out: dict[str, ShardDataset]  # by source; that of `data.path` is named ""
     checkpoint: Path | None
     state: dict[str, Any]
     changes: list[dict[str, Any]] = field(default_factory=list)
@@ -45,6 +46,12 @@ class StartingPoint:
     def step(self) -> int:
         """Optimizer steps done."""
         return self.state["step"]
+
+    @property
+    def opened(self) -> list[ShardDataset]:
+        """All folders that are read, of both splits."""
+        trained = self.train_data.sources.values() if isinstance(self.train_data, MixedDataset) else [self.train_data]
+        return [*trained, *self.held_out.values()]
 
 
 def find_starting_point(
@@ -60,12 +67,12 @@ def find_starting_point(
     heartbeat.enter("start/data")
     process.run_everywhere(lambda: _check_settings(config, process))
     path = Path(process.run_on_first_rank(lambda: _open_folder(config, resources)))
-    train_data = process.run_everywhere(lambda: _open_split(config, process, "train"))
+    part = node_part(process.local_rank)
+    train_data = process.run_everywhere(lambda: open_training_data(config.data, part=part, workers=config.data.workers))
     resources.callback(train_data.close)
-    valid_data = None
-    if train_data.manifest["splits"]["valid"]["shards"]:
-        valid_data = process.run_everywhere(lambda: _open_split(config, process, "valid"))
-        resources.callback(valid_data.close)
+    held_out = process.run_everywhere(lambda: open_held_out(config.data, part=part))
+    for dataset in held_out.values():
+        resources.callback(dataset.close)
     check_vocabulary(train_data.vocab_size, config.parallel.tensor)
     heartbeat.enter("start/checkpoint")
     folder, state = select_checkpoint(path, process) or (None, {"step": 0, "progress": {}})
@@ -77,13 +84,20 @@ def find_starting_point(
     if step < config.schedule.steps or not any(change.needs_flag for change in changes):
         process.run_on_first_rank(lambda: record_start(path, config, step))
     every = [*state.get("changes", []), *(change.as_dict(step) for change in changes)]
-    return StartingPoint(path, train_data, valid_data, folder, state, every, source)
+    return StartingPoint(path, train_data, held_out, folder, state, every, source)
 
 
-def fingerprints(data: ShardDataset) -> dict[str, str]:
-    """What ties a checkpoint to its data, as it is written in `state.json`."""
+def fingerprints(data: ShardDataset | MixedDataset) -> dict[str, Any]:
+    """What ties a checkpoint to its data, as it is written in `state.json`; of a mixture also each source, in order."""
     tokenizer = load_tokenizer(data.tokenizer_path)
-    return {"data_fingerprint": data.fingerprint, "tokenizer_fingerprint": tokenizer.fingerprint}
+    found = {"data_fingerprint": data.fingerprint, "tokenizer_fingerprint": tokenizer.fingerprint}
+    return found | ({"sources": sources_of(data)} if isinstance(data, MixedDataset) else {})
+
+
+def sources_of(data: ShardDataset | MixedDataset) -> list[list[str]]:
+    """[name, fingerprint] of each source; that of `data.path` is named `data.path`."""
+    sources = data.sources if isinstance(data, MixedDataset) else {"data.path": data}
+    return [[name, source.fingerprint] for name, source in sources.items()]
 
 
 def select_checkpoint(run_folder: Path, process: Process) -> tuple[Path, dict[str, Any]] | None:
@@ -148,19 +162,6 @@ def _open_folder(config: RunConfig, resources: Resources) -> str:
     return str(folder.path)
 
 
-def _open_split(config: RunConfig, process: Process, split: str) -> ShardDataset:
-    data, is_train = config.data, split == "train"
-    return open_dataset(
-        data.path,
-        split,
-        max_bad_records=data.max_bad_records,
-        block=data.block if is_train and data.shuffle == "windows" else 0,
-        kept_blocks=2 * data.window,
-        part=node_part(process.local_rank),
-        workers=data.workers if is_train else 0,
-    )
-
-
 def _rejection(folder: Path, process: Process) -> str | None:
     """Why this rank cannot use the checkpoint. The ranks divide the hashing of the files; each looks at all sizes."""
     try:
@@ -173,7 +174,7 @@ def _rejection(folder: Path, process: Process) -> str | None:
 
 
 def _accept(
-    config: RunConfig, data: ShardDataset, folder: Path, state: dict[str, Any], allow_changes: bool
+    config: RunConfig, data: ShardDataset | MixedDataset, folder: Path, state: dict[str, Any], allow_changes: bool
 ) -> list[Change]:
     """Settings that change where training goes on from the checkpoint. CheckpointError when it was not written by
     training, or belongs to other data, another tokenizer or other settings."""
@@ -183,11 +184,31 @@ def _accept(
             f"out of {folder.parent} to go on from the run's own checkpoints, or train a new run from its weights:\n"
             f"  {new_run_command(config)}"
         )
+    _check_data(config, data, folder, state)
+    sizes = data.sizes if isinstance(data, MixedDataset) else [len(data)]
+    return accept_changes(state["step"], reader.read_config(folder), config, sizes, allow=allow_changes)
+
+
+def _check_data(config: RunConfig, data: ShardDataset | MixedDataset, folder: Path, state: dict[str, Any]) -> None:
+    """CheckpointError unless the data, or its first sources, are those that the checkpoint was trained on."""
+    trained, given = state.get("sources", [["data.path", state["data_fingerprint"]]]), sources_of(data)
+    were, are = ([fingerprint for _, fingerprint in sources] for sources in (trained, given))
+    advice = f"or train a new run from these weights:\n  {new_run_command(config)}"
     for what, here in fingerprints(data).items():
-        if state[what] != here:
+        if what == "sources" or state[what] == here:
+            continue
+        if what == "data_fingerprint" and are[: len(were)] == were:
+            continue  # sources were added: whether they were to be read before is asked of the phases
+        if what == "data_fingerprint" and len(were) + len(are) > 2:
             raise CheckpointError(
-                f"{folder} was trained with {what.replace('_', ' ')} {state[what]}, but {config.data.path} has {here}. "
-                "Give the path of the data it was trained on, or train a new run from these weights:\n"
-                f"  {new_run_command(config)}"
+                f"{folder} was trained on {_listed(trained)}; given are {_listed(given)}. The sources of a run stay, "
+                f"in their order; new ones may follow after them, in a later phase. Put them back, {advice}"
             )
-    return accept_changes(state["step"], reader.read_config(folder), config, allow=allow_changes)
+        raise CheckpointError(
+            f"{folder} was trained with {what.replace('_', ' ')} {state[what]}, but {config.data.described} has "
+            f"{here}. Give the path of the data it was trained on, {advice}"
+        )
+
+
+def _listed(sources: list[list[str]]) -> str:
+    return ", ".join(f"{name} (fingerprint {fingerprint[:12]})" for name, fingerprint in sources)

@@ -9,6 +9,7 @@ from typing import Any
 from exlm_dist.checkpoint.reader import read_state, run_folder_of, step_of
 from exlm_dist.checkpoint.weights_only import FAIRSEQ, describe_origin
 from exlm_dist.config import RunConfig
+from exlm_dist.config.phases import masking_of
 from exlm_dist.config.ratios import describe_masking
 from exlm_dist.tokenizers import Tokenizer
 from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer
@@ -30,7 +31,7 @@ def model_card(checkpoint: Path, config: RunConfig, tokenizer: Tokenizer, num_pa
         "Size": f"{model.layers} layers, width {model.width}, {model.heads} heads, inner width {model.ffn}",
         "Budget": config.budget or "not labelled",
         "Domain": f"{tokenizer.domain}, vocabulary of {tokenizer.vocab_size}",
-        "Masking": describe_masking(config.masking),
+        "Masking": describe_masking(masking_of(config)),
         "Batch": f"{config.batch.sequences} sequences per step, {config.schedule.steps} steps planned",
         "Learning rate": f"{config.optimizer.lr:g} at most",
         "Data fingerprint": f"`{state.get('data_fingerprint', 'unknown')}`",

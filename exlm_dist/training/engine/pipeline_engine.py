@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from exlm_dist.config import RunConfig
+from exlm_dist.config.phases import masking_of
 from exlm_dist.config.ratios import largest_ratio
 from exlm_dist.data.batch import PackedBatch
 from exlm_dist.launch import heartbeat
@@ -99,7 +100,8 @@ class PipelineEngine(Engine):
         """`length`: mean tokens of a sequence, for the costs by which the layers are cut; `drawn`: with initial
         weights, else it is to be filled from a checkpoint."""
         pipeline = process.grid.pipeline
-        ratio = largest_ratio(config.masking.ratio, config.masking.schedule)
+        masking = masking_of(config)
+        ratio = largest_ratio(masking.ratio, masking.schedule)
         costs = layer_costs(config.model, vocab_size, length, ratio)
         bounds = cut_layers(costs, pipeline.size)
         logger.info("stages: %s", described(bounds, costs))

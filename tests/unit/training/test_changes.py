@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from made_run import make_config, write_initial_checkpoint
+from made_run import make_config, with_sources, write_initial_checkpoint
 
 from exlm_dist.cli import build_parser
 from exlm_dist.config import RunConfig, dump_config, flatten, load_config
@@ -18,7 +19,7 @@ from exlm_dist.training.changes import accept_changes, describe, find_changes
 from exlm_dist.utils.errors import CheckpointError
 
 #: Settings that never change. A new one has to be placed: here, in RESUMABLE or in CHANGEABLE.
-NEVER = {"name", "seed", "batch.sequences", "init", "data.shuffle", "data.block", "data.window"} | {
+NEVER = {"name", "seed", "batch.sequences", "init", "data.shuffle", "data.block", "data.window", "phases"} | {
     f"model.{name}"
     for name in ("objective", "layers", "width", "heads", "ffn", "states", "transitions", "transition_positions")
     + ("jump_prior", "jump_width", "jump_floor", "rotary", "anchors", "norm", "tie_head", "max_positions", "init_std")
@@ -121,6 +122,61 @@ def test_no_command_is_advised_for_weights_of_another_architecture():
 
 def test_a_folder_that_was_renamed_goes_on():
     assert accept_changes(7, settings(), settings().model_copy(update={"name": "other"}), allow=False) == []
+
+
+def mixture(steps: int, weights: dict[str, Any], phases: Sequence[Any] = ()) -> RunConfig:
+    """8 sequences a step of sources with these weights, or epochs."""
+    amounts = {name: weight if isinstance(weight, dict) else {"weight": weight} for name, weight in weights.items()}
+    sources = {name: {"path": f"data/{name}", **amount} for name, amount in amounts.items()}
+    return with_sources(schedule(steps, "constant"), sources, phases)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (mixture(30, {"a": 3, "b": 1}), mixture(30, {"a": 6, "b": 2})),
+        (
+            mixture(30, {"a": 3, "b": 1}),
+            mixture(60, {"a": 1, "b": 1}, [{"steps": 20, "sources": {"a": 3, "b": 1}}, {}]),
+        ),
+        (mixture(30, {"a": 1}), mixture(30, {"a": 1, "b": 5}, [{"steps": 20, "sources": {"a": 1}}, {}])),
+        (schedule(30, "constant"), mixture(30, {"x": 1, "b": 1}, [{"steps": 25, "sources": {"x": 1}}, {}])),
+        (
+            mixture(30, {"a": 1, "b": 1}, [{"steps": 10, "sources": {"a": {"epochs": 0.5}, "b": 1}}, {}]),
+            mixture(40, {"a": 1, "b": 1}, [{"steps": 10, "sources": {"a": {"epochs": 0.5}, "b": 1}}, {}]),
+        ),
+    ],
+)
+def test_what_is_read_may_change_after_the_steps_done(old, new):
+    changes = accept_changes(20, old, new, [50, 60], allow=False)
+    assert changes and not any(change.needs_flag for change in changes)
+
+
+@pytest.mark.parametrize(
+    "old, new, key",
+    [
+        (mixture(30, {"a": 3, "b": 1}), mixture(30, {"a": 3, "b": 2}), "data.sources.b.weight"),
+        (
+            mixture(30, {"a": 1, "b": 1}),
+            mixture(30, {"a": 1, "b": 1}, [{"steps": 19, "sources": {"a": 1}}, {}]),
+            "phases",
+        ),
+        (mixture(30, {"a": {"epochs": 2}, "b": 1}), mixture(40, {"a": {"epochs": 2}, "b": 1}), "schedule.steps"),
+    ],
+)
+def test_what_the_steps_done_have_read_stays(old, new, key):
+    with pytest.raises(CheckpointError, match=f"{key} .* no: decides what the steps done have read"):
+        accept_changes(20, old, new, [50, 60], allow=True)
+
+
+def test_a_masking_ratio_of_phases_done_needs_the_flag():
+    ratios = [{"steps": 10, "masking": {"ratio": 0.3}}, {"masking": {"ratio": 0.2}}]
+    old, new = (mixture(30, {"a": 1, "b": 1}, phases) for phases in ([], ratios))
+    assert accept_changes(0, old, new, [50, 60], allow=False)
+    with pytest.raises(CheckpointError, match=r"phases +\[\] +\[.*\.\.\. +accepts it"):
+        accept_changes(1, old, new, [50, 60], allow=False)
+    (change,) = accept_changes(1, old, new, [50, 60], allow=True)
+    assert change.key == "phases" and change.needs_flag
 
 
 def advised(text: str, flag: str) -> list[str]:

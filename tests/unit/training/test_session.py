@@ -24,8 +24,8 @@ def test_the_positions_that_the_message_asks_for_are_enough_for_training_and_eva
             update={"model": config.model.model_copy(update={"max_positions": positions}),
                     "evaluation": config.evaluation.model_copy(update={"sequences": 2})}
         )  # fmt: skip
-        evaluated = None if valid is None else SimpleNamespace(lengths=np.array([*valid, 500]))
-        start = SimpleNamespace(train_data=SimpleNamespace(lengths=np.array(train)), valid_data=evaluated)
+        evaluated = {} if valid is None else {"": SimpleNamespace(lengths=np.array([*valid, 500]))}
+        start = SimpleNamespace(train_data=SimpleNamespace(lengths=np.array(train)), held_out=evaluated)
         _check_lengths(config, start, Recipe.of(config, 50))
 
     with pytest.raises(ConfigError) as caught:

@@ -243,7 +243,7 @@ class Saddle:
     def loss(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(joint nll, coupling) of the logits of p, q and T, [3 k k]."""
         first, second, jump = logits.view(3, self.states, self.states)
-        transitions = (jump + self.lane * torch.eye(self.states)).softmax(1)
+        transitions = (jump + self.lane * torch.eye(self.states, dtype=torch.float64)).softmax(1)
         joint = first.softmax(1).T @ transitions @ second.softmax(1) / self.states
         nll = -joint.diagonal().log().mean()
         return nll, -(joint.sum(1) * joint.sum(0)).log().mean() - nll
@@ -279,7 +279,6 @@ class Saddle:
 
 def print_saddle() -> None:
     """Curvature, gradient and time at the start, by how much more probable the same clone is."""
-    torch.set_default_dtype(torch.float64)
     print("| lane, nats | lowest eigenvalue | gradient at .1, .01, .001 | steps to leave from .1, .01, .001 |")
     print("|---|---|---|---|")
     for lane in (0.0, 1.0, 2.0, 4.0):

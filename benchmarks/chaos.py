@@ -7,8 +7,9 @@ A trial trains a tiny ExLM to its end. Up to three times a random rank gets SIGK
 weighted towards the start, loading a checkpoint, a step and a save; then all ranks are restarted, in half of the trials
 on the same number of ranks, in the others on 1, 2 or 4. Every trial must complete by itself, train on the samples of
 the undisturbed run in each step, and reproduce its losses: to the last bit on one number of ranks, parameters and
-moments included, else within ROUNDING. Nothing may be left behind. The plan of a trial is a function of its seed; when
-exactly a signal arrives is not.
+moments included, else within ROUNDING. Trials of odd seeds read damaged shards (flipped bytes in records and in a
+header of the tar, a run of zeros), whose records must be replaced alike by all ranks of all launches, and listed.
+Nothing may be left behind. The plan of a trial is a function of its seed; when exactly a signal arrives is not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import multiprocessing.util
 import os
 import platform
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,10 +35,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import numpy as np  # noqa: E402
 from chaos_ranks import Kill, launch  # noqa: E402
 
 from exlm_dist.checkpoint import reader  # noqa: E402
 from exlm_dist.config import RunConfig  # noqa: E402
+from exlm_dist.data.shards import ShardDataset  # noqa: E402
 from exlm_dist.prepare.demo.demo_molecules import prepare_demo_smiles  # noqa: E402
 from exlm_dist.tracking import read_events  # noqa: E402
 from exlm_dist.utils.errors import EXIT_RETRY  # noqa: E402
@@ -61,6 +65,30 @@ class Outcome:
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
     bitwise: bool = False
+    damaged: bool = False
+
+
+def damaged_copy(folder: Path, copy: Path) -> set[int]:
+    """A copy of the data with damage in its training shards; the damaged records."""
+    shutil.copytree(folder, copy)
+    data = ShardDataset.open(copy, "train")
+    for sample in range(0, len(data), 7):
+        shard, record = data.record(sample)
+        overwrite(Path(data.place(shard)), int(record["offset"]) + 1, b"\xff")
+    shard, record = data.record(len(data) // 2)
+    overwrite(Path(data.place(shard)), int(record["offset"]), bytes(300))
+    overwrite(Path(data.place(shard)), 0, b"\xff")  # a header: no reader of records meets it
+    data.close()
+    check = ShardDataset.open(copy, "train", max_bad_records=1.0)
+    check.read(np.arange(len(check)))
+    return {record.sample for record in check.bad_records}
+
+
+def overwrite(path: Path, offset: int, content: bytes) -> None:
+    """Replace the bytes from `offset` on."""
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(content)
 
 
 def configuration(runs: Path, name: str, data: Path) -> RunConfig:
@@ -69,7 +97,7 @@ def configuration(runs: Path, name: str, data: Path) -> RunConfig:
         {
             "name": name,
             "runs": str(runs),
-            "data": {"path": str(data)},
+            "data": {"path": str(data), "max_bad_records": 1.0},
             "model": {"layers": 1, "width": 16, "heads": 2, "ffn": 32, "states": 2, "max_positions": 512},
             "batch": {"sequences": 8, "micro": 2},
             "schedule": {"steps": STEPS, "warmup": 2},
@@ -84,18 +112,18 @@ def configuration(runs: Path, name: str, data: Path) -> RunConfig:
 
 
 class Undisturbed:
-    """Undisturbed runs, one for each number of ranks, made on first use."""
+    """Undisturbed runs on `data`, one for each number of ranks, made on first use. `bad`: its damaged records."""
 
-    def __init__(self, scratch: Path, data: Path) -> None:
-        self._scratch, self._data = scratch, data
+    def __init__(self, scratch: Path, data: Path, bad: set[int]) -> None:
+        self._scratch, self.data, self.bad = scratch, data, bad
         self._made: dict[int, Facts] = {}
 
     def of(self, world: int) -> Facts:
         """Facts of the run on `world` ranks."""
         if world not in self._made:
-            folder = self._scratch / f"undisturbed-{world}"
+            folder = self._scratch / f"undisturbed-{self.data.name}-{world}"
             folder.mkdir()
-            config = configuration(folder, "run", self._data)
+            config = configuration(folder, "run", self.data)
             ended = launch(config, world, folder, None)
             assert ended.codes == [0] * world, f"an undisturbed run ended with {ended.codes}: {folder / 'log'}"
             self._made[world] = Facts.read(config, folder)
@@ -169,14 +197,14 @@ def plan(rng: random.Random, world: int, step: int) -> Kill:
     )
 
 
-def trial(seed: int, scratch: Path, data: Path, undisturbed: Undisturbed) -> Outcome:
+def trial(seed: int, scratch: Path, undisturbed: Undisturbed) -> Outcome:
     """One run, killed and restarted until it is finished, and compared."""
     rng = random.Random(seed)
-    outcome = Outcome(seed)
+    outcome = Outcome(seed, damaged=bool(undisturbed.bad))
     begun = time.monotonic()
     folder = scratch / f"trial-{seed}"
     folder.mkdir()
-    config = configuration(folder, "run", data)
+    config = configuration(folder, "run", undisturbed.data)
     wanted, fixed = rng.choice([1, 1, 2, 3]), rng.random() < 0.5
     world = rng.choice(WORLDS)
     while True:
@@ -197,6 +225,7 @@ def trial(seed: int, scratch: Path, data: Path, undisturbed: Undisturbed) -> Out
         world = world if fixed else rng.choice(WORLDS)
     if not outcome.problems:
         outcome.problems = compare(config, folder, outcome, undisturbed)
+        outcome.problems += listed_wrongly(folder / "run", undisturbed.bad)
     outcome.problems += leftovers(folder)
     outcome.seconds = time.monotonic() - begun
     return outcome
@@ -231,6 +260,15 @@ def compare(config: RunConfig, folder: Path, outcome: Outcome, undisturbed: Undi
     return problems
 
 
+def listed_wrongly(run: Path, bad: set[int]) -> list[str]:
+    """What is wrong with the tables of replaced records: those of the damaged records that the run has met."""
+    lines = [line for path in run.glob("quarantine/rank-*.tsv") for line in path.read_text().splitlines()[1:]]
+    listed = {int(line.split("\t")[2]) for line in lines if line.split("\t")[1] == "train"}
+    if not listed <= bad or bool(listed) != bool(bad):
+        return [f"replaced records listed: {sorted(listed)}, damaged ones: {sorted(bad)}"]
+    return []
+
+
 def leftovers(folder: Path) -> list[str]:
     """What a trial must not leave behind: half-written checkpoints, temporary files, files of the watchdog."""
     left = [str(path) for path in (folder / "run" / "checkpoints").glob(".*")]
@@ -259,9 +297,10 @@ def main(arguments: list[str] | None = None) -> int:
         (scratch / "tmp").mkdir()
         os.environ["TMPDIR"] = str(scratch / "tmp")
         prepare_demo_smiles(out=scratch / "data", count=120, max_length=128, workers=1, overwrite=False)
-        undisturbed = Undisturbed(scratch, scratch / "data")
+        bad = damaged_copy(scratch / "data", scratch / "damaged")
+        undisturbed = Undisturbed(scratch, scratch / "data", set()), Undisturbed(scratch, scratch / "damaged", bad)
         for seed in range(options.seed, options.seed + options.trials):
-            outcomes.append(trial(seed, scratch, scratch / "data", undisturbed))
+            outcomes.append(trial(seed, scratch, undisturbed[seed % 2]))
             print(line(outcomes[-1]), flush=True)
     if options.out:
         write(options.out, outcomes)
@@ -272,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def line(outcome: Outcome) -> str:
     """One trial in one line."""
-    kind = "bitwise" if outcome.bitwise else "rounding"
+    kind = ("bitwise" if outcome.bitwise else "rounding") + (", damaged shards" if outcome.damaged else "")
     verdict = "; ".join(outcome.problems) or f"ok ({kind})"
     return (
         f"seed {outcome.seed}  {outcome.seconds:5.1f} s  ranks {outcome.worlds}  {', '.join(outcome.kills)}  {verdict}"
@@ -287,7 +326,8 @@ def summary(outcomes: list[Outcome], good: int) -> str:
     return (
         f"{good} of {len(outcomes)} trials right: {kills} kills ({stops} of them SIGSTOP), "
         f"{sum(len(outcome.worlds) for outcome in outcomes)} launches, {bitwise} trials to the last bit, "
-        f"{len(outcomes) - bitwise} within rounding; {sum(outcome.seconds for outcome in outcomes):.0f} s"
+        f"{len(outcomes) - bitwise} within rounding, {sum(outcome.damaged for outcome in outcomes)} on damaged shards; "
+        f"{sum(outcome.seconds for outcome in outcomes):.0f} s"
     )
 
 
@@ -296,7 +336,9 @@ def write(path: Path, outcomes: list[Outcome]) -> None:
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["seed", "right", "comparison", "ranks", "kills", "seconds", "date", "machine", "commit"])
+        rows.writerow(
+            ["seed", "right", "comparison", "shards", "ranks", "kills", "seconds", "date", "machine", "commit"]
+        )
         about = [date.today().isoformat(), f"{platform.machine()} {os.cpu_count()} cores", commit.stdout.strip()]
         for outcome in outcomes:
             rows.writerow(
@@ -304,6 +346,7 @@ def write(path: Path, outcomes: list[Outcome]) -> None:
                     outcome.seed,
                     "no: " + "; ".join(outcome.problems) if outcome.problems else "yes",
                     "bits" if outcome.bitwise else "rounding",
+                    "damaged" if outcome.damaged else "whole",
                     " ".join(map(str, outcome.worlds)),
                     "; ".join(outcome.kills),
                     f"{outcome.seconds:.1f}",

@@ -15,8 +15,8 @@ from exlm_dist.checkpoint.reader import TOKENIZER_FOLDER, read_config, step_of
 from exlm_dist.config import RunConfig
 from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.loader import eval_batches
+from exlm_dist.data.opening import open_dataset
 from exlm_dist.data.recipe import Recipe
-from exlm_dist.data.shards import ShardDataset
 from exlm_dist.evaluation.masked_lm import check_tokenizer
 from exlm_dist.inference.loading import load_model
 from exlm_dist.kernels.dag import dag_best_path, dag_posteriors
@@ -63,7 +63,7 @@ def inspect_checkpoint(
         return config, step_of(folder), []
     tokenizer = load_tokenizer(Path(folder) / TOKENIZER_FOLDER)
     data = Path(data if data is not None else config.data.path)
-    dataset = ShardDataset.open(data, "valid")
+    dataset = open_dataset(data, "valid")
     check_tokenizer(tokenizer, folder, dataset, data)
     model = load_model(folder, config, tokenizer)
     recipe = replace(Recipe.for_evaluation(config, tokenizer.vocab_size), micro=POOL, bucket=1)

@@ -12,9 +12,9 @@ from exlm_dist.config import RunConfig
 from exlm_dist.config.ratios import describe_masking
 from exlm_dist.data.expansion import expanded_lengths
 from exlm_dist.data.masking import sample_keys
+from exlm_dist.data.opening import open_dataset
 from exlm_dist.data.order import Order
 from exlm_dist.data.recipe import Recipe
-from exlm_dist.data.shards import ShardDataset
 from exlm_dist.evaluation.history import History
 
 #: Sequences that are counted, in training order.
@@ -37,7 +37,7 @@ class Lengths:
 
 def training_lengths(config: RunConfig, sequences: int = SEQUENCES) -> Lengths:
     """Lengths of the first sequences that training sees, masked as in its first step; DataError if there is no data."""
-    dataset = ShardDataset.open(Path(config.data.path), "train")
+    dataset = open_dataset(Path(config.data.path), "train")
     count = min(sequences, max(len(dataset), config.batch.sequences))
     epochs, samples = Order.of(config.data, config.seed, len(dataset)).at(np.arange(count))
     payload = dataset.lengths[samples].astype(np.int64) * config.masking.copies

@@ -14,13 +14,13 @@ import traceback
 from collections.abc import Sequence
 
 from exlm_dist import __version__
-from exlm_dist.cli import conversions, evaluate, finetune, inference, prepare, results, settings, train
+from exlm_dist.cli import conversions, data, evaluate, finetune, inference, prepare, results, settings, train
 from exlm_dist.utils.errors import EXIT_USAGE, UserError, leave_message
 from exlm_dist.utils.logs import configure_logging
 from exlm_dist.utils.search_path import shield_children
 
 #: In the order of `exlm --help`.
-GROUPS = (prepare, train, inference, finetune, evaluate, results, conversions, settings)
+GROUPS = (prepare, data, train, inference, finetune, evaluate, results, conversions, settings)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ RESUMABLE = (
     "data.path",
     "data.bucket",
     "data.prefetch",
+    "data.workers",
     "data.max_bad_records",
     "batch.micro",
     "loss.max_invalid",

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from exlm_dist.config.setting_types import AutoCount, AutoSteps, Section, UserPath, renamed_backend
+from exlm_dist.config.setting_types import AutoCount, AutoSteps, RunName, Section, UserPath, renamed_backend
 
 #: Width and floor of each prior over jumps where they are 0.
 JUMP_SHAPES = {"gaussian": (1.0, 8.0), "laplace": (1.0, 8.0), "group": (0.125, 12.0)}
@@ -20,7 +20,9 @@ _DENSE = {"objective": "exlm", "transitions": "dense"}
 class DataConfig(Section):
     """Where the prepared shards are and how they are read."""
 
-    path: UserPath = Field(description="Folder written by `exlm prepare`: shards, index, tokenizer, manifest.")
+    path: UserPath = Field(
+        description="Folder written by `exlm prepare` or `exlm data index`: manifest, tokenizer, index, shards; or its address (http, s3, gs, hf)."
+    )
     bucket: int = Field(
         1,
         ge=1,
@@ -28,6 +30,12 @@ class DataConfig(Section):
     )
     prefetch: int = Field(
         2, ge=0, le=64, description="Global steps packed ahead by a background thread; 0 packs in the training thread."
+    )
+    workers: int = Field(
+        2,
+        ge=0,
+        le=64,
+        description="Processes of each rank that read and tokenize shards of `exlm data index`; 0 does it in the background thread. Prepared shards need none.",
     )
     shuffle: Literal["full", "windows"] = Field(
         "full",
@@ -355,7 +363,7 @@ class WatchdogConfig(Section):
 class RunConfig(Section):
     """One run: everything that decides what it computes and where it is stored."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
+    name: RunName = Field(description="Name of the run and of its folder.")
     runs: UserPath = Field("runs", description="Folder of the run folders.")
     seed: int = Field(0, ge=0, lt=2**63, description="Decides initial weights, sample order, masks and dropout.")
     init: UserPath = Field(

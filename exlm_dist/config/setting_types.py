@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PlainValidator
@@ -32,7 +33,17 @@ def renamed_backend(value: object) -> object:
     return "torch" if value == "reference" else value
 
 
+def is_run_name(name: str) -> str:
+    """`name`, if a folder on any system can be called so (100 characters leave room for what is added)."""
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        return name
+    raise PydanticCustomError(
+        "run_name", "Input should be up to 100 letters, digits, '.', '_' and '-', the first a letter or a digit"
+    )
+
+
 #: A path of the file system, a leading `~` expanded.
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+RunName = Annotated[str, AfterValidator(is_run_name)]
 AutoCount = Annotated[Literal["auto"] | int, PlainValidator(FromAuto(1))]
 AutoSteps = Annotated[Literal["auto"] | int, PlainValidator(FromAuto(0))]

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from exlm_dist.data.mirror import data_folder
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.files import fingerprint_of
 
@@ -17,6 +18,8 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 QUARANTINE = "quarantine.tsv"
+#: What the shards of a folder hold: token ids that were prepared, or the members of shards that others wrote.
+TOKENS, MEMBERS = "tokens", "members"
 SPLITS = ("train", "valid")
 
 
@@ -38,6 +41,11 @@ class ShardEntry:
         return asdict(self)
 
 
+def form_of(manifest: dict[str, Any]) -> str:
+    """TOKENS or MEMBERS."""
+    return str(manifest.get("form", TOKENS))
+
+
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     """`manifest` with the fingerprint of everything else in it."""
     content = {key: value for key, value in manifest.items() if key != "fingerprint"}
@@ -45,10 +53,12 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder; DataError if it is missing, of another version, or altered."""
-    path = Path(folder) / MANIFEST
+    """The manifest of a prepared folder, here or behind an address; DataError if it is missing, of another version, or
+    altered."""
+    folder = data_folder(folder)
+    path = folder / MANIFEST
     if not path.is_file():
-        raise DataError(_missing(Path(folder)))
+        raise DataError(_missing(folder))
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -65,7 +75,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _missing(folder: Path) -> str:
-    hint = "Write it with `exlm prepare smiles|text --input FILE --out FOLDER`."
+    hint = (
+        "Write it with `exlm prepare smiles|text --input FILE --out FOLDER`, or of WebDataset shards `exlm data index`."
+    )
     if not folder.exists():
         return f"{folder}: no such folder of prepared data. {hint}"
     return f"{folder}: has no {MANIFEST}, so it is not a (finished) folder of prepared data. {hint}"

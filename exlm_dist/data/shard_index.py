@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from exlm_dist.data.manifest import MANIFEST
+from exlm_dist.data.mirror import local_shard
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.files import sha256_file
 
@@ -32,12 +33,14 @@ class ShardIndex:
         self.lengths = Lengths(self)
 
     def verify(self, part: int, parts: int) -> None:
-        """Check sizes of shards and index files, and hashes of index files, of every `parts`-th shard from `part` on.
+        """Check sizes of local shards and index files, and hashes of index files, of every `parts`-th
+        shard from `part` on.
 
         DataError for the first that is missing or not as the manifest says.
         """
         for shard in self._shards[part::parts]:
-            _check_size(self._folder / shard["name"], shard["size"])
+            if (local := local_shard(self._folder, shard["name"])) is not None:
+                _check_size(local, shard["size"])
             _check_size(path := self._folder / shard["index"], shard["index_size"])
             if (digest := sha256_file(path)) != shard["index_sha256"]:
                 raise DataError(f"{path}: sha256 {digest}, expected {shard['index_sha256']} (damaged). {AGAIN}")
@@ -47,7 +50,7 @@ class ShardIndex:
         return int(np.searchsorted(self.starts, sample, side="right")) - 1
 
     def rows(self, shard: int) -> np.ndarray:
-        """The index of a shard, mapped: a structured array with a row (offset, length, crc) for each sample."""
+        """The index of a shard, mapped: a structured array with a row (offset, length, crc, ...) for each sample."""
         if shard not in self._maps:
             path = self._folder / self._shards[shard]["index"]
             try:

@@ -8,24 +8,26 @@ and tar readers mistake many kinds of damage for the end of the archive, so the 
 
 from __future__ import annotations
 
-import os
 import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from exlm_dist.data.manifest import SPLITS, TOKENIZER, read_manifest
+from exlm_dist.data.manifest import SPLITS, TOKENIZER, TOKENS, form_of, read_manifest
+from exlm_dist.data.mirror import data_folder, shard_root
+from exlm_dist.data.shard_files import open_shards
 from exlm_dist.data.shard_index import ShardIndex
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.logs import get_logger
-from exlm_dist.utils.outputs import user_path
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc", "<u4")])
-OPEN_FILES = 128
 #: A range of a shard: its first byte, and its content.
 Piece = tuple[int, memoryview]
 _log = get_logger(__name__)
@@ -55,6 +57,8 @@ class ShardDataset:
     on the data, and on every size that follows from the lengths, without communication. Thread-safe.
     """
 
+    form = TOKENS
+
     def __init__(self, folder: Path, split: str, manifest: dict, max_bad_records: float, block: int, kept_blocks: int):
         self.path, self.split, self.manifest = folder, split, manifest
         self.fingerprint: str = manifest["fingerprint"]
@@ -71,7 +75,7 @@ class ShardDataset:
         self._shards = manifest["splits"][split]["shards"]
         self._block, self._kept_blocks = block, kept_blocks
         self._pieces: dict[tuple[int, int], Piece] = {}  # by shard and block, the longest in memory first
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files = open_shards(shard_root(folder), self._shards)
         self._lock = threading.Lock()
 
     @classmethod
@@ -84,7 +88,7 @@ class ShardDataset:
         block: int = 0,
         kept_blocks: int = 0,
         part: tuple[int, int] = (0, 1),
-    ) -> ShardDataset:
+    ) -> Self:
         """Open `split` ('train' or 'valid') of the prepared folder `path`.
 
         Checks the manifest, the size of every shard and the hash of every index (DataError); the payload is checked as
@@ -94,8 +98,10 @@ class ShardDataset:
         memory: for an order in windows (`order.py`), which needs two windows of them. Without it each sample is read
         for itself.
         """
-        folder = user_path(path)
+        folder = data_folder(path)
         manifest = read_manifest(folder)
+        if form_of(manifest) != cls.form:
+            raise ValueError(f"{folder} holds {form_of(manifest)}: open it with `open_dataset`")
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is none of {SPLITS}")
         if not manifest["splits"][split]["shards"]:
@@ -116,11 +122,8 @@ class ShardDataset:
         ids = np.asarray(ids, dtype=np.int64)
         if len(ids) and (ids.min() < 0 or ids.max() >= len(self)):
             raise IndexError(f"sample ids {ids.min()}..{ids.max()} outside [0, {len(self)})")
-        payloads: list[bytes | memoryview] = [b""] * len(ids)
-        lengths = np.empty(len(ids), np.int64)
         with self._lock:
-            for shard, where in self.index.groups(ids):
-                lengths[where] = self._read_shard(shard, ids[where], where, payloads)
+            payloads, lengths = self._payloads(ids)
         return np.frombuffer(b"".join(payloads), dtype=self._dtype).astype(np.int32), lengths
 
     def preload(self, blocks: list[int]) -> None:
@@ -130,15 +133,38 @@ class ShardDataset:
                 first = block * self._block
                 last = min(first + self._block, len(self)) - 1
                 for shard in range(self.index.shard_of(first), self.index.shard_of(last) + 1):
-                    piece = self._piece(shard, block)
-                    del self._pieces[shard, block]
-                    self._pieces[shard, block] = piece  # the last of those that make room
+                    self._preload_piece(shard, block)
+
+    @property
+    def retries(self) -> int:
+        """How often something was read again."""
+        return self._files.retries
+
+    def record(self, sample: int) -> tuple[int, np.void]:
+        """The shard of a sample, and its row in the index of that."""
+        return self.index.shard_of(sample), self.index.record(sample)
+
+    def place(self, shard: int) -> str:
+        """Path or address of a shard."""
+        return self._files.place(shard)
+
+    def raw(self, sample: int) -> tuple[bytes, int, int]:
+        """The ids of a sample as bytes, read anew: (content, crc32 expected, crc32 got or -1 if bytes are missing)."""
+        with self._lock:
+            return self._attempt(sample)
 
     def close(self) -> None:
         """Close the shard files; reading again reopens them."""
         with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
+            self._files.close()
+
+    def _payloads(self, ids: np.ndarray) -> tuple[list[bytes | memoryview], np.ndarray]:
+        """Token ids of the samples `ids` [m] as bytes, and the lengths int64 [m]."""
+        payloads: list[bytes | memoryview] = [b""] * len(ids)
+        lengths = np.empty(len(ids), np.int64)
+        for shard, where in self.index.groups(ids):
+            lengths[where] = self._read_shard(shard, ids[where], where, payloads)
+        return payloads, lengths
 
     def _read_shard(
         self, shard: int, ids: np.ndarray, rows: np.ndarray, payloads: list[bytes | memoryview]
@@ -146,7 +172,7 @@ class ShardDataset:
         """Read the samples `ids` (ascending) of one shard into `payloads[rows]`; their lengths."""
         records = self.index.rows(shard)[ids - self.index.starts[shard]]
         sizes = records["length"].astype(np.int64) * self._dtype.itemsize
-        contents = self._contents(shard, ids, records["offset"].tolist(), sizes.tolist())
+        contents = self._contents(shard, ids, records["offset"].astype(np.int64), sizes)
         crc32 = zlib.crc32
         wrong = []
         for row, size, crc, content in zip(rows.tolist(), sizes.tolist(), records["crc"].tolist(), contents):
@@ -160,68 +186,65 @@ class ShardDataset:
         return records["length"]
 
     def _contents(
-        self, shard: int, ids: np.ndarray, offsets: list[int], sizes: list[int]
+        self, shard: int, ids: np.ndarray, offsets: np.ndarray, sizes: np.ndarray
     ) -> Iterator[bytes | memoryview]:
         """The bytes at each offset of a shard, as many as there are up to each size."""
         if not self._block:
-            handle, pread = self._handle(shard), os.pread
-            for offset, size in zip(offsets, sizes):
-                yield pread(handle, size, offset)
+            self._files.expect(shard, offsets, sizes)
+            read = self._files.reader(shard)
+            for offset, size in zip(offsets.tolist(), sizes.tolist()):
+                yield read(size, offset)
             return
-        for block, offset, size in zip((ids // self._block).tolist(), offsets, sizes):
+        for block, offset, size in zip((ids // self._block).tolist(), offsets.tolist(), sizes.tolist()):
             start, content = self._piece(shard, block)
             yield content[offset - start : offset - start + size]
 
     def _piece(self, shard: int, block: int) -> Piece:
-        """What one shard has of a block, from memory or else from the disk."""
+        """What one shard has of a block, from memory or else from its file."""
         if (shard, block) not in self._pieces:
             self._pieces[shard, block] = self._read_piece(shard, block)
         return self._pieces[shard, block]
 
+    def _preload_piece(self, shard: int, block: int) -> None:
+        piece = self._piece(shard, block)
+        del self._pieces[shard, block]
+        self._pieces[shard, block] = piece  # the last of those that make room
+
+    def _rows_of(self, shard: int, block: int) -> np.ndarray:
+        """The rows of the index that one shard has of a block."""
+        start, end = self.index.starts[shard : shard + 2].tolist()
+        first, stop = max(block * self._block, start), min((block + 1) * self._block, end)
+        return self.index.rows(shard)[first - start : stop - start]
+
     def _read_piece(self, shard: int, block: int) -> Piece:
         """Read what one shard has of a block, and make room for it."""
-        start, end = self.index.starts[shard : shard + 2].tolist()
-        first, last = max(block * self._block, start), min((block + 1) * self._block, end) - 1
-        rows = self.index.rows(shard)
-        begin, tail = int(rows[first - start]["offset"]), rows[last - start]
+        rows = self._rows_of(shard, block)
+        begin, tail = int(rows[0]["offset"]), rows[-1]
         size = int(tail["offset"]) + int(tail["length"]) * self._dtype.itemsize - begin
         while len(self._pieces) >= self._kept_blocks + len(self._shards):  # of some blocks two shards have a piece
             self._pieces.pop(next(iter(self._pieces)))
-        return begin, memoryview(os.pread(self._handle(shard), size, begin))
-
-    def _handle(self, shard: int) -> int:
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
-        if len(self._files) >= OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        path = self.path / self._shards[shard]["name"]
-        try:
-            self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be opened ({error.strerror}); it was there when the data was opened."
-            ) from error
-        return self._files[shard]
+        self._files.expect(shard, np.array([begin]), np.array([size]))
+        return begin, memoryview(self._files.reader(shard)(size, begin))
 
     def _attempt(self, sample: int) -> tuple[bytes, int, int]:
         """Reopen the file and read one record: (content, crc32 expected, crc32 got or -1 if bytes are missing)."""
-        shard, record = self.index.shard_of(sample), self.index.record(sample)
-        if shard in self._files:
-            os.close(self._files.pop(shard))
+        shard, record = self.record(sample)
         size = int(record["length"]) * self._dtype.itemsize
-        content = os.pread(self._handle(shard), size, int(record["offset"]))
+        self._files.forget(shard, int(record["offset"]), size)
+        content = self._files.reader(shard)(size, int(record["offset"]))
         return content, int(record["crc"]), zlib.crc32(content) if len(content) == size else -1
 
     def _replaced(self, sample: int) -> bytes:
         """What to use for a record whose checksum failed: the record itself if a second read of it is intact."""
         if sample in self._replacement:
             return self._replacement[sample]
+        shard, record = self.record(sample)
+        if self._block:
+            self._pieces.pop((shard, sample // self._block), None)  # it may be whole when it is read again
         content, expected, got = self._attempt(sample)
         if got == expected:
             return content
-        name = str(self.path / self._shards[self.index.shard_of(sample)]["name"])
-        offset = int(self.index.record(sample)["offset"])
+        name, offset = self.place(shard), int(record["offset"])
         substitute, content = self._substitute(sample)
         event = BadRecord(sample, name, offset, expected, got, substitute)
         self.bad_records.append(event)

@@ -21,6 +21,7 @@ from exlm_dist.checkpoint.tensors import BYTES_PER_PARAMETER
 from exlm_dist.config import check_init
 from exlm_dist.config.schema import RunConfig
 from exlm_dist.data.manifest import MANIFEST, read_manifest
+from exlm_dist.data.mirror import data_folder, local_shard
 from exlm_dist.doctor.findings import Finding, bad, doubtful, good
 from exlm_dist.launch.deadline import end_of_job
 from exlm_dist.utils.cores import available_cores
@@ -86,8 +87,8 @@ def check_initial_weights(config: RunConfig) -> Finding:
 def check_shards(config: RunConfig, seed: int = 0) -> list[Finding]:
     """Sizes of all shards and indices of the prepared data, and hashes of a few drawn with `seed`. DataError for a
     manifest that cannot be used."""
-    folder = Path(config.data.path)
-    remedy = f"Prepare or copy the data again, or set data.path (now {folder})."
+    folder = data_folder(config.data.path)
+    remedy = f"Prepare or copy the data again, or set data.path (now {config.data.path})."
     if not (folder / MANIFEST).is_file():
         return [bad("shards", f"{folder} has no {MANIFEST}", remedy)]
     manifest = read_manifest(folder)
@@ -100,7 +101,9 @@ def check_shards(config: RunConfig, seed: int = 0) -> list[Finding]:
                 (shard["name"], shard["size"], shard["sha256"]),
                 (shard["index"], shard["index_size"], shard["index_sha256"]),
             ):
-                path = folder / name
+                path = local_shard(folder, name) if name == shard["name"] else folder / name
+                if path is None:  # behind an address
+                    continue
                 if not path.is_file() or path.stat().st_size != size:
                     problems.append(f"{name} is missing or does not have {size} bytes")
                 elif shard in sampled:

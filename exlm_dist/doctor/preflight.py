@@ -10,6 +10,7 @@ import numpy as np
 from exlm_dist.checkpoint.tensors import BYTES_PER_PARAMETER
 from exlm_dist.config import RunConfig, check_init, check_vocabulary
 from exlm_dist.data.manifest import read_manifest
+from exlm_dist.data.mirror import data_folder, local_shard
 from exlm_dist.data.recipe import Recipe
 from exlm_dist.model.cost import count_parameters
 from exlm_dist.tracking.uri import tracking_uri
@@ -26,7 +27,7 @@ def check_run(config: RunConfig) -> None:
     check_init(config)
     manifest = read_manifest(Path(config.data.path))
     check_vocabulary(manifest["vocab_size"], config.parallel.tensor)
-    _check_shards(Path(config.data.path), manifest["splits"])
+    _check_shards(data_folder(config.data.path), manifest["splits"])
     if (histogram := manifest["splits"]["train"].get("length_histogram")) is not None:  # else the ranks read the index
         Recipe.of(config, manifest["vocab_size"]).check_lengths(config.masking.copies * (np.flatnonzero(histogram) - 2))
     checkpoints = Path(config.runs) / config.name / "checkpoints"
@@ -43,6 +44,8 @@ def check_run(config: RunConfig) -> None:
 def _check_shards(folder: Path, splits: dict) -> None:
     for split in splits.values():
         for shard in split["shards"]:
-            path = folder / shard["name"]
+            path = local_shard(folder, shard["name"])
+            if path is None:  # its size is checked with the first bytes that are read of it
+                continue
             if not path.is_file() or path.stat().st_size != shard["size"]:
                 raise DataError(f"{path}: missing, or not of {shard['size']} bytes. Copy or prepare the data again.")

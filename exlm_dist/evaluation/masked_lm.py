@@ -18,6 +18,7 @@ from exlm_dist.checkpoint.reader import (
 )
 from exlm_dist.config import RunConfig
 from exlm_dist.data.loader import eval_batches
+from exlm_dist.data.opening import open_dataset
 from exlm_dist.data.recipe import Dataset, Recipe
 from exlm_dist.data.repeated import with_copies
 from exlm_dist.data.shards import ShardDataset
@@ -128,7 +129,7 @@ def evaluate_checkpoint(
     config = _with_ratio(read_config(folder), mask_ratio)
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
     data = Path(data if data is not None else config.data.path)
-    dataset = ShardDataset.open(data, split, max_bad_records=config.data.max_bad_records)
+    dataset = open_dataset(data, split, max_bad_records=config.data.max_bad_records)
     check_tokenizer(tokenizer, folder, dataset, data)
     count, completed = _sizes(len(dataset), sequences, complete)
     chosen = choose_device(device)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from exlm_dist.config import RunConfig, check_init
 from exlm_dist.data.manifest import MANIFEST, read_manifest
+from exlm_dist.data.mirror import data_folder
 from exlm_dist.model.cost import count_parameters, flops_per_sequence
 from exlm_dist.planning.communication import GROUPS
 from exlm_dist.planning.hardware import Hardware
@@ -25,7 +26,7 @@ _SHORT = {"states and logits": "states", "activations": "activ."}
 def prepared_sizes(path: Path) -> tuple[int | None, int | None]:
     """(longest sequence, vocabulary size) of the prepared data in `path`; None for what its manifest does not say, or
     where there is none. DataError for a manifest that cannot be used."""
-    if not (path / MANIFEST).is_file():
+    if not (data_folder(path) / MANIFEST).is_file():
         return None, None
     content = read_manifest(path)
     return content.get("max_length"), content.get("vocab_size")

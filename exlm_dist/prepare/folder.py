@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from exlm_dist.data.manifest import MANIFEST, QUARANTINE, SCHEMA, SPLITS, TOKENIZER, read_manifest, sealed
-from exlm_dist.data.shards import ShardDataset
+from exlm_dist.data.opening import open_dataset
 from exlm_dist.prepare.shard_writer import ShardWriter
 from exlm_dist.prepare.summary import Summary
 from exlm_dist.tables.input_files import InputOptions, expand_inputs, resolved
@@ -219,7 +219,7 @@ def _reuse(out: Path, request: dict[str, Any]) -> Summary:
             "Choose another --out, or replace it with --overwrite."
         )
     for split in SPLITS:
-        ShardDataset.open(out, split).close()
+        open_dataset(out, split).close()
     _log.info("%s is already prepared from the same input and settings", out)
     return Summary(out, manifest, 0.0, reused=True)
 

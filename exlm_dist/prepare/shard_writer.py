@@ -120,7 +120,7 @@ class _OpenShard:
         os.fsync(self.file.fileno())
         self.file.close()
         rows = np.concatenate(self._rows)
-        content = _npy_bytes(rows)
+        content = npy_bytes(rows)
         with open(self._root / f"{self._stem}.idx.npy", "wb") as file:
             file.write(content)
             file.flush()
@@ -138,7 +138,7 @@ class _OpenShard:
 
     def _member(self, name: str, array: np.ndarray) -> int:
         """Append one member; byte offset of the array's first element in the tar."""
-        content = _npy_bytes(array)
+        content = npy_bytes(array)
         info = tarfile.TarInfo(name)
         info.size, info.mtime, info.mode = len(content), 0, 0o644
         self._put(info.tobuf(tarfile.USTAR_FORMAT))
@@ -153,7 +153,8 @@ class _OpenShard:
         self.position += len(content)
 
 
-def _npy_bytes(array: np.ndarray) -> bytes:
+def npy_bytes(array: np.ndarray) -> bytes:
+    """`array` as the content of a .npy file."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
     return buffer.getvalue()

@@ -176,7 +176,7 @@ class SmilesJob:
                     molecules.held_out = len(molecules.hashes)
         tally = molecules.tally
         if tally.done == tally.aside["empty"]:
-            raise DataError("all rows of the input are empty.")
+            raise DataError("all rows of the input are empty." if tally.done else "the input has no rows.")
         molecules.refuse_if_hopeless(1)
         if not molecules.hashes:
             row, reason = next(iter(tally.examples.values()))[0]

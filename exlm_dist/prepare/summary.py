@@ -63,7 +63,7 @@ class Summary:
                 )
             )
         lines.append(("fingerprint", self.manifest["fingerprint"][:16]))
-        if not self.reused:
+        if self.seconds and not self.reused:
             lines.append(("time", f"{self.seconds:.1f} s"))
         return lines
 
@@ -77,12 +77,18 @@ class Summary:
         statistics = self.manifest["statistics"]
         files = statistics.get("files", [])  # data prepared by earlier versions has no counts of files
         of_files = f" of {len(files):,} files" if len(files) > 1 else ""
+        if "members" in statistics:
+            aside = statistics["members_set_aside"]
+            others = f", set aside: {reasons(aside)}" if aside else ""
+            yield "members", f"{statistics['members']:,}, of which {statistics['members_used']:,} were read{others}"
         yield "read", f"{statistics['rows']:,} {statistics['unit']}{of_files}"
         if "kept" in statistics:
             documents = f", in {statistics['documents']:,} documents" if "documents" in statistics else ""
             yield "kept", f"{statistics['kept']:,}{documents}"
         if statistics["duplicates"]:
             yield "duplicates", f"{statistics['duplicates']:,} left out"
+        if repeated := statistics.get("repeated", 0):
+            yield "repeated", f"{repeated:,} of those kept are equal to an earlier one, and stay"
         aside = sum(self.quarantined.values())
         yield "set aside", f"{aside:,}" + (f" ({reasons(self.quarantined)}), see {QUARANTINE}" if aside else "")
         if len(files) > 1:

@@ -11,8 +11,8 @@ import numpy as np
 
 from exlm_dist.config import RunConfig, longest_expansion
 from exlm_dist.data.manifest import MANIFEST
+from exlm_dist.data.opening import open_dataset
 from exlm_dist.data.recipe import Dataset
-from exlm_dist.data.shards import ShardDataset
 from exlm_dist.inference.input_rows import InputRows
 from exlm_dist.inference.sequences import take_sequences
 from exlm_dist.tables.records import InputOptions
@@ -43,7 +43,7 @@ class MaskedSource:
         Rows get the numbers that they have among those that can be used."""
         if self.part == ROWS:
             return read_texts(self.path, self.column, tokenizer)
-        dataset = ShardDataset.open(self.path, self.part)
+        dataset = open_dataset(self.path, self.part)
         other = load_tokenizer(dataset.tokenizer_path).fingerprint
         if other != tokenizer.fingerprint:
             raise DataError(
@@ -100,7 +100,7 @@ def find_source(
             "was trained on is looked for from the folder in which the command is given)."
         )
     part = split or VALID
-    return MaskedSource(data, part, ShardDataset.open(data, part).fingerprint)
+    return MaskedSource(data, part, open_dataset(data, part).fingerprint)
 
 
 def read_texts(path: Path, column: str | None, tokenizer: Tokenizer) -> TextRows:

@@ -20,6 +20,7 @@ from typing import Any
 from exlm_dist.tables.columns import kind_of, kind_of_column, suggestion, unique_names
 from exlm_dist.tables.delimited import first_rows, width_without_header
 from exlm_dist.tables.json_lines import refuse_documents
+from exlm_dist.tables.other_formats import refuse_other_formats
 from exlm_dist.tables.text_files import COMPRESSED, encoding, open_text
 from exlm_dist.utils.errors import ConfigError, DataError
 from exlm_dist.utils.logs import get_logger
@@ -98,6 +99,7 @@ def expand_inputs(inputs: Sequence[str], options: InputOptions = InputOptions())
     for path in files:
         if path.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty.")
+        refuse_other_formats(path, options.format)
         if options.format is None:
             file_format(path)
     return list(files)

@@ -7,6 +7,7 @@ Names of metrics across the package (unit):
 `perf/tokens_per_second` (original tokens), `perf/expanded_tokens_per_second`, `perf/step_seconds`,
 `perf/wait_seconds` (for data, per step), `perf/padding_fraction`, `perf/memory_megabytes` (peak of the process or
 device), `progress/seconds` (training time so far, over all restarts), `progress/sequences`, `progress/tokens`,
+`data/bad_records` (damaged records that this launch has replaced, on all ranks), `data/retries` (reads again),
 `recheck/failed` (checks in which replicas differed so far; a point for every check).
 """
 

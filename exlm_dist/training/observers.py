@@ -18,6 +18,7 @@ from exlm_dist.config.schema import RunConfig
 from exlm_dist.parallel.process import Process
 from exlm_dist.tracking import EventLog
 from exlm_dist.training.advice import lower_rate
+from exlm_dist.training.damage_log import DamageLog
 from exlm_dist.training.step import StepResult
 from exlm_dist.utils.errors import RunStopped
 from exlm_dist.utils.logs import get_logger
@@ -45,10 +46,19 @@ class _Window:
 
 
 class Meter:
-    """Collects step results and reports them every `tracking.every` steps. `events`: on rank 0 only."""
+    """Collects step results and reports them every `tracking.every` steps. `events`: on rank 0 only; `damage`: on one
+    rank of each replica."""
 
-    def __init__(self, config: RunConfig, process: Process, events: EventLog | None, progress: Progress) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        process: Process,
+        events: EventLog | None,
+        progress: Progress,
+        damage: DamageLog | None = None,
+    ) -> None:
         self.config, self.process, self.events, self.progress = config, process, events, progress
+        self._damage = damage
         self._window = _Window()
         self._unjudged: list[StepResult] = []
         self._mark = time.perf_counter()
@@ -108,6 +118,7 @@ class Meter:
             wait,
             sum(step.padding_fraction for step in window.steps),
             peak_memory(self.process.device),
+            *(self._damage.counts() if self._damage else (0.0, 0.0)),
         ]
 
     def _log(self, window: _Window, every: torch.Tensor, invalid: int) -> None:
@@ -127,6 +138,8 @@ class Meter:
             "perf/wait_seconds": float(every[:, 4].max()) / steps,
             "perf/padding_fraction": float(every[:, 5].mean()) / steps,
             "perf/memory_megabytes": float(every[:, 6].max()),
+            "data/bad_records": float(every[:, 7].sum()),
+            "data/retries": float(every[:, 8].sum()),
             "progress/seconds": self.progress.seconds,
             "progress/sequences": self.progress.sequences,
             "progress/tokens": self.progress.tokens,
@@ -175,7 +188,7 @@ class Meter:
 
 
 #: Numbers of `Meter._numbers`.
-_NUMBERS = 7
+_NUMBERS = 9
 
 
 def peak_memory(device: torch.device) -> float:

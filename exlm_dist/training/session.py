@@ -20,6 +20,7 @@ from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.tracking import CHANGES, EVENTS, EventLog, Tracker
 from exlm_dist.training.changes import describe
 from exlm_dist.training.checkpointer import Checkpointer
+from exlm_dist.training.damage_log import DamageLog
 from exlm_dist.training.engine import build_engine
 from exlm_dist.training.engine import state as engine_state
 from exlm_dist.training.engine.base import Engine
@@ -107,7 +108,11 @@ def build_session(config: RunConfig, process: Process, start: StartingPoint, res
     if config.tracking.samples and process.grid.reports_metrics:
         samples = SampleLog(start.path, process.grid.data.rank, process.grid.data.size, anew=start.step == 0)
         resources.callback(samples.close)
-    meter = Meter(config, process, events, Progress(**start.state["progress"]))
+    damage = None
+    if process.grid.reports_metrics:
+        datasets = [data for data in (start.train_data, start.valid_data) if data is not None]
+        damage = DamageLog(start.path, process.grid.data.rank, datasets)
+    meter = Meter(config, process, events, Progress(**start.state["progress"]), damage)
     checkpointer = Checkpointer(config, process, start, engine, saver, meter, init)
     evaluation = start.state.get("evaluation")
     if start.checkpoint is not None:

@@ -11,6 +11,7 @@ from exlm_dist.checkpoint import reader, storage
 from exlm_dist.checkpoint.hf_export import is_export
 from exlm_dist.checkpoint.weights_only import describe_origin
 from exlm_dist.config import RunConfig, check_vocabulary, check_world
+from exlm_dist.data.opening import open_dataset
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.launch import heartbeat
 from exlm_dist.parallel.process import Process, node_part
@@ -60,9 +61,11 @@ def find_starting_point(
     process.run_everywhere(lambda: _check_settings(config, process))
     path = Path(process.run_on_first_rank(lambda: _open_folder(config, resources)))
     train_data = process.run_everywhere(lambda: _open_split(config, process, "train"))
+    resources.callback(train_data.close)
     valid_data = None
     if train_data.manifest["splits"]["valid"]["shards"]:
         valid_data = process.run_everywhere(lambda: _open_split(config, process, "valid"))
+        resources.callback(valid_data.close)
     check_vocabulary(train_data.vocab_size, config.parallel.tensor)
     heartbeat.enter("start/checkpoint")
     folder, state = select_checkpoint(path, process) or (None, {"step": 0, "progress": {}})
@@ -146,15 +149,15 @@ def _open_folder(config: RunConfig, resources: Resources) -> str:
 
 
 def _open_split(config: RunConfig, process: Process, split: str) -> ShardDataset:
-    data = config.data
-    in_blocks = split == "train" and data.shuffle == "windows"
-    return ShardDataset.open(
+    data, is_train = config.data, split == "train"
+    return open_dataset(
         data.path,
         split,
         max_bad_records=data.max_bad_records,
-        block=data.block if in_blocks else 0,
+        block=data.block if is_train and data.shuffle == "windows" else 0,
         kept_blocks=2 * data.window,
         part=node_part(process.local_rank),
+        workers=data.workers if is_train else 0,
     )
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from typing import TypeVar
 
-from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.errors import EXIT_RETRY, DataError
 from exlm_dist.utils.signals import die_with_parent
 
 Item = TypeVar("Item")
@@ -45,6 +46,38 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
         raise DataError("a worker process died (killed for memory?). Use fewer --workers, or free memory.") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class WorkerLost(DataError):
+    """A worker process that died or hangs; a later start may succeed."""
+
+    exit_code = EXIT_RETRY
+
+
+class WorkerPool:
+    """Worker processes that stay, for the short tasks of a process that goes on. They end with the thread that makes
+    the pool."""
+
+    def __init__(self, workers: int):
+        self.workers = workers
+        self._pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
+        self._started = _submit(self._pool, abs, 0)
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item], seconds: float) -> list[Result]:
+        """`function` (picklable) of every item, in order. WorkerLost if a worker died or none answers in time."""
+        try:
+            self._started.result(seconds)
+            return list(self._pool.map(function, items, timeout=seconds))
+        except BrokenProcessPool as error:
+            raise WorkerLost("a worker process that reads data died (killed for memory?). Start again.") from error
+        except TimeoutError as error:
+            raise WorkerLost(f"the worker processes that read data gave nothing within {seconds:g} s.") from error
+
+    def close(self, limit: float = 10.0) -> None:
+        """End the workers, for which it waits at most `limit` seconds; they never keep the process alive."""
+        ending = threading.Thread(target=self._pool.shutdown, kwargs={"cancel_futures": True}, daemon=True)
+        ending.start()
+        ending.join(limit)
 
 
 def _begin() -> None:

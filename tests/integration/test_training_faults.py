@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from made_run import make_data
 from parallel.harness import RankFailed, run_processes
+from prepared_folder import overwrite
 from training_runs import _before_step, _train, final_hashes, log_of, tiny, train_on
 
 from exlm_dist.checkpoint import reader
 from exlm_dist.config import RunConfig
-from exlm_dist.tracking import read_events
+from exlm_dist.data.shards import ShardDataset
+from exlm_dist.tracking import EVENTS, read_events
 from exlm_dist.training.run_folder import RunFolder
 from exlm_dist.utils.errors import EXIT_DATA, EXIT_DONE, EXIT_RETRY, EXIT_SAVED, EXIT_STOP, EXIT_USAGE
 
@@ -49,6 +51,29 @@ def flip_a_bit(path: Path, position: float = 0.5) -> None:
     content = bytearray(path.read_bytes())
     content[int(position * len(content))] ^= 0x10
     path.write_bytes(content)
+
+
+def test_damaged_records_are_replaced_alike_on_any_ranks_counted_and_listed(data, tmp_path):
+    damaged = Path(shutil.copytree(data, tmp_path / "data"))
+    train = ShardDataset.open(damaged, "train")
+    for sample in range(0, len(train), 3):
+        shard, record = train.record(sample)
+        overwrite(Path(train.place(shard)), int(record["offset"]), b"\xff")
+    train.close()
+    samples, counts = [], []
+    for world in (1, 2):
+        (tmp_path / str(world)).mkdir()
+        config = tiny(tmp_path / str(world), "damaged", damaged)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_records": 1.0})})
+        assert train_on(config, world) == [EXIT_DONE] * world
+        run = Path(config.runs) / config.name
+        metrics = [event["values"] for event in read_events(run / EVENTS) if event["kind"] == "metrics"]
+        counts.append([values["data/bad_records"] for values in metrics if "data/bad_records" in values])
+        tables = sorted((run / "quarantine").glob("rank-*.tsv"))
+        listed = [line.split("\t")[2] for path in tables for line in path.read_text().splitlines()[1:]]
+        assert len(tables) == world and counts[-1] == sorted(counts[-1]) and counts[-1][-1] == len(listed) > world
+        samples.append(set(listed))
+    assert samples[0] == samples[1]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path):

@@ -63,6 +63,8 @@ SEAMS = {
     "deepspeed": ("parallel/pipeline.py", "training/engine/"),
     "triton": ("kernels/",),
     "webdataset": ("data/",),
+    "braceexpand": ("data/shard_patterns.py",),
+    "fsspec": ("data/remote.py",),
     "mlflow": ("tracking/",),
     "transformers": ("export/",),
     "rdkit": ("tokenizers/molecules.py", "prepare/", "evaluation/", "analysis/"),

@@ -107,6 +107,11 @@ def test_a_name_that_looks_like_something_else_is_text(name, write):
     assert load_config(write(MINIMAL), ["--name", name, "--budget", f'"{name}"']) == config
 
 
+@pytest.mark.parametrize("name", ["my run", "../x", "a/b", ".", "", "-x", "x" * 101, "ü", "a\n"])
+def test_a_name_that_is_no_name_of_a_folder(write, name):
+    assert "up to 100 letters, digits" in failure(write(MINIMAL), "--name", f"{name!r}")
+
+
 def test_text_that_is_missing_or_empty(write):
     assert "should be a valid string" in failure(write(MINIMAL.replace("name: run", "name:")))
     assert load_config(write(MINIMAL + "budget: x\n"), ["--budget", ""]).budget == ""

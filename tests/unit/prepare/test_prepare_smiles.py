@@ -156,7 +156,8 @@ def test_hopeless_input_is_refused_early(tmp_path: Path, monkeypatch: pytest.Mon
     ("rows", "settings", "message"),
     [
         (["CCO"], {}, r"1 usable sequence\(s\): at least 2"),
-        ([""], {}, "all rows of the input are empty"),
+        ([""], {}, "the input has no rows"),
+        (["", "  "], {}, "the input has no rows"),
         (
             ["CCCCCCCC", "CCCCCCCCC"],
             {"max_length": 5},

@@ -1,0 +1,124 @@
+"""Shards that others wrote, read by an index of their records and tokenized on the way.
+
+To all that reads it this is a `ShardDataset`: the same order, masks and packing, the same checks and replacements.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exlm_dist.data.manifest import MEMBERS, TOKENIZER, read_manifest
+from exlm_dist.data.record_tokens import encoder_of
+from exlm_dist.data.shards import ShardDataset
+from exlm_dist.utils.workers import WorkerPool
+
+#: Seconds that the reading of a few hundred sequences may take, all attempts over a network included.
+PATIENCE = 500.0
+#: Sequences below which a worker process would cost more than it saves.
+FEWEST = 32
+
+
+class IndexedDataset(ShardDataset):
+    """One split of a folder of `exlm data index`. A record is its bytes in the tar until its crc32 is right, then token
+    ids; what stands in for a damaged one is chosen by lengths in tokens, as for prepared shards."""
+
+    form = MEMBERS
+
+    def __init__(
+        self, folder: Path, split: str, manifest: dict[str, Any], max_bad_records: float, block: int, kept_blocks: int
+    ):
+        super().__init__(folder, split, manifest, max_bad_records, block, kept_blocks)
+        self._encoder = encoder_of(str(folder / TOKENIZER), manifest["field"], self.max_length - 2)
+        self._workers: WorkerPool | None = None
+        self._retries_of_workers = 0
+
+    def tokenize_in(self, workers: int) -> None:
+        """From now on read and tokenize in so many processes; call it in the main thread, with which they end."""
+        if workers:
+            self._workers = WorkerPool(workers)
+
+    @property
+    def retries(self) -> int:
+        """How often something was read again, by workers too."""
+        return super().retries + self._retries_of_workers
+
+    def close(self) -> None:
+        """Close the shard files and end the workers."""
+        super().close()
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
+
+    def read_whole(self, ids: np.ndarray) -> list[bytes | None]:
+        """Token ids of the samples `ids` as bytes, of the type in which they are stored; None for a damaged one."""
+        payloads: list[bytes | None] = [None] * len(ids)
+        for shard, rows in self.index.groups(ids):
+            self._read_records(shard, ids[rows], rows, payloads)
+        return payloads
+
+    def _preload_piece(self, shard: int, block: int) -> None:
+        """Fetch what is behind an address. Nothing is kept in memory: between records a tar has what is never read."""
+        rows = self._rows_of(shard, block)
+        self._files.expect(shard, rows["offset"].astype(np.int64), rows["size"].astype(np.int64))
+
+    def _payloads(self, ids: np.ndarray) -> tuple[list[bytes | memoryview], np.ndarray]:
+        pool = self._workers
+        if pool is None or len(ids) < 2 * FEWEST:
+            found = self.read_whole(ids)
+        else:
+            found = [None] * len(ids)
+            order = np.argsort(ids, kind="stable")
+            parts = np.array_split(order, min(pool.workers, len(ids) // FEWEST))
+            read = functools.partial(_read_in_worker, str(self.path), self.split)
+            for rows, (payloads, retries) in zip(parts, pool.map(read, [ids[rows] for rows in parts], PATIENCE)):
+                self._retries_of_workers += retries
+                for row, payload in zip(rows.tolist(), payloads):
+                    found[row] = payload
+        whole: list[bytes | memoryview] = [
+            self._replaced(sample) if payload is None else payload for sample, payload in zip(ids.tolist(), found)
+        ]
+        return whole, self.lengths[ids].astype(np.int64)
+
+    def _read_records(self, shard: int, ids: np.ndarray, rows: np.ndarray, payloads: list[bytes | None]) -> None:
+        """Read the samples `ids` of one shard into `payloads[rows]`."""
+        records = self.index.rows(shard)[ids - self.index.starts[shard]]
+        offsets, sizes = records["offset"].astype(np.int64), records["size"].astype(np.int64)
+        self._files.expect(shard, offsets, sizes)
+        read, crc32 = self._files.reader(shard), zlib.crc32
+        contents = [read(size, offset) for size, offset in zip(sizes.tolist(), offsets.tolist())]
+        whole = np.array([crc32(content) for content in contents], np.uint32) == records["crc"]
+        whole &= np.array([len(content) for content in contents]) == sizes
+        good = np.flatnonzero(whole).tolist()
+        tokens = self._encoder.tokens(records[whole], [contents[i] for i in good])
+        for i, ids_of_one in zip(good, tokens):
+            payloads[rows[i]] = ids_of_one.astype(self._dtype).tobytes()
+
+    def _attempt(self, sample: int) -> tuple[bytes, int, int]:
+        """As in `ShardDataset`: the content is that of the tokens, the checksums are those of the record."""
+        shard, record = self.record(sample)
+        offset, size, expected = int(record["offset"]), int(record["size"]), int(record["crc"])
+        self._files.forget(shard, offset, size)
+        content = self._files.reader(shard)(size, offset)
+        got = zlib.crc32(content) if len(content) == size else -1
+        if got != expected:
+            return b"", expected, got
+        (tokens,) = self._encoder.tokens(self.index.rows(shard)[sample - self.index.starts[shard] :][:1], [content])
+        return tokens.astype(self._dtype).tobytes(), expected, got
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(folder: str, split: str) -> IndexedDataset:
+    path = Path(folder)  # the ranks of the node have checked it
+    return IndexedDataset(path, split, read_manifest(path), max_bad_records=1.0, block=0, kept_blocks=0)
+
+
+def _read_in_worker(folder: str, split: str, ids: np.ndarray) -> tuple[list[bytes | None], int]:
+    """In a worker process: `read_whole`, and how often it read again."""
+    dataset = _opened(folder, split)
+    before = dataset.retries
+    return dataset.read_whole(ids), dataset.retries - before

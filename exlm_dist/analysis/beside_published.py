@@ -10,7 +10,7 @@ from pathlib import Path
 from exlm_dist.analysis.published import PUBLISHED, Published
 from exlm_dist.evaluation.history import read_history
 from exlm_dist.suites.suite import OFFICIAL
-from exlm_dist.suites.suite_table import BASELINE_KINDS, Column, Entry, SuiteTable, best_entry
+from exlm_dist.suites.suite_table import Column, Entry, SuiteTable
 from exlm_dist.utils.errors import UserError
 
 
@@ -32,15 +32,14 @@ def tokens_seen(column: Column) -> float:
 
 
 def beside_published(table: SuiteTable) -> list[str]:
-    """A table of ours, the baseline and what is published, and the budgets; empty if nothing is published of the
+    """A table of ours, the baselines and what is published, and the budgets; empty if nothing is published of the
     tasks."""
     rows = [row for row in table.rows if published_of(table, row[0])]
     published = PUBLISHED.get(table.suite["suite"], ())
     columns = [column for column in table.shown if column.kind == "checkpoint"]
     if not rows or not columns:
         return []
-    baseline = [] if table.of.baseline is None else [f"better of the {table.of.baseline.name}"]
-    labels = [*(column.label for column in columns), *baseline, *(one.label for one in published)]
+    labels = [*(column.label for column in columns), *table.baselines, *(one.label for one in published)]
     split_apart = "" if table.of.splits == (OFFICIAL,) else ", and on a split of their own"
     lines = [
         "Not a reproduction: the published figures are from much more pretraining, on other molecules or texts, of a "
@@ -50,8 +49,7 @@ def beside_published(table: SuiteTable) -> list[str]:
     ]
     for task, split in rows:
         own = [_shown(table.entries.get((task, split, column.key))) for column in columns]
-        trees = [table.entries.get((task, split, one.key)) for one in table.columns if one.kind in BASELINE_KINDS]
-        own += [_shown(best_entry([entry for entry in trees if entry is not None])) for _ in baseline]
+        own += [_shown(table.best_of((task, split), trees)) for trees in table.baselines.values()]
         own += [f"*{one.scores[task]:.3f}*" if task in one.scores else "-" for one in published]
         lines.append(f"| {task} | {split} | {table.metric(task)} | {' | '.join(own)} |")
     return [*lines, "", *_budgets(columns, published)]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from exlm_dist.analysis.ablation import ablation
 from exlm_dist.analysis.curves import (
     plot_alignment_over_training,
     plot_optimisation,
@@ -19,7 +20,7 @@ from exlm_dist.analysis.inspection import inspect_checkpoint
 from exlm_dist.analysis.lengths import plot_lengths, training_lengths
 from exlm_dist.analysis.molecule_examples import plot_molecules
 from exlm_dist.analysis.state_graph import plot_alignment, plot_state_graph, plot_transitions
-from exlm_dist.analysis.suite_sections import judged_by_suites
+from exlm_dist.analysis.suite_sections import judged_by_suites, suite_tables
 from exlm_dist.checkpoint.reader import newest_checkpoint
 from exlm_dist.config import config_difference
 from exlm_dist.evaluation.compare import compare_histories
@@ -51,10 +52,14 @@ def run_report(runs: Sequence[Path], *, record: bool = True) -> Path:
     print(table, flush=True)
     plots = (plot_quality, plot_quality_by_compute, plot_optimisation, plot_throughput, plot_alignment_over_training)
     curves = [path for plot in plots if (path := plot(histories, folder)) is not None]
+    judged = suite_tables(histories)
+    ablated, bars = ablation(histories, judged, folder)
     figures, missing = _model_figures(histories, folder)
-    write_page(home / REPORT, _page(histories, table.markdown(), [*curves, *figures], missing, home))
+    drawn = [*([] if bars is None else [bars]), *curves, *figures]
+    page = _page(histories, table.markdown(), ablated, drawn, missing)
+    write_page(home / REPORT, "\n".join([page, *judged_by_suites(judged, home), _evaluations(histories)]))
     if record:
-        _record(home, [*curves, *figures])
+        _record(home, drawn)
     return home / REPORT
 
 
@@ -91,7 +96,7 @@ def _graphs(history: History, folder: Path) -> list[Path]:
     return [plot_transitions(inspections, folder, subtitle), plot_alignment(inspections, folder, subtitle), *graphs]
 
 
-def _page(histories: Sequence[History], table: str, figures: list[Path], missing: list[str], home: Path) -> str:
+def _page(histories: Sequence[History], table: str, ablated: list[str], figures: list[Path], missing: list[str]) -> str:
     names = ", ".join(history.name for history in histories)
     parts = [
         f"# {names}\n",
@@ -105,11 +110,11 @@ def _page(histories: Sequence[History], table: str, figures: list[Path], missing
         parts += ["## Settings that differ\n", _differences(histories)]
     if changes := [line for history in histories if (line := _changes(history))]:
         parts += ["## Settings changed during training\n", *changes]
+    if ablated:
+        parts += ["## Ablation\n", *ablated]
     parts += ["## Figures\n", *(f"![{path.stem.replace('_', ' ')}]({PLOTS}/{path.name})\n" for path in figures)]
     if missing:
         parts += ["## Not drawn\n", *(f"- {reason}\n" for reason in missing)]
-    parts += judged_by_suites(histories, home)
-    parts += ["## Evaluations of checkpoints\n", *(_evaluations(history) for history in histories)]
     return "\n".join(parts)
 
 
@@ -132,7 +137,11 @@ def _changes(history: History) -> str:
     return f"{history.name}: {said[-1]}\n" if said and said[-1] != "none" else ""
 
 
-def _evaluations(history: History) -> str:
+def _evaluations(histories: Sequence[History]) -> str:
+    return "\n".join(["## Evaluations of checkpoints\n", *map(_logged, histories)])
+
+
+def _logged(history: History) -> str:
     events = [
         event
         for event in read_events(history.folder / EVENTS)

@@ -13,20 +13,20 @@ from exlm_dist.analysis import style
 from exlm_dist.analysis.beside_published import published_of
 from exlm_dist.finetuning.finetune_settings import ERRORS
 from exlm_dist.suites.methods import RANDOM
-from exlm_dist.suites.suite_table import BASELINE_KINDS, Column, SuiteTable, best_entry
+from exlm_dist.suites.suite_table import BASELINE_KINDS, Column, SuiteTable
 
 ACROSS = 3
 
 
 def plot_split(table: SuiteTable, split: str, folder: Path) -> Path:
-    """A panel for each task: a dot for each method, and a line at the better one of the baselines."""
+    """A panel for each task: a dot for each method, and a line at the best one of the baselines."""
     tasks = [task for task, own in table.rows if own == split]
     across, down = min(ACROSS, len(tasks)), math.ceil(len(tasks) / ACROSS)
     height = 1.3 + down * (0.9 + 0.24 * len(_labels(table)))
     protocol = table.suite["protocol"]
     subtitle = f"{table.of.part} part, mean and sd over the seeds, protocol {protocol}"
-    if table.of.baseline is not None:
-        subtitle += f"; dashed: the better of the {table.of.baseline.name}"
+    if table.baselines:
+        subtitle += f"; dashed: the best without pretraining ({', '.join(table.baselines)})"
     if len(_labels(table)) > len(table.shown):
         subtitle += "; hollow diamonds: published, of a far larger budget"
     with style.figure(2.2 + 3.1 * across, height, f"{table.suite['suite']}, split {split}", subtitle) as made:
@@ -100,8 +100,7 @@ def _panel(axes: Axes, table: SuiteTable, task: str, split: str) -> None:
         )
     for place, (one, score) in enumerate(published_of(table, task), len(table.shown)):
         axes.plot(score, place, marker="D", color=_shade(one.objective), markerfacecolor="none", linestyle="none")
-    trees = [table.entries.get((task, split, one.key)) for one in table.shown if one.kind in BASELINE_KINDS]
-    best = best_entry([entry for entry in trees if entry is not None])
+    best = table.best_of((task, split), [column for columns in table.baselines.values() for column in columns])
     if best is not None:
         axes.axvline(best.best.mean, color=style.MUTED, linestyle="dashed", linewidth=1)
     labels = _labels(table)

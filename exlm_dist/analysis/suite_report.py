@@ -16,16 +16,7 @@ from exlm_dist.finetuning.finetune_settings import ERRORS
 from exlm_dist.suites.masked_cell import MASKED
 from exlm_dist.suites.methods import RANDOM
 from exlm_dist.suites.out_folder import read_suite
-from exlm_dist.suites.suite_table import (
-    BASELINE_KINDS,
-    Column,
-    Entry,
-    Score,
-    SuiteTable,
-    best_entry,
-    difference,
-    read_table,
-)
+from exlm_dist.suites.suite_table import Column, Entry, Score, SuiteTable, difference, read_table
 from exlm_dist.tables.table_writer import TableWriter
 from exlm_dist.utils.locks import lock
 
@@ -74,6 +65,12 @@ def _page(table: SuiteTable, figures: Sequence[Path]) -> str:
             "Linear: nothing is trained but a linear model on the embeddings, with the strength of regularisation that "
             "is the best on the validation part. That of a checkpoint has no randomness, hence no deviation.\n"
         )
+    if any(column.training == "frozen" for column in table.columns):
+        settings = ", ".join(f"{name} {value}" for name, value in table.of.probe.items() if name != "frozen")
+        parts.append(
+            "Frozen: the head alone is trained, on an encoder as pretraining has left it. What differs there from the "
+            f"protocol: {settings}.\n"
+        )
     for split in dict.fromkeys(split for _, split in table.rows):
         parts += [f"## Split: {split}\n", *score_rows(table, split), ""]
     if len(table.shown) < len(table.columns):
@@ -100,6 +97,8 @@ def score_rows(table: SuiteTable, split: str) -> list[str]:
             lines.append(f"| {name} | {metric} | {rows} | {' | '.join(_row_scores(table, task, split, own, metric))} |")
     if mean := _mean_row(table, split, tasks):
         lines.append(mean)
+    if constant := _constant(table, split, tasks):
+        lines.append(f"\nAlways the same answer reaches: {', '.join(constant)}.")
     return lines
 
 
@@ -116,6 +115,23 @@ def _row_scores(table: SuiteTable, task: str, split: str, part: str, metric: str
     means = [score.mean for score in scores if score is not None and not math.isnan(score.mean)]
     best = (min if metric in ERRORS else max)(means, default=math.nan)
     return ["-" if score is None else _bold(_score(score), score.mean == best) for score in scores]
+
+
+def _constant(table: SuiteTable, split: str, tasks: Sequence[str]) -> list[str]:
+    """What an answer that is always the same reaches: for each part and task whose accuracy the table shows the
+    commonest class of the training part, for questions that none has an answer."""
+    found = []
+    for task in tasks:
+        counts = table.tasks[task]["splits"][split]["counts"]
+        if table.of.task(task).kind == "answers":
+            (own,) = counts[table.of.part].values()
+            found.append(f"{task} {next(iter(own.values())) / sum(own.values()):.3f} (no answer)")
+        for part, metric in ((table.of.part, table.metric(task)), *table.of.task(task).also):
+            if metric == "accuracy":
+                (train,), (own,) = counts["train"].values(), counts[part].values()
+                fraction = own[max(train, key=lambda name: train[name])] / sum(own.values())
+                found.append(f"{task if part == table.of.part else f'{task} {part}'} {fraction:.3f} (commonest class)")
+    return found
 
 
 def _mean_row(table: SuiteTable, split: str, tasks: Sequence[str]) -> str:
@@ -152,7 +168,7 @@ def _gains(table: SuiteTable) -> list[str]:
                 lines.append(f"- **{_cell(column.label)}** against {name}: {said}.")
                 lines += [f"    - {text}" for text, _ in known]
     if not lines:
-        names = [RANDOM, *([table.of.baseline.name] if table.of.baseline else [])]
+        names = [RANDOM, *(one.name for one in table.of.baselines[:1])]
         return [f"Nothing to compare with: give {' and '.join(f'`{name}`' for name in names)} to `--checkpoint`."]
     return [
         f"Differences of the means on the {table.of.part} part, above 0 where the checkpoint is better, \u00b1 half of "
@@ -167,8 +183,7 @@ def _compared(
 ) -> tuple[str, str] | None:
     """(the difference in words, its verdict) of a row; None if there is nothing to compare."""
     own = table.entries.get((*row, column.key))
-    found = [table.entries.get((*row, rival.key)) for rival in rivals]
-    other = best_entry([entry for entry in found if entry is not None])
+    other = table.best_of(row, rivals)
     if own is None or other is None:
         return None
     gain = difference(own, other)
@@ -177,15 +192,14 @@ def _compared(
 
 
 def _rivals(table: SuiteTable, column: Column) -> dict[str, list[Column]]:
-    """What a checkpoint is compared with: initial weights of its shape, the baseline, and of ExLM the plain models; all
-    but the baseline trained as it is, frozen or not."""
-    baseline = table.of.baseline
+    """What a checkpoint is compared with: initial weights of its shape, the baselines, and of ExLM the plain models;
+    all but the baselines trained as it is, frozen or not."""
     alike = [one for one in table.shown if one.training == column.training]
     shape, exlm = column.checkpoint["shape"], column.checkpoint["objective"] == "exlm"
     plain = [one for one in alike if one.kind == "checkpoint" and one.checkpoint["objective"] != "exlm"]
     return {
         "random initial weights": [one for one in alike if one.kind == RANDOM and one.checkpoint["shape"] == shape],
-        baseline.name if baseline else "": [one for one in table.shown if one.kind in BASELINE_KINDS],
+        **table.baselines,
         "the plain masked language model": plain if exlm else [],
     }
 

@@ -25,7 +25,16 @@ MASKED = "masked"
 #: Options that the forms of the command have besides --data and --device.
 _OF_RUN = {"split", "sequences", "mask_ratio", "complete"}
 _OF_ALL_SUITES = {"checkpoint", "out", "tasks", "seeds", "jobs", "watch", "idle"}
-_OF_SUITE = _OF_ALL_SUITES | {"splits", "protocol", "grid", "frozen", "embed_once", "register"}
+_OF_SUITE = _OF_ALL_SUITES | {
+    "splits",
+    "protocol",
+    "grid",
+    "frozen",
+    "frozen_only",
+    "embed_once",
+    "register",
+    "chemprop",
+}
 _OF_MASKED = _OF_ALL_SUITES | {"split", "sequences", "complete", "ratios", "column"}
 
 
@@ -80,14 +89,14 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _add_suite(parser: argparse.ArgumentParser) -> None:
     splits = sorted({split for suite in SUITES.values() for split in suite.splits})
     protocols = sorted({protocol for suite in SUITES.values() for protocol in suite.protocols})
-    baselines = ", ".join(f"`{one.baseline.name}` of {one.name}" for one in SUITES.values() if one.baseline)
+    baselines = ", ".join(f"`{one.name}` of {suite.name}" for suite in SUITES.values() for one in suite.baselines)
     group = parser.add_argument_group(f"exlm evaluate SUITE (*: {MASKED} too)")
     group.add_argument(
         "--checkpoint",
         nargs="+",
         metavar="WHAT",
         help="* run folders (their newest checkpoint) and checkpoints; not of masked also `random`, initial weights of "
-        f"the same shapes, and the baseline of the suite ({baselines})",
+        f"the same shapes, and baselines of the suite ({baselines})",
     )
     group.add_argument("--out", type=user_path, metavar="FOLDER", help="* folder of the results and the report")
     group.add_argument(
@@ -107,11 +116,27 @@ def _add_suite(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--seeds", type=positive, help="* trainings of each cell of the table (default: 3); of the masks (default: 1)"
     )
+    _add_how(group)
+
+
+def _add_how(group: argparse._ArgumentGroup) -> None:
+    """What is trained of a checkpoint, by which processes, and what follows."""
     group.add_argument("--frozen", action="store_true", help="each checkpoint also with its head alone trained")
+    group.add_argument(
+        "--frozen-only",
+        action="store_true",
+        help="each checkpoint with its head alone trained, and not as a whole",
+    )
     group.add_argument(
         "--embed-once",
         action="store_true",
         help="no training of checkpoints: each molecule embedded once, and linear probes on the embeddings; minutes",
+    )
+    group.add_argument(
+        "--chemprop",
+        type=user_path,
+        metavar="FILE",
+        help="the program of `chemprop`, which is installed in an environment of its own (default: on the PATH)",
     )
     group.add_argument(
         "--watch",
@@ -177,8 +202,8 @@ def _evaluate_suite(options: argparse.Namespace) -> int:
     from exlm_dist.suites.evaluate_suite import SuiteRequest
 
     _check_given(options, "data", "out")
-    if options.frozen and options.embed_once:
-        raise ConfigError("--frozen trains heads and --embed-once trains none: give one of them, then the other.")
+    if sum((options.frozen, options.frozen_only, options.embed_once)) > 1:
+        raise ConfigError("--frozen, --frozen-only and --embed-once say what is trained: give one of them.")
     request = SuiteRequest(
         options.what,
         options.checkpoint or (),
@@ -190,9 +215,11 @@ def _evaluate_suite(options: argparse.Namespace) -> int:
         grid=options.grid or (),
         seeds=options.seeds or 3,
         frozen=options.frozen,
+        frozen_only=options.frozen_only,
         embed_once=options.embed_once,
         jobs=options.jobs,
         device=options.device,
+        chemprop=options.chemprop,
     )
     return _run(options, request)
 

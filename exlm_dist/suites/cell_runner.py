@@ -22,10 +22,12 @@ from exlm_dist.model.build import build_model
 from exlm_dist.suites.bag_of_words import predict_from_words
 from exlm_dist.suites.catalogue import SUITES
 from exlm_dist.suites.cells import Cell, claimed, publish_result
+from exlm_dist.suites.chemprop import predict_from_chemprop
 from exlm_dist.suites.embedded_tasks import EMBEDDINGS, Embedded, embedded
 from exlm_dist.suites.fingerprints import fingerprint_features, predict_from_fingerprints
 from exlm_dist.suites.linear_probe import predict_by_probe
 from exlm_dist.suites.methods import RANDOM
+from exlm_dist.suites.moleculenet import CHEMPROP
 from exlm_dist.suites.task_data import EncodedTask, TaskData
 from exlm_dist.utils.errors import DataError
 from exlm_dist.utils.version import VERSION, git_commit
@@ -138,8 +140,13 @@ def _embedding_path(order: Order) -> Path:
 
 
 def _baseline(order: Order, data: TaskData, parts: Parts, partial: Path, device: str, threads: int) -> dict[str, Any]:
-    """Scores of a baseline; it is trained at once, so there is nothing to keep in `partial`, and on the CPU."""
+    """Scores of a baseline; it is trained at once, so there is nothing to keep in `partial`, and on the CPU but for
+    chemprop."""
     kind, seed = order.cell.method.kind, order.cell.seed
+    if kind == CHEMPROP:
+        settings, program = settings_of(order.suite, order.protocol, order.cell), order.cell.method.facts["program"]
+        predicted = predict_from_chemprop(Path(program), data, parts, settings, partial, device=device, threads=threads)
+        return {"scores": _scores(predicted, data, parts), "settings": {"epochs": settings.epochs}}
     predict = predict_from_fingerprints if SUITES[order.suite].domain == "smiles" else predict_from_words
     features = _features(order.suite, order.cell.task, order.files)
     predicted = predict(kind, features, data.labels, data.targets, parts, seed=seed, threads=threads)

@@ -26,10 +26,11 @@ class SuiteRequest:
     """What is to be evaluated, as `exlm evaluate SUITE` is given it.
 
     Args:
-        checkpoints: run folders, checkpoints, `random`, the name of the suite's baseline. tasks, splits, protocol: none
-        given stands for the suite's own. grid: NAME=VALUE,VALUE. frozen, embed_once: see `find_methods`. jobs: cells
-        at a time; None: as many as there are devices. device: 'auto', 'cpu', 'cuda', 'cuda:1'. pinned: of checkpoints,
-        by the names given, where their files are for as long as the evaluation takes.
+        checkpoints: run folders, checkpoints, `random`, names of the suite's baselines. tasks, splits, protocol: none
+        given stands for the suite's own. grid: NAME=VALUE,VALUE. frozen, frozen_only, embed_once: see
+        `find_methods`. jobs: cells at a time; None: as many as there are devices. device: 'auto', 'cpu', 'cuda',
+        'cuda:1'. pinned: of checkpoints, by the names given, where their files are for as long as the evaluation takes.
+        chemprop: its program, where it is not on the PATH.
     """
 
     suite: str
@@ -42,10 +43,12 @@ class SuiteRequest:
     grid: Sequence[str] = ()
     seeds: int = 3
     frozen: bool = False
+    frozen_only: bool = False
     embed_once: bool = False
     jobs: int | None = None
     device: str = "auto"
     pinned: Mapping[str, Path] = field(default_factory=dict)
+    chemprop: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,10 @@ def evaluate_suite(request: SuiteRequest, say: Callable[[str], None] = print) ->
         request.checkpoints,
         suite,
         frozen=request.frozen,
+        frozen_only=request.frozen_only,
         embed_once=request.embed_once,
         pinned=request.pinned,
+        chemprop=request.chemprop,
     )
     prepared, missing = prepare_tasks(suite, request.tasks, request.data, splits, request.out)
     if missing:
@@ -166,13 +171,14 @@ def _planned(
 def _embed(orders: Sequence[Order], device: str, say: Callable[[str], None]) -> None:
     """Embed what probes without a result need, with all cores at one checkpoint. What another process is embedding is
     left to it; what fails, fails again as the cell that it is for."""
-    started, count = time.monotonic(), 0
     for order in orders:
         if order.cell.method.probe and not order.cell.path(order.out).exists():
+            started = time.monotonic()
             with suppress(Busy, UserError):
-                count += embed_order(order, device)
-    if count:
-        say(f"{count} molecules embedded in {time.monotonic() - started:.1f} s")
+                if count := embed_order(order, device):
+                    seed = f" seed {order.cell.seed}" if order.cell.method.seeded else ""
+                    what = f"{order.cell.task} {order.cell.method.label}{seed}"
+                    say(f"{what}: {count} molecules embedded in {time.monotonic() - started:.1f} s")
 
 
 def find_slots(device: str, jobs: int | None) -> list[Slot]:

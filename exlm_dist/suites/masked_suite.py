@@ -74,7 +74,7 @@ class MaskedRequest:
             raise ConfigError("--sequences must be at least 1, and --complete at least 0.")
         if unknown := [name for name in self.tasks if name not in TASK_NAMES]:
             raise ConfigError(f"{MASKED} has no task {unknown[0]!r}; it has {', '.join(TASK_NAMES)}.")
-        untrained = {RANDOM} | {suite.baseline.name for suite in SUITES.values() if suite.baseline is not None}
+        untrained = {RANDOM} | {baseline.name for suite in SUITES.values() for baseline in suite.baselines}
         if named := [name for name in self.checkpoints if name in untrained]:
             raise ConfigError(f"{MASKED} is of trained masked language models: leave out `{named[0]}`.")
 

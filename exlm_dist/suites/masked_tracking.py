@@ -1,9 +1,9 @@
 """Results of the suite `masked` in MLflow: below the training run a child run for each point and seed, and in the
-training run itself the mean over the seeds at the step of the checkpoint."""
+training run itself the mean over the seeds at the step of the checkpoint, which is a metric of the LoggedModel of the
+checkpoint too."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 from exlm_dist.suites.masked_cell import MASKED
 from exlm_dist.suites.masked_table import MaskedTable, read_masked_table
 from exlm_dist.suites.run_events import write_to_runs
+from exlm_dist.suites.suite_table import Column
 from exlm_dist.tracking import EventLog
 
-#: Scores whose means become metrics of the training run.
+#: Scores whose means become metrics of the training run and of the model.
 CURVES = ("nll", "joint_nll", "accuracy", "entropy", "ece", "valid_best")
 
 
@@ -25,26 +26,40 @@ def record_masked(out: Path) -> None:
         for result in table.results:
             if result["checkpoint"]["run"] == run:
                 log.child_run(_name(result), result["checkpoint"]["step"], _values(result), _tags(result))
-        means = _means(table, run)
-        for step in sorted(means):  # a value of an earlier step than one that is there already is not written
-            log.metrics(step, means[step])
+        for column in table.columns:
+            if column.run == run:
+                log.checkpoint(column.checkpoint["step"], _means(table, column), _tags_of_checkpoint(table, column))
 
     write_to_runs(table.columns, write)
 
 
-def _means(table: MaskedTable, run: str) -> dict[int, dict[str, float]]:
-    """By step and name."""
-    means: dict[int, dict[str, float]] = defaultdict(dict)
-    for column in table.columns:
-        for point in table.points:
-            entry = table.entries.get((point, column.key))
-            if column.run != run or entry is None:
-                continue
-            where = f"{MASKED}/{point.task}_{point.ratio:g}" + (f"_x{point.copies}" if point.copies > 1 else "")
-            for name in CURVES:
-                if (score := entry.score(name)) is not None:
-                    means[column.checkpoint["step"]][f"{where}_{name}"] = score.mean
+def _means(table: MaskedTable, column: Column) -> dict[str, float]:
+    """Of a checkpoint, by the names of the metrics; what is undefined is left out."""
+    means = {}
+    for point in table.points:
+        entry = table.entries.get((point, column.key))
+        where = f"{MASKED}/{point.task}_{point.ratio:g}" + (f"_x{point.copies}" if point.copies > 1 else "")
+        for name in CURVES:
+            score = None if entry is None else entry.score(name)
+            if score is not None and score.mean == score.mean:
+                means[f"{where}_{name}"] = score.mean
     return means
+
+
+def _tags_of_checkpoint(table: MaskedTable, column: Column) -> dict[str, Any]:
+    """Where a checkpoint is, and what it was asked for."""
+    origin = column.checkpoint
+    own = next(result for result in table.results if result["checkpoint"]["sha256"] == origin["sha256"])
+    return {
+        f"{MASKED}.folder": str(table.folder.resolve()),
+        f"{MASKED}.split": own["split"],
+        f"{MASKED}.data": own["data_sha256"][:12],
+        f"{MASKED}.sequences": table.suite["sequences"],
+        "budget": origin["budget"] or "not labelled",
+        "objective": origin["objective"],
+        **{f"checkpoint.{name}": origin[name] for name in ("path", "step", "sha256")},
+        **own["versions"],
+    }
 
 
 def _name(result: Mapping[str, Any]) -> str:

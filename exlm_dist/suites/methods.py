@@ -1,7 +1,7 @@
 """What is evaluated: checkpoints, and what a checkpoint has to be better than.
 
-Besides run folders and checkpoints two names are understood: `random`, the initial weights of models of the same
-shape, and that of the suite's baseline, which knows no pretraining at all.
+Besides run folders and checkpoints some names are understood: `random`, the initial weights of models of the same
+shape, and those of the suite's baselines, which know no pretraining at all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 from exlm_dist.checkpoint.reader import TOKENIZER_FOLDER, find_checkpoint, read_config, reference, run_folder_of
 from exlm_dist.config import RunConfig
 from exlm_dist.finetuning.model_folder import refuse_model
-from exlm_dist.suites.catalogue import SUITES
+from exlm_dist.suites.catalogue import SUITES, UNSEEDED
+from exlm_dist.suites.chemprop import find_chemprop
+from exlm_dist.suites.moleculenet import CHEMPROP
 from exlm_dist.suites.suite import Suite
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.utils.errors import ConfigError
@@ -44,7 +46,7 @@ class Method:
         label: what the table calls it. key: the same as the name of a folder; no other method has it.
         checkpoint: the one whose weights, or whose shape, it has; None for a baseline.
         frozen: the encoder is not trained. probe: nor is a head: a linear model on the embeddings takes its place.
-        facts: what is recorded of the checkpoint.
+        facts: what is recorded of the checkpoint, of chemprop its program.
     """
 
     kind: str
@@ -63,7 +65,7 @@ class Method:
     @property
     def seeded(self) -> bool:
         """Whether its results depend on the seed."""
-        return not self.probe or self.kind == RANDOM
+        return self.kind not in UNSEEDED and (not self.probe or self.kind == RANDOM)
 
 
 def find_methods(
@@ -71,35 +73,43 @@ def find_methods(
     suite: Suite,
     *,
     frozen: bool = False,
+    frozen_only: bool = False,
     embed_once: bool = False,
     pinned: Mapping[str, Path] | None = None,
+    chemprop: Path | None = None,
 ) -> list[Method]:
     """The methods that the names of `--checkpoint` stand for, in their order; with `frozen` each checkpoint twice, the
-    second time with the head alone trained; with `embed_once` each as a linear probe on its embeddings instead.
-    pinned: of checkpoints, where their files are meanwhile.
+    second time with the head alone trained, with `frozen_only` only so; with `embed_once` each as a linear probe on its
+    embeddings instead. pinned: of checkpoints, where their files are meanwhile. chemprop: its program, where it is not
+    on the PATH.
 
     CheckpointError for what is no whole checkpoint; ConfigError for one that reads what the suite does not have, for
-    `random` without a checkpoint that has a shape, and for the baseline of another suite.
+    `random` without a checkpoint that has a shape, for the baseline of another suite, and for chemprop that is not
+    installed.
     """
-    baseline = suite.baseline
-    given = [name for name in names if name != RANDOM and (baseline is None or name != baseline.name)]
+    baselines = [one for one in suite.baselines if one.name in names]
+    given = [name for name in names if name not in (RANDOM, *(one.name for one in baselines))]
     for other in SUITES.values():
-        if other.baseline is not None and other.baseline.name in given:
-            raise ConfigError(f"{other.baseline.name} is a baseline of the suite {other.name}, not of {suite.name}.")
+        for one in other.baselines:
+            if one.name in given:
+                raise ConfigError(f"{one.name} is a baseline of the suite {other.name}, not of {suite.name}.")
+    if chemprop is not None and CHEMPROP not in names:
+        raise ConfigError(f"--chemprop says where its program is: give {CHEMPROP} to --checkpoint too.")
     methods = find_checkpoints(given, pinned=pinned)
     for method in methods:
         _check_domain(method, suite)
     if RANDOM in names:
         methods += _random(methods)
-    if frozen:
+    if frozen_only:
+        methods = [_frozen(method) for method in methods]
+    elif frozen:
         methods = [one for method in methods for one in (method, _frozen(method))]
     if embed_once:
         methods = [_probe(method) for method in methods]
-    if baseline is not None and baseline.name in names:
-        methods += [
-            Method(kind, f"{baseline.name}, {kind}", f"{baseline.name}-{kind}", None, False, {})
-            for kind in baseline.kinds
-        ]
+    for one in baselines:
+        facts = {"program": str(find_chemprop(chemprop))} if one.name == CHEMPROP else {}
+        labels = {kind: one.label(kind) for kind in one.kinds}
+        methods += [Method(kind, label, label.replace(", ", "-"), None, False, facts) for kind, label in labels.items()]
     if not methods:
         raise ConfigError("--checkpoint names nothing that can be evaluated.")
     return methods

@@ -12,6 +12,8 @@ from exlm_dist.suites.molecule_task import MoleculeTask
 from exlm_dist.suites.suite import Baseline, Suite
 
 UNIMOL, QUICK = "unimol", "quick"
+#: A network on graphs, as `--checkpoint` has it and as its program is called.
+CHEMPROP = "chemprop"
 #: A short training, the same for all sets: to see that all works, not for figures that are to be compared.
 _QUICK = TrainingSettings(epochs=10, batch=32, lr=5e-4, patience=0)
 _INPUTS = ("smiles", "mol")
@@ -98,5 +100,5 @@ MOLECULENET = Suite(
     protocols=(UNIMOL, QUICK),
     probe={"frozen": True, "lr": 1e-3, "batch": 32, "epochs": 100, "dropout": 0.0, "patience": 20},
     embed_once=True,
-    baseline=Baseline("fingerprints", ("forest", "boosting")),
+    baselines=(Baseline("fingerprints", ("forest", "boosting")), Baseline(CHEMPROP, (CHEMPROP,))),
 )

@@ -49,10 +49,21 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class Baseline:
-    """What knows no pretraining. name: as `--checkpoint` has it. kinds: its methods."""
+    """What knows no pretraining. name: as `--checkpoint` has it. kinds: its methods. seeded: whether the seed decides
+    anything."""
 
     name: str
     kinds: tuple[str, ...]
+    seeded: bool = True
+
+    def label(self, kind: str) -> str:
+        """What the table calls one of its methods."""
+        return self.name if self.kinds == (self.name,) else f"{self.name}, {kind}"
+
+    @property
+    def best(self) -> str:
+        """What the best of its methods is called."""
+        return self.name if len(self.kinds) == 1 else f"the better of the {self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +88,7 @@ class Suite:
     protocols: tuple[str, ...]
     probe: Mapping[str, float | int | bool | str]
     embed_once: bool = False
-    baseline: Baseline | None = None
+    baselines: tuple[Baseline, ...] = ()
 
     def task(self, name: str) -> Task:
         """The task of that name. ConfigError, which lists them, if there is none."""

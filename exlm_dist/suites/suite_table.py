@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from exlm_dist.finetuning.finetune_settings import ERRORS
-from exlm_dist.suites.catalogue import SUITES
+from exlm_dist.suites.catalogue import SUITES, UNSEEDED
 from exlm_dist.suites.cells import read_results
 from exlm_dist.suites.methods import RANDOM
 from exlm_dist.suites.out_folder import read_suite, read_tasks
 from exlm_dist.suites.suite import Suite
 
 #: The kinds of methods in the order of columns: what knows no pretraining comes first.
-BASELINE_KINDS = tuple(kind for suite in SUITES.values() if suite.baseline for kind in suite.baseline.kinds)
+BASELINE_KINDS = tuple(kind for suite in SUITES.values() for one in suite.baselines for kind in one.kinds)
 ORDER = (*BASELINE_KINDS, RANDOM, "checkpoint")
 CONFIDENCE = 0.95
 #: Of a run with more checkpoints the table has the last one alone.
@@ -61,8 +61,10 @@ class Entry:
 
     @property
     def seeded(self) -> bool:
-        """Whether the seed has a say in its results: a linear probe of a checkpoint has no randomness."""
-        return "strength" not in self.results[0] or self.results[0]["method"]["kind"] == RANDOM
+        """Whether the seed has a say in its results: a linear probe of a checkpoint has no randomness, nor has a
+        linear model of words."""
+        kind = self.results[0]["method"]["kind"]
+        return kind not in UNSEEDED and ("strength" not in self.results[0] or kind == RANDOM)
 
     @property
     def truncated(self) -> int:
@@ -120,9 +122,22 @@ class SuiteTable:
         """The suite."""
         return SUITES[self.suite["suite"]]
 
+    @property
+    def baselines(self) -> dict[str, list[Column]]:
+        """The columns of each baseline that there are results of, by what the best of them is called."""
+        found = {one.best: [column for column in self.columns if column.kind in one.kinds] for one in self.of.baselines}
+        return {name: columns for name, columns in found.items() if columns}
+
     def metric(self, task: str) -> str:
         """The metric that is shown of a task."""
         return self.of.task(task).metric
+
+    def best_of(self, row: tuple[str, str], columns: Sequence[Column]) -> Entry | None:
+        """Of a row the entry of these columns with the best metric on the part that is shown; None of none."""
+        found = (self.entries.get((*row, column.key)) for column in columns)
+        known = [entry for entry in found if entry is not None and not math.isnan(entry.best.mean)]
+        sign = -1 if self.metric(row[0]) in ERRORS else 1
+        return max(known, key=lambda entry: sign * entry.best.mean, default=None)
 
 
 @dataclass(frozen=True)
@@ -187,15 +202,6 @@ def difference(first: Entry, second: Entry) -> Difference:
         return Difference(value, sum(parts))
     freedom = sum(parts) ** 2 / sum(part**2 / number for part, number in zip(parts, degrees))
     return Difference(value, float(stats.t.ppf(1 - (1 - CONFIDENCE) / 2, freedom)) * math.sqrt(sum(parts)))
-
-
-def best_entry(entries: Sequence[Entry]) -> Entry | None:
-    """The entry with the best metric on the part that is shown; None of none."""
-    known = [entry for entry in entries if not math.isnan(entry.best.mean)]
-    if not known:
-        return None
-    sign = -1 if known[0].metric in ERRORS else 1
-    return max(known, key=lambda entry: sign * entry.best.mean)
 
 
 def _entry(key: tuple[str, str, str], results: Sequence[dict[str, Any]], part: str) -> Entry:

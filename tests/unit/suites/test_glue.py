@@ -64,6 +64,12 @@ def test_one_table_has_nine_tasks_and_averages_eight(run: Path, glue: Path) -> N
     (mean,) = [line for line in page.splitlines() if line.startswith("| mean of")]
     assert mean.startswith("| mean of 8 | mcc, accuracy, spearman |"), "WNLI is not in it"
     assert "Validation part, as the labels of the test part are hidden" in page and "test rows" not in page
+    assert "What differs there from the protocol: pooling mean, lr 0.001" in page
+    (constant,) = [line for line in page.splitlines() if line.startswith("Always the same answer reaches")]
+    cola = read("cola", glue)
+    trained, shown = (cola.labels[cola.official[part], 0] for part in ("train", "valid"))
+    expected = f": cola {np.mean(shown == (trained.mean() > 0.5)):.3f} (commonest class), sst2 "
+    assert expected in constant and "mnli mismatched " in constant
     results, failures = read_results(out)
     assert len(results) == 27 and not failures
     (mnli,) = [one for one in results if one["task"] == "mnli" and one["method"]["frozen"]]

@@ -89,12 +89,14 @@ def test_one_table_has_all_checkpoints_at_all_ratios(
 
 
 def recorded(run: Path, key: str, out: Path) -> None:
-    """The results are child runs of the training, and their means its metrics."""
+    """The results are child runs of the training, and their means results of the checkpoint, which rank it."""
     events = list(read_events(run / EVENTS))
     children = [event for event in events if event["kind"] == "child_run" and event["tags"]["suite"] == "masked"]
     assert len(children) == len({event["name"] for event in children}) == 4
     assert all(len(child["tags"]["positions"]) == 64 and child["step"] == 100 for child in children)
-    means = {name: value for event in events if event["kind"] == "metrics" for name, value in event["values"].items()}
+    (judged,) = [event for event in events if event["kind"] == "checkpoint" and "masked.folder" in event["tags"]]
+    assert judged["step"] == 100 and judged["tags"]["masked.folder"] == str(out.resolve())
+    means = judged["values"]
     entry = read_masked_table(out).entries[Point("ratios", 1, 0.4), key]
     assert means["masked/ratios_0.4_nll"] == pytest.approx(entry.score("nll").mean)
 

@@ -202,6 +202,7 @@ def test_both_versions_are_judged_and_a_killed_training_goes_on(
     page = (tmp_path / "out" / "report" / "report.md").read_text()
     for row in ("| squad2 | f1 | 12 (8) |", "| squad2 | em |", "| squad2 | best_f1 |", "| squad1 | f1 | 8 (8) |"):
         assert row in page
+    assert "Always the same answer reaches: squad2 0.333 (no answer), squad1 0.000 (no answer)." in page
     for one in results:
         scores = one["scores"]["valid"]
         assert scores["em"] <= scores["f1"] <= 1 and scores["best_em"] >= scores["em"]

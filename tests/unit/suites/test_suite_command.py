@@ -111,7 +111,7 @@ def recorded(run: Path) -> None:
     tags = children[0]["tags"]
     assert tags["suite"] == "moleculenet" and tags["task"] == "bbbp" and tags["budget"] == "unit-test"
     assert len(tags["checkpoint.sha256"]) == len(tags["split.hash"]) == 64
-    judged, probe = [event for event in events if event["kind"] == "checkpoint"]
+    judged, probe = [e for e in events if e["kind"] == "checkpoint" and "moleculenet.protocol" in e["tags"]]
     means = judged["values"]
     assert all("_frozen_" in name for name in probe["values"]) and not any("_frozen_" in name for name in means)
     assert judged["step"] == 100 and judged["tags"]["moleculenet.protocol"] == "unimol"
@@ -296,7 +296,7 @@ def test_checkpoints_of_another_domain_and_options_of_the_other_form_are_refused
     with pytest.raises(ConfigError, match="reads molecules, but the suite moleculenet has texts"):
         find_methods([str(runs[0])], of_texts, frozen=False)
     with pytest.raises(ConfigError, match="fingerprints is a baseline of the suite moleculenet, not of squad"):
-        find_methods(["fingerprints"], replace(of_texts, name="squad", baseline=None), frozen=False)
+        find_methods(["fingerprints"], replace(of_texts, name="squad", baselines=()), frozen=False)
 
 
 def test_checkpoints_are_told_apart_by_their_weights(runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -310,4 +310,6 @@ def test_checkpoints_are_told_apart_by_their_weights(runs: tuple[Path, Path], tm
     methods = find_methods([first, second, again, "random"], MOLECULENET, frozen=False)
     assert [method.label for method in methods[:2]] == ["tiny_exlm@100"] * 2 and len(methods) == 4
     assert len({method.key for method in methods}) == 4
+    (head,) = find_methods([first], MOLECULENET, frozen_only=True)
+    assert head.label == "tiny_exlm@100 frozen" and head.frozen and head.trained
     assert json.loads(json.dumps(methods[0].facts))["run"] == first

@@ -18,8 +18,10 @@ from exlm_dist.suites.out_folder import open_folder
 from exlm_dist.suites.suite_table import Entry, difference, read_table
 
 
-def entry(values: list[float | None], metric: str = "roc_auc") -> Entry:
-    results: list[dict[str, Any]] = [{"scores": {"test": {metric: value}}} for value in values]
+def entry(values: list[float | None], metric: str = "roc_auc", kind: str = "checkpoint") -> Entry:
+    results: list[dict[str, Any]] = [
+        {"scores": {"test": {metric: value}}, "method": {"kind": kind}} for value in values
+    ]
     return Entry("bbbp", "scaffold", "m", metric, {}, 1, results)
 
 
@@ -45,6 +47,14 @@ def test_a_difference_has_the_interval_of_welchs_test() -> None:
 )
 def test_verdicts_of_the_edges(first: list[float | None], second: list[float | None], verdict: str) -> None:
     assert difference(entry(first), entry(second)).verdict == verdict
+
+
+def test_what_no_seed_has_a_say_in_has_no_spread() -> None:
+    """A linear model of words is trained once: its difference has the interval of the other one alone."""
+    words, trained = entry([0.6], kind="linear"), entry([0.70, 0.74])
+    found = difference(trained, words)
+    assert found.half_width == pytest.approx(float(stats.t.ppf(0.975, 1)) * np.std([0.70, 0.74], ddof=1) / math.sqrt(2))
+    assert difference(words, words).verdict == "one seed"
 
 
 def test_mean_and_sd_are_those_of_a_sample() -> None:

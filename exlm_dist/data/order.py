@@ -106,7 +106,10 @@ class Order:
 
     def _window_of(self, slots: np.ndarray) -> np.ndarray:
         """The window that each place of a block (int64[m]) is in."""
-        return ((slots + 1) * self._windows - 1) // self.num_blocks
+        ends = slots + 1
+        if self.num_blocks * self._windows >= 1 << 62:  # int64 does not hold these products
+            ends = ends.astype(object)
+        return ((ends * self._windows - 1) // self.num_blocks).astype(np.int64)
 
     def _in_windows(self, positions: np.ndarray, epoch: int) -> np.ndarray:
         """Sample at each position (int64[m] in [0, n)) of an epoch whose samples are permuted in windows."""

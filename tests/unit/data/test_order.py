@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from exlm_dist.data.counter_rng import PURPOSE_ORDER, hash_of, mix, words_at
@@ -96,6 +96,7 @@ def test_few_blocks_are_in_use_at_a_time(num: int, seed: int, block: int, window
     st.integers(0, 5000),
     st.integers(1, 500),
 )
+@example(68_540_031_613, 0, [269_138_247], 1, 1)  # windows x blocks is beyond int64
 def test_a_position_means_the_same_whatever_is_asked_beside_it(
     num: int, seed: int, positions: list[int], block: int, window: int
 ) -> None:

@@ -30,6 +30,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT)]
 
+from exlm_dist.config import check_length, load_config  # noqa: E402
+from exlm_dist.data.manifest import read_manifest  # noqa: E402
+from exlm_dist.utils.errors import UserError  # noqa: E402
+
 BASES = {domain: ROOT / f"configs/pretrain/demo_{domain}_exlm.yaml" for domain in ("smiles", "text")}
 DENSE = {"model.transitions": "dense"}
 PLAIN = {
@@ -80,6 +84,21 @@ def command(arm: str, seed: int, options: argparse.Namespace) -> list[str]:
     settings |= {"evaluation.sequences": min(1024, options.sequences)}
     flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     return [sys.executable, "-m", "exlm_dist.cli", "pretrain", str(BASES[options.domain]), *flags, *options.settings]
+
+
+def check_ratios(options: argparse.Namespace) -> None:
+    """ConfigError, before anything is trained, if an arm cannot be asked at one of the ratios."""
+    longest = read_manifest(options.data)["max_length"]
+    for arm in options.arms:
+        base, *flags = command(arm, 0, options)[4:]
+        model = load_config(Path(base), flags).model
+        check_length(
+            longest,
+            ratio=max(options.ratios),
+            states=model.states,
+            anchors=model.anchors,
+            max_positions=model.max_positions,
+        )
 
 
 def train(arm: str, seed: int, options: argparse.Namespace) -> tuple[float, float]:
@@ -159,6 +178,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/alignment"))
     options, options.settings = parser.parse_known_args(argv)
     options.data, options.out = options.data.resolve(), options.out.resolve()
+    try:
+        check_ratios(options)
+    except UserError as error:
+        parser.error(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     cells = [(arm, seed) for seed in options.seeds for arm in options.arms]

@@ -59,7 +59,7 @@ def _add_index(kinds: Commands) -> None:
         help="of the members that are samples, such as txt or json.gz; needed if there are several that could be",
     )
     index.add_argument("--field", metavar="NAME", help="of JSON objects; default: text, of molecules smiles")
-    index.add_argument("--max-length", type=int, default=512, help="longest sequence, BOS and EOS counted")
+    index.add_argument("--max-length", type=int, default=128, help="longest sequence, BOS and EOS counted")
     index.add_argument("--valid", nargs="+", default=[], metavar="SHARDS", help="tars of the held-out split")
     index.add_argument("--valid-fraction", type=float, default=0.02, help="fraction of the samples, without --valid")
     index.add_argument(

@@ -41,6 +41,23 @@ class ShardEntry:
         return asdict(self)
 
 
+def split_entry(split: str, shards: list[ShardEntry], unknown: int, histogram: list[int]) -> dict[str, Any]:
+    """A split as the manifest lists it. unknown: tokens that are; histogram: sequences of each length, BOS and EOS
+    counted. DataError if it has no sequences."""
+    sequences, tokens = sum(shard.sequences for shard in shards), sum(shard.tokens for shard in shards)
+    if not sequences:
+        raise DataError(f"nothing is left for the {split} split.")
+    return {
+        "sequences": sequences,
+        "tokens": tokens,
+        "unknown_tokens": unknown,
+        "unknown_rate": unknown / tokens,
+        "mean_length": tokens / sequences + 2,
+        "length_histogram": histogram,
+        "shards": [shard.as_dict() for shard in shards],
+    }
+
+
 def form_of(manifest: dict[str, Any]) -> str:
     """TOKENS or MEMBERS."""
     return str(manifest.get("form", TOKENS))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from pathlib import Path
 from exlm_dist.data.manifest import MANIFEST, read_manifest
 from exlm_dist.data.mirror import data_folder, shard_root
 from exlm_dist.data.places import address_of, joined
-from exlm_dist.data.remote import NotGiven, Remote
 from exlm_dist.prepare.data_check import all_shards, file_problem, shard_problem, small_files
+from exlm_dist.prepare.record_index import shard_stream, task_size
 from exlm_dist.utils.errors import ConfigError, DataError
-from exlm_dist.utils.files import sync_path, write_all
+from exlm_dist.utils.files import sync_path
 from exlm_dist.utils.outputs import check_space, user_path
 from exlm_dist.utils.progress import Progress
 
@@ -49,7 +48,7 @@ def repair_data(folder: Path | str, copy: Path | str) -> Iterator[Repair]:
     for name, digest in small_files(manifest).items():
         if problem := file_problem(folder / name, digest):
             source = str(copied / name) if copied else ""
-            yield _repaired(problem, folder / name, source, digest, None)
+            yield _repaired(problem, folder / name, source, digest)
     root, shards = shard_root(folder), all_shards(manifest)
     with Progress("repair", "shards", len(shards)) as progress:
         for shard in shards:
@@ -58,7 +57,7 @@ def repair_data(folder: Path | str, copy: Path | str) -> Iterator[Repair]:
                 if address_of(place):
                     raise ConfigError(f"{problem}. Only shards on this machine are repaired: copy it there again.")
                 source = joined(shards_at, shard["name"])
-                yield _repaired(problem, Path(place), source, shard["sha256"], shard["size"])
+                yield _repaired(problem, Path(place), source, shard["sha256"])
             progress.update(1)
 
 
@@ -72,44 +71,32 @@ def _places_of(copy: Path | str) -> tuple[Path | None, str]:
     return folder, shard_root(folder)
 
 
-def _repaired(problem: str, path: Path, source: str, digest: str, size: int | None) -> Repair:
+def _repaired(problem: str, path: Path, source: str, digest: str) -> Repair:
     if not source:
         return Repair(problem, source, "the copy has no such file: it has shards alone")
     try:
-        got = _copied(path, source, digest, size)
-    except (NotGiven, OSError) as error:
+        got = _copied(path, source, digest)
+    except (DataError, OSError) as error:
         return Repair(problem, source, f"the copy cannot be read: {error}")
     return Repair(problem, source, "" if got == digest else f"the copy is damaged too: {source}: sha256 {got}")
 
 
-def _copied(path: Path, source: str, digest: str, size: int | None) -> str:
+def _copied(path: Path, source: str, digest: str) -> str:
     """SHA-256 of `source`, which is put in the place of `path` if it is the expected one."""
-    size = Path(source).stat().st_size if address_of(source) is None else size or Remote().size(source)
+    size, _ = task_size(source)
     path.parent.mkdir(parents=True, exist_ok=True)
     check_space(path, size, "the copy")
+    stream = shard_stream(source, size)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    found = hashlib.sha256()
     try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            for chunk in _chunks(source, size):
-                found.update(chunk)
-                write_all(handle, chunk)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        if found.hexdigest() == digest:
+        with open(temporary, "wb") as file:
+            while chunk := stream.read(_CHUNK):
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        if stream.sha256 == digest:
             os.replace(temporary, path)
             sync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-    return found.hexdigest()
-
-
-def _chunks(source: str, size: int) -> Iterator[bytes]:
-    if address_of(source):
-        yield from Remote().stream(source, size, _CHUNK)
-        return
-    with open(source, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            yield chunk
+    return stream.sha256

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from exlm_dist.data.manifest import MANIFEST, QUARANTINE, SCHEMA, SPLITS, TOKENIZER, read_manifest, sealed
+from exlm_dist.data.manifest import MANIFEST, QUARANTINE, SCHEMA, SPLITS, TOKENIZER, read_manifest, sealed, split_entry
 from exlm_dist.data.opening import open_dataset
 from exlm_dist.prepare.shard_writer import ShardWriter
 from exlm_dist.prepare.summary import Summary
@@ -154,22 +154,10 @@ class SplitWriter:
 
     def close(self) -> dict[str, Any]:
         """Finish the shards; returns the `splits` part of the manifest. DataError if a split is empty."""
-        splits = {}
-        for split, writer, histogram, unknown in zip(SPLITS, self._writers, self._histograms, self._unknown):
-            entries = writer.close()
-            sequences, tokens = sum(entry.sequences for entry in entries), sum(entry.tokens for entry in entries)
-            if not sequences:
-                raise DataError(f"nothing is left for the {split} split.")
-            splits[split] = {
-                "sequences": sequences,
-                "tokens": tokens,
-                "unknown_tokens": unknown,
-                "unknown_rate": unknown / tokens,
-                "mean_length": tokens / sequences + 2,
-                "length_histogram": histogram.tolist(),
-                "shards": [entry.as_dict() for entry in entries],
-            }
-        return splits
+        return {
+            split: split_entry(split, writer.close(), unknown, histogram.tolist())
+            for split, writer, histogram, unknown in zip(SPLITS, self._writers, self._histograms, self._unknown)
+        }
 
 
 def request_for(domain: str, train: Source, valid: Source | None, settings: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from exlm_dist.data.manifest import MEMBERS, QUARANTINE, SPLITS, ShardEntry
+from exlm_dist.data.manifest import MEMBERS, QUARANTINE, SPLITS, ShardEntry, split_entry
 from exlm_dist.data.mirror import SHARDS_AT
 from exlm_dist.data.places import common_root
 from exlm_dist.data.sample_text import ENDINGS, FORBIDDEN, ending_of
@@ -305,18 +305,7 @@ def _write_split(
         )  # fmt: skip
         unknown += int(part.unknown[chosen].sum(dtype=np.int64))
         histogram += np.bincount(records["length"] + 2, minlength=max_length + 1)
-    sequences, tokens = sum(entry.sequences for entry in entries), sum(entry.tokens for entry in entries)
-    if not sequences:
-        raise DataError(f"nothing is left for the {split} split.")
-    return {
-        "sequences": sequences,
-        "tokens": tokens,
-        "unknown_tokens": unknown,
-        "unknown_rate": unknown / tokens,
-        "mean_length": tokens / sequences + 2,
-        "length_histogram": histogram.tolist(),
-        "shards": [entry.as_dict() for entry in entries],
-    }
+    return split_entry(split, entries, unknown, histogram.tolist())
 
 
 def _warn_of_long(parts: dict[str, ShardPart]) -> None:

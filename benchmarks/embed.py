@@ -45,6 +45,8 @@ Embed = Callable[[list[str]], np.ndarray]
 
 def plain_loop(folder: Path, batch: int) -> Embed:
     """The usual loop: tokenize, run, mean over the attention mask."""
+    # transformers looks for a package `kernels`, and would take the file of that name beside this one for it.
+    sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)

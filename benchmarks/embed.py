@@ -28,16 +28,14 @@ import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+# The worker processes of `exlm embed` import the file that was started, this one: torch and what needs it are imported
+# where they are used, as in the command, or each worker would take seconds to begin.
 import numpy as np
-import torch
 
-from exlm_dist.export.hf.hf_folder import export_hf
-from exlm_dist.inference.embed import embed_texts
-from exlm_dist.inference.embed_file import embed_file
-from exlm_dist.inference.loading import LoadedCheckpoint, load_checkpoint
-from exlm_dist.tables.records import InputOptions, expand_inputs, read_rows
-from exlm_dist.tokenizers.encoding import normalised
+if TYPE_CHECKING:
+    from exlm_dist.inference.loading import LoadedCheckpoint
 
 BATCH = 32
 Embed = Callable[[list[str]], np.ndarray]
@@ -47,6 +45,7 @@ def plain_loop(folder: Path, batch: int) -> Embed:
     """The usual loop: tokenize, run, mean over the attention mask."""
     # transformers looks for a package `kernels`, and would take the file of that name beside this one for it.
     sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
+    import torch
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
@@ -70,6 +69,10 @@ def sides(
     loaded: LoadedCheckpoint, loops: dict[str, Embed], texts: list[str], scratch: Path, threads: int
 ) -> dict[str, Callable[[], object]]:
     """What is timed, by name; each embeds all texts."""
+    from exlm_dist.inference.embed import embed_texts
+    from exlm_dist.inference.embed_file import embed_file
+    from exlm_dist.tables.records import InputOptions
+
     rows, table = scratch / "rows.smi", scratch / "out.parquet"
     rows.write_text("\n".join(texts) + "\n")
     command = [sys.executable, "-m", "exlm_dist.cli", "embed", rows, "--checkpoint", loaded.folder, "--out", table]
@@ -86,6 +89,10 @@ def sides(
 
 def check(loaded: LoadedCheckpoint, loops: dict[str, Embed], texts: list[str], scratch: Path) -> None:
     """All sides give the same vectors."""
+    from exlm_dist.inference.embed import embed_texts
+    from exlm_dist.inference.embed_file import embed_file
+    from exlm_dist.tables.records import InputOptions
+
     rows, table = scratch / "few.smi", scratch / "few.npz"
     rows.write_text("\n".join(texts) + "\n")
     embed_file(loaded, [str(rows)], table, options=InputOptions())
@@ -110,6 +117,13 @@ def seconds(function: Callable[[], object]) -> tuple[float, float]:
 
 
 def main() -> None:
+    import torch
+
+    from exlm_dist.export.hf.hf_folder import export_hf
+    from exlm_dist.inference.loading import load_checkpoint
+    from exlm_dist.tables.records import InputOptions, expand_inputs, read_rows
+    from exlm_dist.tokenizers.encoding import normalised
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--file", required=True)

@@ -5,8 +5,8 @@
     python benchmarks/data_libraries.py own tars index resume flip world --environments /tmp/envs --work /tmp/libraries
     python benchmarks/data_libraries.py table                   # Markdown of all rounds in the CSV
 
-write   the first --sequences sequences of the training split in each library's own form; the same molecules as other people's
-        tars (a `.txt` member each); --resume-samples of them repeated; a small set for `world`
+write   the first --sequences sequences of the training split in each library's own form; the same molecules as other
+        people's tars (a `.txt` member each); --resume-samples of them repeated; a small set for `flip` and `world`
 own     one epoch in the library's order of training from its own form; ours also masked, expanded and packed
 tars    one epoch of other people's tars, tokenized on the way by the same tokenizer everywhere
 index   making the index of these tars (ours reads, checks and tokenizes every molecule; energon looks at the headers)
@@ -14,15 +14,14 @@ resume  from nothing open to the first batch after 90 % of --resume-samples
 flip    one bit flipped in a stored sequence: what is delivered?
 world   two ranks and four: are the global batches the same, and after a resume of two ranks' state by four?
 
-Each pass is a new process on one core, the libraries taking turns in every round, after one look at all files; imports are not timed.
-Before, all must deliver the same sequences. Each call adds its rounds to the CSV (--out).
+Each pass is a new process on one core, the libraries taking turns in every round; imports are not timed. Before, all
+must have delivered the same sequences, which fills the page cache. Each call adds its rounds to the CSV (--out).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import io
 import itertools
 import json
 import os
@@ -31,7 +30,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -40,9 +38,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks" / "data_readers")]
 
 import numpy as np  # noqa: E402
+from common import write_tars  # noqa: E402
 
 from exlm_dist.data.opening import open_dataset  # noqa: E402
 from exlm_dist.tokenizers import load_tokenizer  # noqa: E402
@@ -54,7 +53,19 @@ WITH_INDEX = (OURS, "energon")
 VARIANTS = {OURS: ("windows", "full", "packed")}
 PARTS = ("write", "own", "tars", "index", "resume", "flip", "world", "table")
 TARS, BATCH, SMALL, GLOBAL = 8, 256, 8192, 64
-COLUMNS = ("part", "library", "variant", "seconds", "processor", "samples", "answer", "versions", "cpu", "commit", "date")
+COLUMNS = (
+    "part",
+    "library",
+    "variant",
+    "seconds",
+    "processor",
+    "samples",
+    "answer",
+    "versions",
+    "cpu",
+    "commit",
+    "date",
+)
 
 
 class Failed(Exception):
@@ -71,7 +82,9 @@ class Readers:
         python = sys.executable
         if library != OURS:
             if self._environments is None:
-                raise SystemExit("--environments is missing: the folder that benchmarks/data_environments.sh has filled")
+                raise SystemExit(
+                    "--environments is missing: the folder that benchmarks/data_environments.sh has filled"
+                )
             python = str(self._environments / library / "bin" / "python")
         return [python, str(ROOT / "benchmarks" / "data_readers" / f"read_{library}.py"), task, json.dumps(how)]
 
@@ -89,9 +102,7 @@ class Readers:
             environment.pop("PYTHONPATH", None)
             command = self.command(library, task, {**how, "rank": rank, "world": world})
             processes.append(
-                subprocess.Popen(
-                    command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-                )
+                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             )
         answers = []
         try:
@@ -138,25 +149,20 @@ def write(readers: Readers, args: argparse.Namespace) -> None:
             print(f"{size:8} {library:12} {len(chosen):9,} sequences in {answer['seconds']:6.1f} s", flush=True)
     for library in args.libraries:
         readers.ask(library, "advance", **resumed(args, library))
-    tokenizer = args.data / "tokenizer"
     shutil.rmtree(args.work / "tokenizer", ignore_errors=True)
-    shutil.copytree(tokenizer, args.work / "tokenizer")
-    write_tars(args.work, [load_tokenizer(tokenizer).decode(ids.tolist()) for ids in sequences])
+    shutil.copytree(args.data / "tokenizer", args.work / "tokenizer")
+    decode = load_tokenizer(args.data / "tokenizer").decode
+    write_foreign(args.work, [decode(ids.tolist()) for ids in sequences])
 
 
-def write_tars(work: Path, texts: list[str]) -> None:
+def write_foreign(work: Path, texts: list[str]) -> None:
     """Other people's tars: a member `.txt` for each text, and one tar more with the first ten, to be held out."""
     for name in ("tars", "tars-energon", "held"):
         shutil.rmtree(work / name, ignore_errors=True)
-        (work / name).mkdir()
-    edges = np.linspace(0, len(texts), TARS + 1).astype(int).tolist()
-    ranges = [(f"tars/zinc-{n:05d}.tar", first, last) for n, (first, last) in enumerate(itertools.pairwise(edges))]
-    for name, first, last in [*ranges, ("held/zinc.tar", 0, min(10, len(texts)))]:
-        with tarfile.open(work / name, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for number in range(first, last):
-                member = tarfile.TarInfo(f"{number:08d}.txt")
-                member.size = len(content := texts[number].encode())
-                tar.addfile(member, io.BytesIO(content))
+    contents = [text.encode() for text in texts]
+    write_tars(work / "tars", contents, "txt", TARS)
+    write_tars(work / "held", contents[:10], "txt", 1)
+    (work / "tars-energon").mkdir()
     for path in sorted((work / "tars").glob("*.tar")):
         os.link(path, work / "tars-energon" / path.name)
 
@@ -172,7 +178,7 @@ def index(readers: Readers, args: argparse.Namespace) -> Iterator[dict[str, Any]
                 library,
                 "index",
                 tars=tars,
-                held=str(args.work / "held" / "zinc.tar"),
+                held=str(args.work / "held" / "000000.tar"),
                 tokenizer=str(args.work / "tokenizer"),
                 folder=str(out),
             )
@@ -205,8 +211,8 @@ def check_same(readers: Readers, args: argparse.Namespace, form: str, libraries:
         found = Counter(itertools.chain.from_iterable(answer["names"]))
         if answer["error"] or found != expected:
             raise SystemExit(
-                f"{library}, {form}: {(expected - found).total()} sequences missing, {(found - expected).total()} others; "
-                f"{answer['error']}"
+                f"{library}, {form}: {(expected - found).total()} sequences missing, "
+                f"{(found - expected).total()} others; {answer['error']}"
             )
 
 
@@ -215,13 +221,22 @@ def names_of(tokens: np.ndarray, lengths: np.ndarray) -> list[int]:
     return [zlib.crc32(ids.astype(np.uint16).tobytes()) for ids in np.split(tokens, np.cumsum(lengths)[:-1])]
 
 
-def passes(readers: Readers, args: argparse.Namespace, form: str, libraries: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def passes(
+    readers: Readers, args: argparse.Namespace, form: str, libraries: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
     """Timed passes, the libraries taking turns."""
     for _ in range(args.rounds):
         for library in libraries:
             for variant in VARIANTS.get(library, ("",)):
                 answer = readers.ask(library, "pass", variant=variant, **place(args, form, library))
-                yield row(form, library, variant, answer, samples=answer["samples"], answer=f"opened in {answer['open']:.3f} s")
+                yield row(
+                    form,
+                    library,
+                    variant,
+                    answer,
+                    samples=answer["samples"],
+                    answer=f"opened in {answer['open']:.3f} s",
+                )
 
 
 def resume(readers: Readers, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -331,7 +346,9 @@ def global_batches(answers: list[dict[str, Any]]) -> list[list[int]]:
     )]  # fmt: skip
 
 
-def row(part: str, library: str, variant: str, measured: dict[str, Any], samples: int, answer: str = "") -> dict[str, Any]:
+def row(
+    part: str, library: str, variant: str, measured: dict[str, Any], samples: int, answer: str = ""
+) -> dict[str, Any]:
     """A row of the CSV."""
     return {
         "part": part,
@@ -382,7 +399,10 @@ def table(out: Path) -> str:
     for library in LIBRARIES:
         seconds = [float(f["seconds"]) for f in rows if (f["part"], f["library"]) == ("resume", library)]
         shown = f"{statistics.median(seconds):.3f}" if seconds else ""
-        words = [[f["answer"] for f in rows if (f["part"], f["library"]) == (part, library)][-1:] for part in ("flip", "world")]
+        words = [
+            [f["answer"] for f in rows if (f["part"], f["library"]) == (part, library)][-1:]
+            for part in ("flip", "world")
+        ]
         lines.append(f"| {library} | {shown} | {' | '.join(''.join(word) for word in words)} |")
     return "\n".join(lines)
 
@@ -396,7 +416,11 @@ def rates(rows: list[dict[str, str]], part: str) -> list[str]:
     if not found:
         return []
     best = statistics.median(used for _, used in next(iter(found.values())))
-    lines = ["", f"| {part} | samples/s | (range) | samples per processor second | ours is times faster |", "|---" * 5 + "|"]
+    lines = [
+        "",
+        f"| {part} | samples/s | (range) | samples per processor second | ours is times faster |",
+        "|---" * 5 + "|",
+    ]
     for (library, variant), both in found.items():
         elapsed, used = zip(*both)
         lines.append(

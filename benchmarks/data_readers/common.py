@@ -1,14 +1,16 @@
 """What the readers of all libraries do alike: the tasks that `benchmarks/data_libraries.py` asks of them.
 
-A reader is a program of its own, run by the Python of the library's environment: `python read_litdata.py TASK JSON`. Its last
-line of output is the answer, in JSON. Heavy imports are made before anything is timed.
+A reader is a program of its own, run by the Python of the library's environment: `python read_litdata.py TASK JSON`.
+Its last line of output is the answer, in JSON. Heavy imports are made before anything is timed.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
+import tarfile
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -54,7 +56,7 @@ class Reader(Protocol):
         ...
 
     def index(self, how: dict[str, Any]) -> int:
-        """Make an index of the tars `tars` in `folder`; the number of its rows. Ours needs `held`, a tar, and `tokenizer`."""
+        """Make an index of `tars` in `folder`; the number of its rows. Ours needs `held`, a tar, and `tokenizer`."""
         ...
 
     def open(self, folder: Path, how: dict[str, Any]) -> Stream:
@@ -102,6 +104,18 @@ def batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
     """Lists of `size` items; the last may be shorter."""
     while batch := list(islice(items, size)):
         yield batch
+
+
+def write_tars(folder: Path, contents: Sequence[bytes], ending: str, shards: int) -> None:
+    """A WebDataset: one member for each content, in tars of nearly equal size; what webdataset's own writer makes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    edges = np.linspace(0, len(contents), shards + 1).astype(int).tolist()
+    for shard, (first, last) in enumerate(zip(edges, edges[1:])):
+        with tarfile.open(folder / f"{shard:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number in range(first, last):
+                member = tarfile.TarInfo(f"{number:09d}.{ending}")
+                member.size = len(contents[number])
+                tar.addfile(member, io.BytesIO(contents[number]))
 
 
 def run(reader: Reader) -> None:
@@ -152,8 +166,8 @@ def _pass(reader: Reader, how: dict[str, Any]) -> dict[str, Any]:
 
 
 def _names(reader: Reader, how: dict[str, Any]) -> dict[str, Any]:
-    """Which sequences come, batch by batch, each by its crc32: from the saved position on if `restore`, `batches` of them;
-    their end is saved if `save`."""
+    """Which sequences come, batch by batch, each by its crc32: from the saved position on if `restore`, `batches` of
+    them; their end is saved if `save`."""
     stream = reader.open(Path(how["folder"]), how)
     if how.get("restore"):
         stream.restore(Path(how["state"]), how["rank"])

@@ -1,4 +1,4 @@
-"""megatron-energon: tars that `energon prepare` has indexed, crude samples and one cooker, a buffer of 1,000 shuffled."""
+"""megatron-energon: tars that `energon prepare` has indexed, crude samples, a cooker, a buffer of 1,000 shuffled."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import webdataset as wds
-from common import run
+from common import run, write_tars
 from megatron.energon import (
     Cooker,
     DefaultTaskEncoder,
@@ -106,10 +105,7 @@ class _Energon:
     versions = {"megatron-energon": version("megatron-energon"), "torch": torch.__version__}
 
     def write(self, sequences: list[np.ndarray], folder: Path) -> None:
-        folder.mkdir(parents=True)
-        with wds.ShardWriter(str(folder / "%06d.tar"), maxcount=-(-len(sequences) // SHARDS), verbose=0) as writer:
-            for number, ids in enumerate(sequences):
-                writer.write({"__key__": f"{number:09d}", "ids": ids.tobytes()})
+        write_tars(folder, [ids.tobytes() for ids in sequences], "ids", SHARDS)
         self.index({"folder": folder})
 
     def index(self, how: dict[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""grain: ArrayRecord files, a full shuffle by index, and the records of a batch asked for at once, which is its fastest.
+"""grain: ArrayRecord files, a full shuffle by index, the records of a batch asked for at once, which is its fastest.
 
 Its ElasticIterator stacks samples of one shape; the index of a batch, which it saves as well, does the same here.
 """

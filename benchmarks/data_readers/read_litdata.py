@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 from common import batched, run
-from litdata.streaming.writer import BinaryWriter
 from litdata import StreamingDataset
+from litdata.streaming.writer import BinaryWriter
 
 CHUNK_BYTES = 1 << 26  # its default
 

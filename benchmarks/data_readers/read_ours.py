@@ -1,4 +1,4 @@
-"""exlm_dist: prepared shards, or tars that `exlm data index` has indexed; in windows or in full order; with masks or without.
+"""exlm_dist: prepared shards, or tars indexed by `exlm data index`; in windows or full order; with masks or without.
 
 Positions are integers, so that nothing needs to be saved but the number of batches.
 """
@@ -34,7 +34,11 @@ class _Stream:
         self._how, self._first = how, 0
         windows = how.get("variant", "windows") != "full"
         self._data = open_dataset(
-            folder, "train", max_bad_records=1e-3, block=BLOCK if windows else 0, kept_blocks=2 * WINDOW if windows else 0
+            folder,
+            "train",
+            max_bad_records=1e-3,
+            block=BLOCK if windows else 0,
+            kept_blocks=2 * WINDOW if windows else 0,
         )
         self._order = Order(1, len(self._data), BLOCK if windows else 0, WINDOW)
         self._recipe = Recipe(
@@ -65,9 +69,7 @@ class _Stream:
     def _packed(self) -> Iterator[Ragged]:
         """Whole steps; what is left of the epoch comes with the next one. The original tokens are what counts."""
         batch = self._how["batch"]
-        loader = Loader(
-            self._data, self._recipe, order=self._order, global_batch=batch, rank=0, world=1, prefetch=0
-        )
+        loader = Loader(self._data, self._recipe, order=self._order, global_batch=batch, rank=0, world=1, prefetch=0)
         for step in range(self._first, len(self._data) // batch):
             batches = loader.step(step)
             original = batches.num_original_tokens - 2 * batch
@@ -95,7 +97,10 @@ class _Ours:
             "domain": "smiles",
             "vocab_size": size,
             "max_length": max(map(len, sequences)) + 2,
-            "splits": {"train": {"sequences": len(sequences), "shards": shards}, "valid": {"sequences": 0, "shards": []}},
+            "splits": {
+                "train": {"sequences": len(sequences), "shards": shards},
+                "valid": {"sequences": 0, "shards": []},
+            },
             "tokenizer": {"fingerprint": "none", "files": {}},
         }
         (folder / MANIFEST).write_text(json.dumps(sealed(manifest)))
@@ -103,7 +108,12 @@ class _Ours:
     def index(self, how: dict[str, Any]) -> int:
         """By one worker; each molecule is read by RDKit and tokenized."""
         index_shards(
-            how["tars"], how["folder"], tokenizer=how["tokenizer"], valid_patterns=[how["held"]], max_length=512, workers=1
+            how["tars"],
+            how["folder"],
+            tokenizer=how["tokenizer"],
+            valid_patterns=[how["held"]],
+            max_length=512,
+            workers=1,
         )
         return len(open_dataset(how["folder"], "train"))
 

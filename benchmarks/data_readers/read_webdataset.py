@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import webdataset as wds
-from common import NotOffered, batched, run, tokenized
+from common import NotOffered, batched, run, tokenized, write_tars
 
 SHARDS, BUFFER = 16, 1_000
 
@@ -51,10 +51,7 @@ class _Webdataset:
     versions = {"webdataset": wds.__version__}
 
     def write(self, sequences: list[np.ndarray], folder: Path) -> None:
-        folder.mkdir(parents=True)
-        with wds.ShardWriter(str(folder / "%06d.tar"), maxcount=-(-len(sequences) // SHARDS), verbose=0) as writer:
-            for number, ids in enumerate(sequences):
-                writer.write({"__key__": f"{number:09d}", "ids": ids.tobytes()})
+        write_tars(folder, [ids.tobytes() for ids in sequences], "ids", SHARDS)
 
     def index(self, how: dict[str, Any]) -> int:
         raise NotOffered("no index")

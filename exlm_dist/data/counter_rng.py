@@ -7,6 +7,8 @@ arithmetic: the same on every machine and numpy version. Tests freeze its values
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -27,18 +29,32 @@ def mix(values: np.ndarray) -> np.ndarray:
     words = values >> _SHIFT_1
     words ^= values
     words *= _FACTOR_1
-    words ^= words >> _SHIFT_2
+    shifted = words >> _SHIFT_2
+    words ^= shifted
     words *= _FACTOR_2
-    words ^= words >> _SHIFT_3
+    np.right_shift(words, _SHIFT_3, out=shifted)
+    words ^= shifted
     return words
 
 
 def hash_of(*parts: int | np.ndarray) -> np.ndarray:
     """One uint64 per element of the broadcast `parts` (integers >= 0), which depends on every part and their order."""
-    state = np.zeros(1, np.uint64)
-    for part in parts:
+    integers = 0
+    while integers < len(parts) and isinstance(parts[integers], int):
+        integers += 1
+    state = np.array([_hash_of_integers(*parts[:integers])], np.uint64)
+    for part in parts[integers:]:
         state = mix((state + GAMMA) ^ np.atleast_1d(np.asarray(part, np.uint64)))
     return state
+
+
+@functools.lru_cache(maxsize=1024)
+def _hash_of_integers(*parts: int) -> int:
+    """`hash_of` of integers alone, which most keys begin with."""
+    state = np.zeros(1, np.uint64)
+    for part in parts:
+        state = mix((state + GAMMA) ^ np.uint64(part))
+    return int(state[0])
 
 
 def words_at(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:

@@ -22,6 +22,9 @@ from exlm_dist.data.packing import plan_micro_batches
 from exlm_dist.data.prefetch import Prefetcher
 from exlm_dist.data.recipe import Dataset, Recipe
 
+#: Positions whose samples are worked out at once: enough to hide numpy's cost per call.
+RUN_POSITIONS = 4096
+
 
 @dataclass(frozen=True)
 class StepBatches:
@@ -41,6 +44,18 @@ class StepBatches:
     def padding_fraction(self) -> float:
         """Fraction of this rank's tokens that is bucket padding."""
         return 1.0 - sum(b.num_tokens for b in self.micro_batches) / sum(len(b.input_ids) for b in self.micro_batches)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is known of the samples of a few consecutive steps before any is read: int64 [steps, global batch] each, and
+    their keys uint64."""
+
+    number: int
+    epochs: np.ndarray
+    samples: np.ndarray
+    keys: np.ndarray
+    lengths: np.ndarray
 
 
 class Loader:
@@ -70,6 +85,8 @@ class Loader:
         self._global_batch, self._num_micro = global_batch, global_batch // recipe.micro
         self._world = world
         self._mine = self._indices_of(rank)
+        self._steps_of_run = max(1, RUN_POSITIONS // global_batch)
+        self._run: _Run | None = None  # of the step that was asked for last
         self._prefetcher = Prefetcher(self._build, prefetch)
 
     def step(self, t: int) -> StepBatches:
@@ -97,16 +114,16 @@ class Loader:
 
     def _built(self, t: int, indices: range) -> StepBatches:
         recipe, total = self._recipe.at(t), self._global_batch
-        epochs, samples = self._order.at(np.arange(t * total, (t + 1) * total))
-        keys = sample_keys(self._order.seed, epochs, samples)
-        lengths = self._dataset.lengths[samples].astype(np.int64)
+        epochs, samples, keys, lengths = self._known_of(t)
         counts = recipe.num_masks(lengths, keys)
         expanded = expanded_lengths(lengths, counts, recipe.states, recipe.anchors)
         plan = plan_micro_batches(expanded, self._num_micro)
         mine = [plan[index] for index in indices]
         return StepBatches(
             step=t,
-            micro_batches=recipe.batches(self._dataset, mine, samples, epochs, keys, step=t, indices=list(indices)),
+            micro_batches=recipe.batches(
+                self._dataset, mine, samples, lengths, epochs, keys, step=t, indices=list(indices)
+            ),
             num_sequences=total,
             num_targets=int(counts.sum()) + 2 * recipe.anchors * total,
             num_masked=int(counts.sum()),
@@ -116,9 +133,27 @@ class Loader:
             source_tokens=_tokens_of_sources(samples, lengths + 2, self._order.starts),
         )
 
+    def _known_of(self, t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Epochs, samples, keys and payload lengths of global batch t."""
+        number, step = divmod(t, self._steps_of_run)
+        run = self._run  # another thread may set it meanwhile
+        if run is None or run.number != number:
+            run = self._run = self._run_of(number)
+        return run.epochs[step], run.samples[step], run.keys[step], run.lengths[step]
+
+    def _run_of(self, number: int) -> _Run:
+        count = self._steps_of_run * self._global_batch
+        epochs, samples = self._order.at(np.arange(number * count, (number + 1) * count))
+        keys = sample_keys(self._order.seed, epochs, samples)
+        lengths = self._dataset.lengths[samples].astype(np.int64)
+        shape = (self._steps_of_run, self._global_batch)
+        return _Run(number, *(values.reshape(shape) for values in (epochs, samples, keys, lengths)))
+
 
 def _tokens_of_sources(samples: np.ndarray, tokens: np.ndarray, starts: np.ndarray) -> tuple[int, ...]:
     """Sums of `tokens` (int64[m]) of the samples (int64[m]) of each source, whose first ones are `starts`."""
+    if len(starts) == 2:
+        return (int(tokens.sum()),)
     sources = np.searchsorted(starts, samples, side="right") - 1
     return tuple(np.bincount(sources, tokens, minlength=len(starts) - 1).astype(np.int64).tolist())
 
@@ -157,9 +192,9 @@ class _Evaluation:
         recipe.check_lengths(dataset.lengths[samples])
         self._dataset, self._recipe, self._samples = dataset, recipe, samples
         self._keys = evaluation_keys(samples, seed)
-        lengths = dataset.lengths[samples].astype(np.int64)
-        counts = recipe.num_masks(lengths, self._keys)
-        expanded = expanded_lengths(lengths, counts, recipe.states, recipe.anchors)
+        self._lengths = dataset.lengths[samples].astype(np.int64)
+        counts = recipe.num_masks(self._lengths, self._keys)
+        expanded = expanded_lengths(self._lengths, counts, recipe.states, recipe.anchors)
         self.plan = plan_micro_batches(expanded, -(-len(samples) // recipe.micro))
 
     def batch(self, index: int) -> PackedBatch:
@@ -167,7 +202,7 @@ class _Evaluation:
         rows = self.plan[index if index < len(self.plan) else 0]
         epochs = np.zeros_like(self._samples)
         (batch,) = self._recipe.batches(
-            self._dataset, [rows], self._samples, epochs, self._keys, step=0, indices=[index]
+            self._dataset, [rows], self._samples, self._lengths, epochs, self._keys, step=0, indices=[index]
         )
         return batch
 

@@ -16,6 +16,7 @@ than a cells beyond n).
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -82,13 +83,12 @@ class Order:
         Over an epoch each block comes once, at an even pace: one for every `block` positions.
         """
         epochs, places = np.divmod(np.asarray(positions, np.int64) + self.window * self.block, self.num_samples)
+        begun = np.flatnonzero(places % self.block == 0)
         blocks = []
-        for epoch, place in zip(epochs.tolist(), places.tolist()):
-            slot, inside = divmod(place, self.block)
-            if inside == 0:
-                window = int(self._window_of(np.array([slot]))[0])
-                group = np.array([slot - self._first_slot(window)])
-                blocks += self._block_of(group, window, epoch).tolist()
+        for epoch, slot in zip(epochs[begun].tolist(), (places[begun] // self.block).tolist()):
+            window = int(self._window_of(np.array([slot]))[0])
+            group = np.array([slot - self._first_slot(window)])
+            blocks += self._block_of(group, window, epoch).tolist()
         return blocks
 
     @property
@@ -133,21 +133,29 @@ class Order:
         """
         windows = self._windows
         whole, in_last = divmod(self.num_blocks - 1, windows)
-        drawn = permute(np.array([window]), windows, PURPOSE_BLOCKS, self.seed, epoch)
+        drawn = _drawn(window, windows, self.seed, epoch)
         rotation = hash_of(PURPOSE_ROTATION, self.seed, epoch, group) % np.uint64(windows)
         member = (drawn + rotation.astype(np.int64)) % windows
-        place = np.array([window * (in_last + 1) // windows])
-        if place < in_last:
-            place = permute(place, in_last, PURPOSE_BLOCKS, self.seed, epoch)
-        member[group == whole] = place
+        of_last = group == whole
+        if of_last.any():
+            place = np.array([window * (in_last + 1) // windows])
+            if place < in_last:
+                place = permute(place, in_last, PURPOSE_BLOCKS, self.seed, epoch)
+            member[of_last] = place
         return group * windows + member
+
+
+@functools.lru_cache(maxsize=64)
+def _drawn(window: int, windows: int, seed: int, epoch: int) -> int:
+    """The place of a window in the permutation of the windows of an epoch."""
+    return int(permute(np.array([window]), windows, PURPOSE_BLOCKS, seed, epoch)[0])
 
 
 def permute(indices: np.ndarray, size: int, *key: int) -> np.ndarray:
     """perm(i) for each i of `indices` (int64[m] in [0, size)), a bijection of [0, size) for each `key` (integers)."""
     columns = math.isqrt(size - 1) + 1
     rows = -(-size // columns)
-    keys = words_at(hash_of(*key), np.arange(ROUNDS))
+    keys = _round_keys(*key)
     result = _rounds(indices.astype(np.uint64), keys, columns, rows)
     outside = np.flatnonzero(result >= size)
     while outside.size:
@@ -155,6 +163,12 @@ def permute(indices: np.ndarray, size: int, *key: int) -> np.ndarray:
         result[outside] = walked
         outside = outside[walked >= size]
     return result.astype(np.int64)
+
+
+@functools.lru_cache(maxsize=1024)
+def _round_keys(*key: int) -> np.ndarray:
+    """The key of each round, uint64 [ROUNDS]."""
+    return words_at(hash_of(*key), np.arange(ROUNDS))
 
 
 def _rounds(values: np.ndarray, keys: np.ndarray, columns: int, rows: int) -> np.ndarray:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
 import numpy as np
 
 from exlm_dist.data.batch import PackedBatch
@@ -17,14 +21,16 @@ def plan_micro_batches(lengths: np.ndarray, count: int) -> list[np.ndarray]:
     on the lengths alone.
     """
     order = np.argsort(-lengths, kind="stable")
-    sums = np.zeros(count, np.int64)
-    table = np.full((-(-len(order) // count), count), -1, np.int64)
-    for row, first in zip(table, range(0, len(order), count)):
-        dealt = order[first : first + count]
-        lightest = np.argsort(sums, kind="stable")[: len(dealt)]
-        row[lightest] = dealt
-        sums[lightest] += lengths[dealt]
-    return [column[column >= 0] for column in np.ascontiguousarray(table.T)]
+    sums = [0] * count
+    plan: list[list[int]] = [[] for _ in range(count)]
+    lightest = list(range(count))
+    for place, (sequence, length) in enumerate(zip(order.tolist(), lengths[order].tolist())):
+        turn = place % count
+        if turn == 0:
+            lightest = sorted(range(count), key=sums.__getitem__)
+        plan[lightest[turn]].append(sequence)
+        sums[lightest[turn]] += length
+    return [np.array(sequences, np.int64) for sequences in plan]
 
 
 def rounded_up(size: int, bucket: int) -> int:
@@ -46,37 +52,86 @@ def pack(
 ) -> PackedBatch:
     """Cut sequences first..last-1 out of `expanded` into a micro-batch of their own, sizes padded up to `bucket`.
 
-    `sample_ids` and `epochs` int64[last - first]. Arrays that need no padding are views, not copies.
+    `sample_ids` and `epochs` int64[last - first].
     """
-    t0, t1 = int(expanded.cu_tokens[first]), int(expanded.cu_tokens[last])
-    n0, n1 = int(expanded.cu_targets[first]), int(expanded.cu_targets[last])
-    tokens, targets = rounded_up(t1 - t0, bucket), rounded_up(n1 - n0, bucket)
-    num_states = states * (n1 - n0)
-    cu_tokens = expanded.cu_tokens[first : last + 1] - t0
-    cu_targets = expanded.cu_targets[first : last + 1] - n0
+    edges = np.array([first, last])
+    named = {"sample_ids": [sample_ids], "epochs": [epochs], "step": step, "indices": [index]}
+    return pack_each(expanded, edges, states=states, bucket=bucket, **named)[0]
+
+
+def pack_each(
+    expanded: Expanded,
+    edges: np.ndarray,
+    *,
+    states: int,
+    bucket: int,
+    sample_ids: Sequence[np.ndarray],
+    epochs: Sequence[np.ndarray],
+    step: int,
+    indices: Sequence[int],
+) -> list[PackedBatch]:
+    """Micro-batches i of the sequences edges[i]..edges[i+1]-1 of `expanded`, as `pack` makes each. Their arrays are
+    views of common ones, which are made at once."""
+    tokens = _Pieces(expanded.cu_tokens[edges], bucket)
+    targets = _Pieces(expanded.cu_targets[edges], bucket)
+    of_states = _Pieces(states * expanded.cu_targets[edges], bucket)
+    columns = {
+        "input_ids": tokens.padded(expanded.input_ids, PAD),
+        "position": tokens.padded(expanded.position, 0),
+        "clone": tokens.padded(expanded.clone, 0),
+        "state_index": of_states.padded(expanded.state_index, 0, minus=tokens.starts),
+        "target_ids": targets.padded(expanded.target_ids, PAD),
+        "is_masked": targets.padded(expanded.is_masked, False),
+    }
+    return [
+        _packed(
+            expanded,
+            first,
+            last,
+            {name: pieces[place] for name, pieces in columns.items()},
+            states=states,
+            sample_ids=sample_ids[place],
+            epochs=epochs[place],
+            step=step,
+            index=indices[place],
+        )
+        for place, (first, last) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist()))
+    ]
+
+
+def _packed(expanded: Expanded, first: int, last: int, columns: dict, *, states: int, **named: Any) -> PackedBatch:
+    """The micro-batch of sequences first..last-1, whose padded arrays are given."""
+    cu_tokens = expanded.cu_tokens[first : last + 1] - expanded.cu_tokens[first]
+    cu_targets = expanded.cu_targets[first : last + 1] - expanded.cu_targets[first]
     return PackedBatch(
-        input_ids=_padded(expanded.input_ids[t0:t1], tokens, PAD),
-        position=_padded(expanded.position[t0:t1], tokens, 0),
-        clone=_padded(expanded.clone[t0:t1], tokens, 0),
+        **columns,
         cu_tokens=cu_tokens,
-        state_index=_padded(expanded.state_index[states * n0 : states * n1] - t0, rounded_up(num_states, bucket), 0),
         cu_states=states * cu_targets,
-        target_ids=_padded(expanded.target_ids[n0:n1], targets, PAD),
         cu_targets=cu_targets,
-        is_masked=_padded(expanded.is_masked[n0:n1], targets, False),
-        sample_ids=sample_ids,
-        epochs=epochs,
         states=states,
-        step=step,
-        index=index,
-        num_original_tokens=t1 - t0 - num_states + n1 - n0,
+        num_original_tokens=int(cu_tokens[-1]) - (states - 1) * int(cu_targets[-1]),
+        **named,
     )
 
 
-def _padded(values: np.ndarray, size: int, filler: int | bool) -> np.ndarray:
-    """`values` followed by `filler` up to `size`; the array itself if it has that size already."""
-    if len(values) == size:
-        return values
-    result = np.full(size, filler, values.dtype)
-    result[: len(values)] = values
-    return result
+class _Pieces:
+    """Where micro-batches are in a flat array, from starts[i] to starts[i+1], and in one that is padded to `bucket`."""
+
+    def __init__(self, starts: np.ndarray, bucket: int) -> None:
+        self.starts = starts.tolist()
+        sizes = [end - start for start, end in zip(self.starts, self.starts[1:])]
+        self._padded = [0, *accumulate(rounded_up(size, bucket) for size in sizes)]
+
+    def padded(self, values: np.ndarray, filler: int, minus: Sequence[int] = ()) -> list[np.ndarray]:
+        """Each piece of `values` (less minus[i], if given), followed by `filler`."""
+        whole = np.empty(self._padded[-1], values.dtype)
+        pieces = []
+        for place, (start, end) in enumerate(zip(self.starts, self.starts[1:])):
+            piece = whole[self._padded[place] : self._padded[place + 1]]
+            if minus:
+                np.subtract(values[start:end], minus[place], out=piece[: end - start])
+            else:
+                piece[: end - start] = values[start:end]
+            piece[end - start :] = filler
+            pieces.append(piece)
+        return pieces

@@ -14,7 +14,7 @@ from exlm_dist.data.batch import PackedBatch
 from exlm_dist.data.expansion import Expanded, expand, wrap
 from exlm_dist.data.mask_groups import Grouping
 from exlm_dist.data.masking import mask_batch, num_masks
-from exlm_dist.data.packing import pack
+from exlm_dist.data.packing import pack_each
 from exlm_dist.data.shard_index import Lengths
 from exlm_dist.tokenizers.tokenizer import Tokenizer
 from exlm_dist.utils.errors import ConfigError, DataError
@@ -124,38 +124,32 @@ class Recipe:
         dataset: Dataset,
         plan: list[np.ndarray],
         samples: np.ndarray,
+        lengths: np.ndarray,
         epochs: np.ndarray,
         keys: np.ndarray,
         *,
         step: int,
         indices: list[int],
     ) -> list[PackedBatch]:
-        """Read, mask, expand and pack micro-batches: `plan` has the rows of `samples`, `epochs` and `keys` of each.
+        """Read, mask, expand and pack micro-batches: `plan` has the rows of `samples`, `lengths` (int64, as in the
+        index), `epochs` and `keys` of each.
 
         `indices`: those of the micro-batches within the global batch.
         """
-        lengths = dataset.lengths[samples].astype(np.int64)
         result: list[PackedBatch] = []
         for group in _groups([int(lengths[rows].sum()) for rows in plan]):
             rows = np.concatenate([plan[i] for i in group])
             expanded = self._expanded(dataset, samples[rows], lengths[rows], keys[rows])
-            first = 0
-            for i in group:
-                members = plan[i]
-                result.append(
-                    pack(
-                        expanded,
-                        first,
-                        first + len(members),
-                        states=self.states,
-                        bucket=self.bucket,
-                        sample_ids=samples[members],
-                        epochs=epochs[members],
-                        step=step,
-                        index=indices[i],
-                    )
-                )
-                first += len(members)
+            result += pack_each(
+                expanded,
+                np.cumsum([0, *(len(plan[i]) for i in group)]),
+                states=self.states,
+                bucket=self.bucket,
+                sample_ids=[samples[plan[i]] for i in group],
+                epochs=[epochs[plan[i]] for i in group],
+                step=step,
+                indices=[indices[i] for i in group],
+            )
         return result
 
     def _expanded(self, dataset: Dataset, samples: np.ndarray, lengths: np.ndarray, keys: np.ndarray) -> Expanded:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -177,31 +177,25 @@ class ShardDataset:
         records = self.index.rows(shard)[ids - self.index.starts[shard]]
         sizes = records["length"].astype(np.int64) * self.dtype.itemsize
         contents = self._contents(shard, ids, records["offset"].astype(np.int64), sizes)
-        crc32 = zlib.crc32
-        wrong = []
-        for row, size, crc, content in zip(rows.tolist(), sizes.tolist(), records["crc"].tolist(), contents):
-            if len(content) != size or crc32(content) != crc:
-                wrong.append(row)
+        for row, content in zip(rows.tolist(), contents):
             payloads[row] = content
-        if wrong:
-            sample_of = dict(zip(rows.tolist(), ids.tolist()))
-            for row in wrong:
-                payloads[row] = self._replaced(sample_of[row])
+        whole = np.fromiter(map(zlib.crc32, contents), np.uint32, len(contents)) == records["crc"]
+        whole &= np.fromiter(map(len, contents), np.int64, len(contents)) == sizes
+        for wrong in np.flatnonzero(~whole).tolist():
+            payloads[rows[wrong]] = self._replaced(int(ids[wrong]))
         return records["length"]
 
     def _contents(
         self, shard: int, ids: np.ndarray, offsets: np.ndarray, sizes: np.ndarray
-    ) -> Iterator[bytes | memoryview]:
+    ) -> Sequence[bytes | memoryview]:
         """The bytes at each offset of a shard, as many as there are up to each size."""
         if not self._block:
             self._files.expect(shard, offsets, sizes)
-            read = self._files.reader(shard)
-            for offset, size in zip(offsets.tolist(), sizes.tolist()):
-                yield read(size, offset)
-            return
-        for block, offset, size in zip((ids // self._block).tolist(), offsets.tolist(), sizes.tolist()):
-            start, content = self._piece(shard, block)
-            yield content[offset - start : offset - start + size]
+            return list(map(self._files.reader(shard), sizes.tolist(), offsets.tolist()))
+        pieces = [self._piece(shard, block) for block in (ids // self._block).tolist()]
+        begins = (offsets - np.fromiter((start for start, _ in pieces), np.int64, len(pieces))).tolist()
+        ends = (sizes + begins).tolist()
+        return [content[begin:end] for (_, content), begin, end in zip(pieces, begins, ends)]
 
     def _piece(self, shard: int, block: int) -> Piece:
         """What one shard has of a block, from memory or else from its file."""

@@ -149,10 +149,10 @@ def write(readers: Readers, args: argparse.Namespace) -> None:
             print(f"{size:8} {library:12} {len(chosen):9,} sequences in {answer['seconds']:6.1f} s", flush=True)
     for library in args.libraries:
         readers.ask(library, "advance", **resumed(args, library))
-    shutil.rmtree(args.work / "tokenizer", ignore_errors=True)
-    shutil.copytree(args.data / "tokenizer", args.work / "tokenizer")
+    shutil.copytree(args.data / "tokenizer", args.work / "tokenizer", dirs_exist_ok=True)
     decode = load_tokenizer(args.data / "tokenizer").decode
-    write_foreign(args.work, [decode(ids.tolist()) for ids in sequences])
+    if not (args.work / "tars").exists():
+        write_foreign(args.work, [decode(ids.tolist()) for ids in sequences])
 
 
 def write_foreign(work: Path, texts: list[str]) -> None:

@@ -27,7 +27,7 @@ class _Stream:
         self._data = StreamingDataset(str(folder), shuffle=True, drop_last=False, seed=1)
 
     def __iter__(self) -> Iterator[Sequence[np.ndarray]]:
-        return batched(iter(self._data), self._how["batch"])
+        return batched((ids for ids in self._data), self._how["batch"])  # `iter` of it would start again
 
     def save(self, path: Path, batches: int) -> None:
         state = self._data.state_dict(batches * self._how["batch"], num_workers=0, batch_size=self._how["batch"])

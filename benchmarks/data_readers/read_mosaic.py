@@ -1,4 +1,4 @@
-"""mosaicml-streaming: MDS shards of uint16 arrays, shuffled by its default py1e, each sample right from the data set."""
+"""mosaicml-streaming: MDS shards of uint16 arrays, shuffled by its default py1e, samples right from the data set."""
 
 from __future__ import annotations
 

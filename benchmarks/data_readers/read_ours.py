@@ -22,7 +22,9 @@ from exlm_dist.data.recipe import Recipe
 from exlm_dist.prepare.index_shards import index_shards
 from exlm_dist.prepare.shard_writer import ShardWriter
 
-BLOCK, WINDOW, MICRO, STATES = 512, 1024, 32, 4
+BLOCK, WINDOW = 512, 1024
+#: As configs/pretrain/exlm_base_smiles.yaml has them.
+STEP, MICRO, BUCKET, STATES = 704, 88, 1024, 4
 
 
 class _Stream:
@@ -49,7 +51,7 @@ class _Stream:
             random=0.0,
             vocab_size=self._data.vocab_size,
             max_positions=(self._data.lengths.max() + 2) * STATES,
-            bucket=64,
+            bucket=BUCKET,
             micro=MICRO,
         )
 
@@ -68,7 +70,7 @@ class _Stream:
 
     def _packed(self) -> Iterator[Ragged]:
         """Whole steps; what is left of the epoch comes with the next one. The original tokens are what counts."""
-        batch = self._how["batch"]
+        batch = min(STEP, len(self._data) // MICRO * MICRO)
         loader = Loader(self._data, self._recipe, order=self._order, global_batch=batch, rank=0, world=1, prefetch=0)
         for step in range(self._first, len(self._data) // batch):
             batches = loader.step(step)

@@ -84,13 +84,14 @@ def expand(marked: MarkedSequences, states: int) -> Expanded:
     copies[indices] = states
     position = np.arange(len(marked.input_ids)) - np.repeat(cu_unexpanded[:-1], marked.lengths)
     first = indices + extra * np.arange(len(indices))
-    offsets = np.arange(states)
+    numbers = np.tile(np.arange(states), len(indices))
+    state_index = np.repeat(first, states) + numbers
     clone = np.zeros(len(marked.input_ids) + extra * len(indices), np.int64)
-    state_index = (first[:, None] + offsets).reshape(-1)
-    clone[state_index] = np.tile(offsets + 1, len(indices))
+    clone[state_index] = numbers + 1
+    source = np.repeat(np.arange(len(marked.input_ids)), copies)
     return Expanded(
-        input_ids=np.repeat(marked.input_ids, copies),
-        position=np.repeat(position, copies),
+        input_ids=marked.input_ids[source],
+        position=position[source],
         clone=clone,
         state_index=state_index,
         target_ids=marked.target_ids,

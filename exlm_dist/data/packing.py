@@ -23,14 +23,13 @@ def plan_micro_batches(lengths: np.ndarray, count: int) -> list[np.ndarray]:
     order = np.argsort(-lengths, kind="stable")
     sums = [0] * count
     plan: list[list[int]] = [[] for _ in range(count)]
-    lightest = list(range(count))
-    for place, (sequence, length) in enumerate(zip(order.tolist(), lengths[order].tolist())):
-        turn = place % count
-        if turn == 0:
-            lightest = sorted(range(count), key=sums.__getitem__)
-        plan[lightest[turn]].append(sequence)
-        sums[lightest[turn]] += length
-    return [np.array(sequences, np.int64) for sequences in plan]
+    sequences = zip(order.tolist(), lengths[order].tolist())
+    for _ in range(0, len(order), count):
+        lightest = sorted(range(count), key=sums.__getitem__)
+        for batch, (sequence, length) in zip(lightest, sequences):
+            plan[batch].append(sequence)
+            sums[batch] += length
+    return [np.array(batch, np.int64) for batch in plan]
 
 
 def rounded_up(size: int, bucket: int) -> int:

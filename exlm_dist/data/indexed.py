@@ -14,7 +14,7 @@ import numpy as np
 
 from exlm_dist.data.manifest import MEMBERS, TOKENIZER, read_manifest
 from exlm_dist.data.record_tokens import encoder_of
-from exlm_dist.data.shards import ShardDataset
+from exlm_dist.data.shards import ShardDataset, are_whole
 from exlm_dist.utils.workers import WorkerPool
 
 #: Seconds that the reading of a few hundred sequences may take, all attempts over a network included.
@@ -56,8 +56,17 @@ class IndexedDataset(ShardDataset):
     def read_whole(self, ids: np.ndarray) -> list[bytes | None]:
         """Token ids of the samples `ids` as bytes, of the type in which they are stored; None for a damaged one."""
         payloads: list[bytes | None] = [None] * len(ids)
-        for shard, rows in self.index.groups(ids):
-            self._read_records(shard, ids[rows], rows, payloads)
+        groups = [(*group, self.index.records(ids[group[1]], group[0])) for group in self.index.groups(ids)]
+        runs = [
+            (shard, records["offset"].astype(np.int64), records["size"].astype(np.int64))
+            for shard, _, records in groups
+        ]
+        for (_, rows, records), (_, _, sizes), contents in zip(groups, runs, self._files.read_each(runs)):
+            whole = are_whole(contents, sizes, records["crc"])
+            good = np.flatnonzero(whole).tolist()
+            tokens = self._encoder.tokens(records[whole], [contents[i] for i in good])
+            for i, ids_of_one in zip(good, tokens):
+                payloads[rows[i]] = ids_of_one.astype(self.dtype).tobytes()
         return payloads
 
     def _preload_piece(self, shard: int, block: int) -> None:
@@ -82,20 +91,6 @@ class IndexedDataset(ShardDataset):
             self._replaced(sample) if payload is None else payload for sample, payload in zip(ids.tolist(), found)
         ]
         return whole, self.lengths[ids].astype(np.int64)
-
-    def _read_records(self, shard: int, ids: np.ndarray, rows: np.ndarray, payloads: list[bytes | None]) -> None:
-        """Read the samples `ids` of one shard into `payloads[rows]`."""
-        records = self.index.rows(shard)[ids - self.index.starts[shard]]
-        offsets, sizes = records["offset"].astype(np.int64), records["size"].astype(np.int64)
-        self._files.expect(shard, offsets, sizes)
-        read, crc32 = self._files.reader(shard), zlib.crc32
-        contents = [read(size, offset) for size, offset in zip(sizes.tolist(), offsets.tolist())]
-        whole = np.array([crc32(content) for content in contents], np.uint32) == records["crc"]
-        whole &= np.array([len(content) for content in contents]) == sizes
-        good = np.flatnonzero(whole).tolist()
-        tokens = self._encoder.tokens(records[whole], [contents[i] for i in good])
-        for i, ids_of_one in zip(good, tokens):
-            payloads[rows[i]] = ids_of_one.astype(self.dtype).tobytes()
 
     def _attempt(self, sample: int) -> tuple[bytes, int, int]:
         """As in `ShardDataset`: the content is that of the tokens, the checksums are those of the record."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from itertools import islice
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -16,11 +18,16 @@ from exlm_dist.data.places import address_of, joined
 from exlm_dist.data.remote import Remote, in_background
 from exlm_dist.utils.errors import DataError
 
+Result = TypeVar("Result")
 OPEN_FILES = 128
 #: Bytes of a block, in which remote shards are fetched and cached, and blocks that are fetched at a time.
 BLOCK, AT_A_TIME = 4 << 20, 8
 #: (size, offset) -> the bytes; fewer if the shard ends before.
 Reader: TypeAlias = Callable[[int, int], bytes]
+#: Runs of bytes of one shard: its number, offsets int64 [m], sizes int64 [m].
+Runs: TypeAlias = tuple[int, np.ndarray, np.ndarray]
+#: Where the first PROBED calls took longer than SLOW seconds each, the others are made by THREADS threads.
+PROBED, SLOW, THREADS = 4, 2e-4, 16
 
 
 class ShardFiles(Protocol):
@@ -37,6 +44,10 @@ class ShardFiles(Protocol):
 
     def reader(self, shard: int) -> Reader:
         """The function that reads a run of bytes of the shard."""
+        ...
+
+    def read_each(self, runs: Sequence[Runs]) -> list[list[bytes]]:
+        """The runs of bytes of several shards, each fewer bytes if the shard ends before."""
         ...
 
     def expect(self, shard: int, offsets: np.ndarray, sizes: np.ndarray) -> None:
@@ -78,6 +89,22 @@ class LocalShards:
     def reader(self, shard: int) -> Reader:
         return partial(os.pread, self._handle(shard))
 
+    def read_each(self, runs: Sequence[Runs]) -> list[list[bytes]]:
+        found: list[list[bytes]] = []
+        for first in range(0, len(runs), OPEN_FILES):
+            found += self._read_open(runs[first : first + OPEN_FILES])
+        return found
+
+    def _read_open(self, runs: Sequence[Runs]) -> list[list[bytes]]:
+        """Runs of at most `OPEN_FILES` shards, which are all open meanwhile."""
+        self._open([shard for shard, _, _ in runs])
+        counts = [len(offsets) for _, offsets, _ in runs]
+        handles = [handle for (shard, _, _), count in zip(runs, counts) for handle in [self._files[shard]] * count]
+        sizes = [size for _, _, sizes in runs for size in sizes.tolist()]
+        offsets = [offset for _, offsets, _ in runs for offset in offsets.tolist()]
+        contents = iter(each(os.pread, handles, sizes, offsets))
+        return [list(islice(contents, count)) for count in counts]
+
     def expect(self, shard: int, offsets: np.ndarray, sizes: np.ndarray) -> None:
         return
 
@@ -91,19 +118,55 @@ class LocalShards:
             os.close(self._files.popitem()[1])
 
     def _handle(self, shard: int) -> int:
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
-        if len(self._files) >= OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        path = self._places[shard]
-        try:
-            self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be opened ({error.strerror}); it was there when the data was opened."
-            ) from error
+        self._open([shard])
         return self._files[shard]
+
+    def _open(self, shards: Sequence[int]) -> None:
+        """Open those that are not, and close others, used longest ago, if there are too many."""
+        missing = []
+        for shard in shards:
+            if shard in self._files:
+                self._files.move_to_end(shard)
+            else:
+                missing.append(shard)
+        while self._files and len(self._files) + len(missing) > OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        opened = each(_opened, [self._places[shard] for shard in missing])
+        self._files.update((shard, handle) for shard, handle in zip(missing, opened) if isinstance(handle, int))
+        for error in opened:
+            if isinstance(error, DataError):
+                raise error
+
+
+def _opened(path: str) -> int | DataError:
+    """A descriptor; an error as a value, so that no descriptor of other threads is lost."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        return DataError(f"{path}: cannot be opened ({error.strerror}); it was there when the data was opened.")
+
+
+def each(function: Callable[..., Result], *columns: Sequence[Any]) -> list[Result]:
+    """`function` of each row of the `columns`, in order. If storage is slow, several threads wait for it side by side;
+    if it is not, or has the files in memory, threads would cost more than they save."""
+    start = time.perf_counter()
+    found = list(map(function, *(column[:PROBED] for column in columns)))
+    rest = [column[PROBED:] for column in columns]
+    if time.perf_counter() - start < SLOW * PROBED:
+        return found + list(map(function, *rest))
+    count = len(rest[0])
+    parts = [
+        in_background(partial(_listed, function, [column[first::THREADS] for column in rest]))
+        for first in range(min(THREADS, count))
+    ]
+    others: list[Any] = [None] * count
+    for first, part in enumerate(parts):
+        others[first::THREADS] = part()
+    return found + others
+
+
+def _listed(function: Callable[..., Result], columns: list[Sequence[Any]]) -> list[Result]:
+    return list(map(function, *columns))
 
 
 class RemoteShards:
@@ -129,6 +192,13 @@ class RemoteShards:
 
     def reader(self, shard: int) -> Reader:
         return partial(self._read, shard)
+
+    def read_each(self, runs: Sequence[Runs]) -> list[list[bytes]]:
+        found = []
+        for shard, offsets, sizes in runs:
+            self.expect(shard, offsets, sizes)
+            found.append(list(map(self.reader(shard), sizes.tolist(), offsets.tolist())))
+        return found
 
     def expect(self, shard: int, offsets: np.ndarray, sizes: np.ndarray) -> None:
         """Fetch the blocks that these runs of bytes are in, several at a time, and begin with the one after them."""

@@ -69,6 +69,10 @@ class ShardIndex:
         shard = self.shard_of(sample)
         return self.rows(shard)[sample - self.starts[shard]]
 
+    def records(self, ids: np.ndarray, shard: int) -> np.ndarray:
+        """The rows of the samples `ids` (int64[m]), all of one shard."""
+        return self.rows(shard)[ids - self.starts[shard]]
+
     def groups(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """(shard, which of `ids` [m] are in it, by ascending id) for each shard that has any."""
         return grouped(ids, self.starts)

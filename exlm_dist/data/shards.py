@@ -38,6 +38,12 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
+def are_whole(contents: Sequence[bytes | memoryview], sizes: np.ndarray, crcs: np.ndarray) -> np.ndarray:
+    """bool[m]: whether each content has the size and the crc32 that it should have."""
+    whole = np.fromiter(map(zlib.crc32, contents), np.uint32, len(contents)) == crcs
+    return whole & (np.fromiter(map(len, contents), np.int64, len(contents)) == sizes)
+
+
 @dataclass(frozen=True)
 class BadRecord:
     """A damaged record and what replaces it."""
@@ -166,32 +172,25 @@ class ShardDataset:
         """Token ids of the samples `ids` [m] as bytes, and the lengths int64 [m]."""
         payloads: list[bytes | memoryview] = [b""] * len(ids)
         lengths = np.empty(len(ids), np.int64)
-        for shard, where in self.index.groups(ids):
-            lengths[where] = self._read_shard(shard, ids[where], where, payloads)
+        groups = [(*group, self.index.records(ids[group[1]], group[0])) for group in self.index.groups(ids)]
+        runs = [
+            (shard, records["offset"].astype(np.int64), records["length"].astype(np.int64) * self.dtype.itemsize)
+            for shard, _, records in groups
+        ]
+        if self._block:
+            found = [self._from_blocks(ids[rows], *run) for (_, rows, _), run in zip(groups, runs)]
+        else:
+            found = self._files.read_each(runs)
+        for (_, rows, records), (_, _, sizes), contents in zip(groups, runs, found):
+            lengths[rows] = records["length"]
+            for row, content in zip(rows.tolist(), contents):
+                payloads[row] = content
+            for wrong in np.flatnonzero(~are_whole(contents, sizes, records["crc"])).tolist():
+                payloads[rows[wrong]] = self._replaced(int(ids[rows[wrong]]))
         return payloads, lengths
 
-    def _read_shard(
-        self, shard: int, ids: np.ndarray, rows: np.ndarray, payloads: list[bytes | memoryview]
-    ) -> np.ndarray:
-        """Read the samples `ids` (ascending) of one shard into `payloads[rows]`; their lengths."""
-        records = self.index.rows(shard)[ids - self.index.starts[shard]]
-        sizes = records["length"].astype(np.int64) * self.dtype.itemsize
-        contents = self._contents(shard, ids, records["offset"].astype(np.int64), sizes)
-        for row, content in zip(rows.tolist(), contents):
-            payloads[row] = content
-        whole = np.fromiter(map(zlib.crc32, contents), np.uint32, len(contents)) == records["crc"]
-        whole &= np.fromiter(map(len, contents), np.int64, len(contents)) == sizes
-        for wrong in np.flatnonzero(~whole).tolist():
-            payloads[rows[wrong]] = self._replaced(int(ids[wrong]))
-        return records["length"]
-
-    def _contents(
-        self, shard: int, ids: np.ndarray, offsets: np.ndarray, sizes: np.ndarray
-    ) -> Sequence[bytes | memoryview]:
-        """The bytes at each offset of a shard, as many as there are up to each size."""
-        if not self._block:
-            self._files.expect(shard, offsets, sizes)
-            return list(map(self._files.reader(shard), sizes.tolist(), offsets.tolist()))
+    def _from_blocks(self, ids: np.ndarray, shard: int, offsets: np.ndarray, sizes: np.ndarray) -> list[memoryview]:
+        """The bytes at each offset of a shard, where the samples `ids` are, as many as there are up to each size."""
         pieces = [self._piece(shard, block) for block in (ids // self._block).tolist()]
         begins = (offsets - np.fromiter((start for start, _ in pieces), np.int64, len(pieces))).tolist()
         ends = (sizes + begins).tolist()

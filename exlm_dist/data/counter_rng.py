@@ -42,7 +42,7 @@ def hash_of(*parts: int | np.ndarray) -> np.ndarray:
     integers = 0
     while integers < len(parts) and isinstance(parts[integers], int):
         integers += 1
-    state = np.array([_hash_of_integers(*parts[:integers])], np.uint64)
+    state = np.array([_hash_of_integers(*map(int, parts[:integers]))], np.uint64)
     for part in parts[integers:]:
         state = mix((state + GAMMA) ^ np.atleast_1d(np.asarray(part, np.uint64)))
     return state

@@ -53,9 +53,17 @@ def pack(
 
     `sample_ids` and `epochs` int64[last - first].
     """
-    edges = np.array([first, last])
-    named = {"sample_ids": [sample_ids], "epochs": [epochs], "step": step, "indices": [index]}
-    return pack_each(expanded, edges, states=states, bucket=bucket, **named)[0]
+    (batch,) = pack_each(
+        expanded,
+        np.array([first, last]),
+        states=states,
+        bucket=bucket,
+        sample_ids=[sample_ids],
+        epochs=[epochs],
+        step=step,
+        indices=[index],
+    )
+    return batch
 
 
 def pack_each(

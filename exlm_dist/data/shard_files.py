@@ -97,7 +97,7 @@ class LocalShards:
 
     def _read_open(self, runs: Sequence[Runs]) -> list[list[bytes]]:
         """Runs of at most `OPEN_FILES` shards, which are all open meanwhile."""
-        self._open([shard for shard, _, _ in runs])
+        self._open(list(dict.fromkeys(shard for shard, _, _ in runs)))
         counts = [len(offsets) for _, offsets, _ in runs]
         handles = [handle for (shard, _, _), count in zip(runs, counts) for handle in [self._files[shard]] * count]
         sizes = [size for _, _, sizes in runs for size in sizes.tolist()]

@@ -177,7 +177,12 @@ class ShardDataset:
             (shard, records["offset"].astype(np.int64), records["length"].astype(np.int64) * self.dtype.itemsize)
             for shard, _, records in groups
         ]
+        found: Sequence[Sequence[bytes | memoryview]]
         if self._block:
+            blocks = {
+                (shard, block): None for shard, rows, _ in groups for block in (ids[rows] // self._block).tolist()
+            }
+            self._fetch(list(blocks))
             found = [self._from_blocks(ids[rows], *run) for (_, rows, _), run in zip(groups, runs)]
         else:
             found = self._files.read_each(runs)
@@ -199,7 +204,7 @@ class ShardDataset:
     def _piece(self, shard: int, block: int) -> Piece:
         """What one shard has of a block, from memory or else from its file."""
         if (shard, block) not in self._pieces:
-            self._pieces[shard, block] = self._read_piece(shard, block)
+            self._fetch([(shard, block)])
         return self._pieces[shard, block]
 
     def _preload_piece(self, shard: int, block: int) -> None:
@@ -213,15 +218,21 @@ class ShardDataset:
         first, stop = max(block * self._block, start), min((block + 1) * self._block, end)
         return self.index.rows(shard)[first - start : stop - start]
 
-    def _read_piece(self, shard: int, block: int) -> Piece:
-        """Read what one shard has of a block, and make room for it."""
-        rows = self._rows_of(shard, block)
-        begin, tail = int(rows[0]["offset"]), rows[-1]
-        size = int(tail["offset"]) + int(tail["length"]) * self.dtype.itemsize - begin
-        while len(self._pieces) >= self._kept_blocks + len(self._shards):  # of some blocks two shards have a piece
-            self._pieces.pop(next(iter(self._pieces)))
-        self._files.expect(shard, np.array([begin]), np.array([size]))
-        return begin, memoryview(self._files.reader(shard)(size, begin))
+    def _fetch(self, wanted: Sequence[tuple[int, int]]) -> None:
+        """Read those of the pieces, each of a shard and a block, that are not in memory, and make room for them."""
+        missing = [piece for piece in wanted if piece not in self._pieces]
+        if not missing:
+            return
+        runs = []
+        for shard, block in missing:
+            rows = self._rows_of(shard, block)
+            begin, tail = int(rows[0]["offset"]), rows[-1]
+            size = int(tail["offset"]) + int(tail["length"]) * self.dtype.itemsize - begin
+            runs.append((shard, np.array([begin]), np.array([size])))
+        for piece, (_, begins, _), (content,) in zip(missing, runs, self._files.read_each(runs)):
+            while len(self._pieces) >= self._kept_blocks + len(self._shards):  # of some blocks two shards have a piece
+                self._pieces.pop(next(iter(self._pieces)))
+            self._pieces[piece] = int(begins[0]), memoryview(content)
 
     def _attempt(self, sample: int) -> tuple[bytes, int, int]:
         """Reopen the file and read one record: (content, crc32 expected, crc32 got or -1 if bytes are missing)."""

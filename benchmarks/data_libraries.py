@@ -431,7 +431,7 @@ def rates(rows: list[dict[str, str]], part: str) -> list[str]:
     return lines
 
 
-def options() -> argparse.Namespace:
+def options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--data", type=Path, help="prepared folder of molecules, for `write`")
@@ -443,17 +443,15 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     default = ROOT / "benchmarks" / "results" / f"data_libraries_{date.today().isoformat()}.csv"
     parser.add_argument("--out", type=Path, default=default, help="CSV to add to")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if "write" in args.parts and args.data is None:
         parser.error("write needs --data")
     return args
 
 
-def main() -> None:
-    args = options()
+def main(arguments: list[str] | None = None) -> None:
+    args = options(arguments)
     args.work, args.libraries = args.work.resolve(), tuple(args.libraries)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     readers = Readers(args.environments)
     measured = {"own": own, "tars": tars, "index": index, "resume": resume, "flip": flip, "world": world}
     for part in args.parts:
@@ -468,4 +466,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     main()

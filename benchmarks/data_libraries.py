@@ -159,11 +159,11 @@ def write(readers: Readers, args: argparse.Namespace) -> None:
 
 def write_foreign(work: Path, texts: list[str]) -> None:
     """Other people's tars: a member `.txt` for each text, and one tar more with the first ten, to be held out."""
-    for name in ("tars", "tars-energon", "held"):
+    for name in ("tars", "tars-energon", "valid"):
         shutil.rmtree(work / name, ignore_errors=True)
     contents = [text.encode() for text in texts]
     write_tars(work / "tars", contents, "txt", TARS)
-    write_tars(work / "held", contents[:10], "txt", 1)
+    write_tars(work / "valid", contents[:10], "txt", 1)
     (work / "tars-energon").mkdir()
     for path in sorted((work / "tars").glob("*.tar")):
         os.link(path, work / "tars-energon" / path.name)
@@ -180,7 +180,7 @@ def index(readers: Readers, args: argparse.Namespace) -> Iterator[dict[str, Any]
                 library,
                 "index",
                 tars=tars,
-                held=str(args.work / "held" / "000000.tar"),
+                valid=str(args.work / "valid" / "000000.tar"),
                 tokenizer=str(args.work / "tokenizer"),
                 folder=str(out),
             )

@@ -56,7 +56,7 @@ class Reader(Protocol):
         ...
 
     def index(self, how: dict[str, Any]) -> int:
-        """Make an index of `tars` in `folder`; the number of its rows. Ours needs `held`, a tar, and `tokenizer`."""
+        """Make an index of `tars` in `folder`; the number of its rows. Ours needs `valid`, a tar, and `tokenizer`."""
         ...
 
     def open(self, folder: Path, how: dict[str, Any]) -> Stream:

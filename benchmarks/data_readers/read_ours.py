@@ -113,7 +113,7 @@ class _Ours:
             how["tars"],
             how["folder"],
             tokenizer=how["tokenizer"],
-            valid_patterns=[how["held"]],
+            valid_patterns=[how["valid"]],
             max_length=512,
             workers=1,
         )

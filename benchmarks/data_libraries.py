@@ -158,7 +158,7 @@ def write(readers: Readers, args: argparse.Namespace) -> None:
 
 
 def write_foreign(work: Path, texts: list[str]) -> None:
-    """Other people's tars: a member `.txt` for each text, and one tar more with the first ten, to be held out."""
+    """Other people's tars: a member `.txt` for each text, and one tar more with the first ten, for validation."""
     for name in ("tars", "tars-energon", "valid"):
         shutil.rmtree(work / name, ignore_errors=True)
     contents = [text.encode() for text in texts]

@@ -2,12 +2,15 @@
 
 import json
 import os
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from prepared_folder import overwrite, random_sequences, record_offset, verify_folder, write_folder
 
+from exlm_dist.data import shard_files
 from exlm_dist.data.manifest import MANIFEST
 from exlm_dist.data.order import Order
 from exlm_dist.data.shards import ShardDataset
@@ -165,6 +168,33 @@ def test_lengths_are_those_of_the_index(folder: Path, rows: list[np.ndarray]) ->
     assert np.array_equal(lengths[ids], expected[ids]) and np.array_equal(lengths[5:900:7], expected[5:900:7])
     assert (lengths.min(), lengths.max(), lengths.max(initial=999)) == (expected.min(), expected.max(), 999)
     assert len(lengths) == len(rows) and lengths.mean() == pytest.approx(expected.mean())
+
+
+def test_slow_storage_is_read_by_several_threads_and_gives_the_same(
+    folder: Path, rows: list[np.ndarray], reading: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: set[int] = set()
+
+    def pread(*where: int) -> bytes:
+        readers.add(threading.get_ident())
+        return os.pread(*where)
+
+    monkeypatch.setattr(shard_files, "os", SimpleNamespace(**{**vars(os), "pread": pread}))
+    monkeypatch.setattr(shard_files, "SLOW", 0.0)
+    monkeypatch.setattr(shard_files, "PROBED", 1)
+    monkeypatch.setattr(shard_files, "OPEN_FILES", 2)
+    dataset = ShardDataset.open(folder, "train", **reading)
+    assert len(dataset.manifest["splits"]["train"]["shards"]) > 2
+    for seed in range(3):
+        ids = np.random.default_rng(seed).integers(0, 1500, size=300)
+        assert split_rows(*dataset.read(ids)) == [rows[i].tolist() for i in ids]
+        assert len(dataset._files._files) <= 2
+    assert len(readers) > 1
+    dataset.close()
+    record_offset(dataset, 1499)[0].unlink()
+    with pytest.raises(DataError, match="cannot be opened"):
+        dataset.read(np.arange(1500))
+    dataset.close()
 
 
 def test_windows_read_each_block_once_and_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

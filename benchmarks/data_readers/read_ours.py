@@ -38,7 +38,7 @@ class _Stream:
         self._data = open_dataset(
             folder,
             "train",
-            max_bad_records=1e-3,
+            max_bad_records=1e-2,
             block=BLOCK if windows else 0,
             kept_blocks=2 * WINDOW if windows else 0,
         )

@@ -105,7 +105,7 @@ def test_blocks_are_read_ahead_in_their_source(folders, monkeypatch):
     ahead = {name: len(source._pieces) for name, source in data.sources.items()}
     assert ahead["a"] > 3 and ahead["b"] and not ahead["c"]
     read = []
-    monkeypatch.setattr(ShardDataset, "_read_piece", lambda *args: read.append(args) or pytest.fail("not read ahead"))
+    monkeypatch.setattr(ShardDataset, "_fetch", lambda *args: read.append(args) or pytest.fail("not read ahead"))
     source = data.sources["a"]
     block = next(iter(source._pieces))[1]
     data.preload([block])  # is there already

@@ -179,10 +179,6 @@ class ShardDataset:
         ]
         found: Sequence[Sequence[bytes | memoryview]]
         if self._block:
-            blocks = {
-                (shard, block): None for shard, rows, _ in groups for block in (ids[rows] // self._block).tolist()
-            }
-            self._fetch(list(blocks))
             found = [self._from_blocks(ids[rows], *run) for (_, rows, _), run in zip(groups, runs)]
         else:
             found = self._files.read_each(runs)
@@ -196,7 +192,12 @@ class ShardDataset:
 
     def _from_blocks(self, ids: np.ndarray, shard: int, offsets: np.ndarray, sizes: np.ndarray) -> list[memoryview]:
         """The bytes at each offset of a shard, where the samples `ids` are, as many as there are up to each size."""
-        pieces = [self._piece(shard, block) for block in (ids // self._block).tolist()]
+        blocks = (ids // self._block).tolist()
+        try:
+            pieces = [self._pieces[shard, block] for block in blocks]
+        except KeyError:
+            self._fetch([(shard, block) for block in dict.fromkeys(blocks)])
+            pieces = [self._piece(shard, block) for block in blocks]
         begins = (offsets - np.fromiter((start for start, _ in pieces), np.int64, len(pieces))).tolist()
         ends = (sizes + begins).tolist()
         return [content[begin:end] for (_, content), begin, end in zip(pieces, begins, ends)]

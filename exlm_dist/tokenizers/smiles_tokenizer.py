@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from exlm_dist.utils.files import fingerprint_of, write_json
 
 PATTERN = r"\[[^\[\]]+\]|Br|Cl|->|<-|%\(\d{1,5}\)|%\d\d|[BCNOPSFIbcnops]|[()\.=#\-+\\/:~@?>*$]|\d"
 _TOKENS = re.compile(PATTERN, re.ASCII)
+_TOKENS_OF_LINES = re.compile(rf"{PATTERN}|\n", re.ASCII)
+_END_OF_LINE = -1
 
 
 def split_smiles(smiles: str) -> list[str] | None:
@@ -45,6 +48,7 @@ class SmilesTokenizer:
         self.policy = dict(policy)
         self.vocab_size = NUM_SPECIAL + len(self.vocabulary)
         self._ids = {token: NUM_SPECIAL + index for index, token in enumerate(self.vocabulary)}
+        self._ids_of_lines = {**self._ids, "\n": _END_OF_LINE}
         self._content = {
             "kind": "smiles",
             "pattern": PATTERN,
@@ -85,9 +89,16 @@ class SmilesTokenizer:
         return [get(token, UNK) for token in tokens]
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        rows = [self.encode(text) for text in texts]
-        flat = [token for row in rows for token in row]
-        return np.array(flat, dtype=np.int32), np.array([len(row) for row in rows], dtype=np.int64)
+        whole = "\n".join(texts)  # one search for all
+        tokens = _TOKENS_OF_LINES.findall(whole)
+        if tokens.count("\n") != len(texts) - 1 or "".join(tokens) != whole:
+            rows = [self.encode(text) for text in texts]  # raises the error of the first that is wrong, if one is
+            flat = [token for row in rows for token in row]
+            return np.array(flat, dtype=np.int32), np.array([len(row) for row in rows], dtype=np.int64)
+        ids = np.fromiter(map(self._ids_of_lines.get, tokens, repeat(UNK)), np.int32, len(tokens))
+        ends = np.flatnonzero(ids == _END_OF_LINE)
+        lengths = np.diff(ends, prepend=-1, append=len(ids)) - 1
+        return np.delete(ids, ends), lengths.astype(np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
         names = self.tokens()

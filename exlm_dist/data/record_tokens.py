@@ -85,7 +85,8 @@ class RecordEncoder:
         ranges = list(zip(*_columns(records, "start", "stop", "flags")))
         texts = [self._text(value, *which) for value, which in zip(values, ranges) if isinstance(value, str)]
         flat, lengths = self._tokenizer.encode_batch(texts)
-        encoded = iter(np.split(flat.astype(np.int32), np.cumsum(lengths)[:-1]))
+        flat, ends = flat.astype(np.int32), np.cumsum(lengths).tolist()
+        encoded = (flat[start:end] for start, end in zip([0, *ends], ends))
         found = []
         for value, (start, stop, flags), (length, offset) in zip(
             values, ranges, zip(*_columns(records, "length", "offset"))

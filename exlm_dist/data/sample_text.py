@@ -100,7 +100,7 @@ def unzipped(content: bytes) -> bytes:
 
 def _decoded(content: bytes, form: str, field: str) -> str:
     try:
-        text = content.decode("utf-8-sig")  # with or without a byte order mark
+        text = content.decode().removeprefix("\ufeff")  # with or without a byte order mark
     except UnicodeDecodeError as error:
         raise Unusable("not UTF-8") from error
     if form == "molecules":

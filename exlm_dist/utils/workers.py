@@ -61,12 +61,14 @@ class WorkerPool:
     def __init__(self, workers: int):
         self.workers = workers
         self._pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
-        self._started = _submit(self._pool, abs, 0)
+        # All at once and here: a worker that another thread started, such as one that reads ahead, would end with that.
+        self._started = [_submit(self._pool, abs, 0) for _ in range(workers)]
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item], seconds: float) -> list[Result]:
         """`function` (picklable) of every item, in order. WorkerLost if a worker died or none answers in time."""
         try:
-            self._started.result(seconds)
+            for started in self._started:
+                started.result(seconds)
             return list(self._pool.map(function, items, timeout=seconds))
         except BrokenProcessPool as error:
             raise WorkerLost("a worker process that reads data died (killed for memory?). Start again.") from error

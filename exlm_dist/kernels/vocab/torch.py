@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from exlm_dist.config.vocab_tiles import CHUNK_ELEMENTS, KEEP_ELEMENTS
 from exlm_dist.kernels.checks import work_dtype
-from exlm_dist.kernels.linear import product
+from exlm_dist.kernels.linear import add_product, product
 from exlm_dist.kernels.ragged import Segments
 from exlm_dist.kernels.vocab.shard import VocabShard
 
@@ -88,7 +88,7 @@ class _TargetScores(torch.autograd.Function):
                 grad = product(hidden[rows].to(dtype), matrix.t(), offset).sub_(tops[rows]).exp_()
             grad.mul_(factor[rows]).scatter_add_(1, ids[rows], grad_scores[rows])
             grad_hidden[rows] = product(grad, matrix).to(hidden.dtype)
-            grad_matrix = product(hidden[rows].to(dtype).t(), grad, grad_matrix)
+            grad_matrix = add_product(grad_matrix, hidden[rows].to(dtype).t(), grad)
             grad_bias += grad.sum(0)
         return grad_hidden, grad_matrix.t().to(weight.dtype), grad_bias.to(bias.dtype), None, None
 

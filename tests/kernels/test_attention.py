@@ -152,13 +152,18 @@ def test_golden_rotation(case, dtype):
     """Rotation and rotation back (the gradient), as `attention` does both; angles are fp32 in either type."""
     case = Golden("rope2d.npz").case(case)
     angles, order = golden_angles(case)
-    for name in ("q", "k"):
-        rotated = rotate("key", pack(case, f"in/{name}", dtype, order), angles)
-        expected = pack(case, f"out/{name}_rot", torch.float64, order)
-        torch.testing.assert_close(rotated.double(), expected, rtol=0, atol=5e-6)
-        grad = rotate("back_key", pack(case, f"in/cot_{name}", dtype, order), angles)
-        expected = pack(case, f"grad/{name}", torch.float64, order)
-        torch.testing.assert_close(grad.double(), expected, rtol=0, atol=5e-6)
+    rows = torch.stack([pack(case, f"in/{name}", dtype, order) for name in ("q", "k")])  # [2, T, H, D]
+    columns = rows.permute(2, 0, 3, 1)
+    rotation = torch_form._Rotation(angles, columns)
+    scaled = torch.tensor([rows.shape[-1] ** -0.5, 1.0], dtype=torch.float64)[:, None, None, None]
+    expected = torch.stack([pack(case, f"out/{name}_rot", torch.float64, order) for name in ("q", "k")])
+    turned = rotation.turned(columns).permute(1, 3, 0, 2)
+    torch.testing.assert_close(turned.double(), scaled * expected, rtol=0, atol=5e-6)
+    grads = torch.stack([pack(case, f"in/cot_{name}", dtype, order) for name in ("q", "k")]).permute(2, 0, 3, 1)
+    back = torch.empty_like(grads)
+    rotation.turn_back(grads, back)
+    expected = torch.stack([pack(case, f"grad/{name}", torch.float64, order) for name in ("q", "k")])
+    torch.testing.assert_close(back.permute(1, 3, 0, 2).double(), scaled * expected, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("case", golden_cases("rope2d.npz"))
@@ -187,13 +192,6 @@ def golden_angles(case):
 def pack(case, name, dtype, order):
     """[B, H, T, D] as rows [B * T, H, D] in our order."""
     return case.tensor(name, dtype).transpose(1, 2).flatten(0, 1)[..., order]
-
-
-def rotate(step, rows, angles):
-    """One step of `_Rotation` on all rows as one sequence."""
-    block = torch_form._Block(0, len(rows), 1, len(rows), None, None)
-    rotation = torch_form._Rotation(angles, rows.dtype, 1.0)
-    return getattr(rotation, step)(rows[None].transpose(1, 2), block)[0].transpose(0, 1)
 
 
 def test_scores_use_the_rotation():

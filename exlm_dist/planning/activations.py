@@ -80,12 +80,13 @@ def attention_work(job: Job) -> float:
     gradients = job.tokens * element * width / tensor
     if job.gpu:  # of the output and of q, k, v; rotated keys; one lse per head
         return stream + 5 * gradients + FP32 * job.tokens * job.model.heads / tensor
-    rotation = FP32 * job.tokens * job.head_width / 2 * 4
+    rotation = FP32 * job.tokens * job.head_width / 2 * 5
     heads, squared = job.model.heads / tensor, job.sizes.expanded**2
     sequences = min(job.config.batch.micro, max(1, BLOCK // (heads * squared)))
-    weights = FP32 * heads * squared * sequences
-    # Gradients of q, k and v are computed one by one and then concatenated.
-    return stream + gradients + max(3 * gradients + rotation + 5 * weights, 6 * gradients)
+    # Factors of the dropout of a block, and four arrays like the weights of a sequence.
+    weights = FP32 * heads * squared * (4 + (sequences if job.model.attention_dropout else 0))
+    turned = 2 * FP32 * job.tokens * width / tensor
+    return stream + gradients + 3 * gradients + turned + rotation + weights
 
 
 def head(job: Job) -> float:
@@ -144,13 +145,14 @@ def _transition_work(job: Job) -> float:
 
 
 def _logits_work(job: Job) -> float:
-    """Two chunks of logits, gradients of the features, and the gradient of the matrix before it is returned."""
+    """Two chunks of logits, gradients of the features, and the gradient of the matrix before it is returned; on a CPU
+    also features and matrix with a column for the bias."""
     matrix, features = job.vocabulary * job.model.width, job.states * job.model.width
     if job.gpu:
         return job.element * matrix + FP32 * features + max(_gradient_work(job), job.element * features)
     copies = 0 if job.element == FP32 else 2
     chunks = min(2 * _chunk(job), job.states) * job.vocabulary
-    return FP32 * (chunks + (1 + copies) * matrix + 2 * features)
+    return FP32 * (chunks + (2 + copies) * matrix + 3 * features)
 
 
 def _gradient_work(job: Job) -> float:

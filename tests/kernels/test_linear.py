@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from exlm_dist.kernels import linear as module
-from exlm_dist.kernels.linear import BiasPassingLinear, Linear, add_product, linear, linear_by_column, linear_gelu, product
+from exlm_dist.kernels.linear import (
+    BiasPassingLinear,
+    Linear,
+    add_product,
+    linear,
+    linear_by_column,
+    linear_gelu,
+    product,
+)
 
 SHAPES = [(1, 1, 1), (2, 3, 5), (63, 64, 65), (191, 256, 96), (746, 32, 257), (3, 513, 2)]
 
@@ -94,6 +102,15 @@ def test_other_types_are_torchs_own(dtype):
     x, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((7, 12), (5, 12), (5,)))
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
     assert torch.equal(product(x, weight.t()), x @ weight.t())
+
+
+def test_the_gradient_of_a_transposed_input_lies_as_it_does():
+    columns = matrix(48, 63, "contiguous", 0)
+    weight, grad = matrix(32, 48, "contiguous", 1), matrix(63, 32, "contiguous", 2)
+    x = columns.t().requires_grad_()
+    (found,) = torch.autograd.grad(linear(x, weight), x, grad)
+    assert found.t().is_contiguous()
+    torch.testing.assert_close(found, grad @ weight)
 
 
 def test_no_rows_give_no_rows_and_zero_gradients():

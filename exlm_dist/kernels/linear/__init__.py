@@ -17,7 +17,16 @@ from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.checks import check_shape
 
-__all__ = ["BiasPassingLinear", "Linear", "add_product", "linear", "linear_by_column", "linear_gelu", "passed_bias", "product"]
+__all__ = [
+    "BiasPassingLinear",
+    "Linear",
+    "add_product",
+    "linear",
+    "linear_by_column",
+    "linear_gelu",
+    "passed_bias",
+    "product",
+]
 
 
 class Linear(nn.Linear):
@@ -57,8 +66,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_by_column(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear`, whose result on a CPU is contiguous by column: neighbouring rows lie side by side. Nothing is copied for
-    that, and a gradient that is laid out so is read as it lies."""
+    """`linear`, whose result on a CPU is contiguous by column: neighbouring rows lie side by side. Nothing is copied
+    for that, and a gradient that is laid out so is read as it lies."""
     if x.device.type != "cpu":
         return linear(x, weight, bias)
     out = linear(weight, x)
@@ -111,8 +120,8 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total [M, N] + a [M, K] b [K, N], without gradients of its own; what is returned takes the place of `total`, which
-    may have been overwritten. ValueError on shapes that do not fit.
+    """total [M, N] + a [M, K] b [K, N], without gradients of its own; what is returned takes the place of `total`,
+    which may have been overwritten. ValueError on shapes that do not fit.
     """
     check_shape("b", b, (a.shape[1], None))
     check_shape("total", total, (len(a), b.shape[1]))
@@ -133,10 +142,17 @@ class _Linear(Function):
         x, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad
         return (
-            product(grad, weight) if needed[0] else None,
+            input_gradient(grad, weight, x) if needed[0] else None,
             weight_gradient(grad, x) if needed[1] else None,
             grad.sum(0) if needed[2] else None,
         )
+
+
+def input_gradient(grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """grad weight, [R, K], for grad [R, N] and weight [N, K]; by column where x is."""
+    if x.is_contiguous() or not x.t().is_contiguous():
+        return product(grad, weight)
+    return product(weight.t(), grad.t()).t()
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:

@@ -85,8 +85,8 @@ def attention_work(job: Job) -> float:
     sequences = min(job.config.batch.micro, max(1, BLOCK // (heads * squared)))
     # Factors of the dropout of a block, and four arrays like the weights of a sequence.
     weights = FP32 * heads * squared * (4 + (sequences if job.model.attention_dropout else 0))
-    turned = 2 * FP32 * job.tokens * width / tensor
-    return stream + gradients + 3 * gradients + turned + rotation + weights
+    rotated = 2 * FP32 * job.tokens * width / tensor
+    return stream + gradients + 3 * gradients + rotated + rotation + weights
 
 
 def head(job: Job) -> float:

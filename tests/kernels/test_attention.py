@@ -157,11 +157,11 @@ def test_golden_rotation(case, dtype):
     rotation = torch_form._Rotation(angles, columns)
     scaled = torch.tensor([rows.shape[-1] ** -0.5, 1.0], dtype=torch.float64)[:, None, None, None]
     expected = torch.stack([pack(case, f"out/{name}_rot", torch.float64, order) for name in ("q", "k")])
-    turned = rotation.turned(columns).permute(1, 3, 0, 2)
-    torch.testing.assert_close(turned.double(), scaled * expected, rtol=0, atol=5e-6)
+    rotated = rotation.rotated(columns).permute(1, 3, 0, 2)
+    torch.testing.assert_close(rotated.double(), scaled * expected, rtol=0, atol=5e-6)
     grads = torch.stack([pack(case, f"in/cot_{name}", dtype, order) for name in ("q", "k")]).permute(2, 0, 3, 1)
     back = torch.empty_like(grads)
-    rotation.turn_back(grads, back)
+    rotation.rotate_back(grads, back)
     expected = torch.stack([pack(case, f"grad/{name}", torch.float64, order) for name in ("q", "k")])
     torch.testing.assert_close(back.permute(1, 3, 0, 2).double(), scaled * expected, rtol=0, atol=5e-6)
 

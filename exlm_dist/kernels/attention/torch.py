@@ -48,10 +48,10 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(columns, angles, cu_tokens)
         ctx.settings = (max_tokens, mask, None if bias is None else bias.shape)
         dropout = _Dropout(mask, columns)
-        turned = _Rotation(angles, columns).turned(columns[:, :2])
+        rotated = _Rotation(angles, columns).rotated(columns[:, :2])
         out = torch.empty_like(columns[:, 0], memory_format=torch.contiguous_format)
         for piece, kept in _pieces(_blocks(cu_tokens, max_tokens, mask.all_heads), dropout):
-            weights = _weights(turned, piece)
+            weights = _weights(rotated, piece)
             if kept is not None:
                 weights.mul_(kept)
             piece.write(out, torch.bmm(piece.read(columns[:, 2]), weights.mT))
@@ -63,13 +63,13 @@ class _Attention(torch.autograd.Function):
         columns, angles, cu_tokens = ctx.saved_tensors
         max_tokens, mask, bias_shape = ctx.settings
         dropout, rotation = _Dropout(mask, columns), _Rotation(angles, columns)
-        turned = rotation.turned(columns[:, :2])
+        rotated = rotation.rotated(columns[:, :2])
         grad_out = _by_column(grad_out)
         grads = torch.empty_like(columns)
         for piece, kept in _pieces(_blocks(cu_tokens, max_tokens, mask.all_heads), dropout):
-            query, key = (piece.read(turned[:, i]) for i in (0, 1))
+            query, key = (piece.read(rotated[:, i]) for i in (0, 1))
             value, grad = piece.read(columns[:, 2]), piece.read(grad_out)
-            weights, grad_weights = _weights(turned, piece), torch.bmm(grad.mT, value)
+            weights, grad_weights = _weights(rotated, piece), torch.bmm(grad.mT, value)
             if kept is not None:
                 grad_weights.mul_(kept)
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
@@ -77,9 +77,9 @@ class _Attention(torch.autograd.Function):
                 weights.mul_(kept)
             piece.write(grads[:, 2], torch.bmm(grad, weights))
             grad_query, grad_key = torch.bmm(key, grad_scores.mT), torch.bmm(query, grad_scores)
-            piece.write(turned[:, 0], grad_query)  # where query and key were, which nothing else reads
-            piece.write(turned[:, 1], grad_key)
-        rotation.turn_back(turned, grads[:, :2])
+            piece.write(rotated[:, 0], grad_query)  # where query and key were, which nothing else reads
+            piece.write(rotated[:, 1], grad_key)
+        rotation.rotate_back(rotated, grads[:, :2])
         grads = _finished(grads, cu_tokens, dropout.scale)
         grad_bias = None if bias_shape is None else grads.sum(-1).view(bias_shape)
         return grads.permute(3, 0, 1, 2), grad_bias, *[None] * 4
@@ -90,11 +90,11 @@ def _by_column(rows: Tensor) -> Tensor:
     return rows.flatten(1).t().contiguous().unflatten(0, rows.shape[1:])
 
 
-def _weights(turned: Tensor, piece: _Piece) -> Tensor:
+def _weights(rotated: Tensor, piece: _Piece) -> Tensor:
     """softmax(query key^T) [N, length, length] of the rotated columns [H, 2, P, T] of a piece."""
-    scores = torch.bmm(piece.read(turned[:, 0]).mT, piece.read(turned[:, 1]))
+    scores = torch.bmm(piece.read(rotated[:, 0]).mT, piece.read(rotated[:, 1]))
     if piece.valid is not None:
-        scores.masked_fill_(~piece.valid.repeat_interleave(len(turned), 0)[:, None], float("-inf"))
+        scores.masked_fill_(~piece.valid.repeat_interleave(len(rotated), 0)[:, None], float("-inf"))
     return torch.softmax(scores, dim=-1)
 
 
@@ -192,13 +192,13 @@ class _Rotation:
         scales = angles.new_tensor([columns.shape[2] ** -0.5, 1.0])[:, None, None]
         self._cos, self._sin = torch.cos(angles) * scales, torch.sin(angles) * scales  # [2, P/2, T]
 
-    def turned(self, columns: Tensor) -> Tensor:
-        """Rotated and scaled queries and rotated keys, of both [H, 2, P, T]."""
+    def rotated(self, columns: Tensor) -> Tensor:
+        """Rotated and scaled queries and rotated keys, both [H, 2, P, T], from such."""
         out = columns.new_empty(columns.shape, dtype=self._cos.dtype)
         self._rotate(columns, 1, out)
         return out
 
-    def turn_back(self, grads: Tensor, out: Tensor) -> None:
+    def rotate_back(self, grads: Tensor, out: Tensor) -> None:
         """Write to `out` the gradients before rotation and scaling, [H, 2, P, T]."""
         self._rotate(grads, -1, out)
 

@@ -11,7 +11,7 @@ from cases import starts_of
 from golden import Golden, golden_cases
 
 from exlm_dist.kernels import attention, rotary_angles
-from exlm_dist.kernels.attention import naive
+from exlm_dist.kernels.attention import attention_packed, naive
 from exlm_dist.kernels.attention import torch as torch_form
 
 BATCHES = [[5], [1], [4, 4, 4], [3, 7, 1, 7, 7, 2], [2, 0, 3]]
@@ -55,6 +55,26 @@ def test_equals_the_definition_with_the_same_mask(form, lengths):
     ]
     expected = naive.attention(*qkv, angles, starts, masks)
     same_values_and_gradients(attention(*qkv, angles, starts, longest, **key), expected, qkv)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("lengths", [[1], [6, 1, 9, 9, 2]])
+def test_packed_by_row_and_by_column_with_a_bias(form, lengths, dropout):
+    """`attention_packed` gives what `attention` does, and the bias the sum of the gradient; all lies by column."""
+    (q, k, v), angles, starts, longest = example(lengths)
+    key = {"dropout": dropout, "seed": 3}
+    expected = attention(q, k, v, angles, starts, longest, **key)
+    cotangent = torch.randn_like(expected)
+    grads = torch.stack(torch.autograd.grad(expected, (q, k, v), cotangent), 2)
+    packed = torch.stack([q, k, v], 2).detach()
+    bias = torch.zeros(packed[0].numel(), dtype=packed.dtype, requires_grad=True)
+    for qkv in (packed, packed.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)):
+        qkv.requires_grad_()
+        out = attention_packed(qkv, angles, starts, longest, bias=bias, **key)
+        found, of_bias = torch.autograd.grad(out, (qkv, bias), cotangent)
+        torch.testing.assert_close((out, found), (expected, grads), rtol=0, atol=1e-14)
+        torch.testing.assert_close(of_bias, grads.sum(0).flatten(), rtol=0, atol=1e-13)
+        assert out.permute(1, 2, 0).is_contiguous() and found.permute(1, 2, 3, 0).is_contiguous()
 
 
 def same_values_and_gradients(out, expected, leaves):

@@ -24,7 +24,6 @@ __all__ = [
     "linear",
     "linear_by_column",
     "linear_gelu",
-    "passed_bias",
     "product",
 ]
 
@@ -85,27 +84,6 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, "gelu", [], "none")
 
 
-def passed_bias(x: Tensor, bias: Tensor) -> Tensor:
-    """x [R, N], in which `bias` [N] of a `BiasPassingLinear` has been added: the bias gets the sum of x's gradient.
-
-    For operations that have no better way to compute that sum.
-    """
-    check_shape("x", x, (None, bias.numel()))
-    return _PassedBias.apply(x, bias)
-
-
-class _PassedBias(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
-        ctx.shape = bias.shape
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad.sum(0).view(ctx.shape)
-
-
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a [M, K] b [K, N] + bias [N], [M, N], without gradients of its own.
 
@@ -157,9 +135,8 @@ def input_gradient(grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad^T x, [N, K], for grad [R, N] and x [R, K]."""
-    if grad.shape[1] <= x.shape[1] or not _by_onednn(grad, x):
-        return product(grad.t(), x)
-    return product(x.t(), grad).t()  # oneDNN repacks its first operand when it is transposed: let that be the smaller
+    # oneDNN repacks its first operand when it is transposed: the smaller one should be it.
+    return product(grad.t(), x) if grad.shape[1] <= x.shape[1] else product(x.t(), grad).t()
 
 
 #: oneDNN and its wrapper in torch keep 1,024 sets of code and scratch space, one per shape of a product. Packed batches

@@ -152,12 +152,16 @@ class SplitWriter:
             self._histograms[index] += np.bincount(sizes + 2, minlength=len(self._histograms[index]))
             self._unknown[index] += int(np.count_nonzero(part == UNK))
 
-    def close(self) -> dict[str, Any]:
-        """Finish the shards; returns the `splits` part of the manifest. DataError if a split is empty."""
-        return {
+    def close(self, forms: int = 1) -> dict[str, Any]:
+        """Finish the shards; returns the `splits` part of the manifest. `forms`: in which the training split has each
+        molecule, one after another. DataError if a split is empty."""
+        splits = {
             split: split_entry(split, writer.close(), unknown, histogram.tolist())
             for split, writer, histogram, unknown in zip(SPLITS, self._writers, self._histograms, self._unknown)
         }
+        if forms > 1:
+            splits["train"]["forms"] = forms
+        return splits
 
 
 def request_for(domain: str, train: Source, valid: Source | None, settings: dict[str, Any]) -> dict[str, Any]:

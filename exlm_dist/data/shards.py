@@ -253,9 +253,8 @@ class ShardDataset:
             return self._replacement[sample]
         shard, record = self.record(sample)
         if self._blocks is not None:
-            self._pieces.pop(
-                (shard, int(self._blocks.of(np.array([sample]))[0])), None
-            )  # it may be whole when it is read again
+            (block,) = self._blocks.of(np.array([sample])).tolist()
+            self._pieces.pop((shard, block), None)  # it may be whole when it is read again
         content, expected, got = self._attempt(sample)
         if got == expected:
             return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -78,11 +77,6 @@ def read_forms(inputs: Sequence[str], options: InputOptions, default_column: str
     for path, form in forms.items():
         text_column(path, form, default_column)
     return forms
-
-
-def content_hash(content: bytes | memoryview) -> int:
-    """64-bit hash by which duplicates are found and the held-out split is chosen."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def choose_valid(hashes: np.ndarray, fraction: float) -> np.ndarray:

@@ -19,10 +19,9 @@ from exlm_dist.data.record_tokens import RECORD_DTYPE, RecordEncoder, encoder_of
 from exlm_dist.data.remote import Remote
 from exlm_dist.data.sample_text import FORBIDDEN, FORMS, Ending, Unusable, ending_of, split_content
 from exlm_dist.data.tar_members import DamagedShard, Member, ShardStream, read_members
-from exlm_dist.prepare.folder import content_hash
 from exlm_dist.tokenizers.tokenizer import UNK
 from exlm_dist.utils.errors import DataError
-from exlm_dist.utils.files import fingerprint_of, write_atomic
+from exlm_dist.utils.files import content_hash, fingerprint_of, write_atomic
 
 #: Bytes of a read, here and over the network.
 LOCAL_BLOCK, REMOTE_BLOCK = 1 << 20, 8 << 20

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from exlm_dist.data.manifest import QUARANTINE, SPLITS, TOKENIZER, epoch_size
+from exlm_dist.data.random_smiles import RandomSmiles
 from exlm_dist.prepare.folder import (
     VALID_FRACTION,
     Source,
@@ -24,13 +25,12 @@ from exlm_dist.prepare.folder import (
     check_out,
     choose_valid,
     chunked,
-    content_hash,
     find_sources,
     prepare_folder,
     request_for,
     save_tokenizer,
 )
-from exlm_dist.prepare.random_smiles import RandomForms, RandomSmiles
+from exlm_dist.prepare.random_forms import RandomForms
 from exlm_dist.prepare.summary import Summary
 from exlm_dist.prepare.tally import MAX_REJECTED, Tally, check_max_rejected
 from exlm_dist.tables.input_files import InputOptions
@@ -40,6 +40,7 @@ from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles, make
 from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer, split_smiles
 from exlm_dist.utils.cores import available_cores
 from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.files import content_hash
 from exlm_dist.utils.outputs import user_path
 from exlm_dist.utils.progress import Progress
 from exlm_dist.utils.workers import ordered_map
@@ -87,7 +88,6 @@ def prepare_smiles(
     check_max_length(max_length)
     check_max_rejected(max_rejected)
     random = RandomSmiles(random_smiles, random_seed)
-    random.check()
     out = user_path(out)
     check_out(out, overwrite)
     asked = InputOptions(column, format, delimiter, header)
@@ -158,7 +158,8 @@ class SmilesJob:
             else:
                 is_valid = choose_valid(np.frombuffer(molecules.hashes, dtype=np.uint64), self.valid_fraction)
             forms = RandomForms(Path(spool) / "random.smi", self.random)
-            forms.draw(_of_training(molecules, is_valid), self.policy, self.max_length - 2, self.workers)
+            training, count = _of_training(molecules, is_valid), int(np.count_nonzero(~is_valid))
+            forms.draw(training, count, self.policy, self.max_length - 2, self.workers)
             tokenizer = self.tokenizer or self._make_tokenizer(molecules, is_valid, forms)
             described = save_tokenizer(tokenizer, folder)
             splits = self._encode(molecules, is_valid, forms, tokenizer, folder)

@@ -6,17 +6,19 @@ without its canonical ranks, the "restricted" randomised SMILES of Arús-Pous et
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from exlm_dist.data.counter_rng import PURPOSE_SMILES, hash_of, words_at
-from exlm_dist.tokenizers.molecules import AtomOrders, is_canonical_of
 from exlm_dist.tokenizers.smiles_tokenizer import split_smiles
 from exlm_dist.utils.errors import ConfigError
 from exlm_dist.utils.files import content_hash
+
+if TYPE_CHECKING:
+    from exlm_dist.tokenizers.molecules import AtomOrders
 
 #: Draws of a random SMILES before the canonical one is taken.
 ATTEMPTS = 8
@@ -43,23 +45,32 @@ class RandomSmiles:
         return {"random_smiles": self.count, "random_seed": self.seed} if self.count else {}
 
 
-def random_form(
-    smiles: str, atoms: AtomOrders, policy: Mapping[str, Any], most: int, *, seed: int, form: int
-) -> tuple[str, list[str]]:
-    """Form number `form` of a molecule, given by its canonical SMILES under `policy` and its atoms; and why others were
-    drawn before.
+def random_forms(
+    smiles: str, policy: Mapping[str, Any], most: int, asked: RandomSmiles
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Forms 1 to `asked.count` of a molecule, given by its canonical SMILES under `policy`; with each, why the draws
+    before it were not used.
 
-    A random SMILES of at most `most` tokens that is read as the same molecule; the canonical one if `ATTEMPTS` draws
-    gave none. A pure function of seed, molecule and form.
+    A form is a random SMILES of at most `most` tokens that is read as the same molecule; the canonical one if
+    `ATTEMPTS` draws gave none. It is a pure function of seed, molecule and number: the same whatever the count.
     """
-    problems: list[str] = []
-    while len(problems) < ATTEMPTS:
-        order = atom_order(smiles, atoms.num_atoms, seed=seed, form=form, attempt=len(problems))
-        text = atoms.smiles(order.tolist())
-        if not (problem := _problem(text, smiles, policy, most)):
-            return text, problems
-        problems.append(problem)
-    return smiles, problems
+    atoms = _atoms_of(smiles)
+    for form in range(1, asked.count + 1):
+        again: list[str] = []
+        text = drawn_form(smiles, atoms, seed=asked.seed, form=form, attempt=0)
+        while len(again) < ATTEMPTS and (problem := _problem(text, smiles, policy, most)):
+            again.append(problem)
+            text = drawn_form(smiles, atoms, seed=asked.seed, form=form, attempt=len(again))
+        yield text, tuple(again)
+
+
+def drawn_form(smiles: str, atoms: AtomOrders | None = None, *, seed: int, form: int, attempt: int) -> str:
+    """A random SMILES of the molecule `smiles` (`atoms`: its own, where they are known), whatever its length; after
+    `ATTEMPTS` attempts `smiles`."""
+    if attempt == ATTEMPTS:
+        return smiles
+    atoms = atoms or _atoms_of(smiles)
+    return atoms.smiles(atom_order(smiles, atoms.num_atoms, seed=seed, form=form, attempt=attempt).tolist())
 
 
 def atom_order(smiles: str, num_atoms: int, *, seed: int, form: int, attempt: int = 0) -> np.ndarray:
@@ -69,8 +80,16 @@ def atom_order(smiles: str, num_atoms: int, *, seed: int, form: int, attempt: in
     return np.argsort(words_at(key, np.arange(num_atoms)), kind="stable")
 
 
+def _atoms_of(smiles: str) -> AtomOrders:
+    from exlm_dist.tokenizers.molecules import AtomOrders
+
+    return AtomOrders(smiles)
+
+
 def _problem(text: str, smiles: str, policy: Mapping[str, Any], most: int) -> str:
     """Why `text` cannot stand for the canonical `smiles`; empty if it can."""
+    from exlm_dist.tokenizers.molecules import is_canonical_of
+
     tokens = split_smiles(text)
     if tokens is None:
         return "not tokenisable"

@@ -30,7 +30,7 @@ from exlm_dist.prepare.folder import (
     request_for,
     save_tokenizer,
 )
-from exlm_dist.prepare.random_forms import RandomForms
+from exlm_dist.prepare.random_spool import RandomForms
 from exlm_dist.prepare.summary import Summary
 from exlm_dist.prepare.tally import MAX_REJECTED, Tally, check_max_rejected
 from exlm_dist.tables.input_files import InputOptions

@@ -14,11 +14,11 @@ from prepared_folder import verify_folder
 
 from exlm_dist.cli import main
 from exlm_dist.data.manifest import read_manifest
-from exlm_dist.data.random_smiles import ATTEMPTS, RandomSmiles, atom_order, random_form
+from exlm_dist.data.random_smiles import ATTEMPTS, RandomSmiles, atom_order, drawn_form, random_forms
 from exlm_dist.data.shards import ShardDataset
-from exlm_dist.prepare import random_forms
+from exlm_dist.prepare import random_spool
 from exlm_dist.prepare.demo.drugs import DRUGS
-from exlm_dist.prepare.random_forms import draw_forms
+from exlm_dist.prepare.random_spool import draw_forms
 from exlm_dist.prepare.smiles import prepare_smiles
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.tokenizers.molecules import RDKIT_VERSION, AtomOrders, canonical_smiles, make_policy
@@ -72,8 +72,8 @@ MOLECULES = st.sampled_from([canonical_smiles(smiles, POLICY) for smiles in [*HA
 NUMBERS = st.integers(0, 2**63 - 1)
 
 
-def form_of(smiles: str, seed: int, form: int, most: int = 1000) -> str:
-    return random_form(smiles, AtomOrders(smiles), POLICY, most, seed=seed, form=form)[0]
+def form_of(smiles: str, seed: int, form: int) -> str:
+    return drawn_form(smiles, seed=seed, form=form, attempt=0)
 
 
 def test_golden_orders_of_atoms() -> None:
@@ -124,8 +124,7 @@ def test_forms_follow_the_policy(policy: dict) -> None:
 def test_what_cannot_be_used_is_drawn_again_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     smiles = "CC(C)(C)c1ccc2occ(CC(=O)Nc3ccccc3F)c2c1"
     least = len(split_smiles(smiles))
-    text, problems = random_form(smiles, AtomOrders(smiles), POLICY, least, seed=0, form=1)
-    assert text == smiles and problems == ["too long"] * ATTEMPTS
+    assert next(random_forms(smiles, POLICY, least, RandomSmiles(1))) == (smiles, ("too long",) * ATTEMPTS)
     for most, instead in ((least, True), (least + 2, False)):
         drawn = draw_forms(POLICY, most, RandomSmiles(40), [smiles])
         assert drawn.again.keys() == {"too long"} and all(len(split_smiles(text)) <= most for (text,) in drawn.forms)
@@ -195,7 +194,7 @@ def test_the_folder(table: Path, folder: Path, capsys: pytest.CaptureFixture[str
 def test_the_folder_does_not_depend_on_workers_or_on_the_order_of_the_input(
     table: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(random_forms, "DRAWN_PER_TASK", 50)
+    monkeypatch.setattr(random_spool, "DRAWN_PER_TASK", 50)
     prepare_smiles([str(table)], table.parent / "two", valid_fraction=0.1, random_smiles=2, workers=2)
     assert files(table.parent / "two") == files(folder)
     shutil.rmtree(table.parent / "two")

@@ -8,9 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from exlm_dist.data.random_smiles import ATTEMPTS, RandomSmiles, random_form
+from exlm_dist.data.random_smiles import ATTEMPTS, RandomSmiles, random_forms
 from exlm_dist.prepare.folder import chunked
-from exlm_dist.tokenizers.molecules import AtomOrders
 from exlm_dist.utils.progress import Progress
 from exlm_dist.utils.workers import ordered_map
 
@@ -83,15 +82,13 @@ class RandomForms:
 
 
 def draw_forms(policy: Mapping[str, Any], most: int, asked: RandomSmiles, molecules: list[str]) -> Drawn:
-    """Forms 1 to `asked.count` of canonical SMILES; see `random_form`."""
+    """Forms 1 to `asked.count` of canonical SMILES; see `random_forms`."""
     again: Counter[str] = Counter()
     distinct = canonical = 0
     rows = []
     for smiles in molecules:
-        atoms = AtomOrders(smiles)
         row = []
-        for number in range(1, asked.count + 1):
-            text, problems = random_form(smiles, atoms, policy, most, seed=asked.seed, form=number)
+        for text, problems in random_forms(smiles, policy, most, asked):
             again.update(problems)
             canonical += len(problems) == ATTEMPTS
             row.append(text)

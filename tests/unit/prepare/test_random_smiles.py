@@ -198,11 +198,11 @@ def test_the_folder_does_not_depend_on_workers_or_on_the_order_of_the_input(
     prepare_smiles([str(table)], table.parent / "two", valid_fraction=0.1, random_smiles=2, workers=2)
     assert files(table.parent / "two") == files(folder)
     shutil.rmtree(table.parent / "two")
-    turned = table.parent / "turned.csv"
+    backwards = table.parent / "reversed.csv"
     head, *rows = table.read_text().splitlines()
-    turned.write_text("\n".join([head, *rows[::-1]]) + "\n")
-    prepare_smiles([str(turned)], table.parent / "turned", valid_fraction=0.1, random_smiles=2, workers=1)
-    assert sorted(texts_of(table.parent / "turned", "train")) == sorted(texts_of(folder, "train"))
+    backwards.write_text("\n".join([head, *rows[::-1]]) + "\n")
+    prepare_smiles([str(backwards)], table.parent / "reversed", valid_fraction=0.1, random_smiles=2, workers=1)
+    assert sorted(texts_of(table.parent / "reversed", "train")) == sorted(texts_of(folder, "train"))
 
 
 def test_what_is_asked_for_is_part_of_the_request(table: Path, folder: Path) -> None:

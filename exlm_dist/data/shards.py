@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from exlm_dist.data.manifest import SPLITS, TOKENIZER, TOKENS, form_of, read_manifest
+from exlm_dist.data.blocks import Blocks
+from exlm_dist.data.manifest import SPLITS, TOKENIZER, TOKENS, epoch_size, form_of, forms_of, read_manifest
 from exlm_dist.data.mirror import data_folder, shard_root
 from exlm_dist.data.shard_files import open_shards
 from exlm_dist.data.shard_index import ShardIndex
@@ -66,6 +67,7 @@ class ShardDataset:
         self.vocab_size: int = manifest["vocab_size"]
         self.max_length: int = manifest["max_length"]
         self.tokenizer_path = folder / TOKENIZER
+        self.forms, self.epoch_size = forms_of(manifest["splits"][split]), epoch_size(manifest["splits"][split])
         self.bad_records: list[BadRecord] = []
         self.index = ShardIndex(folder, manifest["splits"][split])
         self.lengths = self.index.lengths
@@ -73,7 +75,8 @@ class ShardDataset:
         self._replacement: dict[int, bytes] = {}
         self.dtype = token_dtype(self.vocab_size)
         self._shards = manifest["splits"][split]["shards"]
-        self._block, self._kept_blocks = block, kept_blocks
+        self._blocks = Blocks(block, self.epoch_size, self.forms) if block else None
+        self._kept_blocks = kept_blocks
         self._pieces: dict[tuple[int, int], Piece] = {}  # by shard and block, the longest in memory first
         self._files = open_shards(shard_root(folder), self._shards)
         self._lock = threading.Lock()
@@ -131,13 +134,18 @@ class ShardDataset:
             return self._payloads(ids)
 
     def preload(self, blocks: list[int]) -> None:
-        """Read blocks that will be needed soon; block b has the samples from b x `block` on."""
+        """Read blocks that will be needed soon, as `Blocks` numbers them."""
+        assert self._blocks is not None, "only an order in windows reads blocks ahead"
         with self._lock:
             for block in blocks:
-                first = block * self._block
-                last = min(first + self._block, len(self)) - 1
-                for shard in range(self.index.shard_of(first), self.index.shard_of(last) + 1):
+                first, stop = self._blocks.bounds(block)
+                for shard in range(self.index.shard_of(first), self.index.shard_of(stop - 1) + 1):
                     self._preload_piece(shard, block)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in which the samples are read."""
+        return len(self._blocks) if self._blocks else 0
 
     @property
     def retries(self) -> int:
@@ -193,13 +201,13 @@ class ShardDataset:
         self, shard: int, ids: np.ndarray, offsets: np.ndarray, sizes: np.ndarray
     ) -> Iterator[bytes | memoryview]:
         """The bytes at each offset of a shard, as many as there are up to each size."""
-        if not self._block:
+        if self._blocks is None:
             self._files.expect(shard, offsets, sizes)
             read = self._files.reader(shard)
             for offset, size in zip(offsets.tolist(), sizes.tolist()):
                 yield read(size, offset)
             return
-        for block, offset, size in zip((ids // self._block).tolist(), offsets.tolist(), sizes.tolist()):
+        for block, offset, size in zip(self._blocks.of(ids).tolist(), offsets.tolist(), sizes.tolist()):
             start, content = self._piece(shard, block)
             yield content[offset - start : offset - start + size]
 
@@ -216,9 +224,10 @@ class ShardDataset:
 
     def _rows_of(self, shard: int, block: int) -> np.ndarray:
         """The rows of the index that one shard has of a block."""
+        assert self._blocks is not None, "without blocks samples are read one by one"
         start, end = self.index.starts[shard : shard + 2].tolist()
-        first, stop = max(block * self._block, start), min((block + 1) * self._block, end)
-        return self.index.rows(shard)[first - start : stop - start]
+        first, stop = self._blocks.bounds(block)
+        return self.index.rows(shard)[max(first, start) - start : min(stop, end) - start]
 
     def _read_piece(self, shard: int, block: int) -> Piece:
         """Read what one shard has of a block, and make room for it."""
@@ -243,8 +252,9 @@ class ShardDataset:
         if sample in self._replacement:
             return self._replacement[sample]
         shard, record = self.record(sample)
-        if self._block:
-            self._pieces.pop((shard, sample // self._block), None)  # it may be whole when it is read again
+        if self._blocks is not None:
+            (block,) = self._blocks.of(np.array([sample])).tolist()
+            self._pieces.pop((shard, block), None)  # it may be whole when it is read again
         content, expected, got = self._attempt(sample)
         if got == expected:
             return content

@@ -287,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first trial; the others follow")
-    parser.add_argument("--out", type=Path, help="CSV to write")
+    parser.add_argument("--out", type=Path, help="CSV to which each trial is added when it has ended")
     options = parser.parse_args(arguments)
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="exlm-chaos-") as name:
@@ -302,8 +302,8 @@ def main(arguments: list[str] | None = None) -> int:
         for seed in range(options.seed, options.seed + options.trials):
             outcomes.append(trial(seed, scratch, undisturbed[seed % 2]))
             print(line(outcomes[-1]), flush=True)
-    if options.out:
-        write(options.out, outcomes)
+            if options.out:
+                append(options.out, outcomes[-1])
     good = sum(not outcome.problems for outcome in outcomes)
     print(summary(outcomes, good))
     return int(good < len(outcomes))
@@ -331,28 +331,26 @@ def summary(outcomes: list[Outcome], good: int) -> str:
     )
 
 
-def write(path: Path, outcomes: list[Outcome]) -> None:
-    """One row per trial, with what it takes to run it again."""
+def append(path: Path, outcome: Outcome) -> None:
+    """Add a row with what it takes to run the trial again."""
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    with open(path, "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(
-            ["seed", "right", "comparison", "shards", "ranks", "kills", "seconds", "date", "machine", "commit"]
-        )
-        about = [date.today().isoformat(), f"{platform.machine()} {os.cpu_count()} cores", commit.stdout.strip()]
-        for outcome in outcomes:
-            rows.writerow(
-                [
-                    outcome.seed,
-                    "no: " + "; ".join(outcome.problems) if outcome.problems else "yes",
-                    "bits" if outcome.bitwise else "rounding",
-                    "damaged" if outcome.damaged else "whole",
-                    " ".join(map(str, outcome.worlds)),
-                    "; ".join(outcome.kills),
-                    f"{outcome.seconds:.1f}",
-                    *about,
-                ]
-            )
+    row = {
+        "seed": outcome.seed,
+        "right": "no: " + "; ".join(outcome.problems) if outcome.problems else "yes",
+        "comparison": "bits" if outcome.bitwise else "rounding",
+        "shards": "damaged" if outcome.damaged else "whole",
+        "ranks": " ".join(map(str, outcome.worlds)),
+        "kills": "; ".join(outcome.kills),
+        "seconds": f"{outcome.seconds:.1f}",
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()} {os.cpu_count()} cores",
+        "commit": commit.stdout.strip(),
+    }
+    with open(path, "a", newline="") as file:
+        rows = csv.DictWriter(file, list(row))
+        if not file.tell():
+            rows.writeheader()
+        rows.writerow(row)
 
 
 if __name__ == "__main__":

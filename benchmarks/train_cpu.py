@@ -31,6 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from straightforward import PaddedBatch, StraightforwardExLM  # noqa: E402
 
 from exlm_dist.config.schema import ModelConfig  # noqa: E402
+from exlm_dist.data.batch import PackedBatch  # noqa: E402
 from exlm_dist.data.expansion import expand, wrap  # noqa: E402
 from exlm_dist.data.masking import mask_batch, sample_keys  # noqa: E402
 from exlm_dist.data.packing import pack  # noqa: E402
@@ -75,16 +76,21 @@ def model_config(args: argparse.Namespace, dropout: float) -> ModelConfig:
     )
 
 
-def make_batch(args: argparse.Namespace, seed: int):
-    """Random tokens through the package's own masking, expansion and packing."""
+def make_batch(args: argparse.Namespace, seed: int) -> PackedBatch:
+    """Random tokens, masked, expanded and packed."""
     random = np.random.default_rng(seed)
     lengths = random.integers((args.shortest or args.length) - 2, args.length - 2, args.sequences, endpoint=True)
     tokens = random.integers(NUM_SPECIAL, args.vocabulary, lengths.sum())
-    samples, epochs = np.arange(args.sequences), np.zeros(args.sequences, np.int64)
-    masks = mask_batch(tokens, lengths, sample_keys(seed, epochs, samples), ratio=0.15, vocab_size=args.vocabulary)
-    expanded = expand(wrap(tokens, lengths, masks, anchors=True), args.states)
+    return packed(model_config(args, args.dropout), tokens, lengths, args.vocabulary, seed)
+
+
+def packed(config: ModelConfig, tokens: np.ndarray, lengths: np.ndarray, vocabulary: int, seed: int) -> PackedBatch:
+    """Sequences (without BOS and EOS) through the package's own masking, expansion and packing."""
+    samples, epochs = np.arange(len(lengths)), np.zeros(len(lengths), np.int64)
+    masks = mask_batch(tokens, lengths, sample_keys(seed, epochs, samples), ratio=0.15, vocab_size=vocabulary)
+    expanded = expand(wrap(tokens, lengths, masks, anchors=config.anchors), config.states)
     identity = {"sample_ids": samples, "epochs": epochs, "step": 0, "index": 0}
-    return pack(expanded, 0, args.sequences, states=args.states, bucket=1, **identity)
+    return pack(expanded, 0, len(lengths), states=config.states, bucket=1, **identity)
 
 
 def build_ours(args: argparse.Namespace, dropout: float) -> torch.nn.Module:
@@ -179,7 +185,7 @@ def measure_memory(side: str, args: argparse.Namespace) -> tuple[float, float]:
     return float(printed[0]), float(printed[1])
 
 
-def provenance(args: argparse.Namespace) -> dict[str, str]:
+def provenance(threads: int) -> dict[str, str]:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -187,7 +193,7 @@ def provenance(args: argparse.Namespace) -> dict[str, str]:
         "date": date.today().isoformat(),
         "commit": commit.strip(),
         "cpu": f"{cpu} x{os.cpu_count()}",
-        "threads": str(args.threads),
+        "threads": str(threads),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -231,18 +237,22 @@ def report(args: argparse.Namespace, rows: list[dict]) -> None:
     speed, work, memory = other["ms"] / ours["ms"], other["cpu_ms"] / ours["cpu_ms"], ours["mib"] / other["mib"]
     print(f"ours: {speed:.2f} times faster ({work:.2f} in processor time), {memory:.2f} of its peak memory")
     setting = {name: getattr(args, name) for name in SETTINGS}
-    shared = {**provenance(args), **setting}
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"train_cpu_{shared['date']}.csv"
+    shared = {**provenance(args.threads), **setting}
+    numbers = [{name: f"{v:.1f}" if isinstance(v, float) else v for name, v in row.items()} for row in rows]
+    print(append_rows(args.out, "train_cpu", [{**row, **shared} for row in numbers]))
+
+
+def append_rows(folder: Path, stem: str, rows: list[dict]) -> Path:
+    """Write rows to the end of the day's CSV in `folder`, and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}_{date.today().isoformat()}.csv"
     fresh = not path.exists()
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *shared])
+        writer = csv.DictWriter(file, rows[0])
         if fresh:
             writer.writeheader()
-        writer.writerows(
-            {**{k: f"{v:.1f}" if isinstance(v, float) else v for k, v in row.items()}, **shared} for row in rows
-        )
-    print(path)
+        writer.writerows(rows)
+    return path
 
 
 if __name__ == "__main__":

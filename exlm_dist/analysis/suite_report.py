@@ -16,6 +16,7 @@ from exlm_dist.finetuning.finetune_settings import ERRORS
 from exlm_dist.suites.masked_cell import MASKED
 from exlm_dist.suites.methods import RANDOM
 from exlm_dist.suites.out_folder import read_suite
+from exlm_dist.suites.pretraining_seeds import pooled_table
 from exlm_dist.suites.suite_table import Column, Entry, Score, SuiteTable, difference, read_table
 from exlm_dist.tables.table_writer import TableWriter
 from exlm_dist.utils.locks import lock
@@ -76,6 +77,8 @@ def _page(table: SuiteTable, figures: Sequence[Path]) -> str:
     if len(table.shown) < len(table.columns):
         parts.append("Of runs with many evaluated checkpoints the last one; all are in the figures by steps.\n")
     parts += ["## What pretraining buys\n", *_gains(table), ""]
+    if (pooled := pooled_table(table)) is not None:
+        parts += ["## Over the seeds of the pretraining\n", *_over_pretrainings(pooled), ""]
     parts += beside_rows(table)
     parts += [f"![{path.stem}]({path.name})\n" for path in figures]
     parts += ["## Checkpoints\n", *_checkpoints(table), "", "## Data\n", *_data(table), *_failures(table)]
@@ -106,6 +109,17 @@ def beside_rows(table: SuiteTable) -> list[str]:
     """The section on what is published, as parts of a page of Markdown; empty if nothing is."""
     beside = beside_published(table)
     return ["## Beside the published figures\n", *beside, ""] if beside else []
+
+
+def _over_pretrainings(pooled: SuiteTable) -> list[str]:
+    """Tables and gains whose checkpoints are runs with several seeds."""
+    lines = [
+        "Runs that differ in their seeds alone are one column: mean \u00b1 sd (n - 1) over the runs, each with its "
+        "mean over the seeds of the training. The other columns have the sd of the tables above.\n"
+    ]
+    for split in dict.fromkeys(split for _, split in pooled.rows):
+        lines += [f"### Split: {split}\n", *score_rows(pooled, split), ""]
+    return [*lines, *_gains(pooled)]
 
 
 def _row_scores(table: SuiteTable, task: str, split: str, part: str, metric: str) -> list[str]:

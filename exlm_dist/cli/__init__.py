@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from exlm_dist.cli import conversions, data, evaluate, finetune, inference, prep
 from exlm_dist.utils.errors import EXIT_USAGE, UserError, leave_message
 from exlm_dist.utils.logs import configure_logging
 from exlm_dist.utils.search_path import shield_children
+from exlm_dist.utils.signals import exit_by_signals
 
 #: In the order of `exlm --help`.
 GROUPS = (prepare, data, train, inference, finetune, evaluate, results, conversions, settings)
@@ -62,7 +64,12 @@ def entry() -> None:
     """
     shield_children()
     if "RANK" not in os.environ:
-        sys.exit(main())
+        exit_by_signals()
+        try:
+            sys.exit(main())
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
     try:
         code: int | str | None = main()
     except SystemExit as ended:

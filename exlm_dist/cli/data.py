@@ -65,6 +65,15 @@ def _add_index(kinds: Commands) -> None:
     index.add_argument(
         "--max-rejected", type=float, default=0.05, metavar="FRACTION", help="of the samples that may be set aside"
     )
+    index.add_argument(
+        "--random-smiles",
+        type=positive,
+        metavar="K",
+        default=0,
+        help="K random SMILES of each molecule beside the canonical one, as `exlm prepare smiles` has it; they are "
+        "written anew whenever they are read",
+    )
+    index.add_argument("--random-seed", type=int, metavar="SEED", default=0, help="decides which random SMILES")
     index.add_argument("--workers", type=positive, help="number of processes; default: the cores of this job")
     index.add_argument("--overwrite", action="store_true", help="replace what is in --out")
 
@@ -82,6 +91,8 @@ def _index(options: argparse.Namespace) -> int:
         valid_patterns=options.valid,
         valid_fraction=options.valid_fraction,
         max_rejected=options.max_rejected,
+        random_smiles=options.random_smiles,
+        random_seed=options.random_seed,
         workers=options.workers,
         overwrite=options.overwrite,
     )

@@ -34,6 +34,16 @@ def register(commands: Commands) -> None:
         choices=["keep", "largest_fragment"],
         help="what to do with molecules of several fragments (keep, or what --tokenizer says)",
     )
+    for parser in (smiles, demo_smiles):
+        parser.add_argument(
+            "--random-smiles",
+            type=positive,
+            metavar="K",
+            default=0,
+            help="as an augmentation, K random SMILES of each training molecule beside the canonical one; an epoch "
+            "reads one of these K + 1",
+        )
+        parser.add_argument("--random-seed", type=int, metavar="SEED", default=0, help="decides which random SMILES")
     text.add_argument("--vocab-size", type=int, default=32000, help="size of the sentencepiece vocabulary")
     demo_smiles.add_argument("--molecules", type=int, default=24000, help="number of distinct molecules to build")
     demo_text.add_argument("--vocab-size", type=int, default=2000, help="size of the sentencepiece vocabulary")

@@ -10,7 +10,15 @@ from exlm_dist.config.check import (
     longest_expansion,
 )
 from exlm_dist.config.layouts import check_vocabulary, data_degree
-from exlm_dist.config.load import config_difference, dump_config, flatten, load_config, load_stored, parse_overrides
+from exlm_dist.config.load import (
+    config_difference,
+    dump_config,
+    flatten,
+    load_config,
+    load_stored,
+    parse_overrides,
+    recipe_of,
+)
 from exlm_dist.config.schema import RunConfig
 
 __all__ = [
@@ -30,4 +38,5 @@ __all__ = [
     "load_stored",
     "longest_expansion",
     "parse_overrides",
+    "recipe_of",
 ]

@@ -19,6 +19,7 @@ from exlm_dist.config.pinned import RESUMABLE, is_among
 from exlm_dist.config.schema import RunConfig
 from exlm_dist.config.setting_types import sections_of
 from exlm_dist.utils.errors import ConfigError
+from exlm_dist.utils.files import fingerprint_of
 from exlm_dist.utils.outputs import user_path
 
 _NULL = "tag:yaml.org,2002:null"
@@ -87,6 +88,13 @@ def config_difference(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, An
     before, after = flatten(old), flatten(new)
     fixed = [key for key in {**after, **before} if not is_among(key, RESUMABLE)]
     return [(key, before.get(key), after.get(key)) for key in fixed if before.get(key) != after.get(key)]
+
+
+def recipe_of(config: RunConfig) -> str:
+    """Fingerprint of the settings that decide what is computed, but for the seed: equal for runs that are repetitions
+    of each other, whatever they are called."""
+    settings = {key: value for key, value in flatten(config).items() if not is_among(key, RESUMABLE)}
+    return fingerprint_of({key: value for key, value in settings.items() if key not in ("name", "seed")})
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:

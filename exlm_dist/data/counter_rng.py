@@ -18,7 +18,7 @@ _SHIFT_1, _SHIFT_2, _SHIFT_3 = np.uint64(30), np.uint64(27), np.uint64(31)
 # What a word is drawn for; part of the key, so that every use has a stream of its own.
 PURPOSE_ORDER, PURPOSE_COUNT, PURPOSE_POSITION, PURPOSE_CORRUPT, PURPOSE_REPLACE = 1, 2, 3, 4, 5
 PURPOSE_BLOCKS, PURPOSE_WINDOW, PURPOSE_ROTATION, PURPOSE_RATIO, PURPOSE_SPAN = 6, 7, 8, 9, 10
-PURPOSE_SOURCE = 11
+PURPOSE_SOURCE, PURPOSE_SMILES = 11, 12
 
 
 def mix(values: np.ndarray) -> np.ndarray:

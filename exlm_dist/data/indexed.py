@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from exlm_dist.data.manifest import MEMBERS, TOKENIZER, read_manifest
+from exlm_dist.data.random_smiles import RandomSmiles
 from exlm_dist.data.record_tokens import encoder_of
 from exlm_dist.data.shards import ShardDataset, are_whole
 from exlm_dist.utils.workers import WorkerPool
@@ -33,7 +34,8 @@ class IndexedDataset(ShardDataset):
         self, folder: Path, split: str, manifest: dict[str, Any], max_bad_records: float, block: int, kept_blocks: int
     ):
         super().__init__(folder, split, manifest, max_bad_records, block, kept_blocks)
-        self._encoder = encoder_of(str(folder / TOKENIZER), manifest["field"], self.max_length - 2)
+        random = RandomSmiles(**manifest.get("random_smiles", {}))
+        self._encoder = encoder_of(str(folder / TOKENIZER), manifest["field"], self.max_length - 2, random)
         self._workers: WorkerPool | None = None
         self._retries_of_workers = 0
 

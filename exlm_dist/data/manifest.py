@@ -58,6 +58,16 @@ def split_entry(split: str, shards: list[ShardEntry], unknown: int, histogram: l
     }
 
 
+def forms_of(split: dict[str, Any]) -> int:
+    """Forms in which a split, as the manifest lists it, has each molecule: 1 without random SMILES."""
+    return int(split.get("forms", 1))
+
+
+def epoch_size(split: dict[str, Any]) -> int:
+    """Sequences of one epoch of a split, which has each molecule in one form."""
+    return int(split["sequences"]) // forms_of(split)
+
+
 def form_of(manifest: dict[str, Any]) -> str:
     """TOKENS or MEMBERS."""
     return str(manifest.get("form", TOKENS))

@@ -28,9 +28,9 @@ class MixedDataset:
         check_alike({name: (part.path, part.manifest) for name, part in self.sources.items()})
         self.vocab_size, self.tokenizer_path = parts[0].vocab_size, parts[0].tokenizer_path
         self.lengths = Lengths([part.index for part in parts])
-        self.sizes = [len(part) for part in parts]
-        self.starts = np.cumsum([0, *self.sizes], dtype=np.int64)
-        self._blocks = np.cumsum([0, *(-(-size // block) for size in self.sizes)], dtype=np.int64) if block else None
+        self.sizes = [part.epoch_size for part in parts]  # samples of an epoch
+        self.starts = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+        self._blocks = np.cumsum([0, *(part.num_blocks for part in parts)], dtype=np.int64) if block else None
 
     @property
     def fingerprint(self) -> str:

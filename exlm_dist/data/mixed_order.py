@@ -25,11 +25,13 @@ class MixedOrder:
     orders: tuple[Order, ...]
 
     @classmethod
-    def of(cls, config: RunConfig, sizes: Sequence[int]) -> MixedOrder:
-        """The order of training over sources with so many samples each. The first source has the order that it would
-        have alone; that of no other is the same if they have equally many samples. ConfigError as `Mixture.of`."""
+    def of(cls, config: RunConfig, sizes: Sequence[int], forms: Sequence[int] = ()) -> MixedOrder:
+        """The order of training over sources with so many samples in an epoch, and so many forms of each (default 1).
+        The first source has the order that it would have alone; that of no other is the same if they have equally many
+        samples. ConfigError as `Mixture.of`."""
         seeds = [config.seed] + [_seed_of(config.seed, source) for source in range(1, len(sizes))]
-        orders = tuple(Order.of(config.data, seed, size) for seed, size in zip(seeds, sizes))
+        of_each = zip(seeds, sizes, forms or [1] * len(sizes), strict=True)
+        orders = tuple(Order.of(config.data, *numbers) for numbers in of_each)
         return cls(config.seed, Mixture.of(config, sizes), orders)
 
     @property
@@ -40,7 +42,7 @@ class MixedOrder:
     @property
     def starts(self) -> np.ndarray:
         """int64[number of sources + 1]: the first sample of each source, and the number of all samples."""
-        return np.cumsum([0] + [order.num_samples for order in self.orders], dtype=np.int64)
+        return np.cumsum([0] + [order.num_samples * order.forms for order in self.orders], dtype=np.int64)
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Epoch of its source and sample id of each global position, int64[m] each; see `Order.at`."""
@@ -59,15 +61,15 @@ class MixedOrder:
         blocks, first = [], 0
         for source, order in enumerate(self.orders):
             blocks += [first + block for block in order.upcoming(ordinals[sources == source])]
-            first += order.num_blocks
+            first += order.num_blocks * order.forms
         return blocks
 
 
 def training_order(config: RunConfig, data: ShardDataset | MixedDataset) -> Order | MixedOrder:
     """The order in which a run reads its data."""
     if isinstance(data, MixedDataset):
-        return MixedOrder.of(config, data.sizes)
-    return Order.of(config.data, config.seed, len(data))
+        return MixedOrder.of(config, data.sizes, [source.forms for source in data.sources.values()])
+    return Order.of(config.data, config.seed, data.epoch_size, data.forms)
 
 
 def _seed_of(seed: int, source: int) -> int:

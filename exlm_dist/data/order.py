@@ -1,7 +1,8 @@
 """Which sample is at which position of the endless stream: a pure function, whose cost does not depend on n.
 
 Position p belongs to epoch p // n. Within an epoch the order is a permutation of [0, n) keyed by (seed, epoch), without
-any table: resuming at position 10^9 costs as much as starting at 0. There are two:
+any table: resuming at position 10^9 costs as much as starting at 0. Where n molecules are stored in several forms (as
+random SMILES), one form after another, epoch e has each of them in form e modulo the number of forms. There are two:
 
 * `full`: sample perm(p % n). Any sample can follow any other.
 * `windows`: the samples, in the order of the index, are cut into blocks of `block`, and the blocks into as many
@@ -38,34 +39,38 @@ ROUNDS = 8
 
 @dataclass(frozen=True)
 class Order:
-    """The order of `num_samples` samples: `full` if `block` is 0, else windows of `window` blocks."""
+    """The order of `num_samples` samples: `full` if `block` is 0, else windows of `window` blocks. With `forms` there
+    are as many samples of each form, stored one form after another, of which each epoch has one form."""
 
     seed: int
     num_samples: int
     block: int = 0  # samples
     window: int = 1  # blocks
+    forms: int = 1
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise ValueError(f"an order needs at least one sample, not {self.num_samples}")
         if self.block < 0 or self.window < 1:
             raise ValueError(f"windows of {self.window} blocks of {self.block} samples")
+        if self.forms < 1:
+            raise ValueError(f"samples in {self.forms} forms")
 
     @classmethod
-    def of(cls, data: DataConfig, seed: int, num_samples: int) -> Order:
-        """The order of training."""
-        return cls(seed, num_samples, data.block if data.shuffle == "windows" else 0, data.window)
+    def of(cls, data: DataConfig, seed: int, num_samples: int, forms: int = 1) -> Order:
+        """The order of training, with so many samples in an epoch."""
+        return cls(seed, num_samples, data.block if data.shuffle == "windows" else 0, data.window, forms)
 
     @property
     def starts(self) -> np.ndarray:
-        """int64[2]: the first sample of the only source, and the number of samples."""
-        return np.array([0, self.num_samples], np.int64)
+        """int64[2]: the first sample of the only source, and the number of samples in all forms."""
+        return np.array([0, self.num_samples * self.forms], np.int64)
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Epoch and sample id of each global position.
 
-        `positions` int64[m] >= 0. Returns (epoch int64[m], sample id int64[m] in [0, n)). Every sample occurs exactly
-        once in each epoch.
+        `positions` int64[m] >= 0. Returns (epoch int64[m], sample id int64[m] in [0, n x forms)). Every sample of the
+        epoch's form occurs exactly once in it.
         """
         epochs, within = np.divmod(np.asarray(positions, np.int64), self.num_samples)
         samples = np.empty_like(within)
@@ -75,7 +80,7 @@ class Order:
                 samples[here] = self._in_windows(within[here], epoch)
             else:
                 samples[here] = permute(within[here], self.num_samples, PURPOSE_ORDER, self.seed, epoch)
-        return epochs, samples
+        return epochs, samples + epochs % self.forms * self.num_samples
 
     def upcoming(self, positions: np.ndarray) -> list[int]:
         """Blocks to read ahead while these positions (int64[m]) are used, for the window after theirs.
@@ -88,12 +93,13 @@ class Order:
         for epoch, slot in zip(epochs[begun].tolist(), (places[begun] // self.block).tolist()):
             window = int(self._window_of(np.array([slot]))[0])
             group = np.array([slot - self._first_slot(window)])
-            blocks += self._block_of(group, window, epoch).tolist()
+            first = epoch % self.forms * self.num_blocks
+            blocks += (first + self._block_of(group, window, epoch)).tolist()
         return blocks
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of an order in windows."""
+        """Blocks of an epoch in windows."""
         return -(-self.num_samples // self.block)
 
     @property

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from exlm_dist.data.random_smiles import RandomSmiles, drawn_form, random_forms
 from exlm_dist.data.sample_text import FORMS, Unusable, record_value
 from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tokenizers.encoding import normalised
+from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer
 from exlm_dist.tokenizers.tokenizer import NUM_SPECIAL, UNK
 from exlm_dist.utils.errors import DataError
 
 #: A sequence of a foreign shard: its bytes in the tar, their crc32, its number of tokens; which words (or tokens) of
-#: the record they are (stop 0: all), which line of an unzipped member, how it is decoded.
+#: the record they are (stop 0: all), which line of an unzipped member, how it is decoded. Of a RANDOM SMILES start is
+#: the number of the form, stop how many draws were not used.
 RECORD_DTYPE = np.dtype(
     [("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("length", "<u4"), ("start", "<u4"), ("stop", "<u4")]
     + [("line", "<u4"), ("form", "<u2"), ("flags", "<u2")]
 )
-ZIPPED, AS_WRITTEN, OF_TOKENS = 1, 2, 4
+ZIPPED, AS_WRITTEN, OF_TOKENS, RANDOM = 1, 2, 4, 8
 _WORD, _BOM = re.compile(r"\S+"), "\ufeff"
 
 
@@ -41,14 +44,15 @@ class Piece:
     flags: int
     first: int = 0  # bytes first:last of the record
     last: int | None = None
+    again: tuple[str, ...] = ()  # why random SMILES were drawn again
 
 
 class RecordEncoder:
     """Records to token ids by one tokenizer; `field`: of JSON objects; `payload`: the most tokens of a sequence without
-    BOS and EOS."""
+    BOS and EOS; `random`: the random SMILES that molecules have beside the canonical one."""
 
-    def __init__(self, tokenizer: Tokenizer, field: str, payload: int):
-        self._tokenizer, self._field, self._payload = tokenizer, field, payload
+    def __init__(self, tokenizer: Tokenizer, field: str, payload: int, random: RandomSmiles):
+        self._tokenizer, self._field, self._payload, self._random = tokenizer, field, payload, random
         self._of_molecules = tokenizer.domain == "smiles"
 
     def pieces(self, content: bytes, form: str, zipped: bool, line: int) -> tuple[str | np.ndarray, list[Piece]]:
@@ -67,7 +71,7 @@ class RecordEncoder:
             raise Unusable(str(error)) from error
         flags |= AS_WRITTEN * (ready == value)
         if len(tokens) <= self._payload:
-            return ready, [Piece(tokens, 0, 0, flags)]
+            return ready, [Piece(tokens, 0, 0, flags), *self._random_pieces(ready, flags)]
         if self._of_molecules:
             raise Unusable(f"too long: {len(tokens) + 2} tokens with BOS and EOS")
         pieces = self._cut_text(ready.split(" "), tokens, flags)
@@ -103,9 +107,22 @@ class RecordEncoder:
         return found
 
     def _text(self, value: str, start: int, stop: int, flags: int) -> str:
-        """The words start:stop of a text, ready for the tokenizer; all of it where they are ranges of tokens."""
+        """The words start:stop of a text, ready for the tokenizer; all of it where they are ranges of tokens. Of a
+        random SMILES the one that was drawn when the index was made."""
         ready = value if flags & AS_WRITTEN else normalised(self._tokenizer, value)
+        if flags & RANDOM:
+            return drawn_form(ready, seed=self._random.seed, form=start, attempt=stop)
         return " ".join(ready.split(" ")[start:stop]) if stop and not flags & OF_TOKENS else ready
+
+    def _random_pieces(self, smiles: str, flags: int) -> Iterator[Piece]:
+        """A piece for each random SMILES of a molecule."""
+        if not self._random.count:
+            return
+        assert isinstance(self._tokenizer, SmilesTokenizer), "random SMILES need a tokenizer of molecules"
+        policy = self._tokenizer.policy
+        for form, (text, again) in enumerate(random_forms(smiles, policy, self._payload, self._random), 1):
+            ids = np.array(self._tokenizer.encode(text), np.int64)
+            yield Piece(ids, form, len(again), flags | RANDOM, again=again)
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
         if len(ids) == 0:
@@ -145,6 +162,11 @@ class RecordEncoder:
         return pieces
 
 
+def forms_in(records: np.ndarray) -> np.ndarray:
+    """uint32 [n]: which form of its molecule each of n index rows is; 0: the canonical one, or text."""
+    return np.where(records["flags"] & RANDOM, records["start"], 0)
+
+
 def _as_bytes(pieces: list[Piece], text: str, size: int) -> list[Piece]:
     """The same pieces as runs of the bytes of plain `text`, which `size` bytes hold: a book is not read for a page."""
     spans = [match.span() for match in _WORD.finditer(text)]
@@ -164,6 +186,6 @@ def _columns(records: np.ndarray, *names: str) -> list[list[int]]:
 
 
 @functools.lru_cache(maxsize=2)
-def encoder_of(folder: str, field: str, payload: int) -> RecordEncoder:
+def encoder_of(folder: str, field: str, payload: int, random: RandomSmiles) -> RecordEncoder:
     """The encoder with the tokenizer saved in `folder`, for worker processes, which keep it."""
-    return RecordEncoder(load_tokenizer(Path(folder)), field, payload)
+    return RecordEncoder(load_tokenizer(Path(folder)), field, payload, random)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from exlm_dist.data.manifest import SPLITS, TOKENIZER, TOKENS, form_of, read_manifest
+from exlm_dist.data.blocks import Blocks
+from exlm_dist.data.manifest import SPLITS, TOKENIZER, TOKENS, epoch_size, form_of, forms_of, read_manifest
 from exlm_dist.data.mirror import data_folder, shard_root
 from exlm_dist.data.shard_files import open_shards
 from exlm_dist.data.shard_index import ShardIndex
@@ -72,6 +73,7 @@ class ShardDataset:
         self.vocab_size: int = manifest["vocab_size"]
         self.max_length: int = manifest["max_length"]
         self.tokenizer_path = folder / TOKENIZER
+        self.forms, self.epoch_size = forms_of(manifest["splits"][split]), epoch_size(manifest["splits"][split])
         self.bad_records: list[BadRecord] = []
         self.index = ShardIndex(folder, manifest["splits"][split])
         self.lengths = self.index.lengths
@@ -79,7 +81,8 @@ class ShardDataset:
         self._replacement: dict[int, bytes] = {}
         self.dtype = token_dtype(self.vocab_size)
         self._shards = manifest["splits"][split]["shards"]
-        self._block, self._kept_blocks = block, kept_blocks
+        self._blocks = Blocks(block, self.epoch_size, self.forms) if block else None
+        self._kept_blocks = kept_blocks
         self._pieces: dict[tuple[int, int], Piece] = {}  # by shard and block, the longest in memory first
         self._files = open_shards(shard_root(folder), self._shards)
         self._lock = threading.Lock()
@@ -137,13 +140,18 @@ class ShardDataset:
             return self._payloads(ids)
 
     def preload(self, blocks: list[int]) -> None:
-        """Read blocks that will be needed soon; block b has the samples from b x `block` on."""
+        """Read blocks that will be needed soon, as `Blocks` numbers them."""
+        assert self._blocks is not None, "only an order in windows reads blocks ahead"
         with self._lock:
             for block in blocks:
-                first = block * self._block
-                last = min(first + self._block, len(self)) - 1
-                for shard in range(self.index.shard_of(first), self.index.shard_of(last) + 1):
+                first, stop = self._blocks.bounds(block)
+                for shard in range(self.index.shard_of(first), self.index.shard_of(stop - 1) + 1):
                     self._preload_piece(shard, block)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in which the samples are read."""
+        return len(self._blocks) if self._blocks else 0
 
     @property
     def retries(self) -> int:
@@ -178,7 +186,7 @@ class ShardDataset:
             for shard, _, records in groups
         ]
         found: Sequence[Sequence[bytes | memoryview]]
-        if self._block:
+        if self._blocks is not None:
             found = [self._from_blocks(ids[rows], *run) for (_, rows, _), run in zip(groups, runs)]
         else:
             found = self._files.read_each(runs)
@@ -192,7 +200,8 @@ class ShardDataset:
 
     def _from_blocks(self, ids: np.ndarray, shard: int, offsets: np.ndarray, sizes: np.ndarray) -> list[memoryview]:
         """The bytes at each offset of a shard, where the samples `ids` are, as many as there are up to each size."""
-        blocks = (ids // self._block).tolist()
+        assert self._blocks is not None, "without blocks samples are read one by one"
+        blocks = self._blocks.of(ids).tolist()
         try:
             pieces = [self._pieces[shard, block] for block in blocks]
         except KeyError:
@@ -215,9 +224,10 @@ class ShardDataset:
 
     def _rows_of(self, shard: int, block: int) -> np.ndarray:
         """The rows of the index that one shard has of a block."""
+        assert self._blocks is not None, "without blocks samples are read one by one"
         start, end = self.index.starts[shard : shard + 2].tolist()
-        first, stop = max(block * self._block, start), min((block + 1) * self._block, end)
-        return self.index.rows(shard)[first - start : stop - start]
+        first, stop = self._blocks.bounds(block)
+        return self.index.rows(shard)[max(first, start) - start : min(stop, end) - start]
 
     def _fetch(self, wanted: Sequence[tuple[int, int]]) -> None:
         """Read those of the pieces, each of a shard and a block, that are not in memory, and make room for them."""
@@ -248,8 +258,9 @@ class ShardDataset:
         if sample in self._replacement:
             return self._replacement[sample]
         shard, record = self.record(sample)
-        if self._block:
-            self._pieces.pop((shard, sample // self._block), None)  # it may be whole when it is read again
+        if self._blocks is not None:
+            (block,) = self._blocks.of(np.array([sample])).tolist()
+            self._pieces.pop((shard, block), None)  # it may be whole when it is read again
         content, expected, got = self._attempt(sample)
         if got == expected:
             return content

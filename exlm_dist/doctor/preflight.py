@@ -9,7 +9,7 @@ import numpy as np
 
 from exlm_dist.checkpoint.tensors import BYTES_PER_PARAMETER
 from exlm_dist.config import RunConfig, check_init, check_vocabulary
-from exlm_dist.data.manifest import read_manifest
+from exlm_dist.data.manifest import epoch_size, read_manifest
 from exlm_dist.data.mirror import data_folder, local_shard
 from exlm_dist.data.mixed import check_alike
 from exlm_dist.data.mixture import Mixture
@@ -36,7 +36,7 @@ def check_run(config: RunConfig) -> None:
         _check_shards(data_folder(path), manifest["splits"])
         if (histogram := manifest["splits"]["train"].get("length_histogram")) is not None:  # else ranks read the index
             Recipe.of(config, vocab_size).check_lengths(config.masking.copies * (np.flatnonzero(histogram) - 2))
-    Mixture.of(config, [manifest["splits"]["train"]["sequences"] for _, manifest in manifests.values()])
+    Mixture.of(config, [epoch_size(manifest["splits"]["train"]) for _, manifest in manifests.values()])
     checkpoints = Path(config.runs) / config.name / "checkpoints"
     check_writable(checkpoints)
     parameters = sum(count_parameters(config.model, vocab_size).values())

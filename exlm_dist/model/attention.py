@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exlm_dist.kernels.attention import attention_packed
-from exlm_dist.kernels.linear import BiasPassingLinear, Linear
+from exlm_dist.kernels.linear import BiasPassingLinear, Linear, linear_by_column
 from exlm_dist.model.dropout import block_site
 from exlm_dist.model.stream import Stream
 from exlm_dist.parallel.region import UNSHARDED, Sharding, TensorRegion
@@ -27,7 +27,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, probability: float, *, layer: int, backend: str) -> None:
         super().__init__()
-        self.qkv = BiasPassingLinear(width, 3 * width)
+        self.qkv = QKVLinear(width, 3 * width)
         self.out = Linear(width, width)
         self.heads = heads
         self.head_width = width // heads
@@ -54,3 +54,9 @@ class SelfAttention(nn.Module):
         )
         mixed = mixed.flatten(1)
         return self.out(mixed if rows is None else F.embedding(rows, mixed))
+
+
+class QKVLinear(BiasPassingLinear):
+    """`BiasPassingLinear` whose result lies as attention on a CPU reads it."""
+
+    product = staticmethod(linear_by_column)

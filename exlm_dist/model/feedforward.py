@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.elementwise import gelu_gradient_
-from exlm_dist.kernels.linear import BiasPassingLinear, linear, linear_gelu, product
+from exlm_dist.kernels.linear import BiasPassingLinear, add_product, linear, linear_gelu, product
 from exlm_dist.parallel.region import Sharding
 
 #: Inner activations [rows, F] worked on at a time on a CPU, in elements: few enough to stay in its cache.
@@ -79,7 +79,7 @@ class _GeluLinear(Function):
         grad_x, grad_weight, blocks = torch.empty_like(x), torch.zeros_like(weight), _blocks(x)
         sums = x.new_empty(len(blocks), x.shape[1])
         for rows, block_sum in zip(blocks, sums):
-            grad_weight += product(grad[rows].t(), F.gelu(x[rows]))
+            grad_weight = add_product(grad_weight, grad[rows].t(), F.gelu(x[rows]))
             torch.ops.aten.gelu_backward.grad_input(product(grad[rows], weight), x[rows], grad_input=grad_x[rows])
             torch.sum(grad_x[rows], 0, out=block_sum)
         return grad_x, grad_weight, grad_bias, sums.sum(0)

@@ -14,7 +14,7 @@ from exlm_dist.planning.job import FP32, INT64, Job, Stage
 FP64 = 8
 #: Elements that the torch form works on at a time: `BLOCK_ELEMENTS` of attention, transitions and feed-forward.
 BLOCK = 1 << 19
-#: Bytes that oneDNN keeps of a compiled product (measured: 0.58 to 0.63 MiB).
+#: Bytes that oneDNN keeps of a compiled product (measured: 0.58 to 0.63 MiB); on an Intel processor it computes none.
 PRODUCT = 600 << 10
 
 
@@ -80,12 +80,13 @@ def attention_work(job: Job) -> float:
     gradients = job.tokens * element * width / tensor
     if job.gpu:  # of the output and of q, k, v; rotated keys; one lse per head
         return stream + 5 * gradients + FP32 * job.tokens * job.model.heads / tensor
-    rotation = FP32 * job.tokens * job.head_width / 2 * 4
+    rotation = FP32 * job.tokens * job.head_width / 2 * 5
     heads, squared = job.model.heads / tensor, job.sizes.expanded**2
     sequences = min(job.config.batch.micro, max(1, BLOCK // (heads * squared)))
-    weights = FP32 * heads * squared * sequences
-    # Gradients of q, k and v are computed one by one and then concatenated.
-    return stream + gradients + max(3 * gradients + rotation + 5 * weights, 6 * gradients)
+    # Factors of the dropout of a block, and four arrays like the weights of a sequence.
+    weights = FP32 * heads * squared * (4 + (sequences if job.model.attention_dropout else 0))
+    rotated = 2 * FP32 * job.tokens * width / tensor
+    return stream + gradients + 3 * gradients + rotated + rotation + weights
 
 
 def head(job: Job) -> float:
@@ -112,9 +113,13 @@ def graph(job: Job) -> float:
 
 def logits_kept(job: Job) -> float:
     """Logits of the first chunks of rows, up to a budget."""
+    return FP32 * job.vocabulary * _rows_kept(job)
+
+
+def _rows_kept(job: Job) -> float:
     rows, step = job.states, _chunk(job)
     within = vocab_tiles.KEEP_ELEMENTS // job.vocabulary
-    return FP32 * job.vocabulary * (rows if rows <= within else within // step * step)
+    return rows if rows <= within else within // step * step
 
 
 def output_work(job: Job) -> float:
@@ -144,13 +149,14 @@ def _transition_work(job: Job) -> float:
 
 
 def _logits_work(job: Job) -> float:
-    """Two chunks of logits, gradients of the features, and the gradient of the matrix before it is returned."""
+    """Two chunks of logits, gradients of the features, and the gradient of the matrix before it is returned; on a CPU
+    chunks of logits that are not kept, and also features and matrix with a column for the bias."""
     matrix, features = job.vocabulary * job.model.width, job.states * job.model.width
     if job.gpu:
         return job.element * matrix + FP32 * features + max(_gradient_work(job), job.element * features)
     copies = 0 if job.element == FP32 else 2
-    chunks = min(2 * _chunk(job), job.states) * job.vocabulary
-    return FP32 * (chunks + (1 + copies) * matrix + 2 * features)
+    chunks = min(2 * _chunk(job), job.states - _rows_kept(job)) * job.vocabulary
+    return FP32 * (chunks + (2 + copies) * matrix + 3 * features)
 
 
 def _gradient_work(job: Job) -> float:

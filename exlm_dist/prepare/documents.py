@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from exlm_dist.prepare.folder import Source, chunked, content_hash
+from exlm_dist.prepare.folder import Source, chunked
 from exlm_dist.prepare.tally import Tally
 from exlm_dist.tokenizers.smiles_tokenizer import split_smiles
 from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.files import content_hash
 from exlm_dist.utils.progress import Progress
 
 SENTENCE_CHARACTERS = 1000

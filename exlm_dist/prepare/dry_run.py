@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from exlm_dist.data.random_smiles import RandomSmiles
 from exlm_dist.prepare.folder import check_out, read_forms
 from exlm_dist.prepare.smiles import clean_rows, given_tokenizer, policy_for
 from exlm_dist.prepare.tally import reasons
@@ -34,10 +35,13 @@ def preview_smiles(
     salts: str | None = None,
     valid_inputs: Sequence[str] = (),
     tokenizer: str | None = None,
+    random_smiles: int = 0,
+    random_seed: int = 0,
     overwrite: bool = False,
     **_: Any,
 ) -> str:
     """What `prepare_smiles` with the same arguments would do with each file; nothing is written. The same errors."""
+    RandomSmiles(random_smiles, random_seed)  # refuses what cannot be
     policy = policy_for(None if tokenizer is None else given_tokenizer(user_path(tokenizer)), stereo, salts)
 
     def judge(row: Row) -> tuple[str, str]:

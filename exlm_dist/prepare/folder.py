@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -80,11 +79,6 @@ def read_forms(inputs: Sequence[str], options: InputOptions, default_column: str
     return forms
 
 
-def content_hash(content: bytes | memoryview) -> int:
-    """64-bit hash by which duplicates are found and the held-out split is chosen."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
 def choose_valid(hashes: np.ndarray, fraction: float) -> np.ndarray:
     """Mask of the held-out sequences, bool [n]: those with the smallest of `hashes`, uint64 [n], whatever their order.
 
@@ -152,12 +146,16 @@ class SplitWriter:
             self._histograms[index] += np.bincount(sizes + 2, minlength=len(self._histograms[index]))
             self._unknown[index] += int(np.count_nonzero(part == UNK))
 
-    def close(self) -> dict[str, Any]:
-        """Finish the shards; returns the `splits` part of the manifest. DataError if a split is empty."""
-        return {
+    def close(self, forms: int = 1) -> dict[str, Any]:
+        """Finish the shards; returns the `splits` part of the manifest. `forms`: in which the training split has each
+        molecule, one after another. DataError if a split is empty."""
+        splits = {
             split: split_entry(split, writer.close(), unknown, histogram.tolist())
             for split, writer, histogram, unknown in zip(SPLITS, self._writers, self._histograms, self._unknown)
         }
+        if forms > 1:
+            splits["train"]["forms"] = forms
+        return splits
 
 
 def request_for(domain: str, train: Source, valid: Source | None, settings: dict[str, Any]) -> dict[str, Any]:

@@ -10,15 +10,18 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from exlm_dist.data.manifest import MEMBERS, QUARANTINE, SPLITS, ShardEntry, split_entry
+from exlm_dist.data.manifest import MEMBERS, QUARANTINE, SPLITS, ShardEntry, epoch_size, split_entry
 from exlm_dist.data.mirror import SHARDS_AT
 from exlm_dist.data.places import common_root
+from exlm_dist.data.random_smiles import RandomSmiles
+from exlm_dist.data.record_tokens import forms_in
 from exlm_dist.data.sample_text import ENDINGS, FORBIDDEN, ending_of
 from exlm_dist.data.shard_patterns import expand_places
 from exlm_dist.prepare.folder import (
@@ -63,6 +66,8 @@ def index_shards(
     valid_patterns: Sequence[str] = (),
     valid_fraction: float = VALID_FRACTION,
     max_rejected: float = MAX_REJECTED,
+    random_smiles: int = 0,
+    random_seed: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
 ) -> Summary:
@@ -71,12 +76,13 @@ def index_shards(
     tokenizer: folder with one, or a sentencepiece `.model`. endings: of the members to read ('txt', 'json.gz'), needed
     if there are several that could be. field: of JSON objects; default 'text', of molecules 'smiles'. max_length: of a
     sequence in tokens with BOS and EOS; longer text is cut at words, longer molecules are set aside. valid_patterns:
-    held-out shards; default `valid_fraction` of the samples. DataError if a shard is damaged (all of them are named) or
-    more than `max_rejected` of the samples are set aside.
+    held-out shards; default `valid_fraction` of the samples. random_smiles, random_seed: as of `prepare_smiles`.
+    DataError if a shard is damaged (all of them are named) or more than `max_rejected` of the samples are set aside.
     """
     check_fraction(valid_fraction)
     check_max_length(max_length)
     check_max_rejected(max_rejected)
+    random = RandomSmiles(random_smiles, random_seed)
     out = user_path(out)
     check_out(out, overwrite)
     loaded = _tokenizer(user_path(tokenizer))
@@ -87,21 +93,12 @@ def index_shards(
     wanted = _endings(endings, places[0][0], sizes[places[0][0]][0])
     field = field or ("smiles" if loaded.domain == "smiles" else "text")
     root = common_root([*places[0], *places[1]])
-    request = {
-        "domain": loaded.domain,
-        "inputs": [[_relative(place, root), sizes[place][0]] for place in places[0]],
-        "valid_inputs": [[_relative(place, root), sizes[place][0]] for place in places[1]],
-        "tokenizer": loaded.fingerprint,
-        "endings": list(wanted),
-        "field": field,
-        "max_length": max_length,
-        "valid_fraction": None if places[1] else valid_fraction,
-    }
+    _check_random(random, loaded, tokenizer, wanted)
     job = IndexJob(
         out, places[0], places[1], root, sizes, loaded, wanted, field, max_length, valid_fraction, max_rejected,
-        workers or available_cores(),
+        workers or available_cores(), random,
     )  # fmt: skip
-    summary = prepare_folder(out, request, overwrite, job.run)
+    summary = prepare_folder(out, job.request, overwrite, job.run)
     shutil.rmtree(job.parts, ignore_errors=True)
     return summary
 
@@ -122,6 +119,22 @@ class IndexJob:
     valid_fraction: float
     max_rejected: float
     workers: int
+    random: RandomSmiles
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """All that the result depends on."""
+        return {
+            "domain": self.tokenizer.domain,
+            "inputs": [[_relative(place, self.root), self.sizes[place][0]] for place in self.train],
+            "valid_inputs": [[_relative(place, self.root), self.sizes[place][0]] for place in self.valid],
+            "tokenizer": self.tokenizer.fingerprint,
+            "endings": list(self.endings),
+            "field": self.field,
+            "max_length": self.max_length,
+            "valid_fraction": None if self.valid else self.valid_fraction,
+            **self.random.settings(),
+        }
 
     @property
     def parts(self) -> Path:
@@ -132,7 +145,7 @@ class IndexJob:
     def run(self, folder: Path) -> dict[str, Any]:
         described = save_tokenizer(self.tokenizer, folder)
         parts = self._parts(str(folder / "tokenizer"))
-        statistics = _statistics(parts, self.root)
+        statistics = _statistics(parts, self.root) | (self._of_random(parts) if self.random.count else {})
         self._check_limit(parts, statistics)
         hashes = np.concatenate([parts[place].hashes for place in (*self.train, *self.valid)])
         samples = np.unique(hashes)
@@ -142,9 +155,11 @@ class IndexJob:
         else:
             held_out = samples[choose_valid(samples, self.valid_fraction)]
         splits = {
-            split: _write_split(folder, split, places, self.root, parts, self.sizes, held_out, self.max_length)
-            for split, places in (("train", self.train), ("valid", self.valid or self.train))
-        }
+            split: _write_split(folder, split, places, self.root, parts, self.sizes, held_out, self.max_length, forms)
+            for split, places, forms in (
+                ("train", self.train, 1 + self.random.count), ("valid", self.valid or self.train, 1),
+            )
+        }  # fmt: skip
         _check_sum(splits, parts)
         _warn_of_long(parts)
         _list_set_aside(folder / QUARANTINE, parts, self.root)
@@ -159,7 +174,15 @@ class IndexJob:
             "tokenizer": described,
             "splits": splits,
             "statistics": statistics,
+            **({"random_smiles": asdict(self.random)} if self.random.count else {}),
         }
+
+    def _of_random(self, parts: dict[str, ShardPart]) -> dict[str, Any]:
+        """What became of the random SMILES, for the manifest."""
+        counts = sum((part.random for part in parts.values()), Counter())
+        again = sum((part.drawn_again for part in parts.values()), Counter())
+        found = {name: counts[name] for name in ("molecules", "distinct", "canonical_instead")}
+        return {"random_smiles": {**asdict(self.random), **found, "drawn_again": dict(again)}}
 
     def _parts(self, tokenizer: str) -> dict[str, ShardPart]:
         """The index of every shard. DataError that names the damaged ones."""
@@ -167,9 +190,10 @@ class IndexJob:
         tasks = [
             IndexTask(
                 place, *self.sizes[place], tokenizer, self.tokenizer.fingerprint, self.field, self.max_length - 2,
-                self.endings,
+                self.endings, random,
             )
-            for place in (*self.train, *self.valid)
+            for places, random in ((self.train, self.random), (self.valid, RandomSmiles()))
+            for place in places
         ]  # fmt: skip
         if done := sum(task.part(self.parts).exists() for task in tasks):
             _log.info("%d of %d shards were indexed before", done, len(tasks))
@@ -244,6 +268,21 @@ def _endings(asked: Sequence[str], place: str, size: int) -> tuple[str, ...]:
     return (usable[0],)
 
 
+def _check_random(random: RandomSmiles, tokenizer: Tokenizer, given: Path | str, endings: Sequence[str]) -> None:
+    """ConfigError if random SMILES are asked for of what are no SMILES."""
+    if random.count and tokenizer.domain != "smiles":
+        raise ConfigError(
+            f"--random-smiles {random.count}: {given} is a {tokenizer.domain} tokenizer. Leave the option out, or give "
+            "--tokenizer a folder that `exlm prepare smiles` wrote."
+        )
+    ids = [name for name in endings if ending_of(f"x.{name}").form == "ids"]
+    if random.count and ids:
+        raise ConfigError(
+            f"--random-smiles {random.count}: members .{ids[0]} hold token ids, not SMILES. Leave the option out, or "
+            "read other members: --ending."
+        )
+
+
 def _relative(place: str, root: str) -> str:
     return place[len(root) :].lstrip("/") if root else place
 
@@ -279,17 +318,18 @@ def _examples(parts: dict[str, ShardPart], kind: str) -> list[tuple[str, str, in
 
 def _write_split(
     folder: Path, split: str, places: list[str], root: str, parts: dict[str, ShardPart],
-    sizes: dict[str, tuple[int, int]], held_out: np.ndarray, max_length: int,
+    sizes: dict[str, tuple[int, int]], held_out: np.ndarray, max_length: int, forms: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the indices of a split; its part of the manifest. `held_out`: hashes of the held-out samples, sorted."""
+    """Write the indices of a split, each form of the molecules by itself; its part of the manifest. `held_out`: hashes
+    of the held-out samples, sorted."""
     (folder / split).mkdir()
     entries, unknown = [], 0
     histogram = np.zeros(max_length + 1, np.int64)
-    for place in places:
+    for form, place in product(range(forms), places):
         part = parts[place]
-        chosen = np.ones(len(part.records), bool)
+        chosen = forms_in(part.records) == form
         if len(held_out):
-            chosen = np.isin(part.hashes, held_out) == (split == "valid")
+            chosen &= np.isin(part.hashes, held_out) == (split == "valid")
         records = part.records[chosen]
         if not len(records):
             continue
@@ -305,7 +345,8 @@ def _write_split(
         )  # fmt: skip
         unknown += int(part.unknown[chosen].sum(dtype=np.int64))
         histogram += np.bincount(records["length"] + 2, minlength=max_length + 1)
-    return split_entry(split, entries, unknown, histogram.tolist())
+    entry = split_entry(split, entries, unknown, histogram.tolist())
+    return {**entry, "forms": forms} if forms > 1 else entry
 
 
 def _warn_of_long(parts: dict[str, ShardPart]) -> None:
@@ -322,8 +363,8 @@ def _warn_of_long(parts: dict[str, ShardPart]) -> None:
 
 def _check_sum(splits: dict[str, Any], parts: dict[str, ShardPart]) -> None:
     """RuntimeError if not every sequence of every shard is in one split."""
-    written = sum(splits[split]["sequences"] for split in SPLITS)
-    found = sum(len(part.records) for part in parts.values())
+    written = sum(epoch_size(splits[split]) for split in SPLITS)
+    found = sum(int(np.count_nonzero(forms_in(part.records) == 0)) for part in parts.values())
     if written != found:
         raise RuntimeError(f"{found} sequences were found, {written} are in the splits")
 

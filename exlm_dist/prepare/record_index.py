@@ -9,20 +9,21 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from exlm_dist.data.places import address_of
-from exlm_dist.data.record_tokens import RECORD_DTYPE, RecordEncoder, encoder_of
+from exlm_dist.data.random_smiles import ATTEMPTS, RandomSmiles
+from exlm_dist.data.record_tokens import RANDOM, RECORD_DTYPE, RecordEncoder, encoder_of
 from exlm_dist.data.remote import Remote
 from exlm_dist.data.sample_text import FORBIDDEN, FORMS, Ending, Unusable, ending_of, split_content
 from exlm_dist.data.tar_members import DamagedShard, Member, ShardStream, read_members
-from exlm_dist.prepare.folder import content_hash
 from exlm_dist.tokenizers.tokenizer import UNK
 from exlm_dist.utils.errors import DataError
-from exlm_dist.utils.files import fingerprint_of, write_atomic
+from exlm_dist.utils.files import content_hash, fingerprint_of, write_atomic
 
 #: Bytes of a read, here and over the network.
 LOCAL_BLOCK, REMOTE_BLOCK = 1 << 20, 8 << 20
@@ -43,6 +44,7 @@ class IndexTask:
     field: str
     payload: int  # most tokens of a sequence, BOS and EOS not counted
     endings: tuple[str, ...]
+    random: RandomSmiles
 
     def part(self, folder: Path) -> Path:
         """Where the index of this shard is put aside until all are done."""
@@ -61,6 +63,8 @@ class ShardPart:
     kept: int = 0
     members_aside: Counter[str] = field(default_factory=Counter)
     aside: Counter[str] = field(default_factory=Counter)
+    random: Counter[str] = field(default_factory=Counter)  # of random SMILES
+    drawn_again: Counter[str] = field(default_factory=Counter)
     listed: list[tuple[str, int, str, str]] = field(default_factory=list)  # member, line from 1, reason, text
     records: np.ndarray = field(default_factory=lambda: np.empty(0, RECORD_DTYPE))
     hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))  # of the sample of each record
@@ -93,7 +97,7 @@ class ShardPart:
         with np.load(path, allow_pickle=False) as stored:
             counts: dict[str, Any] = json.loads(stored["counts"].tobytes())
             arrays = {name: stored[name] for name in ("records", "hashes", "unknown")}
-        for name in ("members_aside", "aside"):
+        for name in ("members_aside", "aside", "random", "drawn_again"):
             counts[name] = Counter(counts[name])
         return cls(**counts, **arrays)
 
@@ -140,7 +144,7 @@ def _local_blocks(place: str) -> Iterator[bytes]:
 
 def _read_shard(task: IndexTask) -> ShardPart:
     part = ShardPart()
-    rows = _Rows(encoder_of(task.tokenizer, task.field, task.payload), part)
+    rows = _Rows(encoder_of(task.tokenizer, task.field, task.payload, task.random), part)
     stream = shard_stream(task.place, task.size)
     for member in read_members(stream):
         part.members += 1
@@ -207,6 +211,13 @@ class _Rows:
             self._rows.append((*where, len(piece.tokens), piece.start, piece.stop, line, form, piece.flags))
             self._hashes.append(sample)
             self._unknown.append(int(np.count_nonzero(piece.tokens == UNK)))
+        if pieces[-1].flags & RANDOM:
+            part.drawn_again.update(chain.from_iterable(piece.again for piece in pieces))
+            part.random.update(
+                molecules=1,
+                distinct=len({piece.tokens.tobytes() for piece in pieces}),
+                canonical_instead=sum(len(piece.again) == ATTEMPTS for piece in pieces),
+            )
 
     def finish(self) -> None:
         """Put what was collected into the part."""

@@ -7,13 +7,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from exlm_dist.data.manifest import QUARANTINE, TOKENIZER
+from exlm_dist.data.manifest import QUARANTINE, SPLITS, TOKENIZER, epoch_size
+from exlm_dist.data.random_smiles import RandomSmiles
 from exlm_dist.prepare.folder import (
     VALID_FRACTION,
     Source,
@@ -23,12 +25,12 @@ from exlm_dist.prepare.folder import (
     check_out,
     choose_valid,
     chunked,
-    content_hash,
     find_sources,
     prepare_folder,
     request_for,
     save_tokenizer,
 )
+from exlm_dist.prepare.random_spool import RandomForms
 from exlm_dist.prepare.summary import Summary
 from exlm_dist.prepare.tally import MAX_REJECTED, Tally, check_max_rejected
 from exlm_dist.tables.input_files import InputOptions
@@ -38,6 +40,7 @@ from exlm_dist.tokenizers.molecules import MoleculeError, canonical_smiles, make
 from exlm_dist.tokenizers.smiles_tokenizer import SmilesTokenizer, split_smiles
 from exlm_dist.utils.cores import available_cores
 from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.files import content_hash
 from exlm_dist.utils.outputs import user_path
 from exlm_dist.utils.progress import Progress
 from exlm_dist.utils.workers import ordered_map
@@ -68,6 +71,8 @@ def prepare_smiles(
     max_rejected: float = MAX_REJECTED,
     workers: int | None = None,
     tokenizer: Path | str | None = None,
+    random_smiles: int = 0,
+    random_seed: int = 0,
     overwrite: bool = False,
 ) -> Summary:
     """Prepare the molecules of `inputs` (paths and patterns, or any source of rows) as the folder `out`.
@@ -75,12 +80,14 @@ def prepare_smiles(
     column, format, delimiter, header: see `InputOptions`. max_length: of the sequences kept, in tokens, BOS and EOS
     counted. stereo, salts: see `make_policy`; default 'keep', or the policy of a given tokenizer. valid_inputs: files
     of the held-out split; default `valid_fraction` of the molecules. min_count: occurrences a token needs to enter the
-    vocabulary. tokenizer: folder of a SMILES tokenizer to use instead of a new one. Raises DataError for input that
-    cannot be used; single such rows go to `quarantine.tsv`, up to the fraction max_rejected of all rows.
+    vocabulary. tokenizer: folder of a SMILES tokenizer to use instead of a new one. random_smiles: that each training
+    molecule has beside the canonical one, drawn with random_seed. Raises DataError for input that cannot be used;
+    single such rows go to `quarantine.tsv`, up to the fraction max_rejected of all rows.
     """
     check_fraction(valid_fraction)
     check_max_length(max_length)
     check_max_rejected(max_rejected)
+    random = RandomSmiles(random_smiles, random_seed)
     out = user_path(out)
     check_out(out, overwrite)
     asked = InputOptions(column, format, delimiter, header)
@@ -88,7 +95,7 @@ def prepare_smiles(
     given = None if tokenizer is None else given_tokenizer(tokenizer)
     policy = policy_for(given, stereo, salts)
     workers = workers or available_cores()
-    job = SmilesJob(train, valid, policy, given, max_length, valid_fraction, min_count, max_rejected, workers)
+    job = SmilesJob(train, valid, policy, given, max_length, valid_fraction, min_count, max_rejected, workers, random)
     settings = {
         **asked.given(),
         "max_length": max_length,
@@ -96,6 +103,7 @@ def prepare_smiles(
         "valid_fraction": None if valid else valid_fraction,
         "min_count": None if given else min_count,
         "tokenizer": given and given.fingerprint,
+        **random.settings(),
     }
     return prepare_folder(out, request_for("smiles", train, valid, settings), overwrite, job.run)
 
@@ -136,6 +144,7 @@ class SmilesJob:
     min_count: int
     max_rejected: float
     workers: int
+    random: RandomSmiles
 
     def run(self, folder: Path) -> dict[str, Any]:
         with (
@@ -148,9 +157,12 @@ class SmilesJob:
                 is_valid = np.arange(len(molecules.hashes)) < molecules.held_out
             else:
                 is_valid = choose_valid(np.frombuffer(molecules.hashes, dtype=np.uint64), self.valid_fraction)
-            tokenizer = self.tokenizer or self._make_tokenizer(molecules, is_valid)
+            forms = RandomForms(Path(spool) / "random.smi", self.random)
+            training, count = _of_training(molecules, is_valid), int(np.count_nonzero(~is_valid))
+            forms.draw(training, count, self.policy, self.max_length - 2, self.workers)
+            tokenizer = self.tokenizer or self._make_tokenizer(molecules, is_valid, forms)
             described = save_tokenizer(tokenizer, folder)
-            splits = self._encode(molecules, is_valid, tokenizer, folder)
+            splits = self._encode(molecules, is_valid, forms, tokenizer, folder)
         return {
             "domain": "smiles",
             "vocab_size": tokenizer.vocab_size,
@@ -158,7 +170,11 @@ class SmilesJob:
             "policy": dict(self.policy),
             "tokenizer": described,
             "splits": splits,
-            "statistics": {"unit": "rows", **tally.statistics(sum(part["sequences"] for part in splits.values()))},
+            "statistics": {
+                "unit": "rows",
+                **tally.statistics(sum(epoch_size(splits[split]) for split in SPLITS)),
+                **forms.statistics(),
+            },
         }
 
     def _read(self, molecules: _Molecules) -> None:
@@ -187,10 +203,10 @@ class SmilesJob:
             )
         tally.check_limit(1)
 
-    def _make_tokenizer(self, molecules: _Molecules, is_valid: np.ndarray) -> SmilesTokenizer:
+    def _make_tokenizer(self, molecules: _Molecules, is_valid: np.ndarray, forms: RandomForms) -> SmilesTokenizer:
         """Vocabulary of the training split."""
         counts: Counter[str] = Counter()
-        train = (smiles for smiles, held_out in zip(molecules.read(), is_valid.tolist()) if not held_out)
+        train = chain(_of_training(molecules, is_valid), forms.read())
         for part in ordered_map(count_tokens, chunked(train, MOLECULES_PER_TASK), self._workers_for(len(is_valid))):
             counts.update(part)
         return SmilesTokenizer.from_counts(counts, self.policy, self.min_count)
@@ -199,20 +215,34 @@ class SmilesJob:
         return self.workers if molecules > WORTH_WORKERS else 1
 
     def _encode(
-        self, molecules: _Molecules, is_valid: np.ndarray, tokenizer: SmilesTokenizer, folder: Path
+        self,
+        molecules: _Molecules,
+        is_valid: np.ndarray,
+        forms: RandomForms,
+        tokenizer: SmilesTokenizer,
+        folder: Path,
     ) -> dict[str, Any]:
+        """Write the canonical SMILES to both splits, then the random ones to that of training."""
         encode = partial(encode_molecules, str(folder / TOKENIZER))
-        chunks = chunked(molecules.read(), MOLECULES_PER_TASK)
+        chunks = chunked(chain(molecules.read(), forms.read()), MOLECULES_PER_TASK)
+        total = len(is_valid) + self.random.count * forms.molecules
         first = 0
         with (
             SplitWriter(folder, tokenizer.vocab_size, self.max_length) as writer,
-            Progress("shards", "molecules", len(is_valid)) as progress,
+            Progress("shards", "sequences", total) as progress,
         ):
-            for tokens, lengths in ordered_map(encode, chunks, self._workers_for(len(is_valid))):
-                writer.write(tokens, lengths, is_valid[first : first + len(lengths)])
+            for tokens, lengths in ordered_map(encode, chunks, self._workers_for(total)):
+                held_out = np.zeros(len(lengths), bool)  # random SMILES never are
+                canonical = is_valid[first : first + len(lengths)]
+                held_out[: len(canonical)] = canonical
+                writer.write(tokens, lengths, held_out)
                 first += len(lengths)
                 progress.update(len(lengths))
-            return writer.close()
+            return writer.close(forms=1 + self.random.count)
+
+
+def _of_training(molecules: _Molecules, is_valid: np.ndarray) -> Iterator[str]:
+    return (smiles for smiles, held_out in zip(molecules.read(), is_valid.tolist()) if not held_out)
 
 
 class _Molecules:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exlm_dist.data.manifest import MANIFEST, QUARANTINE, SPLITS
+from exlm_dist.data.manifest import MANIFEST, QUARANTINE, SPLITS, epoch_size, forms_of
 from exlm_dist.prepare.tally import reasons
 
 #: Files that are listed one by one: those with the most rows set aside.
@@ -55,10 +55,11 @@ class Summary:
         ]
         for split in SPLITS:
             part = splits[split]
+            forms = f" ({forms_of(part)} of each of {epoch_size(part):,} molecules)" if forms_of(part) > 1 else ""
             lines.append(
                 (
                     split,
-                    f"{part['sequences']:,} sequences, {part['tokens']:,} tokens, mean length "
+                    f"{part['sequences']:,} sequences{forms}, {part['tokens']:,} tokens, mean length "
                     f"{part['mean_length']:.1f}, unknown {part['unknown_rate']:.4%}, {len(part['shards'])} shard(s)",
                 )
             )
@@ -104,6 +105,8 @@ class Summary:
                 "; a larger --vocab-size, or another --tokenizer, has more of them" if fraction > MANY_BYTES else ""
             )
             yield "bytes", f"{fraction:.2%} of the tokens are bytes of characters without a token{advice}"
+        if random := statistics.get("random_smiles"):
+            yield "random", _of_random(random)
 
     def table(self) -> str:
         """The lines with their values aligned."""
@@ -112,6 +115,18 @@ class Summary:
         return "\n".join(f"{label:<{width}}  {value}" for label, value in lines)
 
     __str__ = table
+
+
+def _of_random(counts: dict[str, Any]) -> str:
+    """What became of the random SMILES."""
+    texts = (1 + counts["count"]) * counts["molecules"]
+    again = f", drawn again: {reasons(counts['drawn_again'])}" if counts["drawn_again"] else ""
+    instead = counts["canonical_instead"]
+    return (
+        f"{counts['count']} SMILES of each training molecule beside the canonical one, seed {counts['seed']}: "
+        f"{counts['distinct'] / texts:.1%} of all distinct within their molecule{again}"
+        + (f", {instead:,} times the canonical one instead" if instead else "")
+    )
 
 
 def _of_file(counts: dict[str, Any]) -> str:

@@ -24,7 +24,6 @@ from exlm_dist.prepare.folder import (
     check_out,
     choose_valid,
     chunked,
-    content_hash,
     find_sources,
     prepare_folder,
     request_for,
@@ -37,6 +36,7 @@ from exlm_dist.tokenizers import Tokenizer, load_tokenizer
 from exlm_dist.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer, VocabularyTooLarge
 from exlm_dist.utils.cores import available_cores
 from exlm_dist.utils.errors import DataError
+from exlm_dist.utils.files import content_hash
 from exlm_dist.utils.outputs import check_space, user_path
 from exlm_dist.utils.progress import Progress
 from exlm_dist.utils.workers import ordered_map

@@ -11,8 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from exlm_dist.checkpoint.reader import TOKENIZER_FOLDER, find_checkpoint, read_config, reference, run_folder_of
-from exlm_dist.config import RunConfig
+from exlm_dist.checkpoint.reader import (
+    TOKENIZER_FOLDER,
+    find_checkpoint,
+    read_config,
+    read_state,
+    reference,
+    run_folder_of,
+)
+from exlm_dist.config import RunConfig, recipe_of
 from exlm_dist.finetuning.model_folder import refuse_model
 from exlm_dist.suites.catalogue import SUITES, UNSEEDED
 from exlm_dist.suites.chemprop import find_chemprop
@@ -138,6 +145,7 @@ def _checkpoint(path: Path, pinned: Path | None) -> Method:
         "states": config.model.states,
         "budget": config.budget,
         "shape": _shape(config, tokenizer.fingerprint),
+        "recipe": fingerprint_of([recipe_of(config), read_state(folder).get("data_fingerprint")]),
         "domain": tokenizer.domain,
         "tokenizer": tokenizer.fingerprint,
     }

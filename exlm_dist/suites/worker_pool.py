@@ -6,6 +6,8 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from exlm_dist.utils.errors import UserError
 from exlm_dist.utils.logs import get_logger
 from exlm_dist.utils.signals import die_with_parent
 
+#: Seconds between two lines on what is being computed.
+PATIENCE = 60.0
 DONE, PRESENT, BUSY, FAILED = "done", "present", "busy", "failed"
 logger = get_logger(__name__)
 
@@ -56,26 +60,80 @@ class Outcome:
 
 def run_orders(orders: Sequence[CellOrder], slots: Sequence[Slot]) -> Iterator[Outcome]:
     """Compute the cells, in their order as slots become free; the outcome of each as it ends. A failed one is recorded
-    in its file. With one slot they are computed in this process."""
-    if len(slots) == 1:
-        for order in orders:
-            yield _recorded(_attempt(order, slots[0]))
-        return
+    in its file. With one slot they are computed in this process. What takes long is named every minute."""
+    with _Computing() as computing:
+        outcomes = _here(orders, slots[0], computing) if len(slots) == 1 else _in_workers(orders, slots, computing)
+        for outcome in outcomes:
+            yield _recorded(outcome)
+
+
+def _here(orders: Sequence[CellOrder], slot: Slot, computing: _Computing) -> Iterator[Outcome]:
+    for order in orders:
+        computing.begin(order.cell)
+        outcome = _attempt(order, slot)
+        computing.end(order.cell)
+        yield outcome
+
+
+def _in_workers(orders: Sequence[CellOrder], slots: Sequence[Slot], computing: _Computing) -> Iterator[Outcome]:
     waiting, workers = deque(orders), [_Worker(slot) for slot in slots[: len(orders)]]
+
+    def give(worker: _Worker) -> None:
+        computing.begin(waiting[0].cell)
+        worker.give(waiting.popleft())
+
     try:
         for worker in workers:
-            worker.give(waiting.popleft())
+            give(worker)
         while busy := [worker for worker in workers if worker.order is not None]:
             wait([worker.connection for worker in busy])
             for worker in busy:
                 if not worker.connection.poll():
                     continue
-                yield _recorded(worker.outcome())
+                outcome = worker.outcome()
+                computing.end(outcome.order.cell)
+                yield outcome
                 if waiting:
-                    worker.give(waiting.popleft())
+                    give(worker)
     finally:
         for worker in workers:
             worker.end()
+
+
+class _Computing:
+    """The cells that are being computed, which a thread names every `PATIENCE` seconds with their minutes so far."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._say, daemon=True)
+
+    def begin(self, cell: Cell) -> None:
+        """A cell from now on."""
+        self._since[str(cell)] = time.monotonic()
+
+    def end(self, cell: Cell) -> None:
+        """Not any more."""
+        del self._since[str(cell)]
+
+    def _say(self) -> None:
+        while not self._over.wait(PATIENCE):
+            now = time.monotonic()
+            long = [
+                f"{cell} ({(now - since) / 60:.0f} min)"
+                for cell, since in self._since.copy().items()
+                if now - since > PATIENCE
+            ]
+            if long:
+                logger.info("still computing: %s", "; ".join(long))
+
+    def __enter__(self) -> _Computing:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
 
 
 def _attempt(order: CellOrder, slot: Slot) -> Outcome:

@@ -6,7 +6,7 @@ fine-tuning; the policy that it follows is saved with the tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,28 @@ def canonical_smiles(text: str, policy: Mapping[str, Any]) -> str:
         if passes[-1] in passes[:-1]:  # nearly always the one before; else it goes round in a circle
             return min(passes[passes.index(passes[-1]) + 1 :])
     raise MoleculeError(f"no stable canonical form after {MOST_PASSES} passes")
+
+
+def is_canonical_of(smiles: str, text: str, policy: Mapping[str, Any]) -> bool:
+    """Whether `smiles`, canonical under `policy`, is that of `text`: whether both are one molecule. False if `text`
+    cannot be read."""
+    try:
+        return _one_pass(text, policy) == smiles or canonical_smiles(text, policy) == smiles
+    except MoleculeError:
+        return False
+
+
+class AtomOrders:
+    """A molecule that can be written from its atoms in any order. MoleculeError if `text` cannot be parsed."""
+
+    def __init__(self, text: str) -> None:
+        self._molecule = _parsed(text)
+        self.num_atoms: int = self._molecule.GetNumAtoms()
+
+    def smiles(self, order: Sequence[int]) -> str:
+        """SMILES with the atoms numbered as `order` says (order[i]: the present number of the i-th): begun at the
+        first, at each branch on with the lower number, side chains before rings. RDKit's state is left alone."""
+        return Chem.MolToSmiles(Chem.RenumberAtoms(self._molecule, list(order)), canonical=False)
 
 
 def smiles_in(text: str) -> str:

@@ -34,7 +34,15 @@ from exlm_dist.training.saver import Saver
 from exlm_dist.training.sources import Sources
 from exlm_dist.training.starting_point import StartingPoint
 from exlm_dist.training.step import optimizer_step
-from exlm_dist.training.warm_start import InitialWeights, Source, match_parameters, summary, table, tags
+from exlm_dist.training.warm_start import (
+    InitialWeights,
+    Source,
+    match_parameters,
+    other_states,
+    summary,
+    table,
+    tags,
+)
 from exlm_dist.utils.logs import get_logger
 
 #: Seconds that sending the last events to MLflow may take at the end of a launch, by how it ended.
@@ -175,7 +183,7 @@ def _take_weights(
     match = match_parameters(shapes, theirs, load_tokenizer(start.train_data.tokenizer_path).tokens(), source.tokens)
     weights = InitialWeights(source, match, shapes, seed=config.seed, std=config.model.init_std)
     engine_state.fill_parameters(engine, weights, weights.names)
-    init = {**source.about, **summary(match, shapes)}
+    init = {**source.about, **summary(match, shapes, other_states(source, config.model))}
     logger.info("%s starts with the weights of a checkpoint:\n%s", config.name, table(init, match.new_tokens))
     return init
 

@@ -48,21 +48,22 @@ class Sources:
         counts, at_end = self.mixture.counts(self.steps * self.batch), self.epochs(self.steps)
         for (name, source), count in zip(self.data.sources.items(), counts.tolist()):
             logger.info(
-                "source %s: %s sequences, %s tokens in %s; %.1f%% of all that is read, %.2f epochs by step %d",
+                "source %s: %s sequences%s, %s tokens in %s; %.1f%% of all that is read, %.2f epochs by step %d",
                 name,
                 f"{len(source):,}",
+                f", {source.forms} forms of each molecule, of which an epoch has one" if source.forms > 1 else "",
                 f"{source.index.tokens + 2 * len(source):,}",
                 source.path,
                 100 * count / (self.steps * self.batch),
                 at_end[name],
                 self.steps,
             )
-        for name, epochs in at_end.items():
-            if epochs > GOOD_EPOCHS:
+        for name, source in self.data.sources.items():
+            if (times := at_end[name] / source.forms) > GOOD_EPOCHS:
                 logger.warning(
                     "source %s will be read %.1f times; beyond about %d, repeated data are worth less and less "
                     "(Muennighoff et al. 2023, for causal models). A smaller weight, or more data, may do better.",
                     name,
-                    epochs,
+                    times,
                     GOOD_EPOCHS,
                 )

@@ -185,7 +185,7 @@ def _accept(
             f"  {new_run_command(config)}"
         )
     _check_data(config, data, folder, state)
-    sizes = data.sizes if isinstance(data, MixedDataset) else [len(data)]
+    sizes = data.sizes if isinstance(data, MixedDataset) else [data.epoch_size]
     return accept_changes(state["step"], reader.read_config(folder), config, sizes, allow=allow_changes)
 
 

@@ -26,6 +26,8 @@ from exlm_dist.utils.files import sha256_file
 #: Settings of `model` that decide what the weights of the blocks mean. All others may differ.
 ARCHITECTURE = ("layers", "width", "heads", "ffn", "norm", "rotary")
 EMBEDDING, TOKEN_HEAD, POSITIONS = "embedding.weight", "output.weight", "output.transition.positions.weight"
+#: Settings of `model` by which the same weights compute something else in the states and their transitions.
+OF_THE_STATES = ("states", "transitions", "transition_positions", "anchors", "jump_prior", "jump_width", "jump_floor")
 #: Parameters with a row for each token.
 VOCABULARY = (EMBEDDING, TOKEN_HEAD, "output.bias")
 #: Names that a list gives before it says how many more there are.
@@ -122,6 +124,14 @@ def check_architecture(source: Source, model: ModelConfig) -> None:
         )
 
 
+def other_states(source: Source, model: ModelConfig) -> list[str]:
+    """Settings of states and transitions that the source has otherwise, in words; none if either is a plain model."""
+    if "mlm" in (source.model.objective, model.objective):
+        return []
+    pairs = [(key, getattr(source.model, key), getattr(model, key)) for key in OF_THE_STATES]
+    return [f"model.{key} is {ours} here, {theirs} there" for key, theirs, ours in pairs if theirs != ours]
+
+
 def match_parameters(
     ours: Mapping[str, Shape], theirs: Mapping[str, Shape], our_tokens: Sequence[str], their_tokens: Sequence[str]
 ) -> Match:
@@ -182,14 +192,16 @@ class InitialWeights:
         return value.reshape(-1)[start:stop]
 
 
-def summary(match: Match, shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """`taken` whole, in part and not, as `state.json` has it beside what `identify` says."""
+def summary(match: Match, shapes: Mapping[str, Shape], otherwise: Sequence[str]) -> dict[str, Any]:
+    """`taken` whole, in part and not, and settings that are otherwise (`other_states`), as `state.json` has it beside
+    what `identify` says."""
     return {
         "taken": len(match.whole),
         "taken_in_part": {name: f"{len(rows.into)} of {shapes[name][0]} rows" for name, rows in match.rows.items()},
         "initialised": match.initialised,
         "unused": match.unused,
         "new_tokens": len(match.new_tokens) if EMBEDDING in match.rows else 0,
+        "otherwise": list(otherwise),
     }
 
 
@@ -202,6 +214,7 @@ def table(init: Mapping[str, Any], new_tokens: Sequence[str]) -> str:
         ("new tokens", f"{init['new_tokens']}: {_listed(new_tokens)}" if init["new_tokens"] else ""),
         ("initialised", _listed(init["initialised"])),
         ("not used", _listed(init["unused"])),
+        ("otherwise", ", ".join(init["otherwise"])),
     ]
     return "\n".join(f"  {key:<15}{value}" for key, value in rows if value)
 

@@ -65,3 +65,8 @@ def fingerprint_of(value: Any) -> str:
     """SHA-256 of the canonical JSON of `value`."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def content_hash(content: bytes | memoryview) -> int:
+    """64-bit hash by which duplicates are found, the held-out split is chosen, and random SMILES are drawn."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

@@ -6,6 +6,7 @@ import os
 import signal
 import stat
 import sys
+from types import FrameType
 
 #: Caught by the ranks, blocked in the processes that write checkpoints. TERM: preemption, `kill`; USR1: Slurm's warning
 #: before the time limit; INT: Ctrl-C; HUP: the terminal was closed.
@@ -16,6 +17,21 @@ _PR_SET_PDEATHSIG = 1
 def caught_signals() -> list[signal.Signals]:
     """Those of `SIGNALS` to be caught here: all, but SIGHUP where `nohup` has it ignored."""
     return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+
+
+def exit_by_signals() -> None:
+    """From now on SIGTERM and a closed terminal end this process as an exit does, with 128 + the signal, so that what
+    is half written is removed on the way out. Commands that have something to save catch them themselves."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _exit)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # once is enough: the way out is not to be interrupted
+    if number == signal.SIGHUP:
+        leave_lost_terminal()
+    sys.exit(128 + number)
 
 
 def leave_lost_terminal() -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_run import make_data, with_sources
+from made_run import MOLECULES, make_data, with_sources
 from parallel.harness import RankFailed
 from training_runs import final_hashes, tiny, train_on
 
 from exlm_dist.checkpoint import reader
 from exlm_dist.config import RunConfig
 from exlm_dist.data.mixed_order import MixedOrder
+from exlm_dist.prepare.smiles import prepare_smiles
 from exlm_dist.tracking import read_events
 from exlm_dist.training.sample_log import samples_of_steps
 from exlm_dist.utils.errors import EXIT_DONE
@@ -81,3 +82,17 @@ def test_a_source_that_is_added_in_a_later_phase_gives_the_run_that_had_it_from_
     back = mixed(tmp_path, "run", dict(reversed(folders.items())), phases, schedule={**schedule, "steps": 20})
     with pytest.raises(RankFailed, match="trained on drugs .*, added .*; given are added .*, drugs"):
         train_on(back, 1)
+
+
+def test_random_smiles_are_read_a_form_an_epoch(tmp_path):
+    (tmp_path / "drugs.smi").write_text("\n".join(MOLECULES * 2))
+    random, plain = tmp_path / "random", tmp_path / "plain"
+    prepare_smiles([str(tmp_path / "drugs.smi")], random, max_length=64, random_smiles=2, workers=1)
+    prepare_smiles([str(tmp_path / "drugs.smi")], plain, max_length=64, tokenizer=random, workers=1)
+    sources = {"random": {"path": str(random), "weight": 3}, "plain": {"path": str(plain), "weight": 1}}
+    base = tiny(tmp_path, "run", random, schedule={"steps": 4, "warmup": 1}, tracking={"samples": True})
+    config = with_sources(base, sources)
+    assert train_on(config, 1) == [EXIT_DONE]
+    seen = sum(samples_of_steps(tmp_path / "run").values(), [])
+    forms = np.bincount([sample // 9 for sample in seen], minlength=4)
+    assert forms.tolist() == [9, 9, 6, 8], "24 of 27 random ones, form by form, beside 8 of the canonical folder"

@@ -11,7 +11,7 @@ from cases import starts_of
 from golden import Golden, golden_cases
 
 from exlm_dist.kernels import attention, rotary_angles
-from exlm_dist.kernels.attention import naive
+from exlm_dist.kernels.attention import attention_packed, naive
 from exlm_dist.kernels.attention import torch as torch_form
 
 BATCHES = [[5], [1], [4, 4, 4], [3, 7, 1, 7, 7, 2], [2, 0, 3]]
@@ -55,6 +55,26 @@ def test_equals_the_definition_with_the_same_mask(form, lengths):
     ]
     expected = naive.attention(*qkv, angles, starts, masks)
     same_values_and_gradients(attention(*qkv, angles, starts, longest, **key), expected, qkv)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("lengths", [[1], [6, 1, 9, 9, 2]])
+def test_packed_by_row_and_by_column_with_a_bias(form, lengths, dropout):
+    """`attention_packed` gives what `attention` does, and the bias the sum of the gradient; all lies by column."""
+    (q, k, v), angles, starts, longest = example(lengths)
+    key = {"dropout": dropout, "seed": 3}
+    expected = attention(q, k, v, angles, starts, longest, **key)
+    cotangent = torch.randn_like(expected)
+    grads = torch.stack(torch.autograd.grad(expected, (q, k, v), cotangent), 2)
+    packed = torch.stack([q, k, v], 2).detach()
+    bias = torch.zeros(packed[0].numel(), dtype=packed.dtype, requires_grad=True)
+    for qkv in (packed, packed.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)):
+        qkv.requires_grad_()
+        out = attention_packed(qkv, angles, starts, longest, bias=bias, **key)
+        found, of_bias = torch.autograd.grad(out, (qkv, bias), cotangent)
+        torch.testing.assert_close((out, found), (expected, grads), rtol=0, atol=1e-14)
+        torch.testing.assert_close(of_bias, grads.sum(0).flatten(), rtol=0, atol=1e-13)
+        assert out.permute(1, 2, 0).is_contiguous() and found.permute(1, 2, 3, 0).is_contiguous()
 
 
 def same_values_and_gradients(out, expected, leaves):
@@ -152,13 +172,18 @@ def test_golden_rotation(case, dtype):
     """Rotation and rotation back (the gradient), as `attention` does both; angles are fp32 in either type."""
     case = Golden("rope2d.npz").case(case)
     angles, order = golden_angles(case)
-    for name in ("q", "k"):
-        rotated = rotate("key", pack(case, f"in/{name}", dtype, order), angles)
-        expected = pack(case, f"out/{name}_rot", torch.float64, order)
-        torch.testing.assert_close(rotated.double(), expected, rtol=0, atol=5e-6)
-        grad = rotate("back_key", pack(case, f"in/cot_{name}", dtype, order), angles)
-        expected = pack(case, f"grad/{name}", torch.float64, order)
-        torch.testing.assert_close(grad.double(), expected, rtol=0, atol=5e-6)
+    rows = torch.stack([pack(case, f"in/{name}", dtype, order) for name in ("q", "k")])  # [2, T, H, D]
+    columns = rows.permute(2, 0, 3, 1)
+    rotation = torch_form._Rotation(angles, columns)
+    scaled = torch.tensor([rows.shape[-1] ** -0.5, 1.0], dtype=torch.float64)[:, None, None, None]
+    expected = torch.stack([pack(case, f"out/{name}_rot", torch.float64, order) for name in ("q", "k")])
+    rotated = rotation.rotated(columns).permute(1, 3, 0, 2)
+    torch.testing.assert_close(rotated.double(), scaled * expected, rtol=0, atol=5e-6)
+    grads = torch.stack([pack(case, f"in/cot_{name}", dtype, order) for name in ("q", "k")]).permute(2, 0, 3, 1)
+    back = torch.empty_like(grads)
+    rotation.rotate_back(grads, back)
+    expected = torch.stack([pack(case, f"grad/{name}", torch.float64, order) for name in ("q", "k")])
+    torch.testing.assert_close(back.permute(1, 3, 0, 2).double(), scaled * expected, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("case", golden_cases("rope2d.npz"))
@@ -187,13 +212,6 @@ def golden_angles(case):
 def pack(case, name, dtype, order):
     """[B, H, T, D] as rows [B * T, H, D] in our order."""
     return case.tensor(name, dtype).transpose(1, 2).flatten(0, 1)[..., order]
-
-
-def rotate(step, rows, angles):
-    """One step of `_Rotation` on all rows as one sequence."""
-    block = torch_form._Block(0, len(rows), 1, len(rows), None, None)
-    rotation = torch_form._Rotation(angles, rows.dtype, 1.0)
-    return getattr(rotation, step)(rows[None].transpose(1, 2), block)[0].transpose(0, 1)
 
 
 def test_scores_use_the_rotation():

@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from exlm_dist.kernels import linear as module
-from exlm_dist.kernels.linear import BiasPassingLinear, Linear, linear, linear_gelu, product
+from exlm_dist.kernels.linear import (
+    BiasPassingLinear,
+    Linear,
+    add_product,
+    linear,
+    linear_by_column,
+    linear_gelu,
+    product,
+)
 
 SHAPES = [(1, 1, 1), (2, 3, 5), (63, 64, 65), (191, 256, 96), (746, 32, 257), (3, 513, 2)]
 
@@ -36,15 +44,24 @@ def assert_as_good(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor
 LAYOUTS = ["contiguous", "transposed", "columns of a wider one", "every other row"]
 
 
+@pytest.fixture(params=["MKL", "oneDNN"], autouse=True)
+def library(request, monkeypatch):
+    """Either library, whichever processor this is."""
+    monkeypatch.setattr(module, "_is_intel", lambda: request.param == "MKL")
+
+
 @pytest.mark.parametrize("right", LAYOUTS)
 @pytest.mark.parametrize("left", LAYOUTS)
 @pytest.mark.parametrize(("rows", "inner", "columns"), SHAPES)
 def test_product_of_every_layout(rows, inner, columns, left, right):
     a, b = matrix(rows, inner, left, 0), matrix(inner, columns, right, 1)
-    for added in (None, matrix(1, columns, "contiguous", 2)[0], matrix(rows, columns, left, 3)):
-        exact = a.double() @ b.double() + (0 if added is None else added.double())
-        plain = a @ b if added is None else a @ b + added
-        assert_as_good(product(a, b, added), plain, exact)
+    exact = a.double() @ b.double()
+    for bias in (None, matrix(1, columns, "contiguous", 2)[0]):
+        plain = a @ b if bias is None else a @ b + bias
+        assert_as_good(product(a, b, bias), plain, exact if bias is None else exact + bias.double())
+    total = matrix(rows, columns, "contiguous", 3)
+    plain, exact = a @ b + total, exact + total.double()
+    assert_as_good(add_product(total, a, b), plain, exact)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -74,6 +91,10 @@ def test_value_and_gradients(rows, inner, columns, bias):
         run(linear, torch.float32), run(F.linear, torch.float32), run(F.linear, torch.float64), strict=True
     ):
         assert_as_good(ours, theirs, exact)
+    by_column = run(linear_by_column, torch.float32)
+    for ours, theirs, exact in zip(by_column, run(F.linear, torch.float32), run(F.linear, torch.float64), strict=True):
+        assert_as_good(ours, theirs, exact)
+    assert by_column[0].t().is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -81,6 +102,15 @@ def test_other_types_are_torchs_own(dtype):
     x, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((7, 12), (5, 12), (5,)))
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
     assert torch.equal(product(x, weight.t()), x @ weight.t())
+
+
+def test_the_gradient_of_a_transposed_input_lies_as_it_does():
+    columns = matrix(48, 63, "contiguous", 0)
+    weight, grad = matrix(32, 48, "contiguous", 1), matrix(63, 32, "contiguous", 2)
+    x = columns.t().requires_grad_()
+    (found,) = torch.autograd.grad(linear(x, weight), x, grad)
+    assert found.t().is_contiguous()
+    torch.testing.assert_close(found, grad @ weight)
 
 
 def test_no_rows_give_no_rows_and_zero_gradients():
@@ -113,7 +143,10 @@ def test_ever_new_shapes_do_not_fill_the_memory():
     code = """
 import torch
 from pathlib import Path
+from exlm_dist.kernels import linear as module
 from exlm_dist.kernels.linear import linear
+
+module._is_intel = lambda: False
 
 def resident():
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in line)
@@ -146,5 +179,7 @@ def test_shapes_that_do_not_fit_are_named():
         linear(torch.zeros(2, 3), torch.zeros(5, 4))
     with pytest.raises(ValueError, match="b has shape"):
         product(torch.zeros(2, 3), torch.zeros(4, 5))
-    with pytest.raises(ValueError, match="added has shape"):
+    with pytest.raises(ValueError, match="bias has shape"):
         product(torch.zeros(2, 3), torch.zeros(3, 5), torch.zeros(4))
+    with pytest.raises(ValueError, match="total has shape"):
+        add_product(torch.zeros(2, 4), torch.zeros(2, 3), torch.zeros(3, 5))

@@ -6,9 +6,8 @@ from torch import Tensor
 
 from exlm_dist.kernels.attention.angles import rotary_angles
 from exlm_dist.kernels.attention.mask import DropoutMask
-from exlm_dist.kernels.backend import implementation, resolve_backend
+from exlm_dist.kernels.backend import implementation
 from exlm_dist.kernels.checks import check_segments, check_shape
-from exlm_dist.kernels.linear import passed_bias
 
 __all__ = ["attention", "attention_packed", "rotary_angles"]
 
@@ -66,14 +65,9 @@ def attention_packed(
     if bias is not None:
         check_shape("bias", bias.flatten(), (qkv[0].numel(),))
     q, k, v = qkv.unbind(2)
-    resolved = resolve_backend("attention", backend, qkv.device)
     _check(q, k, v, angles, cu_tokens, max_tokens, dropout)
     mask = _mask(q.shape[1], dropout, seed, site, first_head, all_heads)
-    chosen = implementation("attention", resolved, qkv.device)
-    if resolved == "torch":
-        if bias is not None:
-            q, k, v = passed_bias(qkv.flatten(1), bias).view_as(qkv).unbind(2)
-        return chosen.attention(q, k, v, angles, cu_tokens, max_tokens, mask)
+    chosen = implementation("attention", backend, qkv.device)
     return chosen.attention_packed(qkv, bias, angles, cu_tokens, max_tokens, mask)
 
 

@@ -1,11 +1,12 @@
-"""Matrix products of dense layers: the vendor's own on a GPU, oneDNN's on an x86 processor (why: README.md beside
-this)."""
+"""Matrix products of dense layers: the vendor's own on a GPU, MKL's on an Intel processor, oneDNN's on another x86 one
+(why: README.md beside this)."""
 
 from __future__ import annotations
 
 import functools
 import os
 import platform
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from exlm_dist.kernels.checks import check_shape
 
-__all__ = ["BiasPassingLinear", "Linear", "linear", "linear_gelu", "passed_bias", "product"]
+__all__ = [
+    "BiasPassingLinear",
+    "Linear",
+    "add_product",
+    "linear",
+    "linear_by_column",
+    "linear_gelu",
+    "product",
+]
 
 
 class Linear(nn.Linear):
@@ -55,52 +64,48 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Linear.apply(x, weight, bias) if _by_onednn(x, weight) else F.linear(x, weight, bias)
 
 
+def linear_by_column(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear`, whose result on a CPU is contiguous by column: neighbouring rows lie side by side. Nothing is copied
+    for that, and a gradient that is laid out so is read as it lies."""
+    if x.device.type != "cpu":
+        return linear(x, weight, bias)
+    out = linear(weight, x)
+    return (out if bias is None else out.add_(bias[:, None])).t()
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu(x weight^T + bias) with the exact (erf) gelu, [R, N], without gradients; oneDNN does both in one pass.
 
     ValueError on shapes that do not fit.
     """
     check_shape("x", x, (None, weight.shape[1]))
-    if not _by_onednn(x, weight):
+    if not _can_onednn(x, weight):
         return F.gelu(F.linear(x, weight, bias))
     return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, "gelu", [], "none")
 
 
-def passed_bias(x: Tensor, bias: Tensor) -> Tensor:
-    """x [R, N], in which `bias` [N] of a `BiasPassingLinear` has been added: the bias gets the sum of x's gradient.
-
-    For operations that have no better way to compute that sum.
-    """
-    check_shape("x", x, (None, bias.numel()))
-    return _PassedBias.apply(x, bias)
-
-
-class _PassedBias(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
-        ctx.shape = bias.shape
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad.sum(0).view(ctx.shape)
-
-
-def product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
-    """a [M, K] b [K, N] + added, [M, N], without gradients of its own; `added` [M, N], or [N] for every row.
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a [M, K] b [K, N] + bias [N], [M, N], without gradients of its own.
 
     Either operand may be a transposed view: nothing is copied for that. ValueError on shapes that do not fit.
     """
     check_shape("b", b, (a.shape[1], None))
-    if added is not None:
-        check_shape("added", added, (len(a), b.shape[1])[2 - added.dim() :])
+    if bias is not None:
+        check_shape("bias", bias, (b.shape[1],))
     if not _by_onednn(a, b):
-        return a @ b if added is None else torch.addmm(added, a, b)
-    a, b = _dense(a), _dense(b).t()
-    if added is not None and added.dim() == 2:
-        return torch.ops.mkldnn._linear_pointwise.binary(a, added.contiguous(), b, None, "add")
-    return torch.ops.mkldnn._linear_pointwise(a, b, added, "none", [], "")
+        return a @ b if bias is None else torch.addmm(bias, a, b)
+    return torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b).t(), bias, "none", [], "")
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total [M, N] + a [M, K] b [K, N], without gradients of its own; what is returned takes the place of `total`,
+    which may have been overwritten. ValueError on shapes that do not fit.
+    """
+    check_shape("b", b, (a.shape[1], None))
+    check_shape("total", total, (len(a), b.shape[1]))
+    if not _by_onednn(a, b):
+        return total.addmm_(a, b)
+    return torch.ops.mkldnn._linear_pointwise.binary(_dense(a), total.contiguous(), _dense(b).t(), None, "add")
 
 
 class _Linear(Function):
@@ -115,10 +120,17 @@ class _Linear(Function):
         x, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad
         return (
-            product(grad, weight) if needed[0] else None,
+            input_gradient(grad, weight, x) if needed[0] else None,
             weight_gradient(grad, x) if needed[1] else None,
             grad.sum(0) if needed[2] else None,
         )
+
+
+def input_gradient(grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """grad weight, [R, K], for grad [R, N] and weight [N, K]; by column where x is."""
+    if x.is_contiguous() or not x.t().is_contiguous():
+        return product(grad, weight)
+    return product(weight.t(), grad.t()).t()
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -140,9 +152,20 @@ def _has_onednn() -> bool:
     return on_x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _by_onednn(a: Tensor, b: Tensor) -> bool:
+@functools.cache
+def _is_intel() -> bool:
+    """Whether MKL runs on the processors that it is made for."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return "GenuineIntel" in (cpuinfo.read_text() if cpuinfo.exists() else platform.processor())
+
+
+def _can_onednn(a: Tensor, b: Tensor) -> bool:
     on_cpu = a.device.type == b.device.type == "cpu"
     return on_cpu and a.dtype == b.dtype == torch.float32 and a.numel() > 0 and b.numel() > 0 and _has_onednn()
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> bool:
+    return not _is_intel() and _can_onednn(a, b)
 
 
 def _dense(matrix: Tensor) -> Tensor:

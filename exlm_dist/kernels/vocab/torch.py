@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from exlm_dist.config.vocab_tiles import CHUNK_ELEMENTS, KEEP_ELEMENTS
 from exlm_dist.kernels.checks import work_dtype
-from exlm_dist.kernels.linear import product
+from exlm_dist.kernels.linear import add_product, product
 from exlm_dist.kernels.ragged import Segments
 from exlm_dist.kernels.vocab.shard import VocabShard
 
@@ -54,10 +55,10 @@ class _TargetScores(torch.autograd.Function):
         dtype = work_dtype(hidden)
         scores = torch.empty(ids.shape, dtype=dtype, device=hidden.device)
         tops, sums = scores.new_empty((2, len(hidden), 1))
-        matrix, offset = weight.to(dtype), bias.to(dtype)
+        inputs, matrix = _with_bias(hidden, weight, bias, dtype)
         ctx.kept = {}
         for rows in _chunks(len(hidden), len(weight)):
-            logits = product(hidden[rows].to(dtype), matrix.t(), offset)
+            logits = product(inputs[rows], matrix.t())
             torch.amax(logits, 1, keepdim=True, out=tops[rows])
             scores[rows] = logits.gather(1, ids[rows])
             torch.sum(logits.sub_(tops[rows]).exp_(), 1, keepdim=True, out=sums[rows])
@@ -76,21 +77,26 @@ class _TargetScores(torch.autograd.Function):
     def backward(ctx, grad_scores):
         hidden, weight, bias, ids, tops, sums, is_local = ctx.saved_tensors
         dtype = work_dtype(hidden)
-        matrix, offset = weight.to(dtype), bias.to(dtype)
-        grad_hidden = torch.empty_like(hidden)
-        grad_matrix, grad_bias = matrix.new_zeros(matrix.shape[::-1]), torch.zeros_like(offset)
+        inputs, matrix = _with_bias(hidden, weight, bias, dtype)
+        weight_alone, grad_hidden = weight.to(dtype), torch.empty_like(hidden)
+        grad_matrix = matrix.new_zeros(matrix.shape[::-1])
         factor = grad_scores.sum(1, keepdim=True).neg_().div_(sums)  # of exp(logit - top) in the gradient of a logit
         if is_local is not None:
             grad_scores = grad_scores.masked_fill(~is_local, 0)
         for rows in _chunks(len(hidden), len(weight)):
             grad = ctx.kept.pop(rows.start, None)
             if grad is None:
-                grad = product(hidden[rows].to(dtype), matrix.t(), offset).sub_(tops[rows]).exp_()
+                grad = product(inputs[rows], matrix.t()).sub_(tops[rows]).exp_()
             grad.mul_(factor[rows]).scatter_add_(1, ids[rows], grad_scores[rows])
-            grad_hidden[rows] = product(grad, matrix).to(hidden.dtype)
-            grad_matrix = product(hidden[rows].to(dtype).t(), grad, grad_matrix)
-            grad_bias += grad.sum(0)
-        return grad_hidden, grad_matrix.t().to(weight.dtype), grad_bias.to(bias.dtype), None, None
+            grad_hidden[rows] = product(grad, weight_alone).to(hidden.dtype)
+            grad_matrix = add_product(grad_matrix, inputs[rows].t(), grad)
+        grad_weight, grad_bias = grad_matrix[:-1].t().to(weight.dtype), grad_matrix[-1].to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _with_bias(hidden: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """hidden and weight with one more column, 1 and the bias: the products add and differentiate it for nothing."""
+    return F.pad(hidden.to(dtype), (0, 1), value=1.0), torch.cat([weight.to(dtype), bias.to(dtype)[:, None]], 1)
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:

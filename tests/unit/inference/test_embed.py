@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import csv
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -148,6 +152,28 @@ def test_the_command(loaded, table, tmp_path, capsys):
     assert "exists. Choose another name, or replace it with --overwrite." in capsys.readouterr().err
     assert main([*arguments, "--overwrite", "--layer", "9"]) == 2
     assert "layer 9: must be from 0 (token embeddings) to 2 (the last block)." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_leaves_nothing_half_written(number, tmp_path):
+    make_run(make_config(tmp_path, "run", make_data(tmp_path / "data")))
+    (tmp_path / "many.smi").write_text("".join(f"{'C' * (n % 40 + 1)}O\n" for n in range(400_000)))
+    out = tmp_path / "out"
+    out.mkdir()
+    embed = ["embed", str(tmp_path / "many.smi"), "--checkpoint", str(tmp_path / "run"), "--workers", "1"]
+    command = [sys.executable, "-m", "exlm_dist.cli", *embed, "--out", str(out / "x.csv")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        while not list(out.glob(".x.csv.*")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert "Traceback" not in said
+    assert not list(out.iterdir())
 
 
 def test_nothing_is_written_where_nothing_can_be_used(loaded, table, tmp_path):

@@ -18,6 +18,18 @@ def test_mask_depends_on_the_key_alone():
     assert all(not torch.equal(first, keep_mask(shape, 0.3, seed, torch.device("cpu"))[0]) for seed in others)
 
 
+@pytest.mark.parametrize("first_row", [0, 3])
+def test_mask_is_16_bits_of_the_generator_for_each_element(first_row):
+    shape, probability = torch.Size((5, 7)), 0.3
+    found, _ = keep_mask(shape, probability, 11, torch.device("cpu"), first_row)
+    words = torch.empty((8 * 7 + 3) // 4, dtype=torch.int64)
+    words.random_(-(2**63), None, generator=torch.Generator().manual_seed(11))
+    numbers = words.view(torch.int16)[first_row * 7 : (first_row + 5) * 7].view(shape)
+    assert found.dtype == torch.bool
+    dropped = round(probability * 65536)
+    assert found.tolist() == [[value + 32768 >= dropped for value in row] for row in numbers.tolist()]
+
+
 def test_every_dropout_has_a_site_of_its_own():
     sites = [block_site(layer, name) for layer in range(3) for name in ("weights", "attention", "ffn")]
     assert len({EMBEDDING_SITE, *sites}) == 10

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_run import make_run
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score, root_mean_squared_error
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from exlm_dist.checkpoint.reader import read_config
 from exlm_dist.cli import main
 from exlm_dist.finetuning import ensemble
 from exlm_dist.finetuning.splits import Parts
@@ -114,6 +116,17 @@ def test_each_molecule_is_embedded_once_for_all_splits_and_seeds(
     page = (tmp_path / "out" / "report" / "report.md").read_text()
     assert "**tiny_exlm@100 linear** against random initial weights" in page
     assert "| tiny_exlm@100 linear | ExLM, k=4 | 100 |" in page
+    assert "## Over the seeds" not in page
+
+    again = make_run(read_config(runs[0]).model_copy(update={"name": "tiny_exlm_1", "seed": 1, "runs": str(tmp_path)}))
+    more = [str(again) if one == copies[str(runs[1])] else one for one in arguments]
+    assert main([*more, "--splits", "random"]) == 0
+    page = (tmp_path / "out" / "report" / "report.md").read_text()
+    pooled = page.partition("## Over the seeds of the pretraining")[2].partition("\n## ")[0]
+    entries = read_table(tmp_path / "out").entries
+    values = [one.best.mean for (_, split, key), one in entries.items() if split == "random" and "tiny_exlm" in key]
+    assert len(values) == 2 and f"{np.mean(values):.3f} \u00b1 {np.std(values, ddof=1):.3f}" in pooled
+    assert "**tiny_exlm (2 runs)@100 linear** against random initial weights" in pooled
 
 
 def test_probes_and_trained_heads_are_asked_for_apart(

@@ -15,6 +15,7 @@ from exlm_dist.suites.cells import Busy, Cell, claimed, publish_failure, publish
 from exlm_dist.suites.fingerprints import fingerprint_features, predict_from_fingerprints
 from exlm_dist.suites.methods import Method
 from exlm_dist.suites.out_folder import open_folder
+from exlm_dist.suites.pretraining_seeds import pooled_table
 from exlm_dist.suites.suite_table import Entry, difference, read_table
 
 
@@ -63,15 +64,16 @@ def test_mean_and_sd_are_those_of_a_sample() -> None:
     assert math.isnan(entry([0.5]).best.sd)
 
 
-def method(step: int, run: str = "/runs/a") -> Method:
-    facts = {"run": run, "step": step, "objective": "exlm", "shape": "s"}
-    return Method("checkpoint", f"a@{step}", f"a@{step}-{hash(run) % 1000}", None, False, facts)
+def method(step: int, run: str = "/runs/a", **facts: str) -> Method:
+    named = {"run": run, "step": step, "objective": "exlm", "shape": "s", **facts}
+    label = f"{Path(run).name}@{step}"
+    return Method("checkpoint", label, f"{label}-{hash(run) % 1000}", None, False, named)
 
 
-def written(out: Path, cell: Cell) -> None:
+def written(out: Path, cell: Cell, value: float | None = 0.5) -> None:
     path = cell.path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scores = {part: {"roc_auc": 0.5, "skipped": 0.0} for part in ("valid", "test")}
+    scores = {part: {"roc_auc": value, "skipped": 0.0} for part in ("valid", "test")}
     publish_result(path, {**cell.described(), "metric": "roc_auc", "metrics": ["roc_auc"], "scores": scores})
 
 
@@ -84,6 +86,36 @@ def test_of_a_run_with_many_checkpoints_the_last_one_is_shown(tmp_path: Path) ->
     table = read_table(tmp_path / "out")
     assert [column.checkpoint["step"] for column in table.columns] == [1, 2, 3, 4, 7, 8]
     assert [column.checkpoint["step"] for column in table.shown] == [4, 7, 8]
+
+
+def test_runs_that_differ_in_their_seeds_alone_are_one_column(tmp_path: Path) -> None:
+    """Mean and sd over the runs, each with the mean of its trainings; other recipes and other steps stay apart."""
+    open_folder(tmp_path / "out", {"suite": "moleculenet", "protocol": "unimol", "grid": [[]]})
+    values = {"/runs/exlm_0": (0.6, 0.8), "/runs/exlm_1": (0.8, 0.9), "/runs/plain": (0.5, 0.7)}
+    for run, own in values.items():
+        facts = {"recipe": "r" if "exlm" in run else "p"}
+        for seed, value in enumerate(own):
+            written(tmp_path / "out", Cell("bbbp", "scaffold", method(9, run, **facts), (), seed), value)
+    written(tmp_path / "out", Cell("bbbp", "scaffold", method(5, "/runs/exlm_1", recipe="r"), (), 0), 0.1)
+    for run, value in (("/runs/exlm_0", 0.3), ("/runs/exlm_1", None)):
+        written(tmp_path / "out", Cell("bace", "scaffold", method(9, run, recipe="r"), (), 0), value)
+    table = read_table(tmp_path / "out")
+    pooled = pooled_table(table)
+    assert pooled is not None
+    keys = {column.label: column.key for column in pooled.columns}
+    assert set(keys) == {"exlm (2 runs)@9", "plain@9", "exlm_1@5"}
+    entry = pooled.entries["bbbp", "scaffold", keys["exlm (2 runs)@9"]]
+    assert entry.best.mean == pytest.approx((0.7 + 0.85) / 2) and entry.best.seeds == 2 and entry.seeded
+    assert entry.best.sd == pytest.approx(abs(0.7 - 0.85) / math.sqrt(2))
+    assert pooled.entries["bbbp", "scaffold", keys["plain@9"]].best.mean == pytest.approx(0.6)
+    assert math.isnan(pooled.entries["bace", "scaffold", keys["exlm (2 runs)@9"]].best.mean), "undefined for a run"
+
+
+def test_without_repeated_pretrainings_nothing_is_pooled(tmp_path: Path) -> None:
+    open_folder(tmp_path / "out", {"suite": "moleculenet", "protocol": "unimol", "grid": [[]]})
+    for run, facts in (("/runs/a", {"recipe": "r"}), ("/runs/b", {"recipe": "s"}), ("/runs/c", {}), ("/runs/d", {})):
+        written(tmp_path / "out", Cell("bbbp", "scaffold", method(9, run, **facts), (), 0))
+    assert pooled_table(read_table(tmp_path / "out")) is None, "checkpoints of unknown recipe are not the same either"
 
 
 def test_a_cell_is_computed_by_one_process_at_a_time(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from exlm_dist.training.warm_start import (
     identify,
     match_parameters,
     open_source,
+    other_states,
     summary,
     table,
 )
@@ -116,8 +117,20 @@ def test_any_part_of_a_parameter_is_that_part_of_the_whole(checkpoint):
     assert np.array_equal(part, whole[:, 2:7].reshape(-1)[5:40])
     name = "blocks.0.attention.qkv.weight"
     assert np.array_equal(weights.read(name, None, None, 7, 30), tensors.whole(name, None).reshape(-1)[7:30])
-    told = table({**opened.about, **summary(match, ours)}, match.new_tokens)
+    told = table({**opened.about, **summary(match, ours, [])}, match.new_tokens)
     assert f"embedding.weight: {len(tokens)} of {len(tokens) + 2} rows" in told and "2: X, Y" in told
+    assert "otherwise" not in told
+
+
+def test_other_states_and_transitions_are_named(checkpoint):
+    opened = open_source(checkpoint, identify(checkpoint))
+    assert other_states(opened, opened.model) == []
+    other = opened.model.model_copy(update={"jump_prior": "gaussian", "dropout": 0.3})
+    said = other_states(opened, other)
+    assert said == [f"model.jump_prior is gaussian here, {opened.model.jump_prior} there"]
+    match = match_parameters(SHAPES, SHAPES, "abcd", "abcd")
+    assert said[0] in table({**opened.about, **summary(match, SHAPES, said)}, [])
+    assert other_states(opened, other.model_copy(update={"objective": "mlm"})) == []
 
 
 # An export for transformers

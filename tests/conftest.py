@@ -15,8 +15,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("WDS_SECURE", "1")
-# Under nohup the tests, and all that they start, would ignore a closed terminal.
+# Under nohup the tests, and all that they start, would ignore a closed terminal; in the background of a script, Ctrl-C.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if not Path("/dev/nvidiactl").exists():
     # Read when triton is first imported, by whichever test that is.
     os.environ.setdefault("TRITON_INTERPRET", "0" if "EXLM_EMULATE" in os.environ else "1")

@@ -75,6 +75,19 @@ def input_options(options: argparse.Namespace) -> InputOptions:
     return InputOptions(column, options.format, options.delimiter, options.header)
 
 
+def add_random_smiles(parser: argparse.ArgumentParser) -> None:
+    """--random-smiles and --random-seed."""
+    parser.add_argument(
+        "--random-smiles",
+        type=positive,
+        metavar="K",
+        default=0,
+        help="as an augmentation, K random SMILES of each training molecule beside the canonical one; an epoch "
+        "reads one of these K + 1",
+    )
+    parser.add_argument("--random-seed", type=int, metavar="SEED", default=0, help="decides which random SMILES")
+
+
 def positive(text: str) -> int:
     """Type of an argument that is a whole number from 1."""
     if not text.isdigit() or int(text) < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from exlm_dist.cli.command import Commands, add_command, add_group, positive
+from exlm_dist.cli.command import Commands, add_command, add_group, add_random_smiles, positive
 from exlm_dist.utils.errors import EXIT_DATA, EXIT_DONE
 
 
@@ -65,15 +65,7 @@ def _add_index(kinds: Commands) -> None:
     index.add_argument(
         "--max-rejected", type=float, default=0.05, metavar="FRACTION", help="of the samples that may be set aside"
     )
-    index.add_argument(
-        "--random-smiles",
-        type=positive,
-        metavar="K",
-        default=0,
-        help="K random SMILES of each molecule beside the canonical one, as `exlm prepare smiles` has it; they are "
-        "written anew whenever they are read",
-    )
-    index.add_argument("--random-seed", type=int, metavar="SEED", default=0, help="decides which random SMILES")
+    add_random_smiles(index)
     index.add_argument("--workers", type=positive, help="number of processes; default: the cores of this job")
     index.add_argument("--overwrite", action="store_true", help="replace what is in --out")
 

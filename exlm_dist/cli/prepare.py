@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from exlm_dist.cli.command import Commands, add_command, add_group, add_input_options, input_options, positive
+from exlm_dist.cli.command import (
+    Commands,
+    add_command,
+    add_group,
+    add_input_options,
+    add_random_smiles,
+    input_options,
+    positive,
+)
 
 
 def register(commands: Commands) -> None:
@@ -35,15 +43,7 @@ def register(commands: Commands) -> None:
         help="what to do with molecules of several fragments (keep, or what --tokenizer says)",
     )
     for parser in (smiles, demo_smiles):
-        parser.add_argument(
-            "--random-smiles",
-            type=positive,
-            metavar="K",
-            default=0,
-            help="as an augmentation, K random SMILES of each training molecule beside the canonical one; an epoch "
-            "reads one of these K + 1",
-        )
-        parser.add_argument("--random-seed", type=int, metavar="SEED", default=0, help="decides which random SMILES")
+        add_random_smiles(parser)
     text.add_argument("--vocab-size", type=int, default=32000, help="size of the sentencepiece vocabulary")
     demo_smiles.add_argument("--molecules", type=int, default=24000, help="number of distinct molecules to build")
     demo_text.add_argument("--vocab-size", type=int, default=2000, help="size of the sentencepiece vocabulary")

@@ -10,6 +10,7 @@ import numpy as np
 from exlm_dist.data.manifest import MANIFEST, SCHEMA, SPLITS, read_manifest, sealed
 from exlm_dist.data.shards import ShardDataset
 from exlm_dist.prepare.shard_writer import ShardWriter
+from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.utils.files import sha256_file
 
 
@@ -76,3 +77,16 @@ def verify_folder(folder: Path) -> list[str]:
         elif (got := sha256_file(path)) != digest:
             problems.append(f"{path}: sha256 {got}, expected {digest}")
     return problems
+
+
+def texts_of(folder: Path, split: str) -> list[str]:
+    """What the sequences of a split say, in the order of the index."""
+    dataset = ShardDataset.open(folder, split)
+    tokenizer = load_tokenizer(dataset.tokenizer_path)
+    tokens, lengths = dataset.read(np.arange(len(dataset)))
+    return [tokenizer.decode(part) for part in np.split(tokens, np.cumsum(lengths)[:-1])]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The content of each file, by its path within the folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -3,29 +3,16 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from prepared_folder import verify_folder
+from prepared_folder import files_of, texts_of, verify_folder
 
 from exlm_dist.data.manifest import MANIFEST
-from exlm_dist.data.shards import ShardDataset
 from exlm_dist.prepare.demo.drugs import DRUGS
 from exlm_dist.prepare.smiles import prepare_smiles
 from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.utils.errors import DataError
 
 DRUG_LIST = list(DRUGS.values())
-
-
-def molecules(folder: Path, split: str) -> list[str]:
-    dataset = ShardDataset.open(folder, split)
-    tokenizer = load_tokenizer(dataset.tokenizer_path)
-    tokens, lengths = dataset.read(np.arange(len(dataset)))
-    return [tokenizer.decode(part) for part in np.split(tokens, np.cumsum(lengths)[:-1])]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture
@@ -45,7 +32,7 @@ def test_what_comes_out(source: Path, tmp_path: Path) -> None:
     assert summary.quarantined == {"not SMILES": 1, "chemistry": 1, "empty": 1, "too long": 1, "not UTF-8": 1}
     assert summary.sequences["train"] + summary.sequences["valid"] == len(DRUG_LIST) + 1
     assert summary.sequences["valid"] == round(0.1 * (len(DRUG_LIST) + 1))
-    train, valid = molecules(out, "train"), molecules(out, "valid")
+    train, valid = texts_of(out, "train"), texts_of(out, "valid")
     assert not set(train) & set(valid) and "CCO" in train + valid and len(set(train)) == len(train)
     lines = (out / "quarantine.tsv").read_text().splitlines()
     assert lines[0] == "file\trow\treason\ttext" and len(lines) == 6
@@ -62,14 +49,14 @@ def test_output_does_not_depend_on_workers(source: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr("exlm_dist.prepare.smiles.ROWS_PER_TASK", 50)
     prepare_smiles([str(source)], tmp_path / "one", workers=1)
     prepare_smiles([str(source)], tmp_path / "two", workers=2)
-    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
 def test_held_out_set_depends_on_content_not_on_order(tmp_path: Path) -> None:
     for name, rows in (("a", DRUG_LIST), ("b", DRUG_LIST[::-1])):
         (tmp_path / f"{name}.smi").write_text("\n".join(rows))
         prepare_smiles([str(tmp_path / f"{name}.smi")], tmp_path / name, workers=1)
-    assert sorted(molecules(tmp_path / "a", "valid")) == sorted(molecules(tmp_path / "b", "valid"))
+    assert sorted(texts_of(tmp_path / "a", "valid")) == sorted(texts_of(tmp_path / "b", "valid"))
 
 
 def test_own_held_out_file_wins_over_training(tmp_path: Path) -> None:
@@ -80,7 +67,7 @@ def test_own_held_out_file_wins_over_training(tmp_path: Path) -> None:
     )
     assert summary.sequences == {"train": len(DRUG_LIST) - 20, "valid": 21}
     assert summary.manifest["splits"]["valid"]["unknown_tokens"] >= 1 and summary.unknown_rate > 0
-    assert molecules(tmp_path / "o", "valid")[-1] == "<unk>"
+    assert texts_of(tmp_path / "o", "valid")[-1] == "<unk>"
 
 
 def test_given_tokenizer_brings_its_policy(tmp_path: Path) -> None:
@@ -90,7 +77,7 @@ def test_given_tokenizer_brings_its_policy(tmp_path: Path) -> None:
     second = prepare_smiles([str(tmp_path / "b.smi")], tmp_path / "b", tokenizer=tmp_path / "a", workers=1)
     assert second.manifest["tokenizer"] == first.manifest["tokenizer"]
     assert second.manifest["policy"]["stereo"] == "drop" and second.manifest["statistics"]["duplicates"] == 1
-    assert "CC<unk>" in molecules(tmp_path / "b", "train") + molecules(tmp_path / "b", "valid")
+    assert "CC<unk>" in texts_of(tmp_path / "b", "train") + texts_of(tmp_path / "b", "valid")
     with pytest.raises(DataError, match="stereo = 'keep', but the given tokenizer was made with stereo = 'drop'"):
         prepare_smiles([str(tmp_path / "b.smi")], tmp_path / "c", tokenizer=tmp_path / "a", stereo="keep")
     with pytest.raises(DataError, match="no tokenizer in this folder"):

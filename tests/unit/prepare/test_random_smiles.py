@@ -6,21 +6,18 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prepared_folder import verify_folder
+from prepared_folder import files_of, texts_of, verify_folder
 
 from exlm_dist.cli import main
 from exlm_dist.data.manifest import read_manifest
 from exlm_dist.data.random_smiles import ATTEMPTS, RandomSmiles, atom_order, drawn_form, random_forms
-from exlm_dist.data.shards import ShardDataset
 from exlm_dist.prepare import random_spool
 from exlm_dist.prepare.demo.drugs import DRUGS
 from exlm_dist.prepare.random_spool import draw_forms
 from exlm_dist.prepare.smiles import prepare_smiles
-from exlm_dist.tokenizers import load_tokenizer
 from exlm_dist.tokenizers.molecules import RDKIT_VERSION, AtomOrders, canonical_smiles, make_policy
 from exlm_dist.tokenizers.smiles_tokenizer import split_smiles
 from exlm_dist.utils.errors import ConfigError, DataError
@@ -150,17 +147,6 @@ def folder(table: Path) -> Path:
     return table.parent / "random"
 
 
-def texts_of(folder: Path, split: str) -> list[str]:
-    dataset = ShardDataset.open(folder, split)
-    tokenizer = load_tokenizer(dataset.tokenizer_path)
-    tokens, lengths = dataset.read(np.arange(len(dataset)))
-    return [tokenizer.decode(part) for part in np.split(tokens, np.cumsum(lengths)[:-1])]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def test_the_folder(table: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = table.parent / "plain"
     prepare_smiles([str(table)], plain, valid_fraction=0.1, workers=1)
@@ -196,7 +182,7 @@ def test_the_folder_does_not_depend_on_workers_or_on_the_order_of_the_input(
 ) -> None:
     monkeypatch.setattr(random_spool, "DRAWN_PER_TASK", 50)
     prepare_smiles([str(table)], table.parent / "two", valid_fraction=0.1, random_smiles=2, workers=2)
-    assert files(table.parent / "two") == files(folder)
+    assert files_of(table.parent / "two") == files_of(folder)
     shutil.rmtree(table.parent / "two")
     backwards = table.parent / "reversed.csv"
     head, *rows = table.read_text().splitlines()

@@ -206,6 +206,7 @@ exclude() { # Slurm takes no such change for a running job, and ends this script
 }
 
 requeue() {
+    trap '' TERM USR1 # Slurm sends it to all that runs here, and the commands below must end first
     [ "$warned" != end ] || exit 75
     say "$1: back into the queue"
     if ! scontrol requeue "$job"; then

@@ -6,25 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from exlm_dist.checkpoint import rank_files, reader, storage
-from exlm_dist.checkpoint.messages import Failed, Failure
+from exlm_dist.checkpoint.messages import Failed, Failure, Published
 from exlm_dist.checkpoint.tensors import BYTES_PER_PARAMETER
 from exlm_dist.config import RunConfig, dump_config
 from exlm_dist.parallel.process import Process
 from exlm_dist.tracking import EventLog
 from exlm_dist.training import provenance
-from exlm_dist.training.advice import lower_rate
 from exlm_dist.training.engine import state as engine_state
 from exlm_dist.training.engine.base import Engine
 from exlm_dist.training.evaluator import valid_metrics
 from exlm_dist.training.observers import Meter
 from exlm_dist.training.saver import Saved, Saver, WriterLost
 from exlm_dist.training.starting_point import StartingPoint, fingerprints
-from exlm_dist.utils.errors import RunStopped
+from exlm_dist.utils.errors import Diverged
 from exlm_dist.utils.logs import get_logger
 from exlm_dist.utils.version import git_commit
 
 #: What is raised for a save that failed where the run cannot go on without it.
-SAVE_ERRORS = {Failure.DISK: rank_files.SaveFailed, Failure.LOST: WriterLost, Failure.VALUES: RunStopped}
+SAVE_ERRORS = {Failure.DISK: rank_files.SaveFailed, Failure.LOST: WriterLost, Failure.VALUES: Diverged}
 #: Bytes per second that each rank writes to a slow shared file system, hashing included.
 SLOWEST_WRITE = 100e6
 logger = get_logger(__name__)
@@ -73,7 +72,7 @@ class Checkpointer:
         finish it.
 
         A save that fails is only an alarm while an older checkpoint is there, unless this one is `needed`; else
-        SaveFailed or WriterLost, on every rank. RunStopped, as soon as it is seen, where a parameter is not finite.
+        SaveFailed or WriterLost, on every rank. Diverged, as soon as it is seen, where a parameter is not finite.
         """
         self._meter.judge()
         with self._meter.pause():
@@ -85,6 +84,12 @@ class Checkpointer:
     def attend(self) -> None:
         """At a step edge: see whether a save under way is done."""
         self._conclude(self.saver.attend(), needed=False)
+
+    def finish(self) -> None:
+        """Wait for a save under way where the run stops for another reason; one that failed is in the log."""
+        saved = self.saver.wait()
+        if saved is not None and isinstance(saved.outcome, Published) and self._events is not None:
+            self._report(saved, self._events)
 
     def log_evaluation(self, folder: Path, step: int, evaluation: dict[str, float] | None) -> None:
         """Log the evaluation of a checkpoint as a child run that names the checkpoint; a second time does nothing."""
@@ -104,8 +109,7 @@ class Checkpointer:
         if isinstance(failed := saved.outcome, Failed):
             older = self._process.run_on_first_rank(lambda: storage.has_whole(self._run_folder))
             if needed or not older or failed.kind is Failure.VALUES:
-                advice = f"\n{lower_rate(self._config)}" if failed.kind is Failure.VALUES else ""
-                raise SAVE_ERRORS[failed.kind](f"step {saved.step} was not saved: {failed.why}{advice}")
+                raise SAVE_ERRORS[failed.kind](f"step {saved.step} was not saved: {failed.why}")
         if self._events is not None:
             self._report(saved, self._events)
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from exlm_dist.config import RunConfig
 from exlm_dist.launch import heartbeat
+from exlm_dist.training.advice import lower_rate
 from exlm_dist.training.interruption import Deadline, Interruption
 from exlm_dist.training.pace import Pace
 from exlm_dist.training.resources import Resources
-from exlm_dist.utils.errors import EXIT_DONE, EXIT_SAVED, UserError, leave_message
+from exlm_dist.utils.errors import EXIT_DONE, EXIT_SAVED, Diverged, RunStopped, UserError, leave_message
 from exlm_dist.utils.logs import get_logger
 
 if TYPE_CHECKING:
@@ -74,7 +75,15 @@ def _launch(config: RunConfig, interruption: Interruption, resources: Resources,
 
 
 def run(session: Session, interruption: Interruption) -> int:
-    """The outer loop."""
+    """The outer loop. Where training has diverged, what was good is saved before RunStopped is raised."""
+    try:
+        return _steps(session, interruption)
+    except Diverged as error:
+        session.checkpointer.finish()
+        raise RunStopped(f"{error}\n{lower_rate(session.config)}") from None
+
+
+def _steps(session: Session, interruption: Interruption) -> int:
     config, evaluator, checkpointer = session.config, session.evaluator, session.checkpointer
     if (session.step or config.init) and session.evaluation is None and evaluator.is_due(session.step):
         # The signal that ended the last launch left no time for it; or the run begins with weights that are worth it.

@@ -17,11 +17,10 @@ import torch
 from exlm_dist.config.schema import RunConfig
 from exlm_dist.parallel.process import Process
 from exlm_dist.tracking import EventLog
-from exlm_dist.training.advice import lower_rate
 from exlm_dist.training.damage_log import DamageLog
 from exlm_dist.training.sources import Sources
 from exlm_dist.training.step import StepResult
-from exlm_dist.utils.errors import RunStopped
+from exlm_dist.utils.errors import Diverged
 from exlm_dist.utils.logs import get_logger
 
 #: Sample ids of a rank that a report names.
@@ -85,7 +84,7 @@ class Meter:
         self.progress.seconds += elapsed
 
     def after_step(self, result: StepResult) -> None:
-        """Note one step and, where it is due, report. RunStopped on every rank when too many sequences were left
+        """Note one step and, where it is due, report. Diverged on every rank when too many sequences were left
         out."""
         self._window.steps.append(result)
         self._unjudged.append(result)
@@ -98,7 +97,7 @@ class Meter:
             self._report()
 
     def judge(self) -> None:
-        """Look at the steps that no report has looked at yet, as before a save. A collective; RunStopped as in
+        """Look at the steps that no report has looked at yet, as before a save. A collective; Diverged as in
         `after_step`."""
         if self._unjudged:
             self._judge(self.process.all_gather(self._left_out()).sum(0))
@@ -172,7 +171,7 @@ class Meter:
         )
 
     def _judge(self, invalid: torch.Tensor) -> None:
-        """Name the sequences that were left out, `invalid` of each step; RunStopped where a step has too many of
+        """Name the sequences that were left out, `invalid` of each step; Diverged where a step has too many of
         them."""
         steps, self._unjudged = self._unjudged, []
         limit = self.config.loss.max_invalid
@@ -191,10 +190,9 @@ class Meter:
                 logger.warning("%s. They were left out.", text)
                 self.events.tags({f"invalid_step_{step.step + 1}": f"samples {named}"})
             if fraction > limit:
-                raise RunStopped(
+                raise Diverged(
                     f"{text}. That is a fraction of {fraction:.3g}, more than loss.max_invalid {limit:g}. "
-                    "Lower optimizer.lr, set optimizer.clip, or look at these samples.\n"
-                    f"{lower_rate(self.config)}"
+                    "Lower optimizer.lr, set optimizer.clip, or look at these samples."
                 )
 
 

@@ -52,6 +52,10 @@ class RunStopped(UserError):
     exit_code = EXIT_STOP
 
 
+class Diverged(RunStopped):
+    """Training whose numbers show that its learning rate is too high. Raised on every rank."""
+
+
 def leave_message(error: BaseException | str, code: int | None = None) -> None:
     """Tell the launcher of this rank why it ends: in the file that the launcher named, and beside it the exit code if
     a restart would not help (`code`, else that of a UserError). The first message stays: the cause comes first."""

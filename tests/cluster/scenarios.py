@@ -22,6 +22,14 @@ fail() {{ echo "$2" >"$EXLM_ERROR_FILE"; exit "$1"; }}
 exlm() {{ PYTHONPATH=.:$PYTHONPATH exec {sys.executable} -m exlm_dist.cli pretrain "$@"; }}
 eval "$(sed -n "$(grep -c 'starting the ranks at' job.log)p" ends)"
 """
+#: In place of `scontrol` of a job file: it is still running when Slurm, asked to requeue the job, ends what runs in it.
+SLOW_SCONTROL = """#!/bin/bash
+PATH=${PATH#*:}
+scontrol "$@"
+code=$?
+[ "$1" != requeue ] || for _ in {1..10}; do sleep 0.1; done
+exit $code
+"""
 #: By name: what each start of the ranks does.
 SCENARIOS = {
     "killed": ["[ $RANK = 0 ] && kill -9 $$; exit 76", "exit 0"],
@@ -73,8 +81,12 @@ def submit(slurm: Slurm, name: str) -> Job:
     (folder / "run.yaml").write_text("name: run\ndata: {path: nowhere}\nschedule: {steps: 10, warmup: 1}\n")
     (folder / "python").write_text(STAND_IN)
     (folder / "python").chmod(0o755)
+    (folder / "tools").mkdir()
+    (folder / "tools" / "scontrol").write_text(SLOW_SCONTROL)
+    (folder / "tools" / "scontrol").chmod(0o755)
+    path = f"{folder}/tools:{slurm.environment['PATH']}"
     options = ["--nodes=2", *GPUS.get(name, ["--gpus-per-node=1"]), "--time=60", f"--output={folder}/job.log"]
     script = folder / "pretrain.sh"  # the file of the repository without what the options say instead
     lines = (ROOT / "slurm" / "pretrain.sh").read_text().splitlines(keepends=True)
     script.write_text("".join(line for line in lines if not line.startswith("#SBATCH --gpus-per-node")))
-    return slurm.submit(script, name, options=options, EXLM_PYTHON=str(folder / "python"), EXLM_GRACE="2")
+    return slurm.submit(script, name, options=options, EXLM_PYTHON=str(folder / "python"), EXLM_GRACE="2", PATH=path)

@@ -58,7 +58,8 @@ def test_means_are_those_of_the_log_probabilities(config):
     masks = result.by_target(is_masked, False)
     values = Totals.of(evaluation_sums(result, is_masked).tolist()).means()
     tokens = int(is_masked.sum())
-    single, joint = float(single_log_probs(result)[masks].sum()), float(joint_log_probs(result, masks).sum())
+    every = single_log_probs(result)[masks], joint_log_probs(result, masks)
+    single, joint = (float(log_probs.double().sum()) for log_probs in every)
     assert values["tokens"] == tokens and values["invalid"] == 0
     assert values["nll"] == pytest.approx(-single / tokens) and values["perplexity"] == pytest.approx(
         math.exp(values["nll"])

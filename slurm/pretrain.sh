@@ -229,9 +229,12 @@ while :; do
     messages
     queue=$warned # why the job must be requeued; empty if the ranks can be restarted here
     [ "$code" != 75 ] || queue=${warned:-saved}
-    # Without a message from any rank it was srun that failed (a rank that cannot even import leaves one): a node is
-    # probably lost, and the queue finds another.
-    if [ "$code" = 1 ] && [ -z "$(messages)" ]; then code=76 queue=${warned:-"srun failed"}; fi
+    # Without a message from any rank it was srun that failed (a rank that cannot even import leaves one), with 1 or,
+    # where a node did not answer, with an error number of Slurm, above what signals give: a node is probably lost, and
+    # the queue finds another.
+    if { [ "$code" = 1 ] || [ "$code" -gt 192 ]; } && [ -z "$(messages)" ]; then
+        code=76 queue=${warned:-"srun failed"}
+    fi
     if [ "$code" != 75 ] && [ "$code" != 76 ] && [ "$code" -le 128 ]; then
         say "stopped: a restart would end in the same way"
         exit "$code"

@@ -30,13 +30,15 @@ code=$?
 [ "$1" != requeue ] || for _ in {1..10}; do sleep 0.1; done
 exit $code
 """
-#: By name: what each start of the ranks does.
+#: By name: what each start of the ranks does. A signal may reach a `sleep` before the rank that waits for it: it waits
+#: a second time.
 SCENARIOS = {
     "killed": ["[ $RANK = 0 ] && kill -9 $$; exit 76", "exit 0"],
     "data": ['[ $RANK = 1 ] && fail 77 "shard 7 is gone"; sleep 0.5; exit 76'],
     "stop": ['fail 78 "too many sequences are left out"'],
     "crash": ['[ $RANK = 0 ] && fail 1 "Traceback: a bug"; exit 0'],
     "silent": ["exit 1", "exit 0"],
+    "unreachable": ["exit 233", "exit 0"],
     "broken": ["echo 'import libmissing' >torch.py; exlm run.yaml", "exit 0"],
     "absent": ["[ $RANK = 0 ] || exlm gone.yaml; sleep 600", "exit 0"],
     "hang": ["[ $RANK = 0 ] && exit 76; sleep 600", "exit 0"],
@@ -51,8 +53,8 @@ SCENARIOS = {
         "checkpoint 4; exit 76",
         "exit 0",
     ],
-    "warned": ["touch ready; trap 'checkpoint 1; exit 75' USR1; sleep 600 & wait; exit 3", "exit 0"],
-    "cancelled": ["touch ready; trap 'touch warned; exit 75' USR1 TERM; sleep 600 & wait; exit 3", "exit 0"],
+    "warned": ["touch ready; trap 'checkpoint 1; exit 75' USR1; for _ in 1 2; do sleep 600 & wait; done; exit 3", "exit 0"],
+    "cancelled": ["touch ready; trap 'touch warned; exit 75' USR1 TERM; for _ in 1 2; do sleep 600 & wait; done; exit 3", "exit 0"],
     "refused": ["exit 0"],
     "wrong": ["[ $RANK = 1 ] && echo $SLURMD_NODENAME | tee left-out >run/excluded-hosts; exit 76", "exit 0"],
     "gres": ["exit 0"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sqlite3
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -166,10 +167,14 @@ def test_lost_ranks_signals_requeues_and_lost_nodes(nodes, slurm, jobs, harm, wh
 
 
 def lose_last_node(slurm: Slurm, job: Job) -> None:
-    """And tell Slurm of it, as a health check would."""
+    """And tell Slurm of it, as a health check would, until it stays so: a sign of life that the node sent before may
+    still be on its way to a busy controller, and brings it back."""
     node = job.nodes()[-1]
     slurm.lose(job, node)
-    slurm.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+    for _ in range(6):
+        if "State=DOWN" not in slurm.ask("scontrol", "--oneliner", "show", "node", node):
+            slurm.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+        time.sleep(0.5)
 
 
 @pytest.mark.parametrize("nodes", SIZES)

@@ -23,6 +23,7 @@ LIMIT = 120.0
         ("moving", 0, 5, 0, "newest checkpoint: step 4"),
         ("saved", 0, 2, 1, "saved: back into the queue"),
         ("silent", 0, 2, 1, "srun failed: back into the queue"),
+        ("unreachable", 0, 2, 1, "srun failed: back into the queue"),
         ("broken", 2, 1, 0, "cannot import what exlm needs: No module named 'libmissing'"),
         ("absent", 2, 1, 0, "no configuration at gone.yaml"),
         ("data", 77, 1, 0, "shard 7 is gone"),

@@ -53,8 +53,14 @@ SCENARIOS = {
         "checkpoint 4; exit 76",
         "exit 0",
     ],
-    "warned": ["touch ready; trap 'checkpoint 1; exit 75' USR1; for _ in 1 2; do sleep 600 & wait; done; exit 3", "exit 0"],
-    "cancelled": ["touch ready; trap 'touch warned; exit 75' USR1 TERM; for _ in 1 2; do sleep 600 & wait; done; exit 3", "exit 0"],
+    "warned": [
+        "touch ready; trap 'checkpoint 1; exit 75' USR1; for _ in 1 2; do sleep 600 & wait; done; exit 3",
+        "exit 0",
+    ],
+    "cancelled": [
+        "touch ready; trap 'touch warned; exit 75' USR1 TERM; for _ in 1 2; do sleep 600 & wait; done; exit 3",
+        "exit 0",
+    ],
     "refused": ["exit 0"],
     "wrong": ["[ $RANK = 1 ] && echo $SLURMD_NODENAME | tee left-out >run/excluded-hosts; exit 76", "exit 0"],
     "gres": ["exit 0"],

@@ -54,11 +54,11 @@ SCENARIOS = {
         "exit 0",
     ],
     "warned": [
-        "touch ready; trap 'checkpoint 1; exit 75' USR1; for _ in 1 2; do sleep 600 & wait; done; exit 3",
+        "trap 'checkpoint 1; exit 75' USR1; touch ready-$RANK; for _ in 1 2; do sleep 600 & wait; done; exit 3",
         "exit 0",
     ],
     "cancelled": [
-        "touch ready; trap 'touch warned; exit 75' USR1 TERM; for _ in 1 2; do sleep 600 & wait; done; exit 3",
+        "trap 'touch warned; exit 75' USR1 TERM; touch ready-$RANK; for _ in 1 2; do sleep 600 & wait; done; exit 3",
         "exit 0",
     ],
     "refused": ["exit 0"],

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pretended_containers
 import pytest
 from cluster.scenarios import RESTARTS
-from cluster.slurm_testbed import Slurm, run_until
+from cluster.slurm_testbed import Job, Slurm, run_until
 
-from exlm_dist.launch.slurm import Job, render
+from exlm_dist.launch import slurm as job_files
 
 LIMIT = 120.0
 
@@ -59,9 +60,14 @@ def test_a_rank_for_each_gpu_whichever_option_asks_for_them(scenarios, scenario,
     assert job.facts()["ExitCode"] == f"{code}:0" and words in job.log(), job.log()
 
 
+def wait_for_ranks(folder: Path, job: Job) -> None:
+    """Until both ranks would see a signal."""
+    run_until(lambda: len(list(folder.glob("ready-*"))) == 2, job, "ranks", LIMIT)
+
+
 def test_the_warning_before_the_time_limit_reaches_the_ranks_at_once(slurm: Slurm, scenarios):
     job = scenarios["warned"]
-    run_until((slurm.folder / "scenario-warned" / "ready").exists, job, "rank", LIMIT)
+    wait_for_ranks(slurm.folder / "scenario-warned", job)
     slurm.ask("scancel", "--signal=USR1", "--batch", job.number)
     assert job.wait(LIMIT) == "COMPLETED" and job.restarts == 1
     assert "the time limit is near: back into the queue" in job.log() and "code 3" not in job.log()
@@ -69,7 +75,7 @@ def test_the_warning_before_the_time_limit_reaches_the_ranks_at_once(slurm: Slur
 
 def test_a_cancelled_job_saves_and_does_not_come_back(slurm: Slurm, scenarios):
     job = scenarios["cancelled"]
-    run_until((slurm.folder / "scenario-cancelled" / "ready").exists, job, "rank", LIMIT)
+    wait_for_ranks(slurm.folder / "scenario-cancelled", job)
     slurm.ask("scancel", job.number)
     assert job.wait(LIMIT) == "CANCELLED" and job.restarts == 0
     assert (slurm.folder / "scenario-cancelled" / "warned").exists() and job.starts() == 1
@@ -92,7 +98,9 @@ esac
     (slurm.folder / "run.txt").write_text(f"data={world}/data runs={world}/runs\n")
     tools = pretended_containers.install(tmp_path, world, python, pyxis=True)
     mounts = (str(world / "data"), str(world / "runs"))
-    (tmp_path / "job.sh").write_text(render(Job("pretrain", nodes=2, container="exlm:1", mounts=mounts)))
+    (tmp_path / "job.sh").write_text(
+        job_files.render(job_files.Job("pretrain", nodes=2, container="exlm:1", mounts=mounts))
+    )
     job = slurm.submit(
         tmp_path / "job.sh",
         "run.yaml",

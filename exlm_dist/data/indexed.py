@@ -6,6 +6,7 @@ To all that reads it this is a `ShardDataset`: the same order, masks and packing
 from __future__ import annotations
 
 import functools
+import itertools
 import zlib
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,20 @@ class IndexedDataset(ShardDataset):
         """Token ids of the samples `ids` as bytes, of the type in which they are stored; None for a damaged one."""
         payloads: list[bytes | None] = [None] * len(ids)
         groups = [(*group, self.index.records(ids[group[1]], group[0])) for group in self.index.groups(ids)]
+        if not groups:
+            return payloads
         runs = [
             (shard, records["offset"].astype(np.int64), records["size"].astype(np.int64))
             for shard, _, records in groups
         ]
-        for (_, rows, records), (_, _, sizes), contents in zip(groups, runs, self._files.read_each(runs)):
-            whole = are_whole(contents, sizes, records["crc"])
-            good = np.flatnonzero(whole).tolist()
-            tokens = self._encoder.tokens(records[whole], [contents[i] for i in good])
-            for i, ids_of_one in zip(good, tokens):
-                payloads[rows[i]] = ids_of_one.astype(self.dtype).tobytes()
+        contents = list(itertools.chain.from_iterable(self._files.read_each(runs)))
+        rows, records = (np.concatenate(parts) for parts in list(zip(*groups))[1:])
+        whole = are_whole(contents, records["size"], records["crc"])
+        good = np.flatnonzero(whole)
+        tokens, lengths = self._encoder.tokens(records[good], [contents[i] for i in good.tolist()])
+        flat, ends = tokens.astype(self.dtype).tobytes(), (np.cumsum(lengths) * self.dtype.itemsize).tolist()
+        for row, start, end in zip(rows[good].tolist(), [0, *ends], ends):
+            payloads[row] = flat[start:end]
         return payloads
 
     def _preload_piece(self, shard: int, block: int) -> None:
@@ -103,7 +108,7 @@ class IndexedDataset(ShardDataset):
         got = zlib.crc32(content) if len(content) == size else -1
         if got != expected:
             return b"", expected, got
-        (tokens,) = self._encoder.tokens(self.index.rows(shard)[sample - self.index.starts[shard] :][:1], [content])
+        tokens, _ = self._encoder.tokens(self.index.rows(shard)[sample - self.index.starts[shard] :][:1], [content])
         return tokens.astype(self.dtype).tobytes(), expected, got
 
 

@@ -79,9 +79,9 @@ class RecordEncoder:
             pieces = _as_bytes(pieces, value, len(content))
         return ready, pieces
 
-    def tokens(self, records: np.ndarray, contents: Sequence[bytes]) -> list[np.ndarray]:
-        """The ids int32 [length] of each sequence that the index rows `records` describe; `contents`: their bytes.
-        DataError if they are not as many as the index says."""
+    def tokens(self, records: np.ndarray, contents: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids int32 [sum of lengths] of the sequences that the index rows `records` [m] describe, one after the
+        other, and lengths int64 [m]; `contents`: their bytes. DataError if they are not as many as the index says."""
         values = [
             record_value(content, FORMS[form], bool(flags & ZIPPED), line, self._field)
             for content, form, flags, line in zip(contents, *_columns(records, "form", "flags", "line"))
@@ -89,22 +89,14 @@ class RecordEncoder:
         ranges = list(zip(*_columns(records, "start", "stop", "flags")))
         texts = [self._text(value, *which) for value, which in zip(values, ranges) if isinstance(value, str)]
         flat, lengths = self._tokenizer.encode_batch(texts)
-        flat, ends = flat.astype(np.int32), np.cumsum(lengths).tolist()
-        encoded = (flat[start:end] for start, end in zip([0, *ends], ends))
-        found = []
-        for value, (start, stop, flags), (length, offset) in zip(
-            values, ranges, zip(*_columns(records, "length", "offset"))
-        ):
-            ids = next(encoded) if isinstance(value, str) else value.astype(np.int32)
-            if stop and (flags & OF_TOKENS):
-                ids = ids[start:stop]
-            if len(ids) != length:
-                raise DataError(
-                    f"the record at byte {offset} gives {len(ids)} tokens, {length} by the index: it was made with "
-                    "another version of the tokenizer or of RDKit. Index the shards again."
-                )
-            found.append(ids)
-        return found
+        if len(texts) < len(values) or (records["flags"] & OF_TOKENS).any():
+            flat, lengths = _chosen(values, ranges, flat, lengths)
+        for row in np.flatnonzero(lengths != records["length"]).tolist():
+            raise DataError(
+                f"the record at byte {records['offset'][row]} gives {lengths[row]} tokens, {records['length'][row]} by "
+                "the index: it was made with another version of the tokenizer or of RDKit. Index the shards again."
+            )
+        return flat.astype(np.int32, copy=False), lengths
 
     def _text(self, value: str, start: int, stop: int, flags: int) -> str:
         """The words start:stop of a text, ready for the tokenizer; all of it where they are ranges of tokens. Of a
@@ -160,6 +152,17 @@ class RecordEncoder:
                 first, done, size = number, done + size, 0
             size += count
         return pieces
+
+
+def _chosen(
+    values: list[str | np.ndarray], ranges: list[tuple[int, int, int]], flat: np.ndarray, lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `RecordEncoder.tokens` returns where some `values` are ids, or some sequences ranges of tokens; `flat` and
+    `lengths`: of those that are texts."""
+    encoded = iter(np.split(flat, np.cumsum(lengths)[:-1]))
+    found = [next(encoded) if isinstance(value, str) else value for value in values]
+    found = [ids[start:stop] if stop and flags & OF_TOKENS else ids for ids, (start, stop, flags) in zip(found, ranges)]
+    return np.concatenate(found), np.array([len(ids) for ids in found], np.int64)
 
 
 def forms_in(records: np.ndarray) -> np.ndarray:

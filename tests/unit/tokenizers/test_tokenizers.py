@@ -3,8 +3,10 @@
 import importlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from exlm_dist.tokenizers import load_tokenizer
@@ -77,6 +79,44 @@ def test_smiles_vocabulary_round_trip_and_unknown(tmp_path: Path) -> None:
     )
     assert SmilesTokenizer.from_counts(counts, {**POLICY, "stereo": "drop"}).fingerprint != tokenizer.fingerprint
     assert SmilesTokenizer.from_counts(counts, POLICY, min_count=2).vocab_size < tokenizer.vocab_size
+
+
+def _batches(rng: np.random.Generator, number: int) -> Iterator[list[str]]:
+    """Lines of random tokens, frequent and rare ones, in every other batch with a character changed somewhere."""
+    common = ["C", "c", "N", "O", "(", ")", "=", "1", "2", "Cl", "Br", "[nH]", "[C@@H]", "[O-]", "%12", "-", "B"]
+    rare = [">", "%(123)", "->", "<-", "[13CH3+2]", "[Xe]", "I", "$", "\\", "\n", "[C%12Cl]", "[é]"]
+    changed = list("lrBC[]%<>-(1x \té\n")
+    for batch in range(number):
+        pool = common + rare[: batch % (len(rare) + 1)] * (batch % 3 == 0)
+        lines = ["".join(rng.choice(pool, rng.integers(1, 30))) for _ in range(rng.integers(20, 60))]
+        if batch % 2:
+            row = int(rng.integers(len(lines)))
+            place = int(rng.integers(len(lines[row])))
+            lines[row] = lines[row][:place] + str(rng.choice(changed)) + lines[row][place + 1 :]
+        yield lines
+
+
+def test_a_batch_has_the_tokens_of_the_expression() -> None:
+    rng = np.random.default_rng(0)
+    tokenizer = SmilesTokenizer([*"CcNO()=12-B", "Cl", "Br", "[nH]", "[O-]", "%12", "%(123)", "->", "<-"], POLICY)
+    at_once = refused = 0
+    for lines in _batches(rng, 500):
+        expected: list[list[int]] | str
+        try:
+            expected = [tokenizer.encode(line) for line in lines]
+        except DataError as error:
+            expected = str(error)
+        try:
+            flat, lengths = tokenizer.encode_batch(lines)
+            ends = np.cumsum(lengths)
+            found: list[list[int]] | str = [row.tolist() for row in np.split(flat, ends[:-1])]
+            assert ends[-1] == len(flat) and flat.dtype == np.int32
+        except DataError as error:
+            found = str(error)
+        assert found == expected
+        refused += isinstance(found, str)
+        at_once += tokenizer._ids_of_lines("\n".join(lines)) is not None
+    assert at_once > 150 and refused > 100
 
 
 def test_what_is_not_a_tokenizer(tmp_path: Path) -> None:

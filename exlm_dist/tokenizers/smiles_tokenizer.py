@@ -22,7 +22,7 @@ from exlm_dist.utils.files import fingerprint_of, write_json
 PATTERN = r"\[[^\[\]]+\]|Br|Cl|->|<-|%\(\d{1,5}\)|%\d\d|[BCNOPSFIbcnops]|[()\.=#\-+\\/:~@?>*$]|\d"
 _TOKENS = re.compile(PATTERN, re.ASCII)
 #: Tokens of one character.
-_SINGLE = r"BCNOPSFIbcnops()\.=#-+/:~@?>*$0123456789"
+_SINGLE = [character for character in map(chr, range(128)) if _TOKENS.fullmatch(character)]
 _END_OF_LINE, _NO_TOKEN = -1, -2
 #: Characters below which `_ids_of_lines` takes longer than the expression.
 _FEW = 400

@@ -74,6 +74,8 @@ def _kind(field: FieldInfo) -> str:
         return f"auto | int, ≥ {field.metadata[0].func.least}"
     if (inner := sections_of(field.annotation)) is not None:
         return "list of sections" if inner[0] == "N." else "sections by name"
+    if get_origin(field.annotation) is tuple:
+        return _list(field.annotation)
     if get_origin(field.annotation) is not None:
         return " | ".join(_literal(choice) for choice in get_args(field.annotation))
     signs = {annotated_types.Ge: "≥", annotated_types.Gt: ">", annotated_types.Le: "≤", annotated_types.Lt: "<"}
@@ -84,6 +86,16 @@ def _kind(field: FieldInfo) -> str:
         if isinstance(item, kind)
     ]
     return ", ".join([getattr(field.annotation, "__name__", str(field.annotation)), *bounds])
+
+
+def _list(annotation: Any) -> str:
+    """A tuple: of any length (`tuple[X, ...]`), or of a given one in brackets."""
+    members = [
+        _list(member) if get_origin(member) is tuple else _kind(FieldInfo.from_annotation(member))
+        for member in get_args(annotation)
+        if member is not Ellipsis
+    ]
+    return f"list of {members[0]}" if Ellipsis in get_args(annotation) else f"[{'; '.join(members)}]"
 
 
 def _literal(value: Any) -> str:

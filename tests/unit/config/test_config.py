@@ -281,6 +281,9 @@ def test_reference_in_docs_is_the_generated_one():
 def test_every_setting_is_explained():
     assert all(description.endswith(".") for _, _, _, description in reference.rows())
     assert {row[0] for row in reference.rows()} <= set(known_keys())
+    types = {key: kind for key, kind, _, _ in reference.rows()}
+    assert types["masking.schedule"] == "list of [int, ≥ 0; float, > 0, < 1]"
+    assert not [key for key, kind in types.items() if "typing" in kind or "FieldInfo" in kind or "class" in kind]
     with pytest.raises(ConfigError, match="Did you mean model"):
         reference.rows("modle")
 

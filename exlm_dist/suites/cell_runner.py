@@ -21,7 +21,7 @@ from exlm_dist.inference.loading import LoadedCheckpoint, load_checkpoint
 from exlm_dist.model.build import build_model
 from exlm_dist.suites.bag_of_words import predict_from_words
 from exlm_dist.suites.catalogue import SUITES
-from exlm_dist.suites.cells import Cell, claimed, publish_result
+from exlm_dist.suites.cells import Cell, claimed, publish_result, read_result
 from exlm_dist.suites.chemprop import predict_from_chemprop
 from exlm_dist.suites.embedded_tasks import EMBEDDINGS, Embedded, embedded
 from exlm_dist.suites.fingerprints import fingerprint_features, predict_from_fingerprints
@@ -34,6 +34,11 @@ from exlm_dist.utils.version import VERSION, git_commit
 
 #: Of the hidden states of a molecule, for linear probes.
 POOLING = "mean"
+#: What a result has of its computation, besides what it is of.
+_COMPUTED = {
+    *("scores", "best_epoch", "epochs", "settings", "strength", "truncated", "unknown", "device", "seconds"),
+    "versions",
+}
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,9 @@ def settings_of(suite: str, protocol: str, cell: Cell) -> TrainingSettings:
 
 
 def run_cell(order: Order, device: str, threads: int) -> bool:
-    """Compute a cell and publish its result; False if that was there already. Busy if another process is at it; errors
-    of the data, the checkpoint and the training as they come."""
+    """Compute a cell and publish its result; False if that was there already. A result on another split that consists
+    of the same rows (where no molecule has stereocentres, both kinds of scaffolds give one) is taken as it is. Busy if
+    another process is at it; errors of the data, the checkpoint and the training as they come."""
     path = order.cell.path(order.out)
     with claimed(path) as partial:
         if partial is None:
@@ -75,12 +81,24 @@ def run_cell(order: Order, device: str, threads: int) -> bool:
                 f"{order.files[0].parent}: a file of {order.cell.task} has changed since the evaluation began. "
                 "Begin anew with another --out."
             )
-        method = order.cell.method
-        own = _baseline if method.checkpoint is None else _probed if method.probe else _finetuned
-        result = own(order, data, parts, partial, device, threads)
-        result["seconds"] = round(time.monotonic() - started, 2)
+        result = _same_rows(order, data)
+        if result is None:
+            method = order.cell.method
+            own = _baseline if method.checkpoint is None else _probed if method.probe else _finetuned
+            result = own(order, data, parts, partial, device, threads)
+            result["seconds"] = round(time.monotonic() - started, 2)
         publish_result(path, without_nan({**_described(order, data), **result}))
         return True
+
+
+def _same_rows(order: Order, data: TaskData) -> dict[str, Any] | None:
+    """What a cell on another split has come to whose parts have the same rows of the same data. `same_rows_as` is its
+    split; the seconds are those that it took."""
+    for path in order.cell.twins(order.out):
+        result = read_result(path)
+        if (result["split_hash"], result["data_sha256"]) == (order.split_hash, data.sha256):
+            return {"same_rows_as": result["split"], **{name: result[name] for name in result if name in _COMPUTED}}
+    return None
 
 
 def _finetuned(order: Order, data: TaskData, parts: Parts, partial: Path, device: str, threads: int) -> dict[str, Any]:

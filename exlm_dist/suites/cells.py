@@ -45,8 +45,17 @@ class Cell:
 
     def path(self, out: Path) -> Path:
         """File of its result."""
+        return self._path(out, self.split)
+
+    def twins(self, out: Path) -> list[Path]:
+        """Files of the results of the same on other splits."""
+        folders = sorted((out / CELLS / self.task).glob("*"))
+        paths = [self._path(out, folder.name) for folder in folders if folder.name != self.split]
+        return [path for path in paths if path.exists()]
+
+    def _path(self, out: Path, split: str) -> Path:
         grid = ",".join(f"{name}={value}" for name, value in self.grid) or NO_GRID
-        return out / CELLS / self.task / self.split / self.method.key / grid / f"seed-{self.seed}.json"
+        return out / CELLS / self.task / split / self.method.key / grid / f"seed-{self.seed}.json"
 
     def described(self) -> dict[str, Any]:
         """What its result says of it."""

@@ -227,4 +227,6 @@ def _said(outcome: Outcome) -> str:
         for part, own in result["scores"].items()
     )
     best = f", epoch {result['best_epoch']} of {result['epochs']}" if "epochs" in result else ""
-    return f"{figures}{best}, {result['seconds']:.1f} s"
+    twin = result.get("same_rows_as")
+    spent = f"{result['seconds']:.1f} s" if twin is None else f"the same rows as {twin}: not computed again"
+    return f"{figures}{best}, {spent}"

@@ -144,6 +144,24 @@ def test_a_cell_has_the_scores_that_exlm_finetune_gives(
     assert [one["scores"] for one in results] == [{name: one[name] for name in ("valid", "test")} for one in members]
 
 
+def test_splits_of_the_same_rows_are_computed_once(
+    arguments: list[str], runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without stereocentres both kinds of scaffolds give one split; `random` is another."""
+    arguments = replaced(arguments, "--splits", "scaffold", "scaffold-chiral", "random")
+    assert main(replaced(arguments, "--checkpoint", runs[0], "fingerprints")) == 0
+    results, failures = read_results(tmp_path / "out")
+    twins = [one for one in results if one["split"] == "scaffold-chiral"]
+    assert len(results) == 3 * 6 and not failures and len(twins) == 6
+    for result in results:
+        assert result.get("same_rows_as") == ("scaffold" if result in twins else None)
+    for twin in twins:
+        own = {name: value for name, value in twin.items() if name != "same_rows_as"}
+        assert {**own, "split": "scaffold"} in results
+    said = [line for line in capsys.readouterr().out.splitlines() if "the same rows as scaffold" in line]
+    assert len(said) == 6 and all("scaffold-chiral" in line for line in said)
+
+
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_scores(
     arguments: list[str], runs: tuple[Path, Path], tmp_path: Path
 ) -> None:

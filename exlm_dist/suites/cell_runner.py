@@ -35,10 +35,10 @@ from exlm_dist.utils.version import VERSION, git_commit
 #: Of the hidden states of a molecule, for linear probes.
 POOLING = "mean"
 #: What a result has of its computation, besides what it is of.
-_COMPUTED = {
+_COMPUTED = (
     *("scores", "best_epoch", "epochs", "settings", "strength", "truncated", "unknown", "device", "seconds"),
     "versions",
-}
+)
 
 
 @dataclass(frozen=True)
